@@ -1,0 +1,139 @@
+"""Settings: frozen dataclasses with their defaults and range checks.
+
+Defaults live here and nowhere else; the command line reads them from these classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from specvlm.errors import ConfigError
+
+PrunerName = Literal["specvlm", "uniform", "attention", "random", "window", "none"]
+TreeName = Literal["chain", "static", "dynamic"]
+PositionsName = Literal["keep", "compact"]
+BackendName = Literal["auto", "decord", "pyav"]
+
+PRUNERS: tuple[PrunerName, ...] = get_args(PrunerName)
+TREES: tuple[TreeName, ...] = get_args(TreeName)
+POSITIONS: tuple[PositionsName, ...] = get_args(PositionsName)
+BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
+
+
+def _one_of(name: str, value: str, known: Collection[str]) -> None:
+    if value not in known:
+        raise ConfigError(f"{name}={value!r} is unknown; choose one of {', '.join(known)}")
+
+
+def _within(name: str, value: float, low: float, high: float, fix: str) -> None:
+    if not low <= value <= high:  # also refuses NaN
+        raise ConfigError(f"{name}={value!r} is out of range; {fix}")
+
+
+@dataclass(frozen=True, slots=True)
+class SpeculationSettings:
+    """How the draft guesses. Nothing here can change a caption, only its speed.
+
+    Attributes:
+        pruner: Which video tokens the draft sees (SpecVLM, arXiv 2508.16201, section 3.2).
+        prune_ratio: Share of video tokens that the draft does NOT see, 0..1. At least one is kept.
+        top_p: Stage I of the `specvlm` pruner: share of the attention mass to take first, 0..1.
+        tree: Shape of one round's guesses.
+        positions: `keep`: kept video tokens keep their positions; `compact`: renumbered without gaps.
+        depth: Depth of `chain` and `dynamic` trees, in tokens. The static tree has depth 5.
+        nodes: Most nodes of a `dynamic` tree, root included. The static tree has 26.
+        width: Frontier of the `dynamic` tree: how many nodes each level expands.
+        seed: Seed of the `random` pruner.
+    """
+
+    pruner: PrunerName = "specvlm"
+    prune_ratio: float = 0.9
+    top_p: float = 0.4
+    tree: TreeName = "static"
+    positions: PositionsName = "keep"
+    depth: int = 5
+    nodes: int = 26
+    width: int = 4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _one_of("pruner", self.pruner, PRUNERS)
+        _one_of("tree", self.tree, TREES)
+        _one_of("positions", self.positions, POSITIONS)
+        _within("prune_ratio", self.prune_ratio, 0.0, 1.0, "give a share between 0 (see all) and 1 (see one)")
+        _within("top_p", self.top_p, 0.0, 1.0, "give a share of the attention between 0 and 1")
+        _within("depth", self.depth, 1, 64, "give 1 to 64 tokens")
+        _within("nodes", self.nodes, 2, 1024, "give 2 to 1024 nodes, root included")
+        _within("width", self.width, 1, 64, "give 1 to 64 nodes a level")
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationSettings:
+    """What the target writes.
+
+    Attributes:
+        max_new_tokens: Most tokens of a caption, the end-of-sequence token included.
+        temperature: 0 is greedy, whatever `do_sample` the checkpoint ships; above 0 samples.
+        top_k: Sample from the k likeliest tokens; None takes the checkpoint's own, 0 is off.
+        seed: Seed of the sampling noise. The same seed gives the same caption.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _within("max_new_tokens", self.max_new_tokens, 1, 1 << 20, "give 1 to 1048576 tokens")
+        _within("temperature", self.temperature, 0.0, 100.0, "give 0 (greedy) to 100")
+        _within("seed", self.seed, 0, (1 << 63) - 1, "give 0 to 2**63 - 1")
+        if self.top_k is not None:
+            _within("top_k", self.top_k, 0, 1 << 31, "give the number of likeliest tokens, or 0 for all")
+
+
+@dataclass(frozen=True, slots=True)
+class FrameSettings:
+    """Which frames of a video are read, and how large.
+
+    Attributes:
+        fps: Frames per second to read. Exclusive with `num_frames`; 2.0 when both are None.
+        num_frames: Frames to read, spread evenly.
+        min_frames: Fewest frames when `fps` decides (a shorter video gives all it has).
+        max_frames: Most frames when `fps` decides.
+        max_pixels: Most pixels (height x width) of a frame; larger ones are scaled down while decoding.
+            None: the processor's own limit.
+        total_pixels: Most pixels of all frames of a video together; None: no such limit.
+        start_s: Start of the part to read, in seconds from the video's first frame.
+        end_s: End of that part in seconds, exclusive; None: the end of the video.
+        backend: `auto` prefers decord and falls back to PyAV.
+    """
+
+    fps: float | None = None
+    num_frames: int | None = None
+    min_frames: int = 4
+    max_frames: int = 768
+    max_pixels: int | None = None
+    total_pixels: int | None = None
+    start_s: float = 0.0
+    end_s: float | None = None
+    backend: BackendName = "auto"
+
+    def __post_init__(self) -> None:
+        _one_of("video backend", self.backend, BACKENDS)
+        if self.fps is not None and self.num_frames is not None:
+            raise ConfigError(f"fps={self.fps} and num_frames={self.num_frames} exclude each other; give one")
+        if self.fps is not None:
+            _within("fps", self.fps, 1e-3, 1000.0, "give 0.001 to 1000 frames per second")
+        if self.num_frames is not None:
+            _within("num_frames", self.num_frames, 1, 100_000, "give 1 to 100000 frames")
+        _within("min_frames", self.min_frames, 1, 100_000, "give 1 to 100000 frames")
+        _within("max_frames", self.max_frames, self.min_frames, 100_000, "give min_frames to 100000 frames")
+        if self.max_pixels is not None:
+            _within("max_pixels", self.max_pixels, 16, 1 << 28, "give 16 to 268435456 pixels a frame")
+        if self.total_pixels is not None:
+            _within("total_pixels", self.total_pixels, 16, 1 << 40, "give at least 16 pixels a video")
+        _within("start_s", self.start_s, 0.0, 1e9, "give seconds from the start of the video")
+        if self.end_s is not None and not self.end_s > self.start_s:
+            raise ConfigError(f"end_s={self.end_s} is not after start_s={self.start_s}; give a later end")

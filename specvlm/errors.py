@@ -1,0 +1,114 @@
+"""Every error that `specvlm` raises on purpose.
+
+    SpecvlmError
+    ├── ConfigError          a setting is out of range, unknown, or contradicts another one
+    ├── ModelError           a model cannot be used
+    │   ├── ModelLoadError       it is not there, not safetensors, or not readable
+    │   ├── UnknownFamilyError   no family file speaks its architecture
+    │   └── IncompatibleDraftError   the draft does not fit the target
+    ├── PromptError          the prompt cannot be turned into a model input
+    ├── GenerationError      the models ran, but no caption came of it
+    │   └── NonFiniteLogitsError     NaN or infinite logits
+    └── VideoError           the video gives no frames; `.path`, `.stage` say which and where
+        ├── VideoNotFoundError   no such file
+        ├── NotAVideoError       a file, but not a video (text, empty, folder, pipe, audio only, ...)
+        ├── VideoDecodeError     a video whose frames cannot be decoded
+        └── VideoRangeError      start and end select nothing
+
+A message is one line: the value, the reason, the fix.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "ConfigError",
+    "GenerationError",
+    "IncompatibleDraftError",
+    "ModelError",
+    "ModelLoadError",
+    "NonFiniteLogitsError",
+    "NotAVideoError",
+    "PromptError",
+    "SpecvlmError",
+    "UnknownFamilyError",
+    "VideoDecodeError",
+    "VideoError",
+    "VideoNotFoundError",
+    "VideoRangeError",
+]
+
+
+class SpecvlmError(Exception):
+    """Base of all errors of this library."""
+
+
+class ConfigError(SpecvlmError, ValueError):
+    """A setting is out of range, unknown, or contradicts another one."""
+
+
+class ModelError(SpecvlmError):
+    """A model cannot be used."""
+
+
+class ModelLoadError(ModelError):
+    """A model is not there, not in safetensors, or not readable."""
+
+
+class UnknownFamilyError(ModelError):
+    """No family of this library speaks the model's architecture."""
+
+
+class IncompatibleDraftError(ModelError):
+    """The draft does not fit the target: another family, tokenizer or video geometry."""
+
+
+class PromptError(SpecvlmError, ValueError):
+    """A prompt cannot be turned into a model input."""
+
+
+class GenerationError(SpecvlmError):
+    """The models ran, but no caption came of it."""
+
+
+class NonFiniteLogitsError(GenerationError):
+    """The target produced NaN or infinite logits; nothing of that row can be trusted."""
+
+
+class VideoError(SpecvlmError):
+    """A video gives no frames.
+
+    Attributes:
+        path: The video as the caller named it, decoded with surrogate escapes.
+        stage: `"open"` (the file), or `"decode"` (its frames).
+    """
+
+    stage = "open"
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path = path
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type[VideoError], tuple[str, str]]:
+        """Pickle by path and reason, so that the error survives the way out of a child process."""
+        return type(self), (self.path, self.reason)
+
+
+class VideoNotFoundError(VideoError):
+    """There is no such file."""
+
+
+class NotAVideoError(VideoError):
+    """The path names something, but not a video."""
+
+
+class VideoDecodeError(VideoError):
+    """The file is a video, but its frames cannot be decoded."""
+
+    stage = "decode"
+
+
+class VideoRangeError(VideoError):
+    """`start_s` and `end_s` select no frame of this video."""
+
+    stage = "decode"

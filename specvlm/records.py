@@ -1,0 +1,128 @@
+"""Named data that crosses functions, with its shapes. No behaviour beyond derived figures.
+
+Shape letters, here and in every docstring: B rows (videos in flight), F frames, V video tokens, S prompt tokens,
+N tree nodes incl. the root, D tree depth, L layers, H heads, C vocabulary. Times end in `_s`, sizes in `_bytes`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+FinishReason = Literal["stop", "length"]
+
+
+class VideoSource(NamedTuple):
+    """What is known of the file that frames came from."""
+
+    duration_s: float  # length of the whole video
+    fps: float  # mean frame rate of the whole video
+    width: int  # upright, as shown: after rotation, before scaling
+    height: int
+    backend: str  # reader and version, e.g. "decord 0.6.0"
+    decode_s: float  # wall time of opening, choosing and decoding
+
+
+class Frames(NamedTuple):
+    """Decoded frames of one video, or of a part of it."""
+
+    pixels: NDArray[np.uint8]  # [F, height, width, 3], RGB, upright
+    times_s: NDArray[np.float64]  # [F], the true presentation time of each frame, from the first frame of the video
+    source: VideoSource | None = None  # None where the caller read the frames
+
+
+@dataclass(frozen=True, slots=True)
+class CaptionStats:
+    """What one caption took. Metric names follow vLLM's `spec_decode` metrics.
+
+    Attributes:
+        method: `"plain"`, or `"specvlm/<pruner>/<tree>"`.
+        num_frames: F, frames given to the processor.
+        video_tokens: V, video tokens that the target saw.
+        video_tokens_kept: Video tokens that the draft saw; 0 without a draft.
+        prompt_tokens: S, the video tokens included.
+        completion_tokens: Tokens of the caption, the end-of-sequence token included.
+        num_drafts: Rounds: one propose and one verify each. 0 without a draft.
+        num_draft_tokens: Guessed tokens of all rounds (nodes without the root).
+        num_accepted_tokens: Guessed tokens that the target accepted and the caption uses.
+        acceptance_histogram: Entry k counts the rounds that accepted k guesses, k = 0..D.
+        video_decode_s: Reading the file: open, choose, decode.
+        preprocess_s: The processor: resize, normalise, patchify, tokenise.
+        vision_s: The target's vision tower and embedding of the prompt.
+        target_prefill_s: The target's prefill, both parts; the first token comes from here.
+        draft_prefill_s: Pruning, the draft's vision tower and the draft's prefill.
+        decode_s: All rounds: everything after the first token.
+        draft_s: Share of `decode_s` in which the draft proposed.
+        verify_s: Share of `decode_s` in which the target scored nodes and paths were chosen.
+        commit_s: Share of `decode_s` in which caches were committed.
+        total_s: Wall time of the whole caption, from opening the file to the text.
+        peak_memory_bytes: Peak of the device's allocator (CUDA), or of the process (CPU).
+        device: The target's device, in words.
+    """
+
+    method: str
+    num_frames: int
+    video_tokens: int
+    video_tokens_kept: int
+    prompt_tokens: int
+    completion_tokens: int
+    num_drafts: int
+    num_draft_tokens: int
+    num_accepted_tokens: int
+    acceptance_histogram: tuple[int, ...]
+    video_decode_s: float
+    preprocess_s: float
+    vision_s: float
+    target_prefill_s: float
+    draft_prefill_s: float
+    decode_s: float
+    draft_s: float
+    verify_s: float
+    commit_s: float
+    total_s: float
+    peak_memory_bytes: int
+    device: str
+
+    @property
+    def mean_accepted_tokens(self) -> float | None:
+        """num_accepted_tokens / num_drafts, the papers' tau, without the bonus token; None without rounds."""
+        return self.num_accepted_tokens / self.num_drafts if self.num_drafts else None
+
+    @property
+    def mean_acceptance_length(self) -> float | None:
+        """mean_accepted_tokens + 1: tokens per round, the bonus token included; None without rounds."""
+        mean = self.mean_accepted_tokens
+        return None if mean is None else mean + 1.0
+
+    @property
+    def token_s(self) -> float | None:
+        """decode_s / (completion_tokens - 1): time per token after the first; None for a single token."""
+        steps = self.completion_tokens - 1
+        return self.decode_s / steps if steps > 0 else None
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """(completion_tokens - 1) / decode_s; None for a single token."""
+        return None if not self.token_s else 1.0 / self.token_s
+
+
+@dataclass(frozen=True, slots=True)
+class Caption:
+    """One caption.
+
+    Attributes:
+        text: The caption, special tokens removed.
+        token_ids: The generated tokens exactly as stock `generate()` gives them, end-of-sequence included.
+        finish_reason: `"stop"` at an end-of-sequence token, `"length"` at `max_new_tokens`.
+        stats: What it took.
+        source: The file's own facts; None for frames that the caller read.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    stats: CaptionStats = field(repr=False)
+    source: VideoSource | None = field(default=None, repr=False)
