@@ -1,0 +1,350 @@
+"""From one video and a prompt to a caption: reading, preparing, prefilling, decoding, and the statistics of each.
+
+A captioner holds a loaded target and perhaps a draft. It knows nothing of folders, jobs or ledgers.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, TypedDict, Unpack
+
+import numpy as np
+import torch
+
+from specvlm.config import (
+    FrameSettings,
+    GenerationSettings,
+    PositionsName,
+    PrunerName,
+    SpeculationSettings,
+    TreeName,
+)
+from specvlm.decode import RowText, TargetRows, decode
+from specvlm.drafts.base import Draft, DraftRow, PlainProposer, Proposer
+from specvlm.errors import ConfigError
+from specvlm.families.base import ModelInputs
+from specvlm.model import VideoLM
+from specvlm.prefill import Prompt, embed, prefill_target
+from specvlm.records import Caption, CaptionStats, Frames, VideoSource
+from specvlm.sampling import TokenRule, logits_rules
+from specvlm.stats import StageClock, device_words, peak_memory_bytes, reset_peak_memory
+from specvlm.video import read_video
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What is loaded, for the record.
+
+    Attributes:
+        target: As the caller named it: a hub id or a folder.
+        target_revision: Commit of a hub model, hash of a local one's config, or None.
+        draft: As the caller named it, or None.
+        draft_revision: As `target_revision`.
+        family: As `model_type` in config.json.
+        dtype: Of weights and caches.
+        device: Of the target, in words.
+        transformers_version: The version that runs the models.
+        processor_options: Options of the video processor that are set rather than left to changing defaults.
+    """
+
+    target: str
+    target_revision: str | None
+    draft: str | None
+    draft_revision: str | None
+    family: str
+    dtype: str
+    device: str
+    transformers_version: str
+    processor_options: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedVideo:
+    """A video read and preprocessed with its prompt; it can be captioned any number of times.
+
+    Attributes:
+        inputs: What the processor made.
+        num_frames: F.
+        source: The file's own facts, or None where the caller read the frames.
+        video_decode_s: Time of reading.
+        preprocess_s: Time of the processor.
+    """
+
+    inputs: ModelInputs
+    num_frames: int
+    source: VideoSource | None
+    video_decode_s: float
+    preprocess_s: float
+
+
+class CaptionOptions(TypedDict, total=False):
+    """Keywords of `Captioner.caption`: the fields of GenerationSettings and SpeculationSettings."""
+
+    max_new_tokens: int
+    temperature: float
+    top_k: int | None
+    seed: int
+    pruner: PrunerName
+    prune_ratio: float
+    top_p: float
+    tree: TreeName
+    positions: PositionsName
+    depth: int
+    nodes: int
+    width: int
+
+
+Video = str | bytes | os.PathLike[str] | Frames
+
+
+def _settings(options: CaptionOptions) -> tuple[GenerationSettings, SpeculationSettings]:
+    """Sort keywords into the two groups; `seed` is of both."""
+    known = {f.name for f in fields(GenerationSettings)} | {f.name for f in fields(SpeculationSettings)}
+    if unknown := sorted(set(options) - known):
+        raise ConfigError(f"unknown option {unknown[0]!r}; known are {', '.join(sorted(known))}")
+    chosen: dict[str, Any] = dict(options)
+
+    def pick(group: type) -> dict[str, Any]:
+        return {f.name: chosen[f.name] for f in fields(group) if f.name in chosen}
+
+    return GenerationSettings(**pick(GenerationSettings)), SpeculationSettings(**pick(SpeculationSettings))
+
+
+class _Job:
+    """Captions in the making, for B prepared videos in one loop."""
+
+    def __init__(
+        self, captioner: Captioner, videos: Sequence[PreparedVideo], speculate: bool, options: CaptionOptions
+    ) -> None:
+        self._captioner, self._videos = captioner, videos
+        self._generation, self._speculation = _settings(options)
+        self._draft = captioner.draft if speculate else None
+        self._start = time.perf_counter()
+        self._target = captioner.target
+        reset_peak_memory(self._target.device)
+        self._clock = StageClock(self._target.device)
+        config = captioner.generation_config
+        # min_length of a generation config counts the prompt, so rows with other prompts would need other rules.
+        shortest = min(video.inputs.prompt_tokens for video in videos)
+        rules = logits_rules(config, self._generation, shortest)
+        self._rule = TokenRule(
+            rules,
+            self._generation,
+            [video.inputs.token_ids[0] for video in videos],
+            self._target.vocabulary,
+            self._target.device,
+        )
+        limit, eos = self._generation.max_new_tokens, frozenset(rules.eos)
+        self.texts = [RowText(limit, eos) for _ in videos]
+        self._proposer: Proposer = PlainProposer(len(videos))
+
+    def run(self) -> Iterator[list[list[int]]]:
+        """Do it all; yield each row's new tokens as they come."""
+        with torch.inference_mode():
+            with self._clock.host_stage("vision"):
+                prompts = [embed(self._target, video.inputs) for video in self._videos]
+                self._wait()
+            rows, scores = self._prefill_target(prompts)
+            if self._draft is not None:
+                with self._clock.host_stage("draft_prefill"):
+                    self._proposer = self._prefill_draft(self._draft, scores)
+                    self._wait()
+        yield from decode(rows, self._proposer, self._rule, self.texts, self._clock)
+
+    def _wait(self) -> None:
+        """Prefill stages are timed on the host, each to its end."""
+        if self._target.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _slots_of_a_round(self) -> int:
+        return 1 if self._draft is None else max(self._captioner.tree_nodes(self._speculation), 1)
+
+    def _prefill_target(self, prompts: list[Prompt]) -> tuple[TargetRows, list[torch.Tensor]]:
+        with self._clock.host_stage("target_prefill"):
+            longest = max(prompt.length for prompt in prompts)
+            capacity = longest + self._generation.max_new_tokens + self._slots_of_a_round()
+            cache = self._target.new_cache(len(prompts), capacity)
+            read = [prefill_target(self._target, prompt, cache, row) for row, prompt in enumerate(prompts)]
+            self._wait()
+        rows = TargetRows(self._target, cache, prompts, torch.cat([one.logits for one in read]))
+        return rows, [one.scores for one in read]
+
+    def _prefill_draft(self, draft: Draft, scores: list[torch.Tensor]) -> Proposer:
+        rows = [DraftRow(video.inputs, score) for video, score in zip(self._videos, scores, strict=True)]
+        return draft.begin(rows, self._speculation, self._rule, self._generation.max_new_tokens)
+
+    def caption(self, row: int) -> Caption:
+        """The finished caption of one row."""
+        text, video = self.texts[row], self._videos[row]
+        assert text.finish_reason is not None
+        tokens = tuple(text.tokens)
+        return Caption(
+            self._captioner.detokenize(tokens), tokens, text.finish_reason, self._stats(row), video.source
+        )
+
+    def _stats(self, row: int) -> CaptionStats:
+        text, video, clock = self.texts[row], self._videos[row], self._clock
+        plain = self._draft is None
+        speculation = self._speculation
+        rounds = 0 if plain else sum(text.histogram)
+        return CaptionStats(
+            method="plain" if plain else f"specvlm/{speculation.pruner}/{speculation.tree}",
+            num_frames=video.num_frames,
+            video_tokens=video.inputs.video_tokens,
+            video_tokens_kept=self._proposer.kept[row],
+            prompt_tokens=video.inputs.prompt_tokens,
+            completion_tokens=len(text.tokens),
+            num_drafts=rounds,
+            num_draft_tokens=rounds * (self._proposer.nodes - 1),
+            num_accepted_tokens=sum(k * count for k, count in enumerate(text.histogram)),
+            acceptance_histogram=() if plain else tuple(text.histogram),
+            video_decode_s=video.video_decode_s,
+            preprocess_s=video.preprocess_s,
+            vision_s=clock.seconds("vision"),
+            target_prefill_s=clock.seconds("target_prefill"),
+            draft_prefill_s=clock.seconds("draft_prefill"),
+            decode_s=clock.seconds("decode"),
+            draft_s=0.0 if plain else clock.seconds("draft"),
+            verify_s=clock.seconds("verify"),
+            commit_s=clock.seconds("commit"),
+            total_s=time.perf_counter() - self._start + video.video_decode_s + video.preprocess_s,
+            peak_memory_bytes=peak_memory_bytes(self._target.device),
+            device=device_words(self._target.device),
+        )
+
+
+class Captioner:
+    """A loaded target, and perhaps a draft, ready to caption. Made by `specvlm.load`."""
+
+    def __init__(
+        self, target: VideoLM, processor: Any, draft: Draft | None, info: ModelInfo, frames: FrameSettings
+    ) -> None:
+        """`frames`: what to read of a video when a call does not say."""
+        self.target, self.processor, self.draft, self.info, self.frames = target, processor, draft, info, frames
+        self.generation_config = target.model.generation_config
+
+    def tree_nodes(self, settings: SpeculationSettings) -> int:
+        """N that a draft proposes under these settings, root included."""
+        from specvlm.tree import make_shape
+
+        return make_shape(settings, self.target.vocabulary, torch.device("cpu")).nodes
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        """Token ids -> text without special tokens."""
+        text: str = self.processor.tokenizer.decode(list(tokens), skip_special_tokens=True)
+        return text.strip()
+
+    def prepare(
+        self, video: Video, prompt: str, *, system: str | None = None, frames: FrameSettings | None = None
+    ) -> PreparedVideo:
+        """Read and preprocess a video once, to caption it several times.
+
+        Raises:
+            VideoError: The file gives no frames.
+            PromptError: The prompt cannot be used.
+        """
+        family = self.target.family
+        settings = self.frames if frames is None else frames
+        start = time.perf_counter()
+        if not isinstance(video, Frames):
+            video = read_video(video, settings, frame_multiple=family.frame_multiple(self.processor))
+        _check_frames(video)
+        decoded = time.perf_counter()
+        inputs = family.prepare(self.processor, video, prompt, system)
+        return PreparedVideo(
+            inputs, len(video.pixels), video.source, decoded - start, time.perf_counter() - decoded
+        )
+
+    def caption(
+        self,
+        video: Video | PreparedVideo,
+        prompt: str = "Describe the video.",
+        *,
+        system: str | None = None,
+        speculate: bool = True,
+        frames: FrameSettings | None = None,
+        **options: Unpack[CaptionOptions],
+    ) -> Caption:
+        """Caption one video.
+
+        Args:
+            video: A path, decoded frames, or what `prepare` made (whose prompt then counts).
+            prompt: The user's text; `<video>` in it marks where the video stands, else the video stands first.
+            system: The system message; None leaves it to the chat template.
+            speculate: False decodes plainly: same caption, slower.
+            frames: Which frames to read; None takes the captioner's own.
+            **options: Fields of GenerationSettings and SpeculationSettings.
+
+        Raises:
+            ConfigError: An option is unknown or out of range.
+            VideoError: The file gives no frames.
+            PromptError: The prompt cannot be used.
+            GenerationError: No caption came of it.
+        """
+        job = self._job(video, prompt, system, speculate, frames, options)
+        for _ in job.run():
+            pass
+        return job.caption(0)
+
+    def stream(
+        self,
+        video: Video | PreparedVideo,
+        prompt: str = "Describe the video.",
+        *,
+        system: str | None = None,
+        speculate: bool = True,
+        frames: FrameSettings | None = None,
+        **options: Unpack[CaptionOptions],
+    ) -> Iterator[str]:
+        """Caption one video and yield its text in pieces, as rounds end; joined, they are `caption(...).text`.
+
+        Arguments and errors are those of `caption`.
+        """
+        job = self._job(video, prompt, system, speculate, frames, options)
+        told = ""
+        for _ in job.run():
+            text = self.detokenize(job.texts[0].tokens)
+            # Half a character at the end of the tokens so far shows as U+FFFD: wait for the rest of it.
+            if text.startswith(told) and len(text) > len(told) and not text.endswith("\ufffd"):
+                yield text[len(told) :]
+                told = text
+        rest = job.caption(0).text
+        if len(rest) > len(told):
+            yield rest[len(told) :]
+
+    def _job(
+        self,
+        video: Video | PreparedVideo,
+        prompt: str,
+        system: str | None,
+        speculate: bool,
+        frames: FrameSettings | None,
+        options: CaptionOptions,
+    ) -> _Job:
+        _settings(options)  # wrong options fail before a video is read
+        if not isinstance(video, PreparedVideo):
+            video = self.prepare(video, prompt, system=system, frames=frames)
+        return _Job(self, [video], speculate, options)
+
+    def caption_rows(
+        self, videos: Sequence[PreparedVideo], *, speculate: bool = True, **options: Unpack[CaptionOptions]
+    ) -> list[Caption]:
+        """Caption several prepared videos in one loop, B rows at a time; each gets what it would get alone."""
+        job = _Job(self, videos, speculate, options)
+        for _ in job.run():
+            pass
+        return [job.caption(row) for row in range(len(videos))]
+
+
+def _check_frames(frames: Frames) -> None:
+    pixels = frames.pixels
+    if pixels.ndim != 4 or pixels.shape[-1] != 3 or pixels.dtype != np.uint8 or len(pixels) == 0:
+        raise ConfigError(
+            f"frames of shape {pixels.shape}, {pixels.dtype} cannot be captioned; "
+            "give uint8 [frames, height, width, 3]"
+        )
+    if len(frames.times_s) != len(pixels):
+        raise ConfigError(f"{len(pixels)} frames have {len(frames.times_s)} times; give one each")

@@ -1,0 +1,1 @@
+"""Drafts: what guesses the next tokens. One file each, behind the contract in `base`."""

@@ -1,0 +1,162 @@
+"""The contract of a model family: all that differs between video LLMs before the first text token.
+
+A family turns frames and a prompt into token ids and pixel tensors with the model's own processor, and says where
+the video tokens are, what they look like inside the model, and which positions they have. It does not generate.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.video_utils import VideoMetadata
+
+from specvlm.errors import PromptError
+from specvlm.records import Frames
+
+# Where the video stands in a prompt; without it the video stands before the text.
+VIDEO_MARK = "<video>"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInputs:
+    """One prompt with its video, as the processor made it; nothing of it depends on the model's weights.
+
+    Attributes:
+        token_ids: int64 [1, S].
+        is_video: bool [S], True at the V video tokens.
+        tensors: What the processor made, by its own names; what stock `generate(**tensors)` takes.
+    """
+
+    token_ids: torch.Tensor
+    is_video: torch.Tensor
+    tensors: Mapping[str, torch.Tensor]
+
+    @property
+    def prompt_tokens(self) -> int:
+        """S."""
+        return self.token_ids.shape[1]
+
+    @property
+    def video_tokens(self) -> int:
+        """V."""
+        return int(self.is_video.sum())
+
+
+class Family(ABC):
+    """What the library must know of one architecture. Stateless."""
+
+    name: str  # as `model_type` in config.json
+    position_rows: int  # P: rows of a position, 3 for M-RoPE, else 1
+
+    # --- the processor ---
+
+    @abstractmethod
+    def frame_multiple(self, processor: Any) -> int:
+        """Frames come in multiples of this many."""
+
+    @abstractmethod
+    def processor_options(self, processor: Any) -> dict[str, Any]:
+        """Options of the video processor that are set rather than left to a default that changes."""
+
+    @abstractmethod
+    def video_token(self, processor: Any) -> str:
+        """The placeholder that stands for one video token in the text."""
+
+    def prepare(
+        self, processor: Any, frames: Frames, prompt: str, system: str | None = None
+    ) -> ModelInputs:
+        """Run the model's own processor.
+
+        Args:
+            processor: The checkpoint's `AutoProcessor`.
+            frames: uint8 [F, height, width, 3] and their times.
+            prompt: The user's text; `<video>` in it marks where the video stands, else the video stands first.
+            system: The system message; None leaves it to the chat template.
+
+        Raises:
+            PromptError: The prompt holds special tokens, or more than one `<video>`.
+        """
+        text = self._render(processor, prompt, system)
+        pixels = torch.from_numpy(np.ascontiguousarray(frames.pixels)).permute(0, 3, 1, 2)  # [F, 3, height, width]
+        made = processor(
+            text=[text],
+            videos=[pixels],
+            video_metadata=[[self._metadata(frames)]],
+            do_sample_frames=False,
+            return_tensors="pt",
+            **self.processor_options(processor),
+        )
+        tensors = {name: value for name, value in made.items() if isinstance(value, torch.Tensor)}
+        ids = tensors["input_ids"]
+        video_id = processor.tokenizer.convert_tokens_to_ids(self.video_token(processor))
+        return ModelInputs(ids, ids[0] == video_id, tensors)
+
+    def _metadata(self, frames: Frames) -> VideoMetadata:
+        """True frame times, told to the processor as the mean rate of the frames that it gets."""
+        count = len(frames.times_s)
+        span = float(frames.times_s[-1] - frames.times_s[0]) if count > 1 else 0.0
+        fallback = frames.source.fps if frames.source is not None and frames.source.fps > 0 else 2.0
+        fps = (count - 1) / span if span > 0 else fallback
+        height, width = frames.pixels.shape[1:3]
+        return VideoMetadata(
+            total_num_frames=count,
+            fps=fps,
+            width=width,
+            height=height,
+            duration=count / fps,
+            frames_indices=list(range(count)),
+        )
+
+    def _render(self, processor: Any, prompt: str, system: str | None) -> str:
+        """The prompt in the checkpoint's chat template."""
+        before, mark, after = prompt.partition(VIDEO_MARK)
+        if not mark:
+            before, after = "", prompt
+        if VIDEO_MARK in after:
+            raise PromptError(f"prompt {prompt!r} holds {VIDEO_MARK} more than once; a prompt has one video")
+        self._refuse_special_tokens(processor, before, after, system or "")
+        content = self._content(before, after, self.video_token(processor))
+        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+        if system is not None:
+            messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
+        rendered: str = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        if rendered.count(self.video_token(processor)) != 1:
+            raise PromptError(
+                f"the checkpoint's chat template renders {rendered.count(self.video_token(processor))} videos "
+                "for one; use a checkpoint whose template knows video"
+            )
+        return rendered
+
+    def _content(self, before: str, after: str, video_token: str) -> list[dict[str, str]]:
+        """A user message with the video between two texts, either of which may be empty."""
+        texts = [{"type": "text", "text": text} for text in (before, after)]
+        return [part for part in (texts[0], {"type": "video"}, texts[1]) if part.get("text") != ""]
+
+    @staticmethod
+    def _refuse_special_tokens(processor: Any, *texts: str) -> None:
+        for token in processor.tokenizer.all_special_tokens:
+            if any(token in text for text in texts):
+                raise PromptError(f"the prompt holds the special token {token}; remove it")
+
+    # --- the model ---
+
+    @abstractmethod
+    def text_model(self, model: Any) -> Any:
+        """The decoder: embeddings in, hidden states out."""
+
+    @abstractmethod
+    def embed_video(self, model: Any, inputs: ModelInputs) -> torch.Tensor:
+        """Run the vision tower: features of the video tokens, [V, hidden], on the tower's device."""
+
+    @abstractmethod
+    def positions(self, model: Any, inputs: ModelInputs) -> torch.Tensor:
+        """Positions of the prompt, int64 [P, S], on the CPU. The first new token has `max + 1` in every row."""
+
+    @abstractmethod
+    def geometry(self, model: Any, processor: Any) -> dict[str, Any]:
+        """What a draft must share with its target so that both see the same video tokens in the same pixels."""

@@ -1,0 +1,64 @@
+"""LLaVA-OneVision (arXiv 2408.03326): SigLIP frames, each pooled 2 x 2, and one newline token behind them all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from specvlm.families.base import Family, ModelInputs
+
+
+class LlavaOnevision(Family):
+    """Any size of LLaVA-OneVision in the Hugging Face layout."""
+
+    name = "llava_onevision"
+    position_rows = 1
+
+    def frame_multiple(self, processor: Any) -> int:
+        """Frames are encoded one by one."""
+        return 1
+
+    def processor_options(self, processor: Any) -> dict[str, Any]:
+        """Nothing whose default changes."""
+        return {}
+
+    def video_token(self, processor: Any) -> str:
+        """The placeholder of one pooled feature, or of the newline."""
+        return str(processor.video_token)
+
+    def _content(self, before: str, after: str, video_token: str) -> list[dict[str, str]]:
+        """The family's template puts every video before every text, so text before it is written around a placeholder."""
+        if before:
+            return [{"type": "text", "text": f"{before}{video_token}{after}"}]
+        return super()._content(before, after, video_token)
+
+    def text_model(self, model: Any) -> Any:
+        """The decoder."""
+        return model.model.language_model
+
+    def embed_video(self, model: Any, inputs: ModelInputs) -> torch.Tensor:
+        """[V, hidden]: F * ceil(side / 2)^2 pooled features and the newline."""
+        device = next(model.model.vision_tower.parameters()).device
+        features = model.model.get_video_features(
+            inputs.tensors["pixel_values_videos"].to(device, model.dtype),
+            vision_feature_layer=model.config.vision_feature_layer,
+            vision_feature_select_strategy=model.config.vision_feature_select_strategy,
+            return_dict=True,
+        ).pooler_output
+        return torch.as_tensor(features)[0]
+
+    def positions(self, model: Any, inputs: ModelInputs) -> torch.Tensor:
+        """[1, S]: 0..S-1."""
+        return torch.arange(inputs.prompt_tokens)[None]
+
+    def geometry(self, model: Any, processor: Any) -> dict[str, Any]:
+        """Frame and patch size, normalisation, and which features of the tower are taken."""
+        vision, video = model.config.vision_config, processor.video_processor
+        return {
+            "image_size": vision.image_size,
+            "patch_size": vision.patch_size,
+            "vision_feature_select_strategy": model.config.vision_feature_select_strategy,
+            "image_mean": tuple(video.image_mean),
+            "image_std": tuple(video.image_std),
+        }

@@ -1,0 +1,218 @@
+"""Target + draft -> a ready captioner: families, dtype, devices, and the checks that a draft fits its target.
+
+Only safetensors are read, and no remote code is run unless asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+from specvlm.attention import ATTENTION, register_attention
+from specvlm.captioner import Captioner, ModelInfo
+from specvlm.config import FrameSettings
+from specvlm.drafts.base import Draft
+from specvlm.drafts.small_model import SmallModelDraft
+from specvlm.errors import ConfigError, IncompatibleDraftError, ModelLoadError
+from specvlm.families import family_of
+from specvlm.model import VideoLM
+from specvlm.preset import find_preset, presets
+from specvlm.stats import device_words
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Files up to this size are hashed whole to name a local checkpoint; of larger ones, both ends.
+_HASHED_WHOLE_BYTES = 1 << 26
+
+
+class _Source(NamedTuple):
+    """Where a checkpoint comes from, in the words of `from_pretrained`."""
+
+    name: str
+    revision: str | None
+    local_files_only: bool
+    trust_remote_code: bool
+
+    def options(self) -> dict[str, Any]:
+        """Keywords for `from_pretrained`."""
+        return {
+            "revision": self.revision,
+            "local_files_only": self.local_files_only,
+            "trust_remote_code": self.trust_remote_code,
+        }
+
+
+class _Loaded(NamedTuple):
+    model: VideoLM
+    processor: Any
+    revision: str | None
+
+
+def _one_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+def _guarded(source: _Source, what: str, loader: Any, **options: Any) -> Any:
+    """Call a `from_pretrained`; whatever it raises becomes one line."""
+    try:
+        return loader(source.name, **source.options(), **options)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        known = ", ".join(preset.name for preset in presets())
+        raise ModelLoadError(
+            f"{source.name}: cannot load {what} ({_one_line(error)}); "
+            f"give a preset ({known}), a folder with safetensors, or a hub id that this machine can reach"
+        ) from error
+
+
+def _fingerprint(folder: Path) -> str:
+    """Hash of a local checkpoint's config and weights; of large files, their sizes and both ends."""
+    digest = hashlib.sha256()
+    for file in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\n".encode())
+        with file.open("rb") as stream:
+            if size <= _HASHED_WHOLE_BYTES:
+                digest.update(stream.read())
+            else:
+                digest.update(stream.read(_HASHED_WHOLE_BYTES // 2))
+                stream.seek(-_HASHED_WHOLE_BYTES // 2, 2)
+                digest.update(stream.read())
+    return digest.hexdigest()[:16]
+
+
+def _revision(source: _Source, config: Any) -> str | None:
+    folder = Path(source.name)
+    return _fingerprint(folder) if folder.is_dir() else getattr(config, "_commit_hash", None)
+
+
+def _load_one(source: _Source, dtype: torch.dtype | str, device_map: Any) -> _Loaded:
+    """Load one checkpoint with this library's attention in its text model and stock sdpa in its vision tower."""
+    config = _guarded(source, "its config", AutoConfig.from_pretrained)
+    family = family_of(config, source.name)
+    processor = _guarded(source, "its processor", AutoProcessor.from_pretrained)
+    model = _guarded(
+        source,
+        "its weights",
+        AutoModelForImageTextToText.from_pretrained,
+        dtype=dtype,
+        device_map=device_map,
+        use_safetensors=True,
+        attn_implementation={"": "sdpa", "text_config": ATTENTION, "vision_config": "sdpa"},
+    )
+    model.eval().requires_grad_(False)
+    return _Loaded(VideoLM(model, family), processor, _revision(source, config))
+
+
+def _check_tokenizers(target: _Loaded, draft: _Loaded, target_name: str, draft_name: str) -> None:
+    ours, theirs = (one.processor.tokenizer.get_vocab() for one in (target, draft))
+    if ours == theirs:
+        return
+    token = min((ours.items() ^ theirs.items()), key=lambda item: item[1])[0]
+    raise IncompatibleDraftError(
+        f"{draft_name}: its tokenizer differs from that of {target_name} "
+        f"(token {token!r} is {theirs.get(token)} there, {ours.get(token)} here); "
+        "use a draft of the same family and tokenizer"
+    )
+
+
+def _check_draft(target: _Loaded, draft: _Loaded, target_name: str, draft_name: str) -> None:
+    """Refuse a draft that would guess other tokens or see other video tokens than the target."""
+    ours, theirs = target.model.family, draft.model.family
+    if ours.name != theirs.name:
+        raise IncompatibleDraftError(
+            f"{draft_name}: its family is {theirs.name}, that of {target_name} is {ours.name}; "
+            "use a draft of the same family"
+        )
+    _check_tokenizers(target, draft, target_name, draft_name)
+    here = ours.geometry(target.model.model, target.processor)
+    there = theirs.geometry(draft.model.model, draft.processor)
+    for key, value in here.items():
+        if there[key] != value:
+            raise IncompatibleDraftError(
+                f"{draft_name}: its {key} is {there[key]}, that of {target_name} is {value}; "
+                "use a draft that sees the same video tokens"
+            )
+
+
+def _default_device() -> str:
+    return "cuda:0" if torch.cuda.is_available() else "cpu"
+
+
+def _dtype(name: str, device: str) -> torch.dtype | str:
+    """`auto` is the checkpoint's own on GPUs and float32 on the CPU."""
+    if name == "auto":
+        return torch.float32 if device == "cpu" else "auto"
+    if name not in DTYPES:
+        raise ConfigError(f"dtype={name!r} is unknown; choose one of auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def load(
+    target: str,
+    *,
+    draft: str | None = None,
+    revision: str | None = None,
+    draft_revision: str | None = None,
+    dtype: str = "auto",
+    device_map: str | dict[str, Any] | None = None,
+    local_files_only: bool = False,
+    trust_remote_code: bool = False,
+) -> Captioner:
+    """Load a target and its draft.
+
+    Args:
+        target: A preset's name (see `presets`), a hub id, or a folder.
+        draft: A hub id or a folder; "none" for no draft; None takes the preset's own, or none.
+        revision: Branch, tag or commit of a hub target.
+        draft_revision: The same for the draft.
+        dtype: "auto" (the checkpoint's own on GPUs, float32 on the CPU), "float32", "bfloat16" or "float16".
+        device_map: As accelerate takes it, for the target; the draft goes where the target's logits come out.
+            None puts both on the first GPU, or on the CPU.
+        local_files_only: Never ask the hub.
+        trust_remote_code: Run code from the checkpoint; off.
+
+    Raises:
+        ConfigError: A setting is unknown.
+        ModelLoadError: A checkpoint is not there, not safetensors, or not readable.
+        UnknownFamilyError: The architecture is not supported.
+        IncompatibleDraftError: The draft does not fit the target.
+    """
+    register_attention()
+    preset = find_preset(target)
+    if preset is not None:
+        target, draft = preset.target, draft or preset.draft
+    draft_name = None if draft in (None, "none") else draft
+    device = _default_device()
+    kind = _dtype(dtype, device)
+    source = _Source(target, revision, local_files_only, trust_remote_code)
+    loaded = _load_one(source, kind, {"": device} if device_map is None else device_map)
+    guess, guess_revision = None, None
+    if draft_name is not None:
+        source = _Source(draft_name, draft_revision, local_files_only, trust_remote_code)
+        small = _load_one(source, loaded.model.dtype, {"": loaded.model.device})
+        _check_draft(loaded, small, target, draft_name)
+        guess, guess_revision = _small_model_draft(loaded, small), small.revision
+    family = loaded.model.family
+    info = ModelInfo(
+        target=target,
+        target_revision=loaded.revision,
+        draft=draft_name,
+        draft_revision=guess_revision,
+        family=family.name,
+        dtype=str(loaded.model.dtype).removeprefix("torch."),
+        device=device_words(loaded.model.device),
+        transformers_version=transformers.__version__,
+        processor_options=family.processor_options(loaded.processor),
+    )
+    frames = FrameSettings() if preset is None else preset.frames
+    return Captioner(loaded.model, loaded.processor, guess, info, frames)
+
+
+def _small_model_draft(target: _Loaded, draft: _Loaded) -> Draft:
+    """Padded vocabularies differ between sizes of one family; only what both have is guessed."""
+    return SmallModelDraft(draft.model, min(target.model.vocabulary, draft.model.vocabulary))

@@ -1,0 +1,85 @@
+"""Named pairs of target and draft, with the frames and the prompt that suit them. Imports neither torch nor models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from specvlm.config import FrameSettings
+from specvlm.demo import demo_folder
+
+_PROMPT = "Describe the video in detail."
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """One named pair.
+
+    Attributes:
+        name: What the user types.
+        target: Hub id or folder of the model whose captions these are.
+        draft: Hub id or folder of the model that guesses.
+        family: As `model_type` in config.json.
+        frames: Which frames to read.
+        prompt: Used where the user gives none.
+        notes: One line for a listing.
+    """
+
+    name: str
+    target: str
+    draft: str
+    family: str
+    frames: FrameSettings = field(default_factory=FrameSettings)
+    prompt: str = _PROMPT
+    notes: str = ""
+
+
+def _demo(name: str, family: str, prefix: str) -> Preset:
+    return Preset(
+        name,
+        str(demo_folder(f"{prefix}-target")),  # type: ignore[arg-type]
+        str(demo_folder(f"{prefix}-draft")),  # type: ignore[arg-type]
+        family,
+        FrameSettings(fps=2.0, max_frames=16),
+        notes="tiny pair that ships with the package; knows drawn shapes only",
+    )
+
+
+def _qwen(name: str, target: str, draft: str) -> Preset:
+    return Preset(
+        name,
+        f"Qwen/Qwen2.5-VL-{target}-Instruct",
+        f"Qwen/Qwen2.5-VL-{draft}-Instruct",
+        "qwen2_5_vl",
+        FrameSettings(fps=2.0, max_frames=128, max_pixels=360 * 640),
+    )
+
+
+def _llava(name: str, target: str, draft: str) -> Preset:
+    return Preset(
+        name,
+        f"llava-hf/llava-onevision-qwen2-{target}-ov-hf",
+        f"llava-hf/llava-onevision-qwen2-{draft}-ov-hf",
+        "llava_onevision",
+        FrameSettings(num_frames=32),
+    )
+
+
+_PRESETS = (
+    _demo("demo", "qwen2_5_vl", "qwen"),
+    _demo("demo-llava", "llava_onevision", "llava"),
+    _qwen("qwen2.5-vl-7b", "7B", "3B"),
+    _qwen("qwen2.5-vl-32b", "32B", "7B"),
+    _qwen("qwen2.5-vl-72b", "72B", "7B"),
+    _llava("llava-onevision-7b", "7b", "0.5b"),
+    _llava("llava-onevision-72b", "72b", "7b"),
+)
+
+
+def presets() -> tuple[Preset, ...]:
+    """All presets, the embedded demo pairs first."""
+    return _PRESETS
+
+
+def find_preset(name: str) -> Preset | None:
+    """The preset of this name, or None."""
+    return next((preset for preset in _PRESETS if preset.name == name), None)

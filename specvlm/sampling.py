@@ -1,0 +1,243 @@
+"""The token rule: one plain function from a model's logits to the token that it writes.
+
+Greedy takes the argmax. Sampling takes argmax(logits / T + g_i) with Gumbel noise g_i drawn from (seed, output
+index i) alone, so a caption depends on the target and the seed, never on draft, tree or pruning. Before either
+come the logits processors of the checkpoint's generation config, applied node by node, since what a node has seen
+depends on its path. It knows nothing of models or caches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from specvlm.config import GenerationSettings
+from specvlm.errors import ConfigError
+
+_REFUSED = {
+    "no_repeat_ngram_size": (None, 0),
+    "encoder_no_repeat_ngram_size": (None, 0),
+    "encoder_repetition_penalty": (None, 1.0),
+    "bad_words_ids": (None,),
+    "sequence_bias": (None,),
+    "guidance_scale": (None, 1, 1.0),
+    "forced_bos_token_id": (None,),
+    "remove_invalid_values": (None, False),
+    "exponential_decay_length_penalty": (None,),
+    "watermarking_config": (None,),
+    "num_beams": (None, 1),
+    "num_beam_groups": (None, 1),
+    "penalty_alpha": (None,),
+    "dola_layers": (None,),
+    "stop_strings": (None,),
+    "max_time": (None,),
+}
+_REFUSED_WHEN_SAMPLING = {
+    "typical_p": (None, 1.0),
+    "epsilon_cutoff": (None, 0.0),
+    "eta_cutoff": (None, 0.0),
+    "top_h": (None,),
+}
+
+
+class LogitsRules(NamedTuple):
+    """What the checkpoint's generation config asks of every token."""
+
+    repetition_penalty: float
+    suppress: tuple[int, ...]  # never written
+    suppress_first: tuple[int, ...]  # never written as the first token
+    min_tokens: int  # no end-of-sequence before this many tokens
+    forced_eos: tuple[int, ...]  # written as the last of max_new_tokens
+    eos: tuple[int, ...]
+    temperature: float  # 0: greedy
+    top_k: int  # 0: off
+    top_p: float  # 1: off
+    min_p: float  # 0: off
+
+
+def _refuse(config: Any, table: dict[str, tuple[Any, ...]]) -> None:
+    for name, harmless in table.items():
+        value = getattr(config, name, None)
+        if value not in harmless:
+            raise ConfigError(
+                f"the checkpoint's generation config sets {name}={value!r}, which cannot be honoured token by token "
+                f"in a tree; remove it from generation_config.json to caption without it"
+            )
+
+
+def _ids(value: int | Sequence[int] | None) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, int) else tuple(int(token) for token in value)
+
+
+def logits_rules(config: Any, settings: GenerationSettings, prompt_tokens: int) -> LogitsRules:
+    """Read a `transformers` GenerationConfig: honour or refuse, never ignore.
+
+    Raises:
+        ConfigError: It sets a logits processor that cannot be honoured; the message names it.
+    """
+    sampling = settings.temperature > 0
+    _refuse(config, _REFUSED)
+    if sampling:
+        _refuse(config, _REFUSED_WHEN_SAMPLING)
+    min_length = (getattr(config, "min_length", None) or 0) - prompt_tokens
+    top_k = settings.top_k if settings.top_k is not None else getattr(config, "top_k", None)
+    top_p, min_p = getattr(config, "top_p", None), getattr(config, "min_p", None)
+    return LogitsRules(
+        repetition_penalty=float(getattr(config, "repetition_penalty", None) or 1.0),
+        suppress=_ids(getattr(config, "suppress_tokens", None)),
+        suppress_first=_ids(getattr(config, "begin_suppress_tokens", None)),
+        min_tokens=max(getattr(config, "min_new_tokens", None) or 0, min_length, 0),
+        forced_eos=_ids(getattr(config, "forced_eos_token_id", None)),
+        eos=_ids(config.eos_token_id),
+        temperature=settings.temperature,
+        top_k=(top_k or 0) if sampling else 0,
+        top_p=(1.0 if top_p is None else top_p) if sampling else 1.0,
+        min_p=(min_p or 0.0) if sampling else 0.0,
+    )
+
+
+def gumbel_noise(seed: int, index: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    """Standard Gumbel noise, float32 [*index.shape, vocabulary], a function of (seed, index, token) alone.
+
+    The same on every device: a counter-based integer hash (the finaliser of MurmurHash3, twice), no generator state.
+    """
+    state = _mix(_mix(_mix(index) ^ (seed & 0xFFFFFFFF)) ^ (seed >> 32))
+    token = _mix(torch.arange(vocabulary, device=index.device))
+    bits = _mix(_mix(state[..., None] ^ token) ^ token)
+    uniform = (bits.double() + 0.5) / 2.0**32
+    return -torch.log(-torch.log(uniform)).float()
+
+
+def _mix(value: torch.Tensor) -> torch.Tensor:
+    """MurmurHash3's 32-bit finaliser on int64 tensors that hold unsigned 32-bit values."""
+    value = value & 0xFFFFFFFF
+    value = (value ^ (value >> 16)) * 0x85EBCA6B & 0xFFFFFFFF
+    value = (value ^ (value >> 13)) * 0xC2B2AE35 & 0xFFFFFFFF
+    return value ^ (value >> 16)
+
+
+@dataclass(slots=True)
+class _Round:
+    """What holds for all nodes of one round."""
+
+    first_index: torch.Tensor  # int64 [B], output index of the token that the root's logits choose
+    noise: torch.Tensor | None  # [B, D + 1, C], Gumbel noise by depth
+
+
+class TokenRule:
+    """The rule for B rows. Target and draft share it, so that the draft guesses under the target's own rules."""
+
+    def __init__(
+        self,
+        rules: LogitsRules,
+        settings: GenerationSettings,
+        prompts: Sequence[torch.Tensor],
+        vocabulary: int,
+        device: torch.device,
+    ) -> None:
+        """`prompts`: int64 [S_b] per row, whose tokens count as seen for the repetition penalty."""
+        self._rules, self._settings = rules, settings
+        self._vocabulary, self._device = vocabulary, device
+        self._penalised = rules.repetition_penalty != 1.0
+        self._indexed = bool(rules.suppress_first or rules.min_tokens or rules.forced_eos)
+        self._round = _Round(torch.zeros(len(prompts), dtype=torch.long, device=device), None)
+        # One column more than tokens, where marks that are not to count go.
+        self._seen = torch.zeros(len(prompts), vocabulary + 1, dtype=torch.bool, device=device)
+        for row, prompt in enumerate(prompts):
+            self._seen[row, prompt.to(device)] = True
+        self._suppress = self._column(rules.suppress)
+        self._suppress_first = self._column(rules.suppress_first)
+        self._no_eos = self._column(rules.eos)
+        self._not_forced = ~self._column(rules.forced_eos)
+
+    def _column(self, tokens: Sequence[int]) -> torch.Tensor:
+        """Token ids -> bool [C]; ids beyond the vocabulary cannot be written anyway."""
+        column = torch.zeros(self._vocabulary, dtype=torch.bool, device=self._device)
+        column[[token for token in tokens if token < self._vocabulary]] = True
+        return column
+
+    def begin_round(self, first_index: torch.Tensor, depth: int) -> None:
+        """Start a round whose root's logits choose the output tokens `first_index` [B]."""
+        noise = None
+        if self._rules.temperature > 0:
+            index = first_index[:, None] + torch.arange(depth + 1, device=self._device)
+            noise = gumbel_noise(self._settings.seed, index, self._vocabulary)
+        self._round = _Round(first_index, noise)
+
+    def scores(self, logits: torch.Tensor, depths: torch.Tensor, path: torch.Tensor) -> torch.Tensor:
+        """Logits [B, n, c] -> scores float32 [B, n, c] whose argmax is the token; c may be a shorter, shared vocabulary.
+
+        Args:
+            logits: Of n nodes.
+            depths: int64 [B, n] below the root.
+            path: int64 [B, n, m], tokens that a node has seen beyond the committed ones. Repeats are harmless, and so
+                are committed tokens; that is how paths of different length fit one tensor.
+        """
+        out = logits.float()
+        if self._penalised:
+            out = self._penalise(out, path)
+        if self._indexed:
+            out = self._by_index(out, self._round.first_index[:, None] + depths)
+        if self._rules.suppress:
+            out = out.masked_fill(self._suppress[: out.shape[-1]], float("-inf"))
+        if self._round.noise is not None:
+            out = self._perturb(out, depths)
+        return out
+
+    def _penalise(self, logits: torch.Tensor, path: torch.Tensor) -> torch.Tensor:
+        """Divide positive and multiply negative logits of seen tokens (CTRL, arXiv 1909.05858), as stock does."""
+        penalty = self._rules.repetition_penalty
+        width = logits.shape[-1]
+        lowered = torch.where(logits < 0, logits * penalty, logits / penalty)
+        out = torch.where(self._seen[:, None, :width], lowered, logits)
+        if path.shape[-1] == 0:
+            return out
+        # A draft's shorter vocabulary may lack a token of the path; its mark then falls on a neighbour unchanged.
+        inside = path.clamp(max=width - 1)
+        value = torch.where(path < width, lowered.gather(2, inside), out.gather(2, inside))
+        return out.scatter(2, inside, value)
+
+    def _by_index(self, logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """Rules that hold at some output indices only. `index`: int64 [B, n]."""
+        rules, width, low = self._rules, logits.shape[-1], float("-inf")
+        at = index[..., None]
+        if rules.min_tokens:
+            logits = logits.masked_fill((at < rules.min_tokens) & self._no_eos[:width], low)
+        if rules.forced_eos:
+            last = self._settings.max_new_tokens - 1
+            logits = torch.where((at == last) & ~self._not_forced[:width], 0.0, logits)
+            logits = logits.masked_fill((at == last) & self._not_forced[:width], low)
+        if rules.suppress_first:
+            logits = logits.masked_fill((at == 0) & self._suppress_first[:width], low)
+        return logits
+
+    def _perturb(self, logits: torch.Tensor, depths: torch.Tensor) -> torch.Tensor:
+        """Temperature, top-k, top-p, min-p, in stock's order, then the noise of each node's output index."""
+        assert self._round.noise is not None
+        rules, width, low = self._rules, logits.shape[-1], float("-inf")
+        logits = logits / rules.temperature
+        if rules.top_k:
+            kth = logits.topk(min(rules.top_k, width), dim=-1).values[..., -1:]
+            logits = logits.masked_fill(logits < kth, low)
+        if rules.top_p < 1.0:
+            ascending = logits.sort(dim=-1)
+            drop = ascending.values.softmax(dim=-1).cumsum(dim=-1) <= 1 - rules.top_p
+            drop[..., -1] = False
+            logits = logits.masked_fill(torch.zeros_like(drop).scatter(2, ascending.indices, drop), low)
+        if rules.min_p:
+            probabilities = logits.softmax(dim=-1)
+            logits = logits.masked_fill(probabilities < rules.min_p * probabilities.amax(-1, keepdim=True), low)
+        row = torch.arange(logits.shape[0], device=logits.device)[:, None]
+        return logits + self._round.noise[row, depths, :width]
+
+    def commit(self, tokens: torch.Tensor, count: torch.Tensor) -> None:
+        """Mark the first `count` [B] of `tokens` [B, m] as seen."""
+        if not self._penalised:
+            return
+        counted = torch.arange(tokens.shape[1], device=tokens.device) < count[:, None]
+        self._seen.scatter_(1, torch.where(counted, tokens, self._vocabulary), True)

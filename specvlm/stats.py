@@ -1,0 +1,74 @@
+"""Where the time goes: a clock of named stages that never makes the device wait, and the memory figures."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class StageClock:
+    """Sums wall time per stage.
+
+    On CUDA, stages inside a round are measured with events and read at the end, so that measuring adds no
+    synchronisation; elsewhere with the host's monotonic clock.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        """`device`: where the timed work runs."""
+        self._cuda = device.type == "cuda"
+        self._host_s: dict[str, float] = {}
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a piece of device work."""
+        if not self._cuda:
+            with self.host_stage(name):
+                yield
+            return
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        yield
+        end.record()
+        self._events.append((name, begin, end))
+
+    @contextmanager
+    def host_stage(self, name: str) -> Iterator[None]:
+        """Time a piece of host work, or device work that ends in a synchronisation."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._host_s[name] = self._host_s.get(name, 0.0) + time.perf_counter() - start
+
+    def seconds(self, name: str) -> float:
+        """Time of a stage so far. Synchronises on CUDA."""
+        total = self._host_s.get(name, 0.0)
+        if self._events:
+            torch.cuda.synchronize()
+            total += sum(b.elapsed_time(e) for stage, b, e in self._events if stage == name) / 1000.0
+        return total
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Start a new peak where the device's allocator can; a process's own peak cannot be reset."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak of the device's allocator since the last reset (CUDA), or of this process since its start."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def device_words(device: torch.device) -> str:
+    """The device in words, e.g. `cpu` or `NVIDIA H200`."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

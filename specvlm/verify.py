@@ -1,0 +1,40 @@
+"""Which guesses the target accepts. Pure functions of tensors: no model, clock or cache."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from specvlm.tree import Guesses
+
+
+class Accepted(NamedTuple):
+    """The longest path on which every node is the target's own choice."""
+
+    path: torch.Tensor  # int64 [B, D + 1], node index at each depth, the root first; past `count` meaningless
+    count: torch.Tensor  # int64 [B], accepted guesses on it, 0..D
+    tokens: torch.Tensor  # int64 [B, D + 1], what the caption gains: accepted guesses, then the bonus token
+    last: torch.Tensor  # int64 [B], node index of the path's end, whose choice is the bonus token
+
+
+def accept(guesses: Guesses, choices: torch.Tensor, depth: int) -> Accepted:
+    """Accept the nodes that equal the target's choice at their parent, and all of whose ancestors do.
+
+    Args:
+        guesses: A tree of N nodes; the children of a node are distinct tokens.
+        choices: int64 [B, N], the token that the target writes after each node.
+        depth: D.
+    """
+    match = guesses.tokens == choices.gather(1, guesses.parents)
+    match[:, 0] = True
+    accepted = ~(guesses.ancestors & ~match[:, None, :]).any(dim=-1)  # [B, N]
+    count, last = (guesses.depths * accepted).max(dim=1)
+    above = guesses.ancestors.gather(1, last[:, None, None].expand(-1, 1, guesses.tokens.shape[1])).squeeze(1)
+    levels = torch.arange(depth + 1, device=choices.device)
+    on_path = above[:, None, :] & (guesses.depths[:, None, :] == levels[:, None])  # [B, D + 1, N]
+    path = on_path.to(torch.uint8).argmax(dim=-1)
+    bonus = choices.gather(1, last[:, None])
+    following = guesses.tokens.gather(1, path.roll(-1, dims=1))
+    tokens = torch.where(levels < count[:, None], following, bonus)
+    return Accepted(path, count, tokens, last)
