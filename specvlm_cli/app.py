@@ -1,0 +1,81 @@
+"""The `specvlm` command: the Typer app, and the one place where an error becomes a line and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from specvlm.errors import ConfigError, IncompatibleDraftError, PromptError, SpecvlmError
+from specvlm_cli.commands.caption import caption
+from specvlm_cli.exits import CommandError, ExitCode
+from specvlm_cli.talk import error_line
+
+app = typer.Typer(
+    name="specvlm",
+    help="Caption folders of videos with a large video LLM: the stock model's tokens, in less time.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+app.command(name="caption", no_args_is_help=True)(caption)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from specvlm import __version__
+
+        print(f"specvlm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
+    ] = False,
+) -> None:
+    pass
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        return int(app(args=given, prog_name="specvlm", standalone_mode=False) or 0)
+    except BrokenPipeError:  # the reader of our output has gone; there is nobody to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ExitCode.FATAL
+    except Exception as error:
+        if _verbose(given):
+            traceback.print_exc()
+        message, code = _explained(error)
+        error_line(message)
+        return code
+
+
+def _verbose(arguments: Sequence[str]) -> bool:
+    return "-v" in arguments or "--verbose" in arguments or bool(os.environ.get("SPECVLM_VERBOSE"))
+
+
+def _explained(error: Exception) -> tuple[str, ExitCode]:
+    """Return the one line and the exit code for an error that ended a command."""
+    if isinstance(error, CommandError):
+        return str(error), error.code
+    if isinstance(error, typer.TyperException):
+        return error.format_message(), ExitCode.USAGE
+    if isinstance(error, (ConfigError, IncompatibleDraftError, PromptError)):
+        return str(error), ExitCode.USAGE
+    if isinstance(error, SpecvlmError):
+        return str(error), ExitCode.FATAL
+    if isinstance(error, sqlite3.OperationalError) and error.sqlite_errorcode == sqlite3.SQLITE_BUSY:
+        return "the ledger is in use by another program; close it there, then start again", ExitCode.STOPPED
+    if isinstance(error, (OSError, sqlite3.Error)):
+        return f"{error}; what was captioned so far is kept, start again once this is mended", ExitCode.FATAL
+    return f"{type(error).__name__}: {error}; run it with -v for the traceback", ExitCode.FATAL

@@ -1,0 +1,56 @@
+"""The plain baseline of a run: which videos get one, in which order, and what the two runs say together.
+
+Both runs decode the same prepared input in the same process. So that neither profits from being second,
+videos whose id is odd are decoded plainly first, the others with the draft first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+from specvlm.records import Caption
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One video, decoded plainly and with the draft.
+
+    Attributes:
+        baseline_token_s: Plain time per token after the first; None for a caption of one token.
+        baseline_decode_s: Plain time of everything after the first token.
+        decode_speedup: Plain time per token / speculative time per token, both after the first token. With
+            equal tokens, which `exact_match` says, this is baseline_decode_s / decode_s.
+        e2e_speedup: Plain total_s / speculative total_s. Reading and preprocessing were done once and count
+            fully in both; so do vision, prefill and, on the speculative side, the draft's own prefill.
+        exact_match: The same token ids, the end-of-sequence token included.
+    """
+
+    baseline_token_s: float | None
+    baseline_decode_s: float
+    decode_speedup: float | None
+    e2e_speedup: float
+    exact_match: bool
+
+
+def sampled(item_id: str, share: float) -> bool:
+    """Say whether this video gets a baseline: the same ones at every start, and more for a larger share."""
+    digest = hashlib.sha256(f"baseline {item_id}".encode()).digest()
+    return int.from_bytes(digest[:8]) < share * 2**64
+
+
+def plain_first(item_id: str) -> bool:
+    """Say whether this video is decoded plainly before it is decoded with the draft."""
+    return int(item_id[-1], 16) % 2 == 1
+
+
+def compare(caption: Caption, plain: Caption) -> Comparison:
+    """Compare the two captions of one prepared video."""
+    ours, theirs = caption.stats.token_s, plain.stats.token_s
+    return Comparison(
+        baseline_token_s=theirs,
+        baseline_decode_s=plain.stats.decode_s,
+        decode_speedup=theirs / ours if ours and theirs else None,
+        e2e_speedup=plain.stats.total_s / caption.stats.total_s,
+        exact_match=caption.token_ids == plain.token_ids,
+    )

@@ -1,0 +1,22 @@
+"""Files that survive a power cut: content first, then the name, then the folder that holds the name."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Give a finished file its name, in one step."""
+    sync(temporary)
+    os.replace(temporary, final)
+    sync(final.parent)

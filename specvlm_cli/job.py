@@ -1,0 +1,259 @@
+"""One start of `specvlm caption`, from the videos to the outcome: open the folder, see what is left, do it.
+
+What can be known without a model is found out before one is loaded, and what can be known without writing
+before anything is written: a start on a finished run touches no file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from os import fsdecode
+from os.path import lexists
+from pathlib import Path
+from typing import Literal, Protocol
+
+from specvlm_cli.discover import Item
+from specvlm_cli.engine import Engine
+from specvlm_cli.exits import ExitCode, UsageError
+from specvlm_cli.ledger import Ledger
+from specvlm_cli.results import Outcome
+from specvlm_cli.rows import Provenance
+from specvlm_cli.run_folder import RunFile, RunFolder
+from specvlm_cli.runner import Policy, Reporter, Runner
+from specvlm_cli.settings import CaptionSettings, Plain, config_hash, differences
+from specvlm_cli.stopping import Stop, listening
+from specvlm_cli.text import clean
+
+ChangePolicy = Literal["error", "reuse", "new"]
+LoadEngine = Callable[[], Engine]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What one start is asked to do.
+
+    Attributes:
+        items: The videos.
+        out: The run folder.
+        settings: What captions depend on, and how they are made.
+        policy: How to work through the videos.
+        version: Version of specvlm, for the rows.
+        overwrite: Caption all given videos anew.
+        retry_failed: Try the given videos again that failed before.
+        on_config_change: What to do where the folder holds captions made with other settings.
+        max_failures_share: Stop once this share of the videos to do has failed; None: see
+            `policy.max_failures`.
+        exit_zero: Failed videos do not change the exit code.
+    """
+
+    items: Sequence[Item]
+    out: Path
+    settings: CaptionSettings
+    policy: Policy
+    version: str
+    overwrite: bool = False
+    retry_failed: bool = False
+    on_config_change: ChangePolicy = "error"
+    max_failures_share: float | None = None
+    exit_zero: bool = False
+
+
+class Display(Reporter, Protocol):
+    """A reporter that is on show while a run works."""
+
+    def working(self, todo: int) -> AbstractContextManager[None]:
+        """Show progress while the block runs."""
+
+    def note(self, message: str) -> None:
+        """Say something that is worth a line."""
+
+
+def run(request: Request, load_engine: LoadEngine, display: Display) -> Outcome:
+    """Caption what is to be captioned, and say how it ended.
+
+    Raises:
+        CommandError: The start could not be made, or could not go on.
+    """
+    started = time.monotonic()
+    folder = choose_folder(request)
+    if str(folder.root) != str(request.out):
+        display.note(f"settings changed: captions go to {clean(str(folder.root))}")
+    if (outcome := _nothing_to_do(request, folder)) is not None:
+        return outcome
+    run_id = uuid.uuid4().hex
+    with folder.locked(run_id), folder.open() as ledger:
+        _settle(request, folder, ledger)
+        outcome = _work(request, folder, ledger, run_id, load_engine, display)
+    return replace(outcome, wall_s=time.monotonic() - started)
+
+
+def plan(request: Request) -> tuple[Outcome, list[bytes]]:
+    """Say what a start would do, touching nothing: how things stand, and the paths it would work on.
+
+    Raises:
+        CommandError: The start would fail.
+    """
+    folder = choose_folder(request)
+    with folder.preview() as ledger:
+        ledger.want(request.items)
+        _refuse_changes(request, folder, ledger)
+        paths = ledger.paths_to_do(request.overwrite, request.retry_failed, request.policy.limit)
+        return _outcome(request, folder, ledger), paths
+
+
+def choose_folder(request: Request) -> RunFolder:
+    """Return the run folder: OUT, or with `--on-config-change new` a sibling named after the new settings."""
+    folder = RunFolder(request.out)
+    known = folder.read()
+    fingerprint = request.settings.fingerprint()
+    if known is None or known.settings == fingerprint or request.on_config_change != "new":
+        return folder
+    out = request.out.absolute()
+    return RunFolder(out.with_name(f"{out.name}-{config_hash(fingerprint)[:8]}"))
+
+
+def _nothing_to_do(request: Request, folder: RunFolder) -> Outcome | None:
+    """Return the outcome where this start has nothing to do, having touched nothing; else None."""
+    if not request.items:
+        return Outcome(ExitCode.OK, str(folder.root), found=0, done=0, failed=0, pending=0)
+    ledger = folder.peek()
+    if ledger is None:
+        return None
+    with ledger:
+        ledger.want(request.items)
+        _refuse_changes(request, folder, ledger)
+        if ledger.paths_to_do(request.overwrite, request.retry_failed, 1) or not folder.parts.in_order(
+            ledger
+        ):
+            return None
+        return _outcome(request, folder, ledger)
+
+
+def _settle(request: Request, folder: RunFolder, ledger: Ledger) -> None:
+    """Bring ledger and files into the state from which work can begin."""
+    ledger.want(request.items)
+    _refuse_changes(request, folder, ledger)
+    ledger.recover()
+    if request.overwrite:
+        ledger.start_over()
+    if request.retry_failed:
+        ledger.retry_failed()
+    ledger.register()
+    folder.parts.repair(ledger)
+
+
+def _work(
+    request: Request,
+    folder: RunFolder,
+    ledger: Ledger,
+    run_id: str,
+    load_engine: LoadEngine,
+    display: Display,
+) -> Outcome:
+    todo = len(ledger.paths_to_do(False, False, request.policy.limit))
+    if not todo:
+        folder.parts.close_part(ledger, request.policy.part_rows)
+        folder.parts.write_failures(ledger)
+        return _outcome(request, folder, ledger)
+    with listening() as stop:
+        engine = load_engine()
+        _write_settings(request, folder, ledger, engine)
+        policy = replace(request.policy, max_failures=_most_failures(request, todo))
+        provenance = _provenance(request, engine, run_id)
+        runner = Runner(ledger, folder.parts, engine, policy, provenance, display)
+        with display.working(todo):
+            runner.run(stop)
+    outcome = _outcome(request, folder, ledger)
+    return replace(
+        outcome,
+        exit_code=_exit_code(request, outcome, stop, runner),
+        failed_now=runner.failed,
+        figures=runner.tally.figures(),
+        stopped=runner.stopped,
+    )
+
+
+def _exit_code(request: Request, outcome: Outcome, stop: Stop, runner: Runner) -> ExitCode:
+    if stop.reason is not None and outcome.pending:
+        return ExitCode.STOPPED
+    if runner.stopped == "max-failures":
+        return ExitCode.TOO_MANY_FAILED
+    return ExitCode.SOME_FAILED if outcome.failed and not request.exit_zero else ExitCode.OK
+
+
+def _most_failures(request: Request, todo: int) -> int | None:
+    share = request.max_failures_share
+    return request.policy.max_failures if share is None else max(1, math.ceil(share * todo))
+
+
+def _outcome(request: Request, folder: RunFolder, ledger: Ledger) -> Outcome:
+    counts = ledger.counts()
+    pending = counts["pending"] + counts["running"]
+    return Outcome(
+        ExitCode.OK, str(folder.root), len(request.items), counts["done"], counts["failed"], pending
+    )
+
+
+def _provenance(request: Request, engine: Engine, run_id: str) -> Provenance:
+    models = engine.models
+    return Provenance(
+        target_model=models.target,
+        target_revision=models.target_revision,
+        draft_model=models.draft,
+        prompt=request.settings.prompt,
+        config_hash=config_hash(request.settings.fingerprint()),
+        specvlm_version=request.version,
+        run_id=run_id,
+    )
+
+
+def _write_settings(request: Request, folder: RunFolder, ledger: Ledger, engine: Engine) -> None:
+    """Record settings and what the models turned out to be; a target changed under its name is a change."""
+    resolved: Plain = json.loads(json.dumps(engine.models.resolved, default=str))
+    known = folder.read()
+    changes = differences(known.resolved, resolved) if known is not None else []
+    if changes and request.on_config_change != "reuse" and ledger.captions_kept(request.overwrite):
+        raise UsageError(
+            f"{_shown(folder)}: the loaded target is not that of the captions there: {'; '.join(changes)}; "
+            "pin it with --revision and --dtype, or accept both with --on-config-change reuse"
+        )
+    fingerprint = request.settings.fingerprint()
+    folder.write(RunFile(fingerprint, config_hash(fingerprint), resolved))
+
+
+def _refuse_changes(request: Request, folder: RunFolder, ledger: Ledger) -> None:
+    """Refuse to mix captions of other settings, or of another video with the same id, into one run."""
+    _refuse_other_video(ledger)
+    fingerprint = request.settings.fingerprint()
+    known = folder.read()
+    if request.on_config_change == "reuse" or (known is not None and known.settings == fingerprint):
+        return
+    if not ledger.captions_kept(request.overwrite):
+        return
+    if known is None and ledger.config_hashes() == {config_hash(fingerprint)}:
+        return
+    changes = "; ".join(differences(known.settings, fingerprint)) if known else "its run.json is gone"
+    raise UsageError(
+        f"{_shown(folder)} holds captions made with other settings: {clean(changes)}; give the old value, or "
+        "--on-config-change reuse (keep them, go on with the new value) or new (a new folder beside it)"
+    )
+
+
+def _refuse_other_video(ledger: Ledger) -> None:
+    """A video that moved keeps its caption; where the old path is still there, it is another video."""
+    for then, now in ledger.moved():
+        if lexists(then):
+            raise UsageError(
+                f"{clean(fsdecode(now))} would have the id of {clean(fsdecode(then))}, known already; "
+                "give the folder above both, or another -o folder"
+            )
+
+
+def _shown(folder: RunFolder) -> str:
+    return clean(str(folder.root))

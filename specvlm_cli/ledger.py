@@ -1,0 +1,425 @@
+"""The ledger: what is to be done, what is done, and the captions, in one SQLite file with one writer.
+
+A caption is stored in the very transaction that marks its video done, so a crash can lose neither without the
+other. Rollback journal and synchronous=FULL: a committed caption survives a power cut, and no version of
+SQLite can corrupt the file the way write-ahead logs could before 3.51.3. Every write takes its lock at once
+(BEGIN IMMEDIATE).
+
+It knows rows as plain dicts and parts as names; it reads no video and writes no Parquet.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Self
+
+from sqlite_utils import Database
+
+from specvlm_cli.discover import Item
+from specvlm_cli.exits import FatalError
+from specvlm_cli.migrations import STEPS, migrate, schema_version
+
+Row = dict[str, Any]
+
+MOST_CRASHES = 3  # a video in whose company the process died this often is not tried again
+BUSY_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """One video to caption."""
+
+    ordinal: int  # its place in the ledger
+    item: Item
+    attempts: int  # this one included
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a video has no caption."""
+
+    stage: str  # open, decode, preprocess, generate or write
+    error_type: str
+    error: str  # one line
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A finished file of the run folder."""
+
+    name: str  # path inside the run folder
+    sha256: str
+    rows: int
+    size_bytes: int
+
+
+class Ledger:
+    """One open ledger. Only the holder of the run folder's lock may open it for writing."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._db = Database(connection, execute_plugins=False)
+        self._db.execute("PRAGMA temp_store = MEMORY")
+        self._db.execute(
+            """CREATE TEMP TABLE wanted (
+                 id TEXT PRIMARY KEY, path BLOB NOT NULL, start_s REAL, end_s REAL) STRICT"""
+        )
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Open an existing ledger for writing; a journal that a crash left is rolled back by SQLite.
+
+        Raises:
+            FatalError: The file is damaged, is no ledger, or is one of a newer version.
+        """
+        connection = _connect(path, "rw")
+        try:
+            _check(connection)
+            migrate(Database(connection, execute_plugins=False))
+        except (FatalError, sqlite3.DatabaseError) as error:
+            connection.close()
+            raise _refused(path, error) from error
+        return cls(connection)
+
+    @classmethod
+    def create(cls, path: Path) -> Self:
+        """Make an empty ledger in a new file."""
+        connection = _connect(path, "rwc")
+        migrate(Database(connection, execute_plugins=False))
+        return cls(connection)
+
+    @classmethod
+    def in_memory(cls) -> Self:
+        """Make an empty ledger that is gone when it is closed."""
+        connection = sqlite3.connect(":memory:", isolation_level=None)
+        migrate(Database(connection, execute_plugins=False))
+        return cls(connection)
+
+    @classmethod
+    def peek(cls, path: Path) -> Self | None:
+        """Open for reading, touching no file; None where only an opening for writing can tell the state."""
+        try:
+            connection = _connect(path, "ro")
+            try:
+                if schema_version(Database(connection, execute_plugins=False)) == len(STEPS):
+                    return cls(connection)
+            except (FatalError, sqlite3.DatabaseError):
+                pass
+            connection.close()
+        except sqlite3.OperationalError:
+            pass
+        return None
+
+    def close(self) -> None:
+        self._db.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """One transaction whose write lock is taken first, so that it cannot fail half way for want of it."""
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._db.commit()
+        except BaseException:
+            with suppress(sqlite3.Error):  # SQLite may have rolled back by itself, e.g. when the disk is full
+                self._db.rollback()
+            raise
+
+    def _one(self, sql: str, *values: object) -> Any:
+        return self._db.execute(sql, values).fetchone()[0]
+
+    # What is wanted by this run
+
+    def want(self, items: Iterable[Item]) -> None:
+        """Say which videos this run is about. Kept in memory only: it changes nothing on disk."""
+        with self._db.atomic():
+            self._db.conn.executemany(
+                "INSERT INTO wanted (id, path, start_s, end_s) VALUES (?, ?, ?, ?)",
+                ((item.id, item.path, item.start_s, item.end_s) for item in items),
+            )
+
+    def moved(self) -> list[tuple[bytes, bytes]]:
+        """Return (path then, path now) of wanted videos that the ledger knows by their id at another path."""
+        sql = "SELECT item.path, wanted.path FROM wanted JOIN item USING (id) WHERE item.path != wanted.path"
+        return [(bytes(then), bytes(now)) for then, now in self._db.execute(sql)]
+
+    def counts(self) -> dict[str, int]:
+        """Return how many wanted videos are pending (new ones included), running, done, failed."""
+        sql = """SELECT coalesce(item.state, 'pending'), count(*)
+                 FROM wanted LEFT JOIN item USING (id) GROUP BY 1"""
+        return {"pending": 0, "running": 0, "done": 0, "failed": 0} | dict(self._db.execute(sql).fetchall())
+
+    def paths_to_do(self, overwrite: bool, retry_failed: bool, limit: int | None) -> list[bytes]:
+        """Return the paths of the wanted videos that a start would work on, in order."""
+        states = "pending running" + " failed" * (retry_failed or overwrite) + " done" * overwrite
+        sql = """SELECT wanted.path FROM wanted LEFT JOIN item USING (id)
+                 WHERE instr(?, coalesce(item.state, 'pending'))
+                 ORDER BY item.ordinal IS NULL, item.ordinal, wanted.rowid LIMIT ?"""
+        return [bytes(path) for (path,) in self._db.execute(sql, (states, -1 if limit is None else limit))]
+
+    def register(self) -> None:
+        """Add the wanted videos that are new, and follow those that moved."""
+        with self._writing():
+            self._db.execute(
+                """INSERT INTO item (id, path, start_s, end_s)
+                   SELECT id, path, start_s, end_s FROM wanted WHERE id NOT IN (SELECT id FROM item)
+                   ORDER BY rowid"""
+            )
+            self._db.execute(
+                """UPDATE item SET path = wanted.path FROM wanted
+                   WHERE item.id = wanted.id AND item.path != wanted.path"""
+            )
+
+    def captions_kept(self, overwrite: bool) -> int:
+        """Return how many captions are there, leaving out those that an overwriting run makes anew."""
+        if not overwrite:
+            return int(self._one("SELECT count(*) FROM caption"))
+        sql = """SELECT count(*) FROM caption JOIN item ON item.ordinal = caption.item
+                 WHERE item.id NOT IN (SELECT id FROM wanted)"""
+        return int(self._one(sql))
+
+    def config_hashes(self) -> set[str]:
+        """Return the settings, by their hash, with which the captions were made."""
+        sql = "SELECT DISTINCT json_extract(row, '$.config_hash') FROM caption"
+        return {digest for (digest,) in self._db.execute(sql)}
+
+    # One video at a time
+
+    def claim(self, after: int) -> Claim | None:
+        """Mark the next pending wanted video after `after` as running and return it; None: there is none."""
+        sql = """SELECT ordinal, id, item.path, item.start_s, item.end_s, attempts
+                 FROM item JOIN wanted USING (id)
+                 WHERE state = 'pending' AND ordinal > ? ORDER BY ordinal LIMIT 1"""
+        with self._writing():
+            found = self._db.execute(sql, (after,)).fetchone()
+            if found is None:
+                return None
+            self._db.execute(
+                "UPDATE item SET state = 'running', attempts = attempts + 1 WHERE ordinal = ?", (found[0],)
+            )
+        ordinal, identity, path, start_s, end_s, attempts = found
+        return Claim(ordinal, Item(identity, bytes(path), start_s, end_s), attempts + 1)
+
+    def release(self, claim: Claim) -> None:
+        """Put a video back that was claimed and given up by choice; that is no crash."""
+        with self._writing():
+            self._db.execute("UPDATE item SET state = 'pending' WHERE ordinal = ?", (claim.ordinal,))
+
+    def finish(self, claim: Claim, rows: Sequence[Row]) -> None:
+        """Store the captions of one video, one row for each prompt, and mark it done: both or neither."""
+        with self._writing():
+            self._store(claim.ordinal, rows, None)
+            self._db.execute(
+                """UPDATE item
+                   SET state = 'done', crashes = 0, stage = NULL, error_type = NULL, error = NULL, at = ?
+                   WHERE ordinal = ?""",
+                (_now(), claim.ordinal),
+            )
+
+    def _store(self, ordinal: int, rows: Sequence[Row], part: str | None, *, twice: str = "ABORT") -> int:
+        """Insert caption rows and return how many went in; `twice` says what becomes of one that is there."""
+        sql = f"INSERT OR {twice} INTO caption (item, prompt_index, row, part) VALUES (?, ?, ?, ?)"
+        values = [(ordinal, row["prompt_index"], json.dumps(row), part) for row in rows]
+        return sum(self._db.execute(sql, value).rowcount for value in values)
+
+    def fail(self, claim: Claim, failure: Failure) -> None:
+        """Store why a video has no caption, and mark it failed."""
+        with self._writing():
+            self._db.execute(
+                """UPDATE item
+                   SET state = 'failed', stage = ?, error_type = ?, error = ?, at = ?, reported = 0
+                   WHERE ordinal = ?""",
+                (failure.stage, failure.error_type, failure.error, _now(), claim.ordinal),
+            )
+
+    # Starting again
+
+    def recover(self) -> None:
+        """Put back what a crash left running; a video that was there at every one of three crashes fails."""
+        with self._writing():
+            self._db.execute(
+                "UPDATE item SET crashes = crashes + 1, state = 'pending' WHERE state = 'running'"
+            )
+            self._db.execute(
+                """UPDATE item
+                   SET state = 'failed', stage = 'generate', error_type = 'crash_suspect',
+                       at = ?, reported = 0,
+                       error = 'the process died ' || crashes || ' times while it worked on this video'
+                   WHERE state = 'pending' AND crashes >= ?""",
+                (_now(), MOST_CRASHES),
+            )
+
+    def retry_failed(self) -> None:
+        """Make the wanted videos that failed pending again."""
+        with self._writing():
+            self._db.execute(
+                """UPDATE item SET state = 'pending', crashes = 0
+                   WHERE state = 'failed' AND id IN (SELECT id FROM wanted)"""
+            )
+
+    def start_over(self) -> None:
+        """Forget captions and failures of the wanted videos; parts that hold some are written anew."""
+        ours = "SELECT ordinal FROM item WHERE id IN (SELECT id FROM wanted)"
+        with self._writing():
+            for name in self._names(
+                f"SELECT DISTINCT part FROM caption WHERE part IS NOT NULL AND item IN ({ours})"
+            ):
+                self._drop_part(name)
+            self._db.execute(f"DELETE FROM caption WHERE item IN ({ours})")
+            self._db.execute(
+                f"UPDATE item SET state = 'pending', attempts = 0, crashes = 0 WHERE ordinal IN ({ours})"
+            )
+
+    def _names(self, sql: str) -> list[str]:
+        return [name for (name,) in self._db.execute(sql).fetchall()]
+
+    # Parts: files that are derived from the rows
+
+    def parts(self) -> list[Part]:
+        """Return every finished file that the ledger knows."""
+        sql = "SELECT name, sha256, rows, bytes FROM part ORDER BY name"
+        return [Part(*row) for row in self._db.execute(sql).fetchall()]
+
+    def rows_without_part(self, limit: int) -> list[tuple[int, int, Row]]:
+        """Return (item, prompt index, row) of the oldest captions that stand in no part yet."""
+        sql = """SELECT item, prompt_index, row FROM caption WHERE part IS NULL
+                 ORDER BY item, prompt_index LIMIT ?"""
+        return [
+            (item, index, json.loads(row)) for item, index, row in self._db.execute(sql, (limit,)).fetchall()
+        ]
+
+    def count_without_part(self) -> int:
+        return int(self._one("SELECT count(*) FROM caption WHERE part IS NULL"))
+
+    def take_part_number(self) -> int:
+        """Return a part number that was never given out before."""
+        with self._writing():
+            number = int(self._one("SELECT value FROM counter WHERE name = 'next_part'"))
+            self._db.execute("UPDATE counter SET value = ? WHERE name = 'next_part'", (number + 1,))
+        return number
+
+    def add_part(self, part: Part, members: Iterable[tuple[int, int]]) -> None:
+        """Record a finished part and the (item, prompt index) of the captions in it."""
+        with self._writing():
+            self._insert_part(part)
+            self._db.conn.executemany(
+                "UPDATE caption SET part = ? WHERE item = ? AND prompt_index = ?",
+                ((part.name, item, index) for item, index in members),
+            )
+
+    def _insert_part(self, part: Part) -> None:
+        self._db.execute(
+            "INSERT INTO part (name, sha256, rows, bytes) VALUES (?, ?, ?, ?)",
+            (part.name, part.sha256, part.rows, part.size_bytes),
+        )
+
+    def drop_part(self, name: str) -> None:
+        """Forget a part that is gone or damaged; its captions, still here, will be written to another one."""
+        with self._writing():
+            self._drop_part(name)
+
+    def _drop_part(self, name: str) -> None:
+        self._db.execute("UPDATE caption SET part = NULL WHERE part = ?", (name,))
+        self._db.execute("DELETE FROM part WHERE name = ?", (name,))
+
+    def failures(self) -> list[Row]:
+        """Return every failed video, in order."""
+        sql = """SELECT id, path, start_s AS start, end_s AS "end", stage, error_type, error, attempts, at
+                 FROM item WHERE state = 'failed' ORDER BY ordinal"""
+        return list(self._db.query(sql))
+
+    def failures_stale(self, name: str) -> bool:
+        """Say whether the failures file `name` differs from the failures in the ledger."""
+        written = self._one("SELECT coalesce((SELECT rows FROM part WHERE name = ?), 0)", name)
+        failed, reported = self._db.execute(
+            "SELECT count(*), coalesce(sum(reported), 0) FROM item WHERE state = 'failed'"
+        ).fetchone()
+        return not failed == reported == written
+
+    def mark_failures(self, name: str, part: Part | None) -> None:
+        """Record the failures file just written; None: there are no failures, and no file."""
+        with self._writing():
+            self._db.execute("DELETE FROM part WHERE name = ?", (name,))
+            if part is not None:
+                self._insert_part(part)
+            self._db.execute("UPDATE item SET reported = state = 'failed'")
+
+    # Rebuilding from the parts
+
+    def adopt(self, part: Part, number: int, rows: Iterable[Row], path_of: Iterable[bytes]) -> None:
+        """Take the captions of an existing part as done.
+
+        A caption that is there already wins over a second one; the part that held the second is to be written
+        anew.
+        """
+        with self._writing():
+            self._insert_part(part)
+            self._db.execute(
+                "UPDATE counter SET value = max(value, ?) WHERE name = 'next_part'", (number + 1,)
+            )
+            stored = 0
+            for row, path in zip(rows, path_of, strict=True):
+                ordinal = self._adopt_item(row, path, "done", row["created_at"])
+                stored += self._store(ordinal, [row], part.name, twice="IGNORE")
+            if stored < part.rows:
+                self._drop_part(part.name)
+
+    def adopt_failures(self, rows: Iterable[Row], path_of: Iterable[bytes]) -> None:
+        """Take the failures of an existing failures file; a video that has a caption has not failed."""
+        with self._writing():
+            for row, path in zip(rows, path_of, strict=True):
+                if not self._one("SELECT count(*) FROM item WHERE id = ?", row["id"]):
+                    ordinal = self._adopt_item(row, path, "failed", row["at"])
+                    self._db.execute(
+                        "UPDATE item SET stage = ?, error_type = ?, error = ? WHERE ordinal = ?",
+                        (row["stage"], row["error_type"], row["error"], ordinal),
+                    )
+
+    def _adopt_item(self, row: Row, path: bytes, state: str, at: str) -> int:
+        self._db.execute(
+            """INSERT OR IGNORE INTO item (id, path, start_s, end_s, state, attempts, at)
+               VALUES (?, ?, ?, ?, ?, ?, ?)""",
+            (row["id"], path, row["start"], row["end"], state, row["attempts"], at),
+        )
+        return int(self._one("SELECT ordinal FROM item WHERE id = ?", row["id"]))
+
+
+def _connect(path: Path, mode: str) -> sqlite3.Connection:
+    connection = sqlite3.connect(
+        f"{path.absolute().as_uri()}?mode={mode}", uri=True, timeout=BUSY_TIMEOUT_S, isolation_level=None
+    )
+    if mode != "ro":
+        connection.execute("PRAGMA journal_mode = DELETE")
+        connection.execute("PRAGMA synchronous = FULL")
+    connection.execute("PRAGMA foreign_keys = ON")
+    return connection
+
+
+def _check(connection: sqlite3.Connection) -> None:
+    verdict = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+    if verdict != "ok":
+        raise sqlite3.DatabaseError(" ".join(str(verdict).split()))
+
+
+def _refused(path: Path, error: Exception) -> FatalError:
+    if isinstance(error, FatalError):
+        return FatalError(f"{os.fspath(path)}: {error}")
+    return FatalError(
+        f"{os.fspath(path)}: the ledger is damaged ({error}); delete it to have it rebuilt from captions/"
+    )
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="microseconds")

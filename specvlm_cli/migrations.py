@@ -1,0 +1,88 @@
+"""The ledger's schema, as numbered steps. Knows no rows.
+
+`PRAGMA user_version` counts the steps that a file has seen; each step is committed together with its number.
+A file from a newer version is refused, never guessed at.
+"""
+
+from __future__ import annotations
+
+from sqlite_utils import Database
+
+from specvlm_cli.exits import FatalError
+
+APPLICATION_ID = 0x5350564C  # "SPVL", so that `file` and we can tell a ledger from any other SQLite file
+
+_FIRST = (
+    # One row for each video, or part of a video. `reported` is 1 once the failure stands in the failures
+    # file.
+    """
+    CREATE TABLE item (
+        ordinal INTEGER PRIMARY KEY,
+        id TEXT NOT NULL UNIQUE,
+        path BLOB NOT NULL,
+        start_s REAL,
+        end_s REAL,
+        state TEXT NOT NULL DEFAULT 'pending' CHECK (state IN ('pending', 'running', 'done', 'failed')),
+        attempts INTEGER NOT NULL DEFAULT 0,
+        crashes INTEGER NOT NULL DEFAULT 0,
+        stage TEXT,
+        error_type TEXT,
+        error TEXT,
+        at TEXT,
+        reported INTEGER NOT NULL DEFAULT 0
+    ) STRICT
+    """,
+    "CREATE INDEX item_state ON item (state)",
+    # One row for each finished file of the run folder, by its path inside that folder.
+    """
+    CREATE TABLE part (
+        name TEXT PRIMARY KEY,
+        sha256 TEXT NOT NULL,
+        rows INTEGER NOT NULL,
+        bytes INTEGER NOT NULL
+    ) STRICT
+    """,
+    # The captions themselves, as JSON of the Parquet row; `part` is null until the row stands in a finished
+    # part.
+    """
+    CREATE TABLE caption (
+        item INTEGER NOT NULL REFERENCES item (ordinal),
+        prompt_index INTEGER NOT NULL,
+        row TEXT NOT NULL,
+        part TEXT REFERENCES part (name),
+        PRIMARY KEY (item, prompt_index)
+    ) STRICT
+    """,
+    "CREATE INDEX caption_part ON caption (part)",
+    # Part numbers are never used twice, so a stale copy of a part cannot be taken for a new one.
+    "CREATE TABLE counter (name TEXT PRIMARY KEY, value INTEGER NOT NULL) STRICT",
+    "INSERT INTO counter (name, value) VALUES ('next_part', 0)",
+)
+
+STEPS: tuple[tuple[str, ...], ...] = (_FIRST,)
+
+
+def schema_version(database: Database) -> int:
+    """Return how many steps this file has seen.
+
+    Raises:
+        FatalError: It is not a ledger, or one of a newer version.
+    """
+    application = database.execute("PRAGMA application_id").fetchone()[0]
+    version = int(database.execute("PRAGMA user_version").fetchone()[0])
+    if application != APPLICATION_ID:
+        raise FatalError("not a specvlm ledger; delete it to rebuild it from the parts in captions/")
+    if version > len(STEPS):
+        raise FatalError(f"schema {version} is newer than this specvlm knows ({len(STEPS)}); upgrade specvlm")
+    return version
+
+
+def migrate(database: Database) -> None:
+    """Bring a ledger, or an empty file, to the newest schema."""
+    if not database.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]:
+        database.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+    for number in range(schema_version(database), len(STEPS)):
+        with database.atomic():
+            for statement in STEPS[number]:
+                database.execute(statement)
+            database.execute(f"PRAGMA user_version = {number + 1}")

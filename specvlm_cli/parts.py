@@ -1,0 +1,248 @@
+"""Parquet files derived from the ledger: written beside their name, checked, renamed, and only then recorded.
+
+Every part has one schema, declared here. Page checksums and zstd; names that begin with a dot are unfinished
+and are ignored by Parquet readers. A crash at any point leaves a file that the ledger does not know; the next
+start removes it and writes its rows again, from the ledger. It knows files and rows; it decides nothing about
+videos.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from specvlm_cli.durable import publish
+from specvlm_cli.exits import FatalError
+from specvlm_cli.ledger import Ledger, Part, Row
+from specvlm_cli.text import path_bytes, path_text
+
+CAPTIONS = "captions"
+FAILURES = "failures"
+
+_TIME = pa.timestamp("us", tz="UTC")
+
+
+def _declared(**columns: pa.DataType) -> pa.Schema:
+    """Return a schema that also carries the feature description that Hugging Face `datasets` looks for."""
+    schema = pa.schema(list(columns.items()))
+    features = {name: _feature(kind) for name, kind in columns.items()}
+    return schema.with_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+
+
+def _feature(kind: pa.DataType) -> Any:
+    if pa.types.is_list(kind):
+        return [_feature(kind.value_type)]
+    names = {pa.float64(): "float64", _TIME: "timestamp[us, tz=UTC]"}
+    return {"dtype": names.get(kind, str(kind)), "_type": "Value"}
+
+
+CAPTION_SCHEMA = _declared(
+    id=pa.string(),
+    path=pa.string(),
+    start=pa.float64(),
+    end=pa.float64(),
+    prompt_index=pa.int64(),
+    caption=pa.string(),
+    finish_reason=pa.string(),
+    target_model=pa.string(),
+    target_revision=pa.string(),
+    draft_model=pa.string(),
+    method=pa.string(),
+    prompt=pa.string(),
+    prompt_sha256=pa.string(),
+    config_hash=pa.string(),
+    specvlm_version=pa.string(),
+    run_id=pa.string(),
+    created_at=_TIME,
+    duration_s=pa.float64(),
+    fps=pa.float64(),
+    width=pa.int64(),
+    height=pa.int64(),
+    num_frames=pa.int64(),
+    video_tokens=pa.int64(),
+    video_tokens_kept=pa.int64(),
+    prompt_tokens=pa.int64(),
+    completion_tokens=pa.int64(),
+    num_drafts=pa.int64(),
+    num_draft_tokens=pa.int64(),
+    num_accepted_tokens=pa.int64(),
+    mean_accepted_tokens=pa.float64(),
+    mean_acceptance_length=pa.float64(),
+    acceptance_histogram=pa.list_(pa.field("element", pa.int64())),
+    video_decode_s=pa.float64(),
+    preprocess_s=pa.float64(),
+    vision_s=pa.float64(),
+    target_prefill_s=pa.float64(),
+    draft_prefill_s=pa.float64(),
+    decode_s=pa.float64(),
+    total_s=pa.float64(),
+    tokens_per_s=pa.float64(),
+    baseline_token_s=pa.float64(),
+    baseline_decode_s=pa.float64(),
+    decode_speedup=pa.float64(),
+    e2e_speedup=pa.float64(),
+    speedup_source=pa.string(),
+    exact_match=pa.bool_(),
+    attempts=pa.int64(),
+    peak_memory_bytes=pa.int64(),
+    device=pa.string(),
+)
+
+FAILURE_SCHEMA = _declared(
+    id=pa.string(),
+    path=pa.string(),
+    start=pa.float64(),
+    end=pa.float64(),
+    stage=pa.string(),
+    error_type=pa.string(),
+    error=pa.string(),
+    attempts=pa.int64(),
+    at=_TIME,
+)
+
+
+class Parts:
+    """The Parquet files of one shard of a run folder."""
+
+    def __init__(self, root: Path, shard: int) -> None:
+        self._root = root
+        self._name = re.compile(rf"part-{shard:05d}-(\d{{5,}})\.parquet")
+        self._temporary = re.compile(rf"\.part-{shard:05d}\b.*\.parquet")
+        self._shard = shard
+        self.failures_name = f"{FAILURES}/part-{shard:05d}.parquet"
+
+    def close_part(self, ledger: Ledger, most_rows: int) -> None:
+        """Write the captions that stand in no part yet, at most `most_rows` to a part."""
+        while rows := ledger.rows_without_part(most_rows):
+            name = f"{CAPTIONS}/part-{self._shard:05d}-{ledger.take_part_number():05d}.parquet"
+            part = _write(self._root, name, [row for *_, row in rows], CAPTION_SCHEMA)
+            ledger.add_part(part, ((item, index) for item, index, _ in rows))
+
+    def write_failures(self, ledger: Ledger) -> None:
+        """Make the failures file say what the ledger says; no failures, no file."""
+        name = self.failures_name
+        if not ledger.failures_stale(name):
+            return
+        rows = [row | {"path": path_text(row["path"])} for row in ledger.failures()]
+        if rows:
+            ledger.mark_failures(name, _write(self._root, name, rows, FAILURE_SCHEMA))
+        else:
+            (self._root / name).unlink(missing_ok=True)
+            ledger.mark_failures(name, None)
+
+    def in_order(self, ledger: Ledger) -> bool:
+        """Say whether files and ledger agree and nothing is left to write. Reads only names and sizes."""
+        if ledger.count_without_part() or ledger.failures_stale(self.failures_name):
+            return False
+        return not any(self._strays(ledger)) and not any(self._damaged(ledger))
+
+    def repair(self, ledger: Ledger) -> None:
+        """Remove what a crash left behind, and forget parts that are gone or short, to write them again."""
+        for name in list(self._damaged(ledger)):
+            ledger.drop_part(name)
+        for path in list(self._strays(ledger)):
+            path.unlink(missing_ok=True)
+
+    def _damaged(self, ledger: Ledger) -> Iterator[str]:
+        for part in ledger.parts():
+            try:
+                size = (self._root / part.name).stat().st_size
+            except FileNotFoundError:
+                size = -1
+            if size != part.size_bytes:
+                yield part.name
+
+    def _strays(self, ledger: Ledger) -> Iterator[Path]:
+        """Yield unfinished and unrecorded files of this shard; a file with any other name is not ours."""
+        known = {part.name for part in ledger.parts()}
+        for folder in (CAPTIONS, FAILURES):
+            for path in _listed(self._root / folder):
+                name = f"{folder}/{path.name}"
+                ours = self._name.fullmatch(path.name) or name == self.failures_name
+                if self._temporary.fullmatch(path.name) or (ours and name not in known):
+                    yield path
+
+    def exist(self) -> bool:
+        """Say whether there is any finished part or failures file of this shard."""
+        return any(True for _ in self._numbered()) or (self._root / self.failures_name).exists()
+
+    def _numbered(self) -> Iterator[tuple[int, Path]]:
+        for path in _listed(self._root / CAPTIONS):
+            if found := self._name.fullmatch(path.name):
+                yield int(found.group(1)), path
+
+    def rebuild(self, ledger: Ledger) -> None:
+        """Fill an empty ledger from the parts on disk.
+
+        Raises:
+            FatalError: A part is not readable, so its captions are not to be had from it.
+        """
+        for number, path in self._numbered():
+            rows = _read(path, CAPTION_SCHEMA)
+            part = _described(self._root, f"{CAPTIONS}/{path.name}", len(rows))
+            ledger.adopt(part, number, rows, [path_bytes(row["path"]) for row in rows])
+        failures = self._root / self.failures_name
+        if failures.exists():
+            rows = _read(failures, FAILURE_SCHEMA)
+            ledger.adopt_failures(rows, [path_bytes(row["path"]) for row in rows])
+
+
+def _listed(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except FileNotFoundError:
+        return []
+
+
+def _write(root: Path, name: str, rows: Sequence[Row], schema: pa.Schema) -> Part:
+    """Write one file so that its name exists only when all of it is on disk."""
+    final = root / name
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary = final.with_name(f".{final.name}")
+    table = pa.Table.from_pylist([_typed(row, schema) for row in rows], schema=schema)
+    pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
+    _check(temporary, len(rows), schema)
+    publish(temporary, final)
+    return _described(root, name, len(rows))
+
+
+def _typed(row: Mapping[str, Any], schema: pa.Schema) -> Row:
+    return {
+        field.name: datetime.fromisoformat(row[field.name]) if field.type == _TIME else row[field.name]
+        for field in schema
+    }
+
+
+def _check(path: Path, rows: int, schema: pa.Schema) -> None:
+    with pq.ParquetFile(path) as file:
+        if file.metadata.num_rows != rows or not file.schema_arrow.equals(schema, check_metadata=True):
+            raise FatalError(f"{path}: what was written does not read back; check the disk, then start again")
+
+
+def _described(root: Path, name: str, rows: int) -> Part:
+    with (root / name).open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return Part(name, digest, rows, file.tell())
+
+
+def _read(path: Path, schema: pa.Schema) -> list[Row]:
+    try:
+        table = pq.read_table(path, page_checksum_verification=True).select(schema.names).cast(schema)
+    except (pa.ArrowException, KeyError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise FatalError(
+            f"{path}: not a readable part ({reason}); delete it to have its videos captioned again"
+        ) from error
+    return [_plain(row) for row in table.to_pylist()]
+
+
+def _plain(row: Row) -> Row:
+    return {key: value.isoformat() if isinstance(value, datetime) else value for key, value in row.items()}

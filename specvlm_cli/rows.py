@@ -1,0 +1,90 @@
+"""One caption with its statistics as one flat row: the columns of `captions/`, by name. Knows no Parquet.
+
+The columns and their types are declared in `parts.py`; a test holds the two together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+
+from specvlm.records import Caption, CaptionStats, VideoSource
+from specvlm_cli.baseline import Comparison
+from specvlm_cli.ledger import Claim, Row
+from specvlm_cli.text import path_text, storable
+
+_COPIED = (
+    "method",
+    "num_frames",
+    "video_tokens",
+    "video_tokens_kept",
+    "prompt_tokens",
+    "completion_tokens",
+    "num_drafts",
+    "num_draft_tokens",
+    "num_accepted_tokens",
+    "mean_accepted_tokens",
+    "mean_acceptance_length",
+    "video_decode_s",
+    "preprocess_s",
+    "vision_s",
+    "target_prefill_s",
+    "draft_prefill_s",
+    "decode_s",
+    "total_s",
+    "tokens_per_s",
+    "peak_memory_bytes",
+    "device",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """What is the same in every row of one start."""
+
+    target_model: str
+    target_revision: str | None
+    draft_model: str | None
+    prompt: str
+    config_hash: str
+    specvlm_version: str
+    run_id: str
+
+
+def caption_row(claim: Claim, caption: Caption, comparison: Comparison | None, provenance: Provenance) -> Row:
+    """Return the row of one caption."""
+    return {
+        "id": claim.item.id,
+        "path": path_text(claim.item.path),
+        "start": claim.item.start_s,
+        "end": claim.item.end_s,
+        "prompt_index": 0,
+        "caption": storable(caption.text),
+        "finish_reason": caption.finish_reason,
+        **asdict(provenance),
+        "prompt_sha256": hashlib.sha256(provenance.prompt.encode()).hexdigest(),
+        "created_at": datetime.now(UTC).isoformat(timespec="microseconds"),
+        **_media(caption.source),
+        **_statistics(caption.stats),
+        **_speed(comparison),
+        "attempts": claim.attempts,
+    }
+
+
+def _media(source: VideoSource | None) -> Row:
+    names = ("duration_s", "fps", "width", "height")
+    return {name: None if source is None else getattr(source, name) for name in names}
+
+
+def _statistics(stats: CaptionStats) -> Row:
+    return {name: getattr(stats, name) for name in _COPIED} | {
+        "acceptance_histogram": list(stats.acceptance_histogram)
+    }
+
+
+def _speed(comparison: Comparison | None) -> Row:
+    if comparison is None:
+        names = Comparison.__dataclass_fields__
+        return {**dict.fromkeys(names), "speedup_source": None}
+    return {**asdict(comparison), "speedup_source": "measured"}

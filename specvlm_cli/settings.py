@@ -1,0 +1,104 @@
+"""What a caption depends on, as plain values: compared between starts, and hashed into every row.
+
+Speculation settings and the draft are not here on purpose: they change the speed of a caption, never its
+text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from specvlm.config import FrameSettings, GenerationSettings, SpeculationSettings
+
+Plain = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelChoice:
+    """Which models to load, and how.
+
+    Attributes:
+        name: What captions depend on: the target's hub id or folder, a packaged one by its public name.
+        load: First argument of `specvlm.load`: a preset or a target.
+        draft: Draft to use with it; None: the preset's, or none.
+        revision: Branch, tag or commit of the target.
+        draft_revision: The same for the draft.
+        dtype: Number format of the weights.
+        device_map: Where the target goes.
+        local_files_only: Never ask the network.
+        trust_remote_code: Run code that comes with a checkpoint.
+    """
+
+    name: str
+    load: str
+    draft: str | None = None
+    revision: str | None = None
+    draft_revision: str | None = None
+    dtype: str = "auto"
+    device_map: str | None = None
+    local_files_only: bool = False
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class CaptionSettings:
+    """Everything that one run of `specvlm caption` does the same for every video."""
+
+    models: ModelChoice
+    prompt: str
+    system: str | None
+    frames: FrameSettings
+    generation: GenerationSettings
+    speculation: SpeculationSettings
+
+    def fingerprint(self) -> Plain:
+        """Return every setting that can change a caption, by the name of its flag."""
+        return {
+            "target": self.models.name,
+            "revision": self.models.revision,
+            "dtype": self.models.dtype,
+            "prompt": self.prompt,
+            "system": self.system,
+            **_frames(self.frames),
+            **_generation(self.generation),
+        }
+
+
+def _frames(frames: FrameSettings) -> Plain:
+    """Leave out what belongs to each video, its start and end, and what a number of frames overrules."""
+    unused = {"start_s", "end_s", "backend"} | ({"min_frames", "max_frames"} if frames.num_frames else set())
+    plain = {name: value for name, value in asdict(frames).items() if name not in unused}
+    return plain | {"video_backend": frames.backend}
+
+
+def _generation(generation: GenerationSettings) -> Plain:
+    """Leave out what only matters when sampling, where it does not."""
+    plain = asdict(generation)
+    return (
+        plain
+        if generation.temperature > 0
+        else {name: plain[name] for name in ("max_new_tokens", "temperature")}
+    )
+
+
+def config_hash(fingerprint: Plain) -> str:
+    """Return 16 hex digits that stand for these settings."""
+    text = json.dumps(fingerprint, sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def differences(before: Plain, now: Plain) -> list[str]:
+    """Name each setting that changed, with both values."""
+    return [
+        f"{name} was {_shown(before.get(name))}, is now {_shown(now.get(name))}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    ]
+
+
+def _shown(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:59]}…"
