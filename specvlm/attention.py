@@ -51,7 +51,8 @@ class AttentionPlan:
 
     Attributes:
         first: Causal forwards: slot of the first query row; row i sees slots 0..first+i.
-        mask: Tree forwards: additive, [B, 1, n, visible slots]; None: causal from `first`.
+        mask: Tree forwards: additive, [B, 1, groups * n, visible slots], groups being query heads per key head, as
+            `tree_plan` makes it; None: causal from `first`.
         scores: Where to add the attention paid to the video, or None.
     """
 
@@ -69,10 +70,15 @@ def plan_for(mask: AttentionPlan) -> dict[str, AttentionPlan]:
     return {"full_attention": mask, "sliding_attention": mask}
 
 
-def additive(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Bool [B, n, slots] (True: may look) -> additive mask [B, 1, n, slots] of `dtype`."""
+def _additive(visible: torch.Tensor, groups: int, dtype: torch.dtype) -> torch.Tensor:
+    """Bool [B, n, slots] (True: may look) -> additive mask [B, 1, groups * n, slots] of `dtype`."""
     mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-    return mask.masked_fill_(~visible, float("-inf"))[:, None]
+    return mask.masked_fill_(~visible, float("-inf")).repeat(1, groups, 1)[:, None]
+
+
+def tree_plan(visible: torch.Tensor, groups: int, dtype: torch.dtype) -> AttentionPlan:
+    """The plan of a forward in which node i of row b sees the slots where `visible` [B, n, slots] is True."""
+    return AttentionPlan(mask=_additive(visible, groups, dtype))
 
 
 def round_mask(lengths: torch.Tensor, sees: torch.Tensor, visible: int) -> torch.Tensor:
@@ -114,10 +120,7 @@ def _causal_from(first: int, rows: int, slots: int, device: torch.device) -> tor
 def _masked(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float
 ) -> torch.Tensor:
-    """Attention under an additive mask [B, 1, n, slots], or over all slots; -> [B, n, H, d]."""
-    groups = query.shape[1] // key.shape[1]
-    if mask is not None and groups > 1:
-        mask = mask.repeat(1, 1, groups, 1)
+    """Attention under an additive mask [B, 1, groups * n, slots], or over all slots; -> [B, n, H, d]."""
     packed = _pack_groups(query, key.shape[1])
     return _unpack_groups(
         scaled_dot_product_attention(packed, key, value, attn_mask=mask, scale=scaling), query.shape[1]
@@ -155,7 +158,8 @@ def _causal(
     for start in range(0, query.shape[2], SCORED_ROWS):
         part = query[:, :, start : start + SCORED_ROWS]
         visible = _causal_from(plan.first + start, part.shape[2], key.shape[2], key.device)
-        outputs.append(_masked(part, key, value, additive(visible, query.dtype), scaling))
+        mask = _additive(visible, query.shape[1] // key.shape[1], query.dtype)
+        outputs.append(_masked(part, key, value, mask, scaling))
     return torch.cat(outputs, dim=1)
 
 

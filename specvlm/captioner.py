@@ -223,7 +223,13 @@ class Captioner:
         self, target: VideoLM, processor: Any, draft: Draft | None, info: ModelInfo, frames: FrameSettings
     ) -> None:
         """`frames`: what to read of a video when a call does not say."""
-        self.target, self.processor, self.draft, self.info, self.frames = target, processor, draft, info, frames
+        self.target, self.processor, self.draft, self.info, self.frames = (
+            target,
+            processor,
+            draft,
+            info,
+            frames,
+        )
         self.generation_config = target.model.generation_config
 
     def tree_nodes(self, settings: SpeculationSettings) -> int:

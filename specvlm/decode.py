@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import torch
 
-from specvlm.attention import AttentionPlan, additive, round_mask
 from specvlm.cache import SlabCache
 from specvlm.drafts.base import Proposer
 from specvlm.errors import NonFiniteLogitsError
@@ -95,18 +94,14 @@ class _Verifier:
     def verify(self, heads: _Heads, guesses: Guesses, longest: int) -> tuple[Accepted, torch.Tensor]:
         """One forward over all N nodes; -> what is accepted, and per row whether all its logits were finite."""
         model, cache = self._rows.model, self._rows.cache
-        rows, nodes = guesses.tokens.shape
+        nodes = guesses.tokens.shape[1]
         lengths = self._lengths + heads.index
         visible = self._longest_prompt + longest + nodes
-        cache.aim_nodes(lengths[:, None] + torch.arange(nodes, device=lengths.device), visible)
-        mask = None
-        if nodes > 1 or rows > 1:
-            mask = additive(round_mask(lengths, guesses.ancestors, visible), model.dtype)
+        slots = lengths[:, None] + torch.arange(nodes, device=lengths.device)
         positions = (self._positions + heads.index)[:, None] + guesses.depths
-        hidden = model.forward(
-            model.embed_tokens(guesses.tokens), positions[None], cache, AttentionPlan(mask=mask)
+        hidden = model.forward_nodes(
+            guesses.tokens, positions[None], cache, slots, guesses.ancestors, lengths, visible
         )
-        self._rule.begin_round(heads.index + 1, self._depth)
         choices, finite = _choose(self._rule, model.logits(hidden), guesses)
         accepted = accept(guesses, choices, self._depth)
         return accepted, finite.gather(1, accepted.path).all(dim=1)
@@ -137,7 +132,13 @@ def _refuse_non_finite(finite: bool) -> None:
 
 @torch.inference_mode()
 def _round(
-    verifier: _Verifier, proposer: Proposer, rule: TokenRule, heads: _Heads, going: torch.Tensor, longest: int, clock: StageClock
+    verifier: _Verifier,
+    proposer: Proposer,
+    rule: TokenRule,
+    heads: _Heads,
+    going: torch.Tensor,
+    longest: int,
+    clock: StageClock,
 ) -> tuple[_Heads, list[list[int]]]:
     """One round; `going` int64 [B] is 0 for rows that are done, which stay where they are.
 

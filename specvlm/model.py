@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from specvlm.attention import AttentionPlan, plan_for
+from specvlm.attention import AttentionPlan, plan_for, round_mask, tree_plan
 from specvlm.cache import SlabCache, SlabShape
 from specvlm.errors import ConfigError
 from specvlm.families.base import Family, ModelInputs
@@ -27,6 +27,7 @@ class VideoLM:
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         devices = tuple(next(layer.parameters()).device for layer in self._text.layers)
         self._slab_shape = SlabShape(int(config.num_key_value_heads), int(head_dim), model.dtype, devices)
+        self._groups = heads // self._slab_shape.kv_heads
         self._window = config.sliding_window if "sliding_attention" in config.layer_types else None
 
     @property
@@ -98,6 +99,36 @@ class VideoLM:
             use_cache=True,
         )
         return out.last_hidden_state.to(self.device)  # type: ignore[no-any-return]
+
+    def forward_nodes(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        cache: SlabCache,
+        slots: torch.Tensor,
+        sees: torch.Tensor,
+        lengths: torch.Tensor,
+        visible: int,
+    ) -> torch.Tensor:
+        """One pass over the nodes of a round, behind what each row has committed.
+
+        Args:
+            tokens: int64 [B, n].
+            positions: int64 [P, B, n] or [1, B, n].
+            cache: Written at `slots`.
+            slots: int64 [B, n], from `lengths` on.
+            sees: bool [B, n, m], which of the first m slots of this round a node sees, its own included.
+            lengths: int64 [B], committed slots, all of which every node sees.
+            visible: `lengths.max() + m`, known on the host.
+
+        Returns:
+            Hidden states [B, n, hidden].
+        """
+        cache.aim_nodes(slots, visible)
+        plan = AttentionPlan()
+        if tokens.numel() > 1:
+            plan = tree_plan(round_mask(lengths, sees, visible), self._groups, self.dtype)
+        return self.forward(self.embed_tokens(tokens), positions, cache, plan)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states [B, n, hidden] -> logits float32 [B, n, C]."""

@@ -26,8 +26,11 @@ class Prompt(NamedTuple):
 
     @property
     def next_position(self) -> int:
-        """Position of the first new token, the same in every row of M-RoPE."""
-        return int(self.positions.max()) + 1
+        """Position of the first new token, the same in every row of M-RoPE.
+
+        As stock `generate()` does, count on from the last text token, though the time row of a long video may be ahead.
+        """
+        return int(self.positions[0, -1]) + 1
 
 
 class TargetPrefill(NamedTuple):
@@ -43,7 +46,9 @@ def embed(model: VideoLM, inputs: ModelInputs) -> Prompt:
     return Prompt(inputs, embeds, model.positions(inputs).to(embeds.device))
 
 
-def _run(model: VideoLM, prompt: Prompt, cache: SlabCache, row: int, part: slice, plan: AttentionPlan) -> torch.Tensor:
+def _run(
+    model: VideoLM, prompt: Prompt, cache: SlabCache, row: int, part: slice, plan: AttentionPlan
+) -> torch.Tensor:
     cache.aim_prefill(row, part.start, part.stop - part.start, prompt.embeds.device)
     return model.forward(prompt.embeds[:, part], prompt.positions[:, None, part], cache, plan)
 

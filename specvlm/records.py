@@ -30,7 +30,9 @@ class Frames(NamedTuple):
     """Decoded frames of one video, or of a part of it."""
 
     pixels: NDArray[np.uint8]  # [F, height, width, 3], RGB, upright
-    times_s: NDArray[np.float64]  # [F], the true presentation time of each frame, from the first frame of the video
+    times_s: NDArray[
+        np.float64
+    ]  # [F], the true presentation time of each frame, from the first frame of the video
     source: VideoSource | None = None  # None where the caller read the frames
 
 

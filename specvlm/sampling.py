@@ -231,7 +231,9 @@ class TokenRule:
             logits = logits.masked_fill(torch.zeros_like(drop).scatter(2, ascending.indices, drop), low)
         if rules.min_p:
             probabilities = logits.softmax(dim=-1)
-            logits = logits.masked_fill(probabilities < rules.min_p * probabilities.amax(-1, keepdim=True), low)
+            logits = logits.masked_fill(
+                probabilities < rules.min_p * probabilities.amax(-1, keepdim=True), low
+            )
         row = torch.arange(logits.shape[0], device=logits.device)[:, None]
         return logits + self._round.noise[row, depths, :width]
 

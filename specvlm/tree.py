@@ -31,7 +31,9 @@ class Guesses(NamedTuple):
     parents: torch.Tensor  # int64 [B, N], node index; the root is its own parent
     depths: torch.Tensor  # int64 [B, N], the root has 0
     ancestors: torch.Tensor  # bool [B, N, N]: [b, i, j] is True when j is i or above it
-    slots: torch.Tensor  # int64 [B, N], the slot that an expanded node took while the tree grew; leaves have 0
+    slots: (
+        torch.Tensor
+    )  # int64 [B, N], the slot that an expanded node took while the tree grew; leaves have 0
 
 
 class Frontier(NamedTuple):

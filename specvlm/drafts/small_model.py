@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 
-from specvlm.attention import AttentionPlan, additive, round_mask
 from specvlm.config import SpeculationSettings
 from specvlm.drafts.base import Draft, DraftRow, Proposer
 from specvlm.model import VideoLM
@@ -72,8 +71,6 @@ class _SmallModelProposer(Proposer):
             prefill_draft(model, prompt, self._cache, row)
         self._prompt_lengths = torch.tensor([prompt.length for prompt in prompts], device=device)
         self._next_position = torch.tensor([prompt.next_position for prompt in prompts], device=device)
-        last = torch.stack([prompt.positions[:, -1] for prompt in prompts], dim=1)  # [P, B]
-        self._last_position = last.to(device)
         self._previous = torch.stack([prompt.inputs.token_ids[0, -1] for prompt in prompts]).to(device)
 
     def propose(self, root: torch.Tensor, index: torch.Tensor, longest: int) -> Guesses:
@@ -95,9 +92,8 @@ class _SmallModelProposer(Proposer):
     ) -> torch.Tensor:
         """Run the last committed token and the root; -> logits of the root, [B, 1, shared vocabulary]."""
         tokens = torch.stack((self._previous, root), dim=1)
-        at = self._next_position + index  # [B]
-        before = torch.where(index == 0, self._last_position, at - 1)  # [P, B]
-        positions = torch.stack((before, at.expand_as(before)), dim=-1)
+        at = self._next_position + index
+        positions = torch.stack((at - 1, at), dim=1)[None]  # [1, B, 2]
         slots = torch.stack((lengths - 1, lengths), dim=1)
         sees = torch.tensor([[[False], [True]]], device=root.device).expand(root.shape[0], 2, 1)
         hidden = self._forward(tokens, positions, slots, sees, lengths, longest)
@@ -124,11 +120,9 @@ class _SmallModelProposer(Proposer):
         longest: int,
     ) -> torch.Tensor:
         visible = self._longest_prompt + longest + sees.shape[-1]
-        self._cache.aim_nodes(slots, visible)
-        mask = additive(round_mask(lengths, sees, visible), self._model.dtype)
         # The target may write a token of its padding that the draft has no row for; any row serves a guess.
-        embeds = self._model.embed_tokens(tokens.clamp(max=self._model.vocabulary - 1))
-        return self._model.forward(embeds, positions, self._cache, AttentionPlan(mask=mask))
+        tokens = tokens.clamp(max=self._model.vocabulary - 1)
+        return self._model.forward_nodes(tokens, positions, self._cache, slots, sees, lengths, visible)
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return self._model.logits(hidden)[..., : self._vocabulary]

@@ -24,5 +24,7 @@ def family_of(config: Any, name: str) -> Family:
     model_type = getattr(config, "model_type", None)
     if model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
-        raise UnknownFamilyError(f"{name}: model type {model_type!r} is not supported; use a model of: {known}")
+        raise UnknownFamilyError(
+            f"{name}: model type {model_type!r} is not supported; use a model of: {known}"
+        )
     return FAMILIES[model_type]()

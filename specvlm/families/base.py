@@ -67,9 +67,7 @@ class Family(ABC):
     def video_token(self, processor: Any) -> str:
         """The placeholder that stands for one video token in the text."""
 
-    def prepare(
-        self, processor: Any, frames: Frames, prompt: str, system: str | None = None
-    ) -> ModelInputs:
+    def prepare(self, processor: Any, frames: Frames, prompt: str, system: str | None = None) -> ModelInputs:
         """Run the model's own processor.
 
         Args:
@@ -82,7 +80,9 @@ class Family(ABC):
             PromptError: The prompt holds special tokens, or more than one `<video>`.
         """
         text = self._render(processor, prompt, system)
-        pixels = torch.from_numpy(np.ascontiguousarray(frames.pixels)).permute(0, 3, 1, 2)  # [F, 3, height, width]
+        pixels = torch.from_numpy(np.ascontiguousarray(frames.pixels)).permute(
+            0, 3, 1, 2
+        )  # [F, 3, height, width]
         made = processor(
             text=[text],
             videos=[pixels],
@@ -155,7 +155,7 @@ class Family(ABC):
 
     @abstractmethod
     def positions(self, model: Any, inputs: ModelInputs) -> torch.Tensor:
-        """Positions of the prompt, int64 [P, S], on the CPU. The first new token has `max + 1` in every row."""
+        """Positions of the prompt, int64 [P, S], on the CPU. New tokens count on from the last one."""
 
     @abstractmethod
     def geometry(self, model: Any, processor: Any) -> dict[str, Any]:
