@@ -1,0 +1,290 @@
+"""The packet index: every frame's time and where to begin decoding for it, read without decoding anything.
+
+Headers lie about durations and frame counts; packets do not. Both readers lean on this index, and on nothing
+in the headers but the frame size. It knows no pixels and no choice of frames.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import NamedTuple
+
+import av
+import numpy as np
+from av.container import InputContainer
+from av.packet import Packet
+from av.video.stream import VideoStream
+from numpy.typing import NDArray
+
+from specvlm.errors import NotAVideoError, VideoDecodeError
+from specvlm.video.opening import VideoFile
+from specvlm.video.sampling import mean_gap_s
+
+MAX_PIXELS = 8192 * 8192
+_UNKNOWN = -(1 << 63)
+_KEY, _DISCARD, _CORRUPT, _HIDDEN = 1, 2, 4, 8
+# Old, common, fuzzed decoders. What else FFmpeg carries has no place in front of untrusted files.
+# fmt: off
+_CODECS = frozenset({
+    "h264", "hevc", "vp8", "vp9", "av1", "mpeg1video", "mpeg2video", "mpeg4", "h263", "flv1", "theora",
+    "msmpeg4v1", "msmpeg4v2", "msmpeg4v3", "wmv1", "wmv2", "wmv3", "vc1",
+    "mjpeg", "png", "gif", "prores", "dnxhd", "ffv1", "huffyuv", "ffvhuff", "rawvideo",
+})
+# fmt: on
+
+
+@dataclass(frozen=True, slots=True)
+class PacketIndex:
+    """All frames of a video, in presentation order.
+
+    Attributes:
+        times_s: [T] presentation times in seconds from the first frame.
+        labels: [T] what a decoded frame is known by: its pts, or its rank where `by_count`.
+        numbers: [T] number of the frame's own packet, in file order.
+        starts: [T] number of the packet from which decoding must begin for this frame.
+        by_count: The container has no presentation times of its own (AVI): frames are counted as they come.
+        duration_s: Length of the video; the last frame is taken to last as long as the mean one.
+        fps: Mean frame rate; 0 where a single frame does not tell.
+        width: Coded width from the header, before rotation.
+        height: Coded height from the header, before rotation.
+        pixel_format: FFmpeg's name of the decoded pixels' format.
+        container: FFmpeg's name of the container.
+        codec: FFmpeg's name of the codec.
+        doubts: Why a reader that trusts headers and seeks by frame number may go wrong; empty where nothing
+            speaks against it.
+    """
+
+    times_s: NDArray[np.float64]
+    labels: NDArray[np.int64]
+    numbers: NDArray[np.int64]
+    starts: NDArray[np.int64]
+    by_count: bool
+    duration_s: float
+    fps: float
+    width: int
+    height: int
+    pixel_format: str
+    container: str
+    codec: str
+    doubts: tuple[str, ...]
+
+
+@contextmanager
+def open_container(file: VideoFile) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """The file's demuxer and its first real video stream, set to decode on one thread.
+
+    Raises:
+        NotAVideoError: There is no video stream in it.
+        VideoDecodeError: The container cannot be read, or its codec or frame size is not accepted.
+    """
+    try:
+        container = av.open(file.location, format=file.container, options={"protocol_whitelist": "file"})
+    except (av.error.FFmpegError, OSError, ValueError):
+        raise VideoDecodeError(
+            file.label, f"its {file.container} container is cut short or damaged; copy or download it again"
+        ) from None
+    with container:
+        stream = _video_stream(container, file)
+        stream.codec_context.thread_count = 1
+        stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # frames may grow in mid-stream
+        yield container, stream
+
+
+def _video_stream(container: InputContainer, file: VideoFile) -> VideoStream:
+    streams = _real_streams(container)
+    if not streams:
+        raise NotAVideoError(file.label, "holds no video stream (audio only?); give a file with pictures")
+    stream = streams[0]
+    codec = _codec_name(stream)
+    if codec not in _CODECS:
+        raise VideoDecodeError(file.label, f"its codec {codec} is not supported; convert it to h264 first")
+    width, height = stream.codec_context.width, stream.codec_context.height
+    if not 0 < width * height <= MAX_PIXELS:
+        raise VideoDecodeError(
+            file.label,
+            f"its frames of {width}x{height} are not within 1 to {MAX_PIXELS} pixels; scale it first",
+        )
+    return stream
+
+
+def _real_streams(container: InputContainer) -> list[VideoStream]:
+    """Video streams that are not a song's cover."""
+    cover = av.stream.Disposition.attached_pic
+    return [stream for stream in container.streams.video if not stream.disposition & cover]
+
+
+def _codec_name(stream: VideoStream) -> str:
+    context = stream.codec_context
+    return context.codec.canonical_name if context is not None else "unknown"
+
+
+@dataclass(slots=True)
+class _Packets:
+    """What demuxing tells of each packet, in file order; compact, because a day of video has millions."""
+
+    pts: array[int]
+    dts: array[int]
+    flags: array[int]  # _KEY, _DISCARD, _CORRUPT, _HIDDEN: shows no frame of its own
+    last_duration: int = 0
+    ended_early: bool = False
+
+
+def _flags(packet: Packet[VideoStream], codec: str) -> int:
+    # VP8's alternate references are packets with a time of their own that are never shown (RFC 6386, 9.1).
+    hidden = codec == "vp8" and not bytes(packet)[0] >> 4 & 1
+    return (
+        _KEY * packet.is_keyframe
+        | _DISCARD * packet.is_discard
+        | _CORRUPT * packet.is_corrupt
+        | _HIDDEN * hidden
+    )
+
+
+def _demux(container: InputContainer, stream: VideoStream) -> _Packets:
+    packets = _Packets(array("q"), array("q"), array("B"))
+    codec = _codec_name(stream)
+    try:
+        for packet in container.demux(stream):
+            if packet.size == 0:
+                continue
+            packets.pts.append(_UNKNOWN if packet.pts is None else packet.pts)
+            packets.dts.append(_UNKNOWN if packet.dts is None else packet.dts)
+            packets.flags.append(_flags(packet, codec))
+            packets.last_duration = packet.duration or 0
+    except (av.error.FFmpegError, OSError):
+        packets.ended_early = True
+    return packets
+
+
+def read_index(file: VideoFile) -> PacketIndex:
+    """Demux the whole file, decode nothing.
+
+    Raises:
+        NotAVideoError: There is no video stream in it.
+        VideoDecodeError: Not one frame with a known time is in it, or the file cannot be demuxed.
+    """
+    with open_container(file) as (container, stream):
+        packets = _demux(container, stream)
+        return _build(container, stream, packets, file)
+
+
+def _build(container: InputContainer, stream: VideoStream, packets: _Packets, file: VideoFile) -> PacketIndex:
+    if not packets.pts:
+        raise _no_frame(file)
+    flags = np.array(packets.flags, np.uint8)
+    pts, dts = np.array(packets.pts, np.int64), np.array(packets.dts, np.int64)
+    by_count = file.container == "avi" or 2 * int((pts != _UNKNOWN).sum()) < len(pts)
+    ticks, labels, numbers, starts = _by_count(pts, dts, flags) if by_count else _by_pts(pts, flags)
+    if len(ticks) == 0:
+        raise _no_frame(file)
+    base = stream.time_base or Fraction(1)
+    times_s = (ticks - ticks[0]).astype(np.float64) * base.numerator / base.denominator
+    gap_s = mean_gap_s(times_s)
+    context = stream.codec_context
+    return PacketIndex(
+        times_s=times_s,
+        labels=labels,
+        numbers=numbers,
+        starts=starts,
+        by_count=by_count,
+        duration_s=float(times_s[-1]) + (gap_s or float(packets.last_duration * base)),
+        fps=1.0 / gap_s if gap_s else float(stream.average_rate or 0),
+        width=context.width,
+        height=context.height,
+        pixel_format=context.pix_fmt or "unknown",
+        container=file.container,
+        codec=_codec_name(stream),
+        doubts=tuple(_doubts(container, stream, packets, pts, flags)),
+    )
+
+
+def _no_frame(file: VideoFile) -> VideoDecodeError:
+    return VideoDecodeError(file.label, "holds no frame: cut short or damaged; copy or download it again")
+
+
+class _Order(NamedTuple):
+    ticks: NDArray[np.int64]  # [T] times in units of the stream's time base
+    labels: NDArray[np.int64]  # and so on, as in PacketIndex
+    numbers: NDArray[np.int64]
+    starts: NDArray[np.int64]
+
+
+def _by_pts(pts: NDArray[np.int64], flags: NDArray[np.uint8]) -> _Order:
+    """Frames known by their pts. Nothing before the first key frame, in either order, can be decoded."""
+    keys = np.flatnonzero((flags & (_KEY | _CORRUPT) == _KEY) & (pts != _UNKNOWN))
+    shown = (pts != _UNKNOWN) & (flags & (_DISCARD | _CORRUPT | _HIDDEN) == 0)
+    if len(keys):
+        shown &= (np.arange(len(pts)) >= keys[0]) & (pts >= pts[keys[0]])
+    numbers = np.flatnonzero(shown)
+    ticks, where = np.unique(pts[numbers], return_index=True)
+    return _Order(ticks, ticks, numbers[where], _starts(ticks, numbers[where], pts, keys))
+
+
+def _starts(
+    ticks: NDArray[np.int64], numbers: NDArray[np.int64], pts: NDArray[np.int64], keys: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """The last key packet that is shown no later than each frame; leading frames get an earlier one."""
+    if not len(keys):
+        return np.zeros(len(ticks), np.int64)
+    in_time = keys[np.argsort(pts[keys], kind="stable")]
+    start = in_time[np.maximum(np.searchsorted(pts[in_time], ticks, side="right") - 1, 0)]
+    return np.where(start <= numbers, start, keys[0]).astype(np.int64)
+
+
+def _by_count(pts: NDArray[np.int64], dts: NDArray[np.int64], flags: NDArray[np.uint8]) -> _Order:
+    """Frames known by their rank: the n-th frame that comes out has the n-th of all packets' times."""
+    ticks = np.where(pts != _UNKNOWN, pts, dts)
+    first_key = int(np.argmax(flags & _KEY))  # 0 where there is none
+    numbers = first_key + np.flatnonzero(flags[first_key:] & (_DISCARD | _HIDDEN) == 0)
+    numbers = numbers[np.argsort(ticks[numbers], kind="stable")]
+    good = (ticks[numbers] != _UNKNOWN) & (flags[numbers] & _CORRUPT == 0)
+    ranks = np.flatnonzero(good).astype(np.int64)
+    numbers = numbers[good]
+    return _Order(ticks[numbers], ranks, numbers, np.full(len(ranks), first_key, np.int64))
+
+
+def _doubts(
+    container: InputContainer,
+    stream: VideoStream,
+    packets: _Packets,
+    pts: NDArray[np.int64],
+    flags: NDArray[np.uint8],
+) -> Iterator[str]:
+    known = pts[pts != _UNKNOWN]
+    if len(_real_streams(container)) > 1:
+        yield "several video streams"
+    if packets.ended_early or (flags & _CORRUPT).any():
+        yield "damaged packets"
+    if not flags[0] & _KEY:
+        yield "it does not begin with a key frame"
+    if len(known) < len(pts):
+        yield "packets without a time"
+    if len(np.unique(known)) < len(known):
+        yield "packets with the same time"
+    if (flags & (_DISCARD | _HIDDEN)).any():
+        yield "packets that are not shown"
+    if _has_leading_frames(pts, flags):
+        yield "open groups of pictures"
+    if container.format.name == "avi" and stream.codec_context.has_b_frames:
+        yield "reordered frames in a container without presentation times"
+    if not _count_agrees(container, stream, len(pts)):
+        yield "its header and its packets disagree on the number of frames"
+
+
+def _has_leading_frames(pts: NDArray[np.int64], flags: NDArray[np.uint8]) -> bool:
+    """Whether any frame is shown before a key frame that comes earlier in the file."""
+    keys = np.where(flags & _KEY > 0, pts, _UNKNOWN)
+    return bool((pts < np.maximum.accumulate(keys)).any())
+
+
+def _count_agrees(container: InputContainer, stream: VideoStream, packets: int) -> bool:
+    if stream.frames:
+        return bool(stream.frames == packets)
+    if not container.duration or not stream.average_rate:
+        return False
+    expected = container.duration / av.time_base * float(stream.average_rate)
+    return abs(expected - packets) <= max(4.0, 0.02 * packets)

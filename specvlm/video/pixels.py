@@ -1,0 +1,83 @@
+"""Size and storage of decoded frames: one scaler behind both readers, so that both give the same pixels."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from av.video.frame import VideoFrame
+from av.video.reformatter import Interpolation, VideoReformatter
+from numpy.typing import NDArray
+
+from specvlm.config import FrameSettings
+
+
+class Decoded(NamedTuple):
+    """What a reader hands back."""
+
+    pixels: NDArray[np.uint8]  # [F, height, width, 3], RGB, upright, scaled
+    width: int  # upright, before scaling
+    height: int
+
+
+def pixel_limit(settings: FrameSettings, frames: int) -> int | None:
+    """Most pixels of one of `frames` frames; None where there is no limit."""
+    limits = [settings.max_pixels] if settings.max_pixels is not None else []
+    if settings.total_pixels is not None:
+        limits.append(max(1, settings.total_pixels // frames))
+    return min(limits, default=None)
+
+
+def fit(width: int, height: int, limit: int | None) -> tuple[int, int]:
+    """The largest even size of the same shape within `limit` pixels; the size itself where it fits."""
+    if limit is None or width * height <= limit:
+        return width, height
+    scale = math.sqrt(limit / (width * height))
+    return _even(width * scale), _even(height * scale)
+
+
+def _even(side: float) -> int:
+    return max(1, int(side) // 2 * 2)
+
+
+class FrameStore:
+    """The result's memory, filled frame by frame: never more than one frame is held at its full size.
+
+    Frames are turned to RGB at full size and then scaled by area: two steps, because the one-step conversion
+    differs between the FFmpeg releases that the readers carry, while these agree to the bit.
+    """
+
+    def __init__(self, frames: int, limit: int | None) -> None:
+        """Room for `frames` frames of at most `limit` pixels; the first one stored decides their size."""
+        self._frames = frames
+        self._limit = limit
+        self._pixels: NDArray[np.uint8] | None = None
+        self._full_size = (0, 0)
+        self._to_rgb = VideoReformatter()
+        self._scale = VideoReformatter()
+
+    def put(self, place: int, frame: VideoFrame, rotation: int = 0) -> None:
+        """Store `frame` as number `place`, turned counter-clockwise by `rotation` degrees (n * 90)."""
+        rgb = self._to_rgb.reformat(frame, format="rgb24")
+        if rotation % 360:
+            rgb = _turned(rgb, rotation // 90)
+        if self._pixels is None:
+            self._full_size = rgb.width, rgb.height
+            width, height = fit(*self._full_size, self._limit)
+            self._pixels = np.empty((self._frames, height, width, 3), np.uint8)
+        height, width = self._pixels.shape[1:3]
+        if (rgb.width, rgb.height) != (width, height):
+            flags = Interpolation.AREA | Interpolation.ACCURATE_RND
+            rgb = self._scale.reformat(rgb, width, height, "rgb24", interpolation=flags)
+        self._pixels[place] = rgb.to_ndarray()
+
+    def result(self) -> Decoded:
+        """Everything stored. Valid once all frames were put."""
+        assert self._pixels is not None, "no frame was put"
+        return Decoded(self._pixels, *self._full_size)
+
+
+def _turned(rgb: VideoFrame, quarters: int) -> VideoFrame:
+    pixels = rgb.to_ndarray().astype(np.uint8, copy=False)
+    return VideoFrame.from_ndarray(np.ascontiguousarray(np.rot90(pixels, quarters)), format="rgb24")
