@@ -11,7 +11,6 @@ It knows rows as plain dicts and parts as names; it reads no video and writes no
 from __future__ import annotations
 
 import json
-import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -24,12 +23,13 @@ from sqlite_utils import Database
 
 from specvlm_cli.discover import Item
 from specvlm_cli.exits import FatalError
-from specvlm_cli.migrations import STEPS, migrate, schema_version
+from specvlm_cli.migrations import STEPS, migrate, schema_version, sign
 
 Row = dict[str, Any]
 
 MOST_CRASHES = 3  # a video in whose company the process died this often is not tried again
 BUSY_TIMEOUT_S = 60.0
+_REBUILD = "delete it to have it rebuilt from captions/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +80,7 @@ class Ledger:
         """
         connection = _connect(path, "rw")
         try:
+            _set_up(connection)
             _check(connection)
             migrate(Database(connection, execute_plugins=False))
         except (FatalError, sqlite3.DatabaseError) as error:
@@ -91,14 +92,19 @@ class Ledger:
     def create(cls, path: Path) -> Self:
         """Make an empty ledger in a new file."""
         connection = _connect(path, "rwc")
-        migrate(Database(connection, execute_plugins=False))
-        return cls(connection)
+        _set_up(connection)
+        return cls._new(connection)
 
     @classmethod
     def in_memory(cls) -> Self:
         """Make an empty ledger that is gone when it is closed."""
-        connection = sqlite3.connect(":memory:", isolation_level=None)
-        migrate(Database(connection, execute_plugins=False))
+        return cls._new(sqlite3.connect(":memory:", isolation_level=None))
+
+    @classmethod
+    def _new(cls, connection: sqlite3.Connection) -> Self:
+        database = Database(connection, execute_plugins=False)
+        sign(database)
+        migrate(database)
         return cls(connection)
 
     @classmethod
@@ -397,28 +403,27 @@ class Ledger:
 
 
 def _connect(path: Path, mode: str) -> sqlite3.Connection:
-    connection = sqlite3.connect(
-        f"{path.absolute().as_uri()}?mode={mode}", uri=True, timeout=BUSY_TIMEOUT_S, isolation_level=None
-    )
-    if mode != "ro":
-        connection.execute("PRAGMA journal_mode = DELETE")
-        connection.execute("PRAGMA synchronous = FULL")
-    connection.execute("PRAGMA foreign_keys = ON")
-    return connection
+    address = f"{path.absolute().as_uri()}?mode={mode}"
+    return sqlite3.connect(address, uri=True, timeout=BUSY_TIMEOUT_S, isolation_level=None)
+
+
+def _set_up(connection: sqlite3.Connection) -> None:
+    for setting in ("journal_mode = DELETE", "synchronous = FULL", "foreign_keys = ON"):
+        connection.execute(f"PRAGMA {setting}")
 
 
 def _check(connection: sqlite3.Connection) -> None:
     verdict = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
     if verdict != "ok":
-        raise sqlite3.DatabaseError(" ".join(str(verdict).split()))
+        raise FatalError(f"the ledger is damaged ({' '.join(str(verdict).split())}); {_REBUILD}")
 
 
-def _refused(path: Path, error: Exception) -> FatalError:
+def _refused(path: Path, error: Exception) -> Exception:
+    if isinstance(error, sqlite3.Error) and error.sqlite_errorcode == sqlite3.SQLITE_BUSY:
+        return error
     if isinstance(error, FatalError):
-        return FatalError(f"{os.fspath(path)}: {error}")
-    return FatalError(
-        f"{os.fspath(path)}: the ledger is damaged ({error}); delete it to have it rebuilt from captions/"
-    )
+        return FatalError(f"{path}: {error}")
+    return FatalError(f"{path}: the ledger is damaged ({error}); {_REBUILD}")
 
 
 def _now() -> str:

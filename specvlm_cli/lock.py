@@ -6,33 +6,35 @@ import fcntl
 import json
 import os
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TextIO
 
 from specvlm_cli.exits import BusyError
 from specvlm_cli.text import clean
 
 
-@contextmanager
-def held(path: Path, run_id: str) -> Iterator[None]:
-    """Hold the lock for as long as the block runs; the file says who holds it.
+def take(path: Path, run_id: str) -> TextIO:
+    """Take the lock and write into the file who holds it; closing the file gives the lock back.
 
     Raises:
         BusyError: Another process holds it; the message names that process.
+        OSError: The file cannot be made or written.
     """
-    with path.open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BusyError(
-                f"{clean(str(path.parent.parent))} is in use by {_holder(path)}; wait for it"
-            ) from None
+    file = path.open("a", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         file.truncate(0)
         json.dump(_identity(run_id), file)
         file.flush()
-        yield
+    except BlockingIOError:
+        file.close()
+        folder = clean(str(path.parent.parent))
+        raise BusyError(f"{folder} is in use by {_holder(path)}; wait for it to end") from None
+    except BaseException:
+        file.close()
+        raise
+    return file
 
 
 def _identity(run_id: str) -> dict[str, str | int]:

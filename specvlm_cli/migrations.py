@@ -71,16 +71,19 @@ def schema_version(database: Database) -> int:
     application = database.execute("PRAGMA application_id").fetchone()[0]
     version = int(database.execute("PRAGMA user_version").fetchone()[0])
     if application != APPLICATION_ID:
-        raise FatalError("not a specvlm ledger; delete it to rebuild it from the parts in captions/")
+        raise FatalError("not a specvlm ledger; delete it to have it rebuilt from captions/")
     if version > len(STEPS):
         raise FatalError(f"schema {version} is newer than this specvlm knows ({len(STEPS)}); upgrade specvlm")
     return version
 
 
+def sign(database: Database) -> None:
+    """Declare an empty file a ledger."""
+    database.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+
+
 def migrate(database: Database) -> None:
-    """Bring a ledger, or an empty file, to the newest schema."""
-    if not database.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]:
-        database.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+    """Bring a ledger to the newest schema."""
     for number in range(schema_version(database), len(STEPS)):
         with database.atomic():
             for statement in STEPS[number]:

@@ -10,7 +10,6 @@ OUT/.specvlm/state-SSSSS.lock           its kernel lock, with the holder's name 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -68,13 +67,11 @@ class RunFolder:
         """
         try:
             self._state.mkdir(parents=True, exist_ok=True)
-            self._lock.touch()
-            if not os.access(self._state, os.W_OK):
-                raise PermissionError(13, os.strerror(13))
+            holding = lock.take(self._lock, run_id)
         except OSError as error:
             reason = f"{clean(str(self.root))}: cannot be used as the output folder ({error.strerror})"
             raise UsageError(f"{reason}; give another -o folder") from error
-        with lock.held(self._lock, run_id):
+        with holding:
             yield
 
     def read(self) -> RunFile | None:

@@ -1,0 +1,457 @@
+"""`specvlm caption`: what it does, what it leaves on disk, and how it ends."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sqlite3
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from specvlm_cli.parts import CAPTION_SCHEMA, FAILURE_SCHEMA
+from specvlm_cli.run_folder import RunFolder
+from tests.cli import invariants
+from tests.cli.conftest import Specvlm, rows, snapshot
+
+
+def test_every_video_gets_a_row(specvlm: Specvlm, videos: Path, out: Path) -> None:
+    result = specvlm("caption", videos, "-o", out)
+    assert result.code == 0
+    found = rows(out)
+    assert sorted(row["path"] for row in found) == sorted(
+        str(videos / name) for name in ("a.mp4", "b.webm", "c.MP4", "more/d.mkv")
+    )
+    row = next(row for row in found if row["path"].endswith("d.mkv"))
+    assert row["id"] == hashlib.sha1(b"more/d.mkv\0\0").hexdigest()
+    assert row["caption"] == "a caption of video more/d.mkv"
+    assert row["prompt_sha256"] == hashlib.sha256(row["prompt"].encode()).hexdigest()
+    assert (row["target_model"], row["draft_model"], row["attempts"]) == ("fake/target", "fake/draft", 1)
+    assert row["acceptance_histogram"] == [0, 1, 2, 1]
+    assert row["baseline_decode_s"] is row["exact_match"] is row["speedup_source"] is None
+    invariants.check(out, videos)
+
+
+def test_columns_are_those_of_the_contract(specvlm: Specvlm, videos: Path, out: Path) -> None:
+    (videos / "bad.mp4").write_text("text")
+    specvlm("caption", videos, "-o", out, "--baseline-sample", "1")
+    table = pq.read_table(out / "captions")
+    assert table.schema.equals(CAPTION_SCHEMA)
+    assert " ".join(table.column_names) == (
+        "id path start end prompt_index caption finish_reason target_model target_revision draft_model "
+        "method prompt prompt_sha256 config_hash specvlm_version run_id created_at duration_s fps width "
+        "height num_frames video_tokens video_tokens_kept prompt_tokens completion_tokens num_drafts "
+        "num_draft_tokens num_accepted_tokens mean_accepted_tokens mean_acceptance_length "
+        "acceptance_histogram video_decode_s preprocess_s vision_s target_prefill_s draft_prefill_s "
+        "decode_s total_s tokens_per_s baseline_token_s baseline_decode_s decode_speedup e2e_speedup "
+        "speedup_source exact_match attempts peak_memory_bytes device"
+    )
+    assert all(table.column(name).null_count == 0 for name in ("created_at", "decode_s", "exact_match"))
+    failures = pq.read_table(out / "failures")
+    assert failures.schema.equals(FAILURE_SCHEMA)
+    assert " ".join(failures.column_names) == "id path start end stage error_type error attempts at"
+
+
+def test_parts_describe_themselves_to_hugging_face(specvlm: Specvlm, videos: Path, out: Path) -> None:
+    specvlm("caption", videos, "-o", out)
+    (part,) = (out / "captions").iterdir()
+    features = json.loads(pq.read_schema(part).metadata[b"huggingface"])["info"]["features"]
+    assert features["acceptance_histogram"] == [{"dtype": "int64", "_type": "Value"}]
+    assert features["decode_s"] == {"dtype": "float64", "_type": "Value"}
+    assert features["created_at"]["dtype"] == "timestamp[us, tz=UTC]"
+
+
+def test_second_start_touches_nothing_and_loads_nothing(specvlm: Specvlm, videos: Path, out: Path) -> None:
+    assert specvlm("caption", videos, "-o", out).code == 0
+    before = snapshot(out)
+    again = specvlm("caption", videos, "-o", out)
+    assert again.code == 0
+    assert "nothing to do: 4 done" in again.err
+    assert snapshot(out) == before
+    assert len(specvlm.loads) == 1
+
+
+def test_new_videos_are_added(specvlm: Specvlm, videos: Path, out: Path) -> None:
+    specvlm("caption", videos, "-o", out)
+    (videos / "e.mp4").write_text("video e")
+    assert specvlm("caption", videos, "-o", out).code == 0
+    assert len(specvlm.engine.prepared) == 5
+    invariants.check(out, videos)
+    assert len(list((out / "captions").iterdir())) == 2
+
+
+def test_limit_counts_what_is_left(specvlm: Specvlm, videos: Path, out: Path) -> None:
+    first = specvlm("caption", videos, "-o", out, "--limit", 3, "--json").json
+    assert (first["exit_code"], first["done"], first["pending"]) == (0, 3, 1)
+    specvlm("caption", videos, "-o", out, "--limit", 3)
+    invariants.check(out, videos)
+
+
+def test_a_bad_video_never_stops_the_run(specvlm: Specvlm, videos: Path, out: Path) -> None:
+    stories = {
+        "text": ("open", "NotAVideoError", "not a video"),
+        "damaged": ("decode", "VideoDecodeError", "no frame can be decoded"),
+        "explodes": ("generate", "GenerationError", "it went off"),
+        "empty": ("generate", "EmptyCaption", "the model wrote nothing; try another prompt"),
+        "bug": ("generate", "ZeroDivisionError", "no message"),
+    }
+    for story in stories:
+        (videos / f"{story}.mp4").write_text(story)
+    (videos / "gone.mp4").symlink_to(videos / "nowhere")
+    result = specvlm("caption", videos, "-o", out)
+    assert result.code == 3
+    found = {
+        Path(row["path"]).stem: (row["stage"], row["error_type"], row["error"])
+        for row in rows(out, "failures")
+    }
+    assert found == {**stories, "gone": ("open", "VideoNotFoundError", "no such file")}
+    assert result.err.count("failed: ") == 6
+    invariants.check(out, videos, failed=6)
+
+
+def test_failures_are_tried_again_on_request(specvlm: Specvlm, videos: Path, out: Path) -> None:
+    bad = videos / "bad.mp4"
+    bad.write_text("text")
+    assert specvlm("caption", videos, "-o", out).code == 3
+    again = specvlm("caption", videos, "-o", out)
+    assert again.code == 0
+    assert "--retry-failed" in again.err
+    assert specvlm("caption", videos, "-o", out, "--retry-failed").code == 3
+    assert rows(out, "failures")[0]["attempts"] == 2
+    bad.write_text("video")
+    assert specvlm("caption", videos, "-o", out, "--retry-failed").code == 0
+    assert not list((out / "failures").iterdir())
+    assert [row["attempts"] for row in rows(out) if row["path"] == str(bad)] == [3]
+    invariants.check(out, videos)
+
+
+def test_overwrite_makes_the_given_captions_anew(specvlm: Specvlm, videos: Path, out: Path) -> None:
+    specvlm("caption", videos, "-o", out)
+    runs = {row["id"]: row["run_id"] for row in rows(out)}
+    (videos / "a.mp4").write_text("video, new")
+    assert specvlm("caption", videos / "a.mp4", "-o", out, "--overwrite").code == 0
+    changed = [row for row in rows(out) if row["run_id"] != runs[row["id"]]]
+    assert [row["caption"] for row in changed] == ["a caption of video, new"]
+    invariants.check(out, videos)
+
+
+def test_config_change_names_the_setting(specvlm: Specvlm, videos: Path, out: Path) -> None:
+    specvlm("caption", videos, "-o", out, "--prompt", "What is red?")
+    before = snapshot(out)
+    for flag, value, named in [
+        ("--prompt", "What is blue?", 'prompt was "What is red?", is now "What is blue?"'),
+        ("--fps", "1", "fps was 2.0, is now 1.0"),
+        ("--max-new-tokens", "9", "max_new_tokens was 256, is now 9"),
+        ("--preset", "qwen2.5-vl-7b", "target was "),
+        ("--system", "Be short.", 'system was null, is now "Be short."'),
+    ]:
+        arguments = {"--prompt": "What is red?", flag: value}
+        flags = [part for pair in arguments.items() for part in pair]
+        result = specvlm("caption", videos, "-o", out, *flags)
+        assert result.code == 2
+        assert named in result.err
+        assert "--on-config-change" in result.err
+    assert snapshot(out) == before
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--pruner", "uniform", "--prune-ratio", "0.5", "--top-p", "0.2"],
+        ["--tree", "chain", "--depth", "3", "--nodes", "8", "--positions", "compact"],
+        ["--draft", "none"],
+        ["--seed", "7", "--top-k", "3"],  # greedy: neither is used
+    ],
+)
+def test_what_cannot_change_a_caption_is_no_change(
+    specvlm: Specvlm, videos: Path, out: Path, flags: list[str]
+) -> None:
+    specvlm("caption", videos, "-o", out)
+    (videos / "e.mp4").write_text("video e")
+    assert specvlm("caption", videos, "-o", out, *flags).code == 0
+    assert len(specvlm.loads) == 2
+
+
+def test_config_change_reuse_keeps_old_captions(specvlm: Specvlm, videos: Path, out: Path) -> None:
+    specvlm("caption", videos, "-o", out)
+    (videos / "e.mp4").write_text("video e")
+    changed = ["--prompt", "Why?", "--on-config-change", "reuse"]
+    assert specvlm("caption", videos, "-o", out, *changed).code == 0
+    assert sorted(row["prompt"] for row in rows(out)) == ["Describe the video in detail."] * 4 + ["Why?"]
+    assert len({row["config_hash"] for row in rows(out)}) == 2
+    assert specvlm("caption", videos, "-o", out, "--prompt", "Why?").code == 0
+
+
+def test_config_change_new_goes_to_a_folder_beside(specvlm: Specvlm, videos: Path, out: Path) -> None:
+    specvlm("caption", videos, "-o", out)
+    before = snapshot(out)
+    changed = ["--prompt", "Why?", "--on-config-change", "new"]
+    result = specvlm("caption", videos, "-o", out, *changed, "--json")
+    other = Path(result.json["out"])
+    assert other.parent == out.parent
+    assert other.name.startswith("out-")
+    assert snapshot(out) == before
+    invariants.check(other, videos)
+    assert "nothing to do" in specvlm("caption", videos, "-o", out, *changed).err
+
+
+def test_config_may_change_while_there_is_no_caption(specvlm: Specvlm, videos: Path, out: Path) -> None:
+    for path in videos.rglob("*.*"):
+        path.write_text("text")
+    assert specvlm("caption", videos, "-o", out).code == 3
+    assert specvlm("caption", videos, "-o", out, "--prompt", "Why?", "--retry-failed").code == 3
+
+
+def test_a_target_that_changed_under_its_name_is_a_change(specvlm: Specvlm, videos: Path, out: Path) -> None:
+    specvlm("caption", videos, "-o", out)
+    (videos / "e.mp4").write_text("video e")
+    specvlm.engine.revision = "r2"
+    result = specvlm("caption", videos, "-o", out)
+    assert result.code == 2
+    assert 'target_revision was "r1", is now "r2"' in result.err
+    assert specvlm("caption", videos, "-o", out, "--on-config-change", "reuse").code == 0
+    invariants.check(out, videos)
+
+
+def test_settings_that_were_deleted_are_told_by_their_hash(specvlm: Specvlm, videos: Path, out: Path) -> None:
+    specvlm("caption", videos, "-o", out)
+    (out / ".specvlm" / "run.json").unlink()
+    result = specvlm("caption", videos, "-o", out, "--prompt", "Why?")
+    assert result.code == 2
+    assert "run.json is gone" in result.err
+    assert specvlm("caption", videos, "-o", out).code == 0
+
+
+def test_baseline_is_compared_and_timed(specvlm: Specvlm, videos: Path, out: Path) -> None:
+    (videos / "differs.mp4").write_text("differs")
+    result = specvlm("caption", videos, "-o", out, "--baseline-sample", 1, "--json")
+    assert result.code == 0
+    figures = result.json["figures"]
+    assert (figures["compared"], figures["identical"]) == (5, 4)
+    assert figures["decode"] == pytest.approx({"of_totals": 3.0, "median": 3.0})
+    assert figures["end_to_end"] == pytest.approx({"of_totals": 1.6, "median": 1.6})
+    assert figures["mean_accepted_tokens"] == 2.0
+    assert "4/5" in result.err
+    row = rows(out)[0]
+    assert (row["baseline_decode_s"], row["baseline_token_s"]) == (0.6, pytest.approx(0.05))
+    assert (row["decode_speedup"], row["e2e_speedup"]) == (pytest.approx(3.0), pytest.approx(1.6))
+    assert row["speedup_source"] == "measured"
+    assert len(specvlm.engine.prepared) == 5, "a video is read once for both"
+    assert specvlm.engine.warm_ups == 1
+
+
+def test_odd_ids_are_decoded_plainly_first(specvlm: Specvlm, videos: Path, out: Path) -> None:
+    specvlm("caption", videos, "-o", out, "--baseline-sample", 1)
+    order = iter(specvlm.engine.captioned)
+    plain_first = {text: not speculate for (text, speculate), _ in zip(order, order, strict=True)}
+    odd = {row["caption"].removeprefix("a caption of "): int(row["id"], 16) % 2 == 1 for row in rows(out)}
+    assert plain_first == odd
+
+
+def test_baseline_sample_is_a_stable_share(specvlm: Specvlm, tmp_path: Path, out: Path) -> None:
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for number in range(60):
+        (folder / f"{number}.mp4").write_text("video")
+    specvlm("caption", folder, "-o", out, "--baseline-sample", 0.3)
+    sampled = {row["id"] for row in rows(out) if row["exact_match"] is not None}
+    assert 8 <= len(sampled) <= 30
+    specvlm("caption", folder, "-o", out, "--baseline-sample", 0.3, "--overwrite")
+    assert {row["id"] for row in rows(out) if row["exact_match"] is not None} == sampled
+
+
+def test_failures_can_end_a_run(specvlm: Specvlm, tmp_path: Path, out: Path) -> None:
+    folder = tmp_path / "bad"
+    folder.mkdir()
+    for number in range(10):
+        (folder / f"{number}.mp4").write_text("text")
+    fast = specvlm("caption", folder, "-o", out, "--fail-fast", "--json")
+    assert (fast.code, fast.json["failed_now"], fast.json["stopped"]) == (4, 1, "max-failures")
+    assert specvlm("caption", folder, "-o", out, "--max-failures", 3, "--json").json["failed_now"] == 3
+    share = specvlm("caption", folder, "-o", out, "--max-failures", "50%", "--json")
+    assert (share.code, share.json["failed_now"]) == (4, 3)
+    assert specvlm("caption", folder, "-o", out, "--exit-zero").code == 0
+    invariants.check(out, folder, failed=10) if (out / "captions").exists() else None
+
+
+def test_dry_run_names_the_videos_and_touches_nothing(specvlm: Specvlm, videos: Path, out: Path) -> None:
+    result = specvlm("caption", videos, "-o", out, "-n")
+    assert result.out.splitlines() == [
+        str(videos / name) for name in ("a.mp4", "b.webm", "c.MP4", "more/d.mkv")
+    ]
+    assert not out.exists()
+    specvlm("caption", videos, "-o", out, "--limit", 3)
+    before = snapshot(out)
+    assert specvlm("caption", videos, "-o", out, "-n").out == f"{videos}/more/d.mkv\n"
+    assert specvlm("caption", videos, "-o", out, "-n", "--json").json["would_caption"] == [
+        f"{videos}/more/d.mkv"
+    ]
+    assert specvlm("caption", videos, "-o", out, "-n", "--overwrite").out.count("\n") == 4
+    assert snapshot(out) == before
+    assert len(specvlm.loads) == 1
+
+
+def test_a_deleted_ledger_is_rebuilt_from_the_parts(specvlm: Specvlm, videos: Path, out: Path) -> None:
+    (videos / "bad.mp4").write_text("text")
+    specvlm("caption", videos, "-o", out, "--limit", 2)
+    specvlm("caption", videos, "-o", out, "--limit", 2)
+    (out / ".specvlm" / "state-00000.db").unlink()
+    before = rows(out), rows(out, "failures")
+    assert specvlm("caption", videos, "-o", out, "-n").out == f"{videos}/more/d.mkv\n"
+    assert specvlm("caption", videos, "-o", out).code == 3
+    assert [row for row in rows(out) if not row["path"].endswith("d.mkv")] == before[0]
+    assert rows(out, "failures") == before[1]
+    invariants.check(out, videos, failed=1)
+
+
+def test_a_part_that_holds_a_caption_twice_is_written_anew(specvlm: Specvlm, videos: Path, out: Path) -> None:
+    specvlm("caption", videos, "-o", out)
+    part = out / "captions" / "part-00000-00000.parquet"
+    (out / "captions" / "part-00000-00007.parquet").write_bytes(part.read_bytes())
+    (out / ".specvlm" / "state-00000.db").unlink()
+    assert specvlm("caption", videos, "-o", out).code == 0
+    invariants.check(out, videos)
+
+
+@pytest.mark.parametrize("damage", ["gone", "short", "stray", "temporary"])
+def test_damaged_parts_are_repaired_from_the_ledger(
+    specvlm: Specvlm, videos: Path, out: Path, damage: str
+) -> None:
+    specvlm("caption", videos, "-o", out)
+    before = rows(out)
+    part = out / "captions" / "part-00000-00000.parquet"
+    if damage == "gone":
+        part.unlink()
+    elif damage == "short":
+        part.write_bytes(part.read_bytes()[:-10])
+    else:
+        name = "part-00000-00009.parquet" if damage == "stray" else ".part-00000-00009.parquet"
+        part.with_name(name).write_bytes(part.read_bytes()[:100])
+    assert specvlm("caption", videos, "-o", out).code == 0
+    assert rows(out) == before
+    assert len(specvlm.loads) == 1
+    invariants.check(out, videos)
+
+
+def test_an_unreadable_part_without_a_ledger_is_no_fresh_start(
+    specvlm: Specvlm, videos: Path, out: Path
+) -> None:
+    specvlm("caption", videos, "-o", out)
+    (out / ".specvlm" / "state-00000.db").unlink()
+    part = out / "captions" / "part-00000-00000.parquet"
+    part.write_bytes(part.read_bytes()[:-10])
+    result = specvlm("caption", videos, "-o", out)
+    assert result.code == 1
+    assert str(part) in result.err
+    assert part.exists()
+
+
+def test_a_damaged_ledger_is_refused(specvlm: Specvlm, videos: Path, out: Path) -> None:
+    specvlm("caption", videos, "-o", out)
+    ledger = out / ".specvlm" / "state-00000.db"
+    content = bytearray(ledger.read_bytes())
+    content[5000:9000] = os.urandom(4000)
+    for broken in (b"", b"not a database at all" * 100, bytes(content[:20000])):
+        ledger.write_bytes(broken)
+        result = specvlm("caption", videos, "-o", out, "--overwrite")
+        assert (result.code, result.err.count("\n")) == (1, 2)
+        assert "delete it" in result.err
+    ledger.unlink()
+    assert specvlm("caption", videos, "-o", out).code == 0
+    invariants.check(out, videos)
+
+
+def test_a_newer_ledger_is_refused(specvlm: Specvlm, videos: Path, out: Path) -> None:
+    specvlm("caption", videos, "-o", out)
+    with sqlite3.connect(out / ".specvlm" / "state-00000.db") as database:
+        database.execute("PRAGMA user_version = 99")
+    database.close()
+    result = specvlm("caption", videos, "-o", out)
+    assert result.code == 1
+    assert "schema 99 is newer" in result.err
+
+
+def test_a_second_run_is_told_who_holds_the_folder(specvlm: Specvlm, videos: Path, out: Path) -> None:
+    with RunFolder(out).locked("other"):
+        before = snapshot(out)
+        result = specvlm("caption", videos, "-o", out)
+        assert result.code == 75
+        assert f"process {os.getpid()} on {os.uname().nodename}" in result.err
+        assert snapshot(out) == before
+    assert specvlm("caption", videos, "-o", out).code == 0
+
+
+def test_a_ledger_that_another_program_holds_is_busy(
+    specvlm: Specvlm, videos: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("specvlm_cli.ledger.BUSY_TIMEOUT_S", 0.1)
+    specvlm("caption", videos, "-o", out, "--limit", 1)
+    browser = sqlite3.connect(out / ".specvlm" / "state-00000.db")
+    browser.execute("BEGIN IMMEDIATE")
+    assert specvlm("caption", videos, "-o", out).code == 75
+    browser.close()
+    assert specvlm("caption", videos, "-o", out).code == 0
+
+
+def test_a_video_that_moved_keeps_its_caption(
+    specvlm: Specvlm, videos: Path, out: Path, tmp_path: Path
+) -> None:
+    specvlm("caption", videos, "-o", out)
+    elsewhere = videos.rename(tmp_path / "elsewhere")
+    assert "nothing to do" in specvlm("caption", elsewhere, "-o", out).err
+
+
+def test_another_video_with_the_same_id_is_refused(
+    specvlm: Specvlm, videos: Path, out: Path, tmp_path: Path
+) -> None:
+    specvlm("caption", videos, "-o", out)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "a.mp4").write_text("another video")
+    result = specvlm("caption", other, "-o", out)
+    assert result.code == 2
+    assert str(videos / "a.mp4") in result.err
+
+
+def test_interrupting_a_caption_puts_the_video_back(specvlm: Specvlm, videos: Path, out: Path) -> None:
+    (videos / "b.webm").write_text("interrupt")
+    assert specvlm("caption", videos, "-o", out).code == 130
+    (videos / "b.webm").write_text("video b")
+    assert specvlm("caption", videos, "-o", out).code == 0
+    invariants.check(out, videos)
+
+
+def test_an_error_of_all_videos_ends_the_run(specvlm: Specvlm, videos: Path, out: Path) -> None:
+    (videos / "a.mp4").write_text("prompt")
+    result = specvlm("caption", videos, "-o", out)
+    assert result.code == 2
+    assert "the prompt has no place for a video" in result.err
+    assert not rows(out, "failures")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_an_output_folder_that_cannot_be_written(specvlm: Specvlm, videos: Path, tmp_path: Path) -> None:
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o500)
+    assert specvlm("caption", videos, "-o", locked / "out").code == 2
+
+
+def test_an_output_folder_that_is_a_file(specvlm: Specvlm, videos: Path, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    for out in (file, file / "below"):
+        result = specvlm("caption", videos, "-o", out)
+        assert result.code == 2
+        assert "give another -o folder" in result.err
+    assert not specvlm.loads
+
+
+def test_no_videos_is_nothing_to_do(specvlm: Specvlm, tmp_path: Path, out: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    result = specvlm("caption", empty, "-o", out)
+    assert result.code == 0
+    assert "no videos found" in result.err
+    assert not out.exists()
