@@ -126,7 +126,7 @@ class VideoLM:
         """
         cache.aim_nodes(slots, visible)
         plan = AttentionPlan()
-        if tokens.numel() > 1:
+        if sees.numel() > 1:  # a lone root sees every visible slot
             plan = tree_plan(round_mask(lengths, sees, visible), self._groups, self.dtype)
         return self.forward(self.embed_tokens(tokens), positions, cache, plan)
 

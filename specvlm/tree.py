@@ -154,7 +154,11 @@ class DynamicShape(TreeShape):
     """EAGLE-2 (arXiv 2406.16858, section 4): expand the likeliest frontier, then keep the likeliest nodes."""
 
     def __init__(self, depth: int, nodes: int, width: int, device: torch.device) -> None:
-        """Expand `width` nodes a level for `depth` levels; keep the best `nodes`, root included."""
+        """Expand `width` nodes a level for `depth` levels; keep the best `nodes`, root included.
+
+        A path of `nodes` holds `nodes - 1` guesses at most, so no deeper level is ever grown.
+        """
+        depth = min(depth, nodes - 1)
         self.depth, self._width, self._device = depth, width, device
         candidates = 1 + width + (depth - 1) * width * width
         self.nodes = min(nodes, candidates)

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from specvlm.config import FrameSettings
 
 _DEFAULT_FPS = 2.0
-_TOLERANCE_S = (
-    1e-3  # Matroska and FLV round times to milliseconds; the same clip in mp4 gives the same frames
-)
+# Matroska and FLV round times to milliseconds, and the same clip in mp4 should give the same frames. Frames of
+# 1001/30000 s fall on odd half milliseconds past the moments asked for: the tolerance keeps between those.
+_TOLERANCE_S = 1.25e-3
 
 
 def mean_gap_s(times_s: NDArray[np.float64]) -> float:
@@ -57,7 +57,7 @@ def _frame_count(span_s: float, available: int, settings: FrameSettings, multipl
     else:
         fps = _DEFAULT_FPS if settings.fps is None else settings.fps
         least = math.ceil(settings.min_frames / multiple) * multiple
-        wanted = min(max(math.floor(span_s * fps + 1e-6), least), settings.max_frames)
+        wanted = min(max(math.floor((span_s + _TOLERANCE_S) * fps), least), settings.max_frames)
     wanted = max(wanted - wanted % multiple, multiple)
     if wanted <= available:
         return wanted

@@ -1,0 +1,95 @@
+"""The byte-level tokenizer of the demo pairs, trained on their own captions and prompts.
+
+Both families share one byte-pair vocabulary and each adds its own special tokens after it, so that a text
+model of one family can start the other. It encodes any text, but spends few tokens only on our captions.
+"""
+
+import json
+from typing import Any, Final, Literal
+
+from tokenizers import Tokenizer, models, trainers
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import Qwen2Tokenizer
+
+from specvlm.demo.captions import PROMPTS, caption_for
+from specvlm.demo.clips import scene_for, seed_for
+
+Family = Literal["qwen", "llava"]
+
+BASE_VOCABULARY: Final = 600
+QWEN_SYSTEM: Final = "You are a helpful assistant."
+_SHARED_SPECIALS: Final = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+_SPECIALS: Final[dict[str, tuple[str, ...]]] = {
+    "qwen": (*_SHARED_SPECIALS, "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"),
+    "llava": (*_SHARED_SPECIALS, "<image>", "<video>"),
+}
+QWEN_TEMPLATE: Final = (
+    "{% set image_count = namespace(value=0) %}{% set video_count = namespace(value=0) %}"
+    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\n"
+    f"{QWEN_SYSTEM}<|im_end|>\n"
+    "{% endif %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n"
+    "{% else %}{% for content in message['content'] %}"
+    "{% if content['type'] == 'image' or 'image' in content or 'image_url' in content %}"
+    "{% set image_count.value = image_count.value + 1 %}"
+    "{% if add_vision_id %}Picture {{ image_count.value }}: {% endif %}"
+    "<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif content['type'] == 'video' or 'video' in content %}"
+    "{% set video_count.value = video_count.value + 1 %}"
+    "{% if add_vision_id %}Video {{ video_count.value }}: {% endif %}"
+    "<|vision_start|><|video_pad|><|vision_end|>"
+    "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAVA_TEMPLATE: Final = (
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + ' '}}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
+    "{{ '<image>' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'video') %}"
+    "{{ '<video>' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ '\n' + content['text'] }}{% endfor %}{{'<|im_end|>'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def train_tokenizer(family: Family, clips: int = 3000) -> Qwen2Tokenizer:
+    """Train the vocabulary on captions of training clips and wrap it as the family's tokenizer."""
+    blank = Qwen2Tokenizer()
+    captions = [caption_for(scene_for(seed_for("train", i))) for i in range(clips)]
+    prompts = [f"system\n{QWEN_SYSTEM}\nuser\n{prompt}\nassistant\n" for prompt in PROMPTS] * (clips // 6)
+    trained: Tokenizer = blank.backend_tokenizer
+    trained.model = models.BPE()
+    trainer = trainers.BpeTrainer(
+        vocab_size=BASE_VOCABULARY, initial_alphabet=sorted(ByteLevel.alphabet()), show_progress=False
+    )
+    trained.train_from_iterator([*captions, *prompts], trainer)
+    model: dict[str, Any] = json.loads(trained.to_str())["model"]
+    return tokenizer_from(model["vocab"], model["merges"], family)
+
+
+def tokenizer_from(vocabulary: dict[str, int], merges: list[Any], family: Family) -> Qwen2Tokenizer:
+    """A Qwen2 tokenizer with this vocabulary and the family's special tokens."""
+    specials = _SPECIALS[family]
+    kind: Any = Qwen2Tokenizer
+    tokenizer: Qwen2Tokenizer = kind(
+        vocab=vocabulary,
+        merges=[tuple(m) for m in merges],
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        unk_token=None,
+        model_max_length=32768,
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": list(specials)})
+    for name in ("image", "video"):
+        token = f"<|{name}_pad|>" if family == "qwen" else f"<{name}>"
+        setattr(tokenizer, f"{name}_token", token)
+    tokenizer.chat_template = QWEN_TEMPLATE if family == "qwen" else LLAVA_TEMPLATE
+    return tokenizer
+
+
+def token_id(tokenizer: Qwen2Tokenizer, token: str) -> int:
+    """Id of one token, which must exist."""
+    found = tokenizer.convert_tokens_to_ids(token)
+    assert isinstance(found, int)
+    return found

@@ -1,0 +1,416 @@
+"""Train a demo checkpoint: `python -m specvlm.demo.train --family qwen --role target --work D --minutes 33`.
+
+One recipe for both families and both roles. A target goes through three stages by the clock: the vision
+tower alone, taught what each cell of the picture shows; then a shallow text model on captions; then, with
+layers that add nothing at first put between the trained ones, the full depth. A draft has no third stage and
+sees pruned video tokens. The run is seeded, writes a checkpoint every two minutes and goes on from it when
+started again. The clock is the CPU time of a thread, so that a busy machine shortens no stage. It is a recipe
+for toy models on two CPU cores, not a trainer for large ones.
+"""
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AttentionInterface, AutoModelForImageTextToText, PreTrainedModel
+
+from specvlm.demo.batches import CELL_FACTS, IGNORED, Batch, Drawer
+from specvlm.demo.models import (
+    CHECKPOINTS,
+    Role,
+    build_model,
+    build_processor,
+    deepened,
+    save_folder,
+    text_layers,
+)
+from specvlm.demo.tokenizer import Family
+
+SECONDS_BETWEEN_SAVES: Final = 120
+PRUNE_RATIOS: Final = (0.0, 0.5, 0.9, 0.9, 0.95)
+_WINDOWS: Final = "flash_windows_of_demo_training"
+
+
+@dataclass
+class Plan:
+    """Everything that decides a run."""
+
+    family: Family
+    role: Role
+    minutes: float
+    batch_size: int = 32
+    learning_rate: float = 3e-3
+    seed: int = 0
+    vision_share: float = 0.1
+    """Share of the time in which only the vision tower learns."""
+    deepen_at: float = 0.65
+    """Share of the time after which the text model gets its full depth."""
+    cell_weight: float = 0.3
+    """Weight of the cell loss beside the caption loss."""
+    start: str = ""
+    """Folder of a checkpoint whose matching text weights start this one."""
+    teacher: str = ""
+    """Folder of the target whose choices a draft learns in the second half."""
+
+
+@dataclass
+class Progress:
+    """How far a run has come; stored with every checkpoint."""
+
+    step: int = 0
+    elapsed_s: float = 0.0
+    layers: int = 0
+    since_rebuild: int = 0
+
+
+class CellHead(nn.Module):
+    """Throw-away head that reads the facts of a cell from its video token."""
+
+    def __init__(self, width: int, facts: tuple[str, ...]) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.heads = nn.ModuleDict({name: nn.Linear(width, CELL_FACTS[name]) for name in facts})
+
+    def forward(self, tokens: Tensor, cells: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
+        """Mean loss over kinds of fact, and the share of labelled cells that are right."""
+        tokens = self.norm(tokens)
+        losses, right = [], {}
+        for name, head in self.heads.items():
+            labels = cells[name].flatten()
+            logits = head(tokens).flatten(0, 1)
+            weight = torch.ones(CELL_FACTS[name])
+            if name == "colour":
+                weight[-1] = 0.15
+            losses.append(functional.cross_entropy(logits, labels, weight=weight, ignore_index=IGNORED))
+            known = labels != IGNORED if name != "colour" else labels < CELL_FACTS[name] - 1
+            right[name] = float((logits.argmax(-1) == labels)[known].float().mean())
+        return torch.stack(losses).mean(), right
+
+
+class Trainer:
+    """One run: model, heads, optimizers and the clock."""
+
+    def __init__(self, plan: Plan, work: Path) -> None:
+        torch.manual_seed(plan.seed)
+        self.plan, self.work = plan, work
+        self.sizes = CHECKPOINTS[plan.family, plan.role]
+        self.processor = build_processor(plan.family)
+        self.tokenizer = self.processor.tokenizer
+        self.drawer = Drawer(plan.family, self.processor)
+        self.progress = Progress(layers=self.sizes.first_layers)
+        self.heads = nn.ModuleDict({"vision": CellHead(self.sizes.text_width, tuple(CELL_FACTS))})
+        if self.sizes.first_layers > 1:
+            self.heads["text"] = CellHead(self.sizes.text_width, ("motion", "row", "column", "size"))
+        self.teacher: PreTrainedModel | None = None
+        saved = work / "last.pt"
+        state = torch.load(saved, weights_only=True) if saved.exists() else None
+        if state:
+            self.progress = Progress(**state["progress"])
+        self._adopt(self._fresh(self.progress.layers))
+        if state:
+            self.model.load_state_dict(state["model"])
+            self.heads.load_state_dict(state["heads"])
+            for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(kept)
+        elif plan.start:
+            self._start_from(Path(plan.start))
+        if plan.teacher:
+            self.teacher = load_model(Path(plan.teacher))
+            _use_fast_windows(self.teacher)
+
+    def run(self) -> None:
+        """Train until the minutes are used up, then write the folder."""
+        last_save, began = time.monotonic(), _clock_s() - self.progress.elapsed_s
+        while self.share < 1:
+            self._deepen_when_due()
+            line = self._step()
+            self.progress.elapsed_s = _clock_s() - began
+            if self.progress.step % 20 == 0:
+                print(json.dumps(line), flush=True)
+            if time.monotonic() - last_save > SECONDS_BETWEEN_SAVES:
+                self.save()
+                last_save = time.monotonic()
+        self.save()
+
+    @property
+    def share(self) -> float:
+        """Share of the time that is used."""
+        return self.progress.elapsed_s / (60 * self.plan.minutes)
+
+    def save(self) -> None:
+        """Write the checkpoint to resume from, and the Hugging Face folder as it stands."""
+        self.work.mkdir(parents=True, exist_ok=True)
+        state = {
+            "model": self.model.state_dict(),
+            "heads": self.heads.state_dict(),
+            "optimizers": [o.state_dict() for o in self.optimizers],
+            "progress": asdict(self.progress),
+        }
+        torch.save(state, self.work / "last.part")
+        (self.work / "last.part").replace(self.work / "last.pt")
+        whole = self.model
+        if self.progress.layers < self.sizes.text_layers:
+            whole = deepened(
+                self.model, self.plan.family, self.plan.role, self.tokenizer, self.sizes.text_layers
+            )
+        save_folder(whole, self.processor, self.work / "model")
+        (self.work / "plan.json").write_text(json.dumps(asdict(self.plan) | asdict(self.progress), indent=1))
+
+    def _fresh(self, layers: int) -> PreTrainedModel:
+        return build_model(self.plan.family, self.plan.role, self.tokenizer, layers)
+
+    def _adopt(self, model: PreTrainedModel) -> None:
+        self.model = model.train()
+        self.progress.since_rebuild = 0
+        _use_fast_windows(model)
+        self.optimizers = _optimizers(model, self.heads, self.plan.learning_rate)
+        self._middle: Tensor | None = None
+        if "text" in self.heads:
+            text_layers(model)[max(0, self.progress.layers // 3)].register_forward_hook(self._keep_middle)
+
+    def _keep_middle(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        self._middle = output[0] if isinstance(output, tuple) else output
+
+    def _start_from(self, folder: Path) -> None:
+        """Take over the text model (and all else that fits) of another checkpoint's training state."""
+        state = torch.load(folder / "last.pt", weights_only=True)["model"]
+        own = self.model.state_dict()
+        text = {k: v for k, v in state.items() if "language_model" in k}
+        fits = {k: v for k, v in text.items() if k in own and v.shape == own[k].shape}
+        own.update(fits)
+        self.model.load_state_dict(own)
+        print(json.dumps({"started_from": str(folder), "tensors": len(fits)}), flush=True)
+
+    def _deepen_when_due(self) -> None:
+        full = self.sizes.text_layers
+        if self.share >= self.plan.deepen_at and self.progress.layers < full:
+            self.save()
+            (self.work / "last.pt").replace(self.work / "shallow.pt")
+            self.progress.layers = full
+            self._adopt(deepened(self.model, self.plan.family, self.plan.role, self.tokenizer, full))
+
+    def _rate(self) -> float:
+        flat = 0.4
+        decay = 0.5 * (1 + math.cos(math.pi * max(0.0, (self.share - flat) / (1 - flat))))
+        return max(decay, 0.01) * min(1.0, (self.progress.since_rebuild + 1) / 50)
+
+    def _step(self) -> dict[str, Any]:
+        began = time.monotonic()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["base_rate"] * self._rate()
+        captions = self.share >= self.plan.vision_share
+        ones = max(0.4, 1 - 3 * max(0.0, self.share - self.plan.vision_share)) if captions else 0.4
+        batch = self.drawer.batch(self.progress.step, self.plan.batch_size, ones)
+        loss, line = self._losses(batch, captions)
+        loss.backward()  # type: ignore[no-untyped-call]
+        for part in (self.model, self.heads):
+            nn.utils.clip_grad_norm_(part.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.progress.step += 1
+        self.progress.since_rebuild += 1
+        line |= {"step": self.progress.step, "share": round(self.share, 3), "layers": self.progress.layers}
+        return line | {"loss": round(float(loss.detach()), 4), "step_s": round(time.monotonic() - began, 2)}
+
+    def _losses(self, batch: Batch, captions: bool) -> tuple[Tensor, dict[str, Any]]:
+        tokens = video_tokens(self.model, batch)
+        labelled = batch.cells["colour"].shape[1]
+        cell_loss, right = self.heads["vision"](tokens[:, :labelled], batch.cells)
+        line: dict[str, Any] = {"cells": {k: round(v, 3) for k, v in right.items()}}
+        if not captions:
+            return cell_loss, line
+        ratio = 0.0
+        if self.plan.role == "draft":
+            ratio = PRUNE_RATIOS[self.progress.step % len(PRUNE_RATIOS)]
+        keep = kept_tokens(tokens.shape[0], tokens.shape[1], ratio, self.progress.step)
+        logits = caption_logits(self.model, batch, tokens, keep)
+        loss = self._caption_loss(batch, logits)
+        line |= accuracies(batch, logits) | {"prune": ratio, "caption_loss": round(float(loss.detach()), 4)}
+        total = loss + self.plan.cell_weight * cell_loss
+        if "text" in self.heads and self._middle is not None:
+            start = int((batch.prompt_ids == video_id(self.model)).nonzero()[0])
+            middle_loss, right = self.heads["text"](self._middle[:, start : start + labelled], batch.cells)
+            line["text_cells"] = {k: round(v, 3) for k, v in right.items()}
+            total = total + self.plan.cell_weight * middle_loss
+        return total, line
+
+    def _caption_loss(self, batch: Batch, logits: Tensor) -> Tensor:
+        weights = batch.weights.flatten()
+        if self.teacher is not None and self.share > 0.5:
+            with torch.no_grad():
+                told = caption_logits(self.teacher, batch, video_tokens(self.teacher, batch), None)
+            shared = min(told.shape[-1], logits.shape[-1])
+            wanted = told[..., :shared].softmax(-1).flatten(0, 1)
+            said = logits[..., :shared].flatten(0, 1)
+        else:
+            wanted, said = batch.caption_ids.flatten(), logits.flatten(0, 1)
+        losses = functional.cross_entropy(said, wanted, reduction="none")
+        return (losses * weights).sum() / weights.sum()
+
+
+def load_model(folder: Path) -> PreTrainedModel:
+    """A checkpoint as stock classes load it, in float32 for the CPU."""
+    model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    ready: PreTrainedModel = model.eval()
+    return ready
+
+
+def video_id(model: PreTrainedModel) -> int:
+    """Token id that stands for a video token in the prompt."""
+    return int(model.config.video_token_id)
+
+
+def video_tokens(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """What the vision tower makes of the clips, [B, V, width]."""
+    if "video_grid_thw" in batch.pixels:
+        made = model.model.get_video_features(**batch.pixels, return_dict=True).pooler_output
+        return torch.stack(list(made))
+    pooled: Tensor = model.model.get_video_features(**batch.pixels, return_dict=True).pooler_output
+    return pooled
+
+
+def kept_tokens(rows: int, count: int, ratio: float, seed: int) -> Tensor | None:
+    """Video tokens a pruned draft sees, [B, kept], or None for all; every second time evenly spread."""
+    if ratio == 0:
+        return None
+    kept = max(1, round(count * (1 - ratio)))
+    generator = torch.Generator().manual_seed(seed)
+    if seed % 2:
+        return torch.rand(rows, count, generator=generator).argsort(1)[:, :kept].sort(1).values
+    return torch.linspace(0, count - 1, kept).round().long().expand(rows, kept)
+
+
+def caption_logits(model: PreTrainedModel, batch: Batch, tokens: Tensor, keep: Tensor | None) -> Tensor:
+    """Logits of every caption token, [B, C, vocabulary], with only the kept video tokens in the prompt."""
+    rows, length = batch.caption_ids.shape
+    prompt = batch.prompt_ids
+    ids = torch.cat([prompt.expand(rows, -1), batch.caption_ids[:, :-1]], dim=1)
+    start = int((prompt == video_id(model)).nonzero()[0])
+    end = start + tokens.shape[1]
+    embedded = model.get_input_embeddings()(ids)
+    positions = position_ids(model, batch, ids.shape[1])
+    if keep is None:
+        sequence = torch.cat([embedded[:, :start], tokens, embedded[:, end:]], dim=1)
+        spots = positions.expand(*positions.shape[:-2], rows, -1)
+    else:
+        chosen = torch.gather(tokens, 1, keep[..., None].expand(-1, -1, tokens.shape[-1]))
+        sequence = torch.cat([embedded[:, :start], chosen, embedded[:, end:]], dim=1)
+        before, after = torch.arange(start).expand(rows, -1), torch.arange(end, ids.shape[1]).expand(rows, -1)
+        index = torch.cat([before, start + keep, after], dim=1)
+        spots = positions[..., 0, :][..., index]
+    hidden = model.model.language_model(
+        inputs_embeds=sequence, position_ids=spots, attention_mask={"full_attention": None}, use_cache=False
+    ).last_hidden_state
+    logits: Tensor = model.lm_head(hidden[:, -length:])
+    return logits
+
+
+def position_ids(model: PreTrainedModel, batch: Batch, length: int) -> Tensor:
+    """Positions of one row: [3, 1, S] for M-RoPE, else [1, S]."""
+    if "video_grid_thw" not in batch.pixels:
+        return torch.arange(length)[None]
+    ids = torch.zeros(1, length, dtype=torch.long)
+    ids[0, : len(batch.prompt_ids)] = batch.prompt_ids
+    kinds = (ids == video_id(model)).int() * 2
+    grid = batch.pixels["video_grid_thw"][:1]
+    found, _ = model.model.get_rope_index(ids, kinds, video_grid_thw=grid, second_per_grid_ts=torch.ones(1))
+    positions: Tensor = found
+    return positions
+
+
+def accuracies(batch: Batch, logits: Tensor) -> dict[str, float]:
+    """Share of right tokens among those that carry facts and among all, with the true caption before them."""
+    right = logits.detach().argmax(-1) == batch.caption_ids
+    facts, told = batch.weights > 1, batch.weights > 0
+    return {
+        "fact_tokens": round(float(right[facts].float().mean()), 4),
+        "tokens": round(float(right[told].float().mean()), 4),
+        "captions": round(float((right | ~told).all(1).float().mean()), 3),
+    }
+
+
+def _clock_s() -> float:
+    return time.process_time() / torch.get_num_threads()
+
+
+def _optimizers(model: PreTrainedModel, heads: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the layers, AdamW for all else."""
+    matrices: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        inner = parameter.ndim == 2 and not any(w in name for w in ("embed", "lm_head"))
+        (matrices if inner else rest).append(parameter)
+    groups = [{"params": some, "weight_decay": 0.0} for some in (rest, list(heads.parameters()))]
+    made: list[torch.optim.Optimizer] = [
+        torch.optim.Muon(matrices, lr=rate, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), eps=1e-9),
+    ]
+    for optimizer in made:
+        for group in optimizer.param_groups:
+            group["base_rate"] = rate
+    return made
+
+
+def _windows(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """Attention inside each window, all windows of one length at once instead of one by one."""
+    lengths = kwargs["cu_seq_lens_q"].diff()
+    if bool((lengths == lengths[0]).all()):
+        sizes = (query.shape[1], len(lengths), -1, query.shape[-1])
+        split = [t[0].reshape(sizes).transpose(0, 1) for t in (query, key, value)]
+        same = functional.scaled_dot_product_attention(split[0], split[1], split[2], scale=kwargs["scaling"])
+        return same.transpose(1, 2).flatten(0, 1)[None], None
+    starts = kwargs["cu_seq_lens_q"][:-1]
+    out = torch.empty_like(query)
+    for length in lengths.unique().tolist():
+        index = starts[lengths == length][:, None] + torch.arange(length)
+        parts = [t[0][:, index].transpose(0, 1) for t in (query, key, value)]
+        done = functional.scaled_dot_product_attention(parts[0], parts[1], parts[2], scale=kwargs["scaling"])
+        out[0, :, index.flatten()] = done.transpose(0, 1).flatten(1, 2)
+    return out.transpose(1, 2), None
+
+
+def _use_fast_windows(model: PreTrainedModel) -> None:
+    if hasattr(model.model, "visual"):
+        AttentionInterface.register(_WINDOWS, _windows)
+        model.model.visual.config._attn_implementation = _WINDOWS
+
+
+def _arguments(argv: list[str] | None) -> Iterator[Any]:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--family", choices=("qwen", "llava"), required=True)
+    parser.add_argument("--role", choices=("target", "draft"), required=True)
+    parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints")
+    parser.add_argument("--minutes", type=float, required=True)
+    parser.add_argument("--batch-size", type=int, default=Plan.batch_size)
+    parser.add_argument("--learning-rate", type=float, default=Plan.learning_rate)
+    parser.add_argument("--vision-share", type=float, default=Plan.vision_share)
+    parser.add_argument("--deepen-at", type=float, default=Plan.deepen_at)
+    parser.add_argument("--start", default="", help="work folder of a run whose text model starts this one")
+    parser.add_argument("--teacher", default="", help="folder of the target that a draft learns from")
+    parser.add_argument("--threads", type=int, default=2)
+    found = vars(parser.parse_args(argv))
+    torch.set_num_threads(found.pop("threads"))
+    yield found.pop("work")
+    yield Plan(**found)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line."""
+    work, plan = _arguments(argv)
+    Trainer(plan, work).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""Which video tokens are kept."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from specvlm.config import PRUNERS, SpeculationSettings
+from specvlm.pruning import budget_for, prune
+
+
+@pytest.mark.parametrize("pruner", PRUNERS)
+@pytest.mark.parametrize("ratio", [0.0, 0.1, 0.5, 0.9, 0.98, 1.0])
+@pytest.mark.parametrize("tokens", [1, 2, 7, 144, 1001])
+def test_exactly_the_budget(pruner: str, ratio: float, tokens: int) -> None:
+    scores = torch.rand(tokens, generator=torch.Generator().manual_seed(tokens))
+    keep = prune(scores, SpeculationSettings(pruner=pruner, prune_ratio=ratio))  # type: ignore[arg-type]
+    expected = tokens if pruner == "none" else max(1, round(tokens * (1 - ratio)))
+    assert int(keep.sum()) == expected
+    assert keep.dtype == torch.bool
+
+
+def test_budget() -> None:
+    assert budget_for(144, 0.9) == 14
+    assert budget_for(20, 1.0) == 1
+    assert budget_for(20, 0.0) == 20
+
+
+def test_attention_takes_the_most_attended() -> None:
+    scores = torch.tensor([0.1, 0.5, 0.2, 0.9, 0.0, 0.3])
+    keep = prune(scores, SpeculationSettings(pruner="attention", prune_ratio=0.5))
+    assert keep.nonzero().flatten().tolist() == [1, 3, 5]
+
+
+def test_stage_one_stops_at_top_p_and_stage_two_spreads_the_rest() -> None:
+    scores = torch.full((100,), 0.005)
+    scores[[40, 41]] = 0.3  # 0.6 of 1.09 in all
+    settings = SpeculationSettings(prune_ratio=0.9, top_p=0.4)
+    kept = prune(scores, settings).nonzero().flatten().tolist()
+    assert {40, 41} < set(kept)
+    rest = [k for k in kept if k not in (40, 41)]
+    assert len(rest) == 8
+    assert rest[0] == 0
+    assert rest[-1] == 99
+    gaps = [b - a for a, b in zip(rest, rest[1:], strict=False)]
+    assert max(gaps) - min(gaps) <= 3
+
+
+def test_stage_one_never_exceeds_the_budget() -> None:
+    keep = prune(torch.ones(100), SpeculationSettings(prune_ratio=0.9, top_p=1.0))
+    assert keep.nonzero().flatten().tolist() == list(range(10))
+
+
+def test_top_p_zero_is_uniform() -> None:
+    scores = torch.rand(90)
+    specvlm = prune(scores, SpeculationSettings(prune_ratio=0.8, top_p=0.0))
+    uniform = prune(scores, SpeculationSettings(pruner="uniform", prune_ratio=0.8))
+    assert torch.equal(specvlm, uniform)
+
+
+def test_window_is_the_end_of_the_video() -> None:
+    keep = prune(torch.rand(10), SpeculationSettings(pruner="window", prune_ratio=0.7))
+    assert keep.nonzero().flatten().tolist() == [7, 8, 9]
+
+
+def test_random_is_seeded() -> None:
+    masks = [prune(torch.ones(200), SpeculationSettings(pruner="random", seed=seed)) for seed in (1, 1, 2)]
+    assert torch.equal(masks[0], masks[1])
+    assert not torch.equal(masks[0], masks[2])
