@@ -56,7 +56,7 @@ class Plan:
     cell_weight: float = 0.3
     """Weight of the cell loss beside the caption loss."""
     start: str = ""
-    """Folder of a checkpoint whose matching text weights start this one."""
+    """Training state (`shallow.pt`) of another run, whose text model starts this one."""
     teacher: str = ""
     """Folder of the target whose choices a draft learns in the second half."""
 
@@ -106,7 +106,8 @@ class Trainer:
         self.tokenizer = self.processor.tokenizer
         self.drawer = Drawer(plan.family, self.processor)
         self.progress = Progress(layers=self.sizes.first_layers)
-        self.heads = nn.ModuleDict({"vision": CellHead(self.sizes.text_width, tuple(CELL_FACTS))})
+        seen = [fact for fact in CELL_FACTS if fact != "motion" or plan.family == "qwen"]
+        self.heads = nn.ModuleDict({"vision": CellHead(self.sizes.text_width, tuple(seen))})
         if self.sizes.first_layers > 1:
             self.heads["text"] = CellHead(self.sizes.text_width, ("motion", "row", "column", "size"))
         self.teacher: PreTrainedModel | None = None
@@ -179,15 +180,14 @@ class Trainer:
     def _keep_middle(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
         self._middle = output[0] if isinstance(output, tuple) else output
 
-    def _start_from(self, folder: Path) -> None:
-        """Take over the text model (and all else that fits) of another checkpoint's training state."""
-        state = torch.load(folder / "last.pt", weights_only=True)["model"]
-        own = self.model.state_dict()
-        text = {k: v for k, v in state.items() if "language_model" in k}
-        fits = {k: v for k, v in text.items() if k in own and v.shape == own[k].shape}
-        own.update(fits)
-        self.model.load_state_dict(own)
-        print(json.dumps({"started_from": str(folder), "tensors": len(fits)}), flush=True)
+    def _start_from(self, file: Path) -> None:
+        """Take over the text model of another run, and its cell heads, so that the towers speak alike."""
+        state = torch.load(file, weights_only=True)
+        text = {k: v for k, v in state["model"].items() if "language_model" in k or "lm_head" in k}
+        for part, found in ((self.model, text), (self.heads, state["heads"])):
+            own = part.state_dict()
+            own.update({k: v for k, v in found.items() if k in own and v.shape == own[k].shape})
+            part.load_state_dict(own)
 
     def _deepen_when_due(self) -> None:
         full = self.sizes.text_layers
@@ -397,7 +397,7 @@ def _arguments(argv: list[str] | None) -> Iterator[Any]:
     parser.add_argument("--learning-rate", type=float, default=Plan.learning_rate)
     parser.add_argument("--vision-share", type=float, default=Plan.vision_share)
     parser.add_argument("--deepen-at", type=float, default=Plan.deepen_at)
-    parser.add_argument("--start", default="", help="work folder of a run whose text model starts this one")
+    parser.add_argument("--start", default="", help="shallow.pt of a run whose text model starts this one")
     parser.add_argument("--teacher", default="", help="folder of the target that a draft learns from")
     parser.add_argument("--threads", type=int, default=2)
     found = vars(parser.parse_args(argv))
