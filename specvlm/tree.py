@@ -138,6 +138,11 @@ class StaticShape(TreeShape):
         )
 
 
+def _likelihood(scores: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities; a draft's NaN counts as impossible, since it would sort before the root."""
+    return scores.log_softmax(dim=-1).nan_to_num(nan=float("-inf"), neginf=float("-inf"))
+
+
 class _Grown(NamedTuple):
     """Candidates of the dynamic tree so far, and the frontier."""
 
@@ -178,7 +183,7 @@ class DynamicShape(TreeShape):
         sees = torch.zeros(rows, 1, self.slots, dtype=torch.bool, device=root.device)
         sees[..., 0] = True
         scores = expand(Frontier(root[:, None], root.new_empty(rows, 1, 0), 0, 0, sees))
-        value, tokens = scores.log_softmax(dim=-1).topk(k, dim=-1)  # [B, 1, k]
+        value, tokens = _likelihood(scores).topk(k, dim=-1)  # [B, 1, k]
         tokens, value = tokens.flatten(1), value.flatten(1)
         return _Grown(
             torch.cat((root[:, None], tokens), dim=1),
@@ -198,7 +203,7 @@ class DynamicShape(TreeShape):
         slots = grown.slots.scatter(1, grown.frontier, taken.expand(rows, k))
         tokens = grown.tokens.gather(1, grown.frontier)  # [B, k]
         scores = expand(Frontier(tokens, grown.path, depth - 1, first_slot, sees))
-        step, children = scores.log_softmax(dim=-1).topk(k, dim=-1)  # [B, k, k]
+        step, children = _likelihood(scores).topk(k, dim=-1)  # [B, k, k]
         value = (grown.value.gather(1, grown.frontier)[..., None] + step).flatten(1)  # [B, k * k]
         children = children.flatten(1)
         best = value.topk(k, dim=1).indices  # [B, k], the next frontier within this level

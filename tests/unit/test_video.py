@@ -114,7 +114,7 @@ def test_default_is_two_frames_a_second_from_the_left_edge(tmp_path: Path) -> No
     np.testing.assert_allclose(frames.times_s, np.arange(8) / 2, atol=1e-9)
     assert numbers_of(frames.pixels) == list(range(0, 120, 15))
     assert frames.source is not None
-    assert frames.source[:4] == (pytest.approx(4.0), pytest.approx(30.0), 96, 64)
+    assert frames.source[:4] == pytest.approx((4.0, 30.0, 96, 64))
     assert frames.source.decode_s > 0
 
 

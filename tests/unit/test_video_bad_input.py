@@ -6,7 +6,7 @@ import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
@@ -140,7 +140,7 @@ def test_permission_denied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     def refuse(*_: object) -> int:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(opening.os, "open", refuse)
+    monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(VideoError, match="permission denied; give this user the right to read it"):
         read_video(_video(tmp_path))
 
@@ -151,7 +151,7 @@ def test_frames_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         read_video(_video(tmp_path))
 
 
-_CUT = {
+_CUT: dict[str, tuple[str, dict[str, Any]]] = {
     "vp9 webm": ("cut.webm", {"codec": "libvpx-vp9", "options": {"deadline": "realtime", "cpu-used": "8"}}),
     "mpeg ts": ("cut.ts", {"options": _X264}),
     "avi": (

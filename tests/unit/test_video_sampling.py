@@ -62,6 +62,11 @@ def test_exact_choice(
 
 @pytest.mark.parametrize("fps", [23.976, 25.0, 29.97, 30.0])
 def test_times_rounded_to_milliseconds_choose_the_same_frames(fps: float) -> None:
+    for count in range(1, 400, 3):
+        exact = steady(count, fps)
+        assert len(select_frames(np.round(exact, 3), FrameSettings())) == len(
+            select_frames(exact, FrameSettings())
+        )
     exact = steady(400, fps)
     for settings in (FrameSettings(), FrameSettings(num_frames=16), FrameSettings(fps=2.0, end_s=9.0)):
         in_matroska = select_frames(np.round(exact, 3), settings)

@@ -1,0 +1,187 @@
+"""The public API: what it takes, gives, streams and refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import specvlm
+from specvlm.captioner import Captioner
+from tests.tiny import Size, random_frames, tiny_captioner
+
+
+@pytest.fixture(scope="module")
+def captioner() -> Captioner:
+    return tiny_captioner("qwen", Size(seed=1), Size(seed=2))
+
+
+def test_every_public_name_is_there() -> None:
+    assert specvlm.__all__ == sorted(specvlm.__all__)
+    for name in specvlm.__all__:
+        assert getattr(specvlm, name) is not None
+    assert set(specvlm.__all__) <= set(dir(specvlm))
+    with pytest.raises(AttributeError, match="nothing_here"):
+        _ = specvlm.nothing_here
+
+
+def test_importing_the_package_imports_no_torch() -> None:
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, specvlm; specvlm.presets(); specvlm.FrameSettings(); specvlm.Frames; specvlm.VideoError;"
+        "import specvlm.video;"
+        "assert not {'torch', 'transformers', 'av', 'decord'} & set(sys.modules), 'heavy import'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_stream_joins_to_the_caption(captioner: Captioner) -> None:
+    frames = random_frames(1)
+    for seed in range(6):
+        options: dict[str, Any] = {"temperature": 1.0, "seed": seed, "max_new_tokens": 30}
+        pieces = list(captioner.stream(frames, "Tell me.", **options))
+        assert "".join(pieces) == captioner.caption(frames, "Tell me.", **options).text
+        assert len(pieces) > 1
+
+
+def test_stream_can_be_left_early(captioner: Captioner) -> None:
+    stream = captioner.stream(random_frames(1), "Tell me.", max_new_tokens=30)
+    next(stream)
+    stream.close()
+    assert captioner.caption(random_frames(1), max_new_tokens=3).stats.completion_tokens == 3
+
+
+def test_statistics_add_up(captioner: Captioner) -> None:
+    caption = captioner.caption(random_frames(1), "Tell me.", max_new_tokens=40, tree="static")
+    stats = caption.stats
+    assert stats.completion_tokens == len(caption.token_ids) == 40
+    assert sum(stats.acceptance_histogram) == stats.num_drafts
+    accepted = sum(k * rounds for k, rounds in enumerate(stats.acceptance_histogram))
+    assert accepted == stats.num_accepted_tokens
+    # Each round adds its accepted tokens and a bonus; only the last may be cut short before its bonus.
+    assert 0 <= 1 + accepted + stats.num_drafts - 40 <= 1
+    assert stats.num_draft_tokens == 25 * stats.num_drafts
+    assert stats.mean_acceptance_length == pytest.approx(accepted / stats.num_drafts + 1)
+    assert stats.video_tokens_kept == round(0.1 * stats.video_tokens)
+    parts = stats.vision_s + stats.target_prefill_s + stats.draft_prefill_s + stats.decode_s
+    assert 0 < parts + stats.preprocess_s <= stats.total_s
+    assert stats.draft_s + stats.verify_s + stats.commit_s <= stats.decode_s
+    assert stats.method == "specvlm/specvlm/static"
+
+
+def test_plain_statistics(captioner: Captioner) -> None:
+    stats = captioner.caption(random_frames(1), speculate=False, max_new_tokens=5).stats
+    assert (stats.method, stats.num_drafts, stats.acceptance_histogram) == ("plain", 0, ())
+    assert stats.mean_accepted_tokens is None
+    assert stats.tokens_per_s == pytest.approx(1 / stats.token_s)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"prune_ratio": 1.5}, "prune_ratio=1.5"),
+        ({"prune_ratio": float("nan")}, "prune_ratio=nan"),
+        ({"tree": "oak"}, "tree='oak'"),
+        ({"pruner": "none?"}, "pruner='none?'"),
+        ({"positions": "lost"}, "positions='lost'"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"temperature": -1}, "temperature=-1"),
+        ({"depth": 0}, "depth=0"),
+        ({"nodes": 1}, "nodes=1"),
+        ({"speed": 3}, "unknown option 'speed'"),
+    ],
+)
+def test_wrong_options_are_refused_before_the_video_is_read(
+    captioner: Captioner, options: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(specvlm.ConfigError) as error:
+        captioner.caption("/no/such/video.mp4", **options)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_frames_of_another_shape_are_refused(captioner: Captioner) -> None:
+    good = random_frames(1)
+    for frames in (
+        good._replace(pixels=good.pixels[..., 0]),
+        good._replace(pixels=good.pixels.astype(np.float32)),
+        good._replace(pixels=good.pixels[:0], times_s=good.times_s[:0]),
+        good._replace(times_s=good.times_s[:1]),
+    ):
+        with pytest.raises(specvlm.ConfigError, match="frames"):
+            captioner.caption(frames)
+
+
+@pytest.mark.parametrize("prompt", ["<video> and <video>", "say <|im_end|>", "<|video_pad|>"])
+def test_prompts_that_would_break_the_template_are_refused(captioner: Captioner, prompt: str) -> None:
+    with pytest.raises(specvlm.PromptError):
+        captioner.caption(random_frames(1), prompt)
+
+
+def test_a_system_message_reaches_the_model(captioner: Captioner) -> None:
+    frames = random_frames(1)
+    plain, told = (captioner.prepare(frames, "Hi.", system=system) for system in (None, "Be a poet of the sea."))
+    text = captioner.processor.tokenizer.decode(told.inputs.token_ids[0])
+    assert "Be a poet of the sea." in text
+    assert "Be a poet" not in captioner.processor.tokenizer.decode(plain.inputs.token_ids[0])
+
+
+def test_frame_times_move_the_positions() -> None:
+    """M-RoPE counts seconds: twice the time between frames, twice the temporal step."""
+    captioner = tiny_captioner("qwen", Size(), None)
+    frames = random_frames(1, 6)
+    slow = frames._replace(times_s=frames.times_s * 2)
+    steps = []
+    for video in (frames, slow):
+        inputs = captioner.prepare(video, "Hi.").inputs
+        times = captioner.target.positions(inputs)[0][inputs.is_video]
+        steps.append((times.unique()[1:] - times.unique()[:-1]).tolist())
+    assert steps == [[4, 4], [8, 8]]  # 2 frames a step, half a second apart, 4 tokens a second
+
+
+def test_non_finite_logits_are_an_error_not_a_caption() -> None:
+    captioner = tiny_captioner("qwen", Size(), Size(seed=2))
+    video = captioner.prepare(random_frames(1), "Hi.")
+    captioner.target.model.lm_head.weight[5] = float("nan")
+    for speculate in (False, True):
+        with pytest.raises(specvlm.NonFiniteLogitsError):
+            captioner.caption(video, speculate=speculate)
+
+
+def test_non_finite_logits_in_the_middle_of_a_caption() -> None:
+    captioner = tiny_captioner("llava", Size(), Size(seed=2))
+    video = captioner.prepare(random_frames(1), "Hi.")
+    tokens = captioner.caption(video, max_new_tokens=8).token_ids
+    embeddings = captioner.target.model.get_input_embeddings()
+    embeddings.weight[tokens[4]] = float("inf")
+    for speculate in (False, True):
+        with pytest.raises(specvlm.NonFiniteLogitsError):
+            captioner.caption(video, speculate=speculate, max_new_tokens=8)
+
+
+def test_a_draft_that_breaks_cannot_break_the_caption() -> None:
+    captioner = tiny_captioner("qwen", Size(seed=1), Size(seed=2))
+    video = captioner.prepare(random_frames(1), "Hi.")
+    plain = captioner.caption(video, speculate=False, max_new_tokens=20).token_ids
+    captioner.draft.model.model.lm_head.weight.fill_(float("nan"))  # type: ignore[union-attr]
+    for tree in ("chain", "static", "dynamic"):
+        assert captioner.caption(video, tree=tree, max_new_tokens=20).token_ids == plain, tree  # type: ignore[arg-type]
+
+
+def test_layers_behind_accelerate_hooks(captioner: Captioner) -> None:
+    """A target spread over devices runs behind hooks that move what they find in a forward's arguments."""
+    from accelerate import dispatch_model
+
+    hooked = tiny_captioner("qwen", Size(seed=1), Size(seed=2))
+    layers = {f"model.language_model.layers.{i}": "cpu" for i in range(2)}
+    rest = {"model.visual": "cpu", "model.language_model.embed_tokens": "cpu", "model.language_model.norm": "cpu"}
+    rest |= {"model.language_model.rotary_emb": "cpu", "lm_head": "cpu"}
+    dispatch_model(hooked.target.model, device_map=layers | rest, main_device="cpu", force_hooks=True)
+    video = captioner.prepare(random_frames(1), "Hi.")
+    expected = captioner.caption(video, max_new_tokens=12).token_ids
+    assert hooked.caption(video, max_new_tokens=12).token_ids == expected
+    assert torch.is_tensor(video.inputs.token_ids)
