@@ -7,7 +7,6 @@ other).
 
 from __future__ import annotations
 
-import os
 import re
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
@@ -17,6 +16,7 @@ _URI = "file://"
 _HOSTILE = re.compile(
     "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
 )
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def path_text(path: bytes) -> str:
@@ -34,15 +34,7 @@ def path_bytes(text: str) -> bytes:
 
 def storable(text: str) -> str:
     r"""Return text that UTF-8 can hold: a lone surrogate, as in `os.fsdecode(b"\xff")`, becomes `\xff`."""
-    return os.fsencode(text).decode("utf-8", "backslashreplace") if not _is_utf8(text) else text
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
+    return _SURROGATE.sub(lambda found: _escape(found.group()), text)
 
 
 def clean(text: str) -> str:

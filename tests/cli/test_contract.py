@@ -1,0 +1,156 @@
+"""The command line as a contract: flags, their variables, their defaults, and how wrong ones are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+
+from specvlm.config import FrameSettings, GenerationSettings, SpeculationSettings
+from specvlm.preset import find_preset
+from specvlm_cli import app
+from tests.cli.conftest import Specvlm, rows
+
+FLAGS = """
+--out -o --recursive --no-recursive --extensions --limit --prompt --system --preset --target --draft
+--revision --draft-revision --dtype --device-map --local-files-only --trust-remote-code --pruner
+--prune-ratio --top-p --tree --depth --nodes --positions --fps --num-frames --min-frames --max-frames
+--max-pixels --total-pixels --video-backend --max-new-tokens --temperature --top-k --seed --overwrite
+--retry-failed --on-config-change --fail-fast --max-failures --exit-zero --baseline-sample --dry-run -n
+--json --quiet -q --verbose -v --log-file --progress --help
+""".split()
+
+
+def options() -> list[Any]:
+    """Return the options of `specvlm caption`."""
+    group: Any = typer.main.get_command(app.app)
+    command = group.commands["caption"]
+    return [one for one in command.params if one.param_type_name == "option"]
+
+
+def test_the_flags_are_these() -> None:
+    found = [name for option in options() for name in (*option.opts, *option.secondary_opts)]
+    assert sorted({*found, "--help"}) == sorted(FLAGS)
+
+
+def test_every_flag_has_help_and_a_variable() -> None:
+    for option in options():
+        if option.name == "help":
+            continue
+        long = option.opts[0]
+        assert option.help
+        expected = None if long == "--prompt" else "SPECVLM_" + long[2:].upper().replace("-", "_")
+        assert option.envvar == expected, long
+
+
+def test_variables_set_flags_and_flags_win(
+    specvlm: Specvlm, videos: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variables = {
+        "OUT": str(out),
+        "PROMPT": "What is it, in two words?",
+        "PRUNE_RATIO": "0.5",
+        "TREE": "chain",
+        "FPS": "1.5",
+        "EXTENSIONS": "mp4 webm",
+        "QUIET": "1",
+        "JSON": "true",
+    }
+    for name, value in variables.items():
+        monkeypatch.setenv(f"SPECVLM_{name}", value)
+    result = specvlm("caption", videos, "--tree", "dynamic")
+    assert (result.code, result.err, result.json["done"]) == (0, "", 3)
+    (settings,) = specvlm.loads
+    assert settings.prompt == variables["PROMPT"]
+    assert (settings.speculation.prune_ratio, settings.speculation.tree) == (0.5, "dynamic")
+    assert settings.frames.fps == 1.5
+    assert len(rows(out)) == 3
+
+
+def test_defaults_are_those_of_the_library(specvlm: Specvlm, videos: Path, out: Path) -> None:
+    specvlm("caption", videos, "-o", out, "--target", "some/target", "--draft", "some/draft")
+    (settings,) = specvlm.loads
+    assert settings.speculation == SpeculationSettings()
+    assert settings.generation == GenerationSettings()
+    assert settings.frames == FrameSettings()
+    assert (settings.models.name, settings.models.load, settings.models.draft) == (
+        *("some/target", "some/target"),
+        "some/draft",
+    )
+
+
+def test_without_a_model_the_demo_pair_is_used_and_said_so(specvlm: Specvlm, videos: Path, out: Path) -> None:
+    result = specvlm("caption", videos, "-o", out)
+    demo = find_preset("demo")
+    assert demo is not None
+    (settings,) = specvlm.loads
+    assert (settings.models.load, settings.frames, settings.prompt) == ("demo", demo.frames, demo.prompt)
+    assert "using the tiny demo pair" in result.err
+    assert settings.models.name == "specvlm-demo/qwen-target", "no path of this machine in settings and rows"
+
+
+def test_flags_go_over_the_frames_of_a_preset(specvlm: Specvlm, videos: Path, out: Path) -> None:
+    specvlm(
+        "caption", videos, "-o", out, "--preset", "llava-onevision-7b", "--fps", "1", "--max-pixels", 9999
+    )
+    frames = specvlm.loads[0].frames
+    assert (frames.fps, frames.num_frames, frames.max_pixels) == (1.0, None, 9999)
+
+
+def test_prompt_from_a_file(specvlm: Specvlm, videos: Path, out: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompt.txt").write_text("What moves?\nAnd where to?\n")
+    specvlm("caption", videos, "-o", out, "--prompt", f"@{tmp_path}/prompt.txt", "--system", "Be short.")
+    assert (specvlm.loads[0].prompt, specvlm.loads[0].system) == ("What moves?\nAnd where to?", "Be short.")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nowhere.mp4"], "nowhere.mp4: no such file or folder"),
+        ([".", "--preset", "nope"], "--preset nope is unknown; choose demo, demo-llava"),
+        ([".", "--preset", "demo", "--target", "a/b"], "exclude each other"),
+        ([".", "--prune-ratio", "1.5"], "prune_ratio=1.5 is out of range"),
+        ([".", "--fps", "2", "--num-frames", "8"], "exclude each other"),
+        ([".", "--max-frames", "2"], "max_frames=2 is out of range"),
+        ([".", "--tree", "auto"], "--tree"),
+        ([".", "--nodes", "many"], "--nodes"),
+        ([".", "--limit", "0"], "--limit"),
+        ([".", "--baseline-sample", "2"], "--baseline-sample"),
+        ([".", "--baseline-sample", "1", "--draft", "none"], "there is none; give --draft"),
+        ([".", "--baseline-sample", "1", "--target", "a/b"], "there is none; give --draft"),
+        ([".", "--prompt", "one", "--prompt", "two"], "--prompt was given 2 times"),
+        ([".", "--prompt", " "], "--prompt is empty"),
+        ([".", "--prompt", "\x1b[31m"], "control character"),
+        ([".", "--prompt", "@nowhere.txt"], "--prompt @nowhere.txt: No such file"),
+        ([".", "--max-failures", "0"], "--max-failures 0 is no limit"),
+        ([".", "--max-failures", "101%"], "--max-failures 101% is no limit"),
+        ([".", "--max-failures", "3", "--fail-fast"], "exclude each other"),
+        ([".", "--extensions", ","], "--extensions"),
+        ([".", "--log-file", "/nowhere/log"], "--log-file /nowhere/log"),
+        ([".", "--shard", "0/2"], "--shard"),
+        (["."], "--video-backend"),
+    ],
+)
+def test_wrong_use_is_one_line_and_exit_2(
+    specvlm: Specvlm, arguments: list[str], words: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if arguments == ["."]:
+        monkeypatch.setenv("SPECVLM_VIDEO_BACKEND", "vlc")
+    result = specvlm("caption", *arguments)
+    assert (result.code, result.out) == (2, "")
+    (line,) = result.err.splitlines()
+    assert line.startswith("specvlm: error: ")
+    assert words in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_command(specvlm: Specvlm) -> None:
+    assert specvlm("caption-all").code == 2
+
+
+def test_no_arguments_show_help(specvlm: Specvlm) -> None:
+    assert "caption" in specvlm("--help").out
+    assert specvlm("caption", "--help").code == 0

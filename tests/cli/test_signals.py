@@ -1,0 +1,66 @@
+"""Signals: the first asks to stop and go on later, the second insists."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.cli import invariants
+
+
+def start(videos: Path, out: Path, delay_s: float) -> subprocess.Popen[str]:
+    """Start a run and wait until it has made its first caption."""
+    running = subprocess.Popen(
+        [sys.executable, "-m", "tests.cli.drive", "run", "caption", str(videos), "-o", str(out), "-v"],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        env={"PATH": "/usr/bin:/bin", "DRIVE_DELAY_S": str(delay_s)},
+    )
+    assert running.stderr is not None
+    while "a caption of" not in running.stderr.readline():
+        assert running.poll() is None
+    return running
+
+
+@pytest.fixture
+def many(videos: Path) -> Path:
+    for number in range(20):
+        (videos / f"more-{number}.mp4").write_text(f"video {number}")
+    return videos
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_first_signal_stops_after_the_video_in_hand(number: signal.Signals, many: Path, out: Path) -> None:
+    running = start(many, out, 0.3)
+    running.send_signal(number)
+    _, err = running.communicate(timeout=60)
+    assert running.returncode == 75
+    assert f"stopped by {number.name}" in err
+    assert not list(out.rglob(".part*")), "the part is closed"
+    assert list((out / "captions").iterdir())
+    again = subprocess.run(
+        [sys.executable, "-m", "tests.cli.drive", "run", "caption", str(many), "-o", str(out)],
+        cwd=Path(__file__).parents[2],
+        check=True,
+        capture_output=True,
+        timeout=60,
+    )
+    assert again.returncode == 0
+    invariants.check(out, many)
+
+
+def test_second_signal_ends_at_once(many: Path, out: Path) -> None:
+    running = start(many, out, 3.0)
+    began = time.monotonic()
+    running.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    running.send_signal(signal.SIGINT)
+    running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert time.monotonic() - began < 2.5
