@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from specvlm.attention import ATTENTION, register_attention
@@ -61,7 +62,7 @@ def _guarded(source: _Source, what: str, loader: Any, **options: Any) -> Any:
     """Call a `from_pretrained`; whatever it raises becomes one line."""
     try:
         return loader(source.name, **source.options(), **options)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         known = ", ".join(preset.name for preset in presets())
         raise ModelLoadError(
             f"{source.name}: cannot load {what} ({_one_line(error)}); "
