@@ -46,7 +46,11 @@ class LlavaOnevision(Family):
             vision_feature_select_strategy=model.config.vision_feature_select_strategy,
             return_dict=True,
         ).pooler_output
-        return torch.as_tensor(features)[0]
+        features = torch.as_tensor(features)[0]
+        if len(features) == inputs.video_tokens:
+            return features
+        # Up to transformers 5.17 the model adds the newline in its own forward.
+        return torch.cat((features, model.model.image_newline[None].to(features)))
 
     def positions(self, model: Any, inputs: ModelInputs) -> torch.Tensor:
         """[1, S]: 0..S-1."""
