@@ -82,7 +82,9 @@ def open_container(file: VideoFile) -> Iterator[tuple[InputContainer, VideoStrea
         VideoDecodeError: The container cannot be read, or its codec or frame size is not accepted.
     """
     try:
-        container = av.open(file.location, format=file.container, options={"protocol_whitelist": "file"})
+        # The container is fixed by the signature, and these demuxers open no second file or URL: no playlist,
+        # no `concat`, and mov's external references are off unless asked for.
+        container = av.open(file.location, format=file.container)
     except (av.error.FFmpegError, OSError, ValueError):
         raise VideoDecodeError(
             file.label, f"its {file.container} container is cut short or damaged; copy or download it again"
@@ -195,7 +197,7 @@ def _build(container: InputContainer, stream: VideoStream, packets: _Packets, fi
         fps=1.0 / gap_s if gap_s else float(stream.average_rate or 0),
         width=context.width,
         height=context.height,
-        pixel_format=context.pix_fmt or "unknown",
+        pixel_format=context.format.name if context.format else "unknown",
         container=file.container,
         codec=_codec_name(stream),
         doubts=tuple(_doubts(container, stream, packets, pts, flags)),

@@ -67,7 +67,9 @@ def _open(label: str) -> int:
     try:
         return os.open(os.fsencode(label), _OPEN_FLAGS)
     except ValueError:
-        raise VideoNotFoundError(label, "a file name cannot hold a NUL byte; check the path") from None
+        raise VideoNotFoundError(
+            label, "is no possible file name (NUL byte or broken text); check the path"
+        ) from None
     except OSError as error:
         raise _open_error(label, error) from None
 

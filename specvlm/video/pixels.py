@@ -68,8 +68,7 @@ class FrameStore:
             self._pixels = np.empty((self._frames, height, width, 3), np.uint8)
         height, width = self._pixels.shape[1:3]
         if (rgb.width, rgb.height) != (width, height):
-            flags = Interpolation.AREA | Interpolation.ACCURATE_RND
-            rgb = self._scale.reformat(rgb, width, height, "rgb24", interpolation=flags)
+            rgb = self._scale.reformat(rgb, width, height, "rgb24", interpolation=Interpolation.AREA)
         self._pixels[place] = rgb.to_ndarray()
 
     def result(self) -> Decoded:

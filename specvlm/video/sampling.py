@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from specvlm.config import FrameSettings
 
 _DEFAULT_FPS = 2.0
-# Matroska and FLV round times to milliseconds, and the same clip in mp4 should give the same frames. Frames of
+# Matroska and FLV round times to milliseconds; the same clip in mp4 should give the same frames. Frames of
 # 1001/30000 s fall on odd half milliseconds past the moments asked for: the tolerance keeps between those.
 _TOLERANCE_S = 1.25e-3
 
