@@ -19,11 +19,10 @@ from specvlm_cli.talk import error_line
 app = typer.Typer(
     name="specvlm",
     help="Caption folders of videos with a large video LLM: the stock model's tokens, in less time.",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-app.command(name="caption", no_args_is_help=True)(caption)
+app.command(name="caption")(caption)
 
 
 def _print_version(wanted: bool) -> None:
@@ -46,7 +45,7 @@ def _root(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    given = sys.argv[1:] if arguments is None else list(arguments)
+    given = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
     try:
         return int(app(args=given, prog_name="specvlm", standalone_mode=False) or 0)
     except BrokenPipeError:  # the reader of our output has gone; there is nobody to tell

@@ -152,5 +152,6 @@ def test_unknown_command(specvlm: Specvlm) -> None:
 
 
 def test_no_arguments_show_help(specvlm: Specvlm) -> None:
+    assert "caption" in specvlm().out
     assert "caption" in specvlm("--help").out
     assert specvlm("caption", "--help").code == 0

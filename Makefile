@@ -1,0 +1,36 @@
+# Two commands, each from a bare clone with Python 3.11 or newer, an internet connection and nothing else:
+#   make demo    install, caption the example videos with the tiny demo pair, show the rows
+#   make test    install with the development tools, and run every check
+# `make PYTHON=/path/to/python demo` chooses the interpreter.
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+
+.PHONY: demo test clean
+
+demo: .venv/installed
+	rm -rf demo-out
+	$(BIN)/specvlm caption examples/videos --preset demo --baseline-sample 1.0 -o demo-out
+	$(BIN)/python examples/read_captions.py demo-out
+
+test: .venv/installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -W error
+
+.venv/bin/python:
+	@test -n "$(PYTHON)" || { echo "specvlm needs Python 3.11 or newer; try: make PYTHON=python3.12" >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+
+.venv/installed: .venv/bin/python pyproject.toml
+	$(BIN)/python -m pip install -e .
+	touch $@
+
+.venv/installed-dev: .venv/installed
+	$(BIN)/python -m pip install -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv demo-out .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,49 @@
+"""Read a run folder back with pyarrow, and show its captions.
+
+    python examples/read_captions.py demo-out
+
+A run folder is an ordinary Parquet dataset: pyarrow, pandas, polars, duckdb and `datasets` read it as it is.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+COLUMNS = ("path", "caption", "mean_accepted_tokens", "decode_speedup", "e2e_speedup", "exact_match")
+
+
+def number(value: float | None, unit: str = "") -> str:
+    """Return a figure with two decimals, or a dash where it was not measured."""
+    return "-" if value is None else f"{value:.2f}{unit}"
+
+
+def main(folder: Path) -> None:
+    """Print one row for each caption."""
+    rows = pq.read_table(folder / "captions", columns=list(COLUMNS)).sort_by("path").to_pylist()
+    table = Table(box=box.SIMPLE_HEAD, show_lines=True)
+    table.add_column("file", overflow="fold", ratio=2)
+    table.add_column("caption", overflow="fold", ratio=5)
+    for title in ("accepted\nper round", "decode\nspeedup", "end to end\nspeedup", "same\ntokens"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for row in rows:
+        same = {True: "yes", False: "NO", None: "-"}[row["exact_match"]]
+        table.add_row(
+            Text(repr(Path(row["path"]).name)[1:-1]),
+            Text(repr(row["caption"])[1:-1]),
+            number(row["mean_accepted_tokens"]),
+            number(row["decode_speedup"], "x"),
+            number(row["e2e_speedup"], "x"),
+            same,
+        )
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "demo-out"))

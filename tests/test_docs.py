@@ -1,0 +1,96 @@
+"""The documents say what is true: commands, flags, links, versions, names."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+
+import specvlm
+from specvlm_cli import app
+from specvlm_cli.exits import ExitCode
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+
+
+def commands() -> dict[str, set[str]]:
+    """Return each command with all spellings of its flags."""
+    group: Any = typer.main.get_command(app.app)
+    return {
+        name: {spelling for one in command.params for spelling in (*one.opts, *one.secondary_opts)}
+        | {"--help"}
+        for name, command in group.commands.items()
+    }
+
+
+def code_of(document: Path) -> str:
+    """Return everything in a document that stands as code."""
+    text = document.read_text()
+    blocks = re.findall(r"^(?: {4}.*|```[\s\S]*?^```)$", text, re.MULTILINE)
+    return "\n".join([*blocks, *re.findall(r"`[^`\n]+`", text)])
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_command_and_flag_in_the_documents_exists(document: Path) -> None:
+    known = commands()
+    for line in code_of(document).splitlines():
+        for call in re.findall(r"(?:^|[\s/`])specvlm ([a-z]+)(?=[\s`]|$)([^|&`]*)", line):
+            name, rest = call
+            assert name in known, line
+            flags = set(re.findall(r"(?<![\w-])(--?[a-z][a-z-]*)", rest))
+            assert flags <= known[name], line
+
+
+def test_every_flag_is_documented_with_its_meaning() -> None:
+    table = (ROOT / "docs" / "caption.md").read_text()
+    rows = "\n".join(line.split("|")[1] for line in table.splitlines() if line.startswith("| `-"))
+    documented = set(re.findall(r"(?<![\w-])(--?[a-z][a-z-]*)", rows))
+    assert documented == commands()["caption"] - {"inputs"}
+
+
+def test_every_exit_code_is_documented() -> None:
+    table = (ROOT / "docs" / "caption.md").read_text()
+    assert {int(code) for code in re.findall(r"^\| (\d+) \|", table, re.MULTILINE)} == {
+        int(one) for one in ExitCode
+    }
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", document.read_text()):
+        if not target.startswith(("https://", "#")):
+            assert (document.parent / target.partition("#")[0]).exists(), target
+
+
+def test_architecture_maps_every_module() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    for package in ("specvlm", "specvlm_cli"):
+        for path in (ROOT / package).iterdir():
+            private = path.name.startswith(("_", "py.typed")) and path.name != "__init__.py"
+            if not private and path.suffix in (".py", ""):
+                assert f"{path.name}" in text, f"{package}/{path.name} is missing from docs/architecture.md"
+
+
+def test_changelog_begins_with_the_version_of_the_package() -> None:
+    versions = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert versions[0] == specvlm.__version__
+
+
+def test_public_names_are_sorted_and_there() -> None:
+    assert specvlm.__all__ == sorted(specvlm.__all__)
+    assert all(getattr(specvlm, name) is not None for name in specvlm.__all__)
+
+
+def test_makefile_and_readme_say_the_same_commands() -> None:
+    readme, makefile = (
+        (ROOT / "README.md").read_text(),
+        (ROOT / "Makefile").read_text().replace("$(BIN)", ".venv/bin"),
+    )
+    for line in makefile.splitlines():
+        if line.startswith("\t.venv/bin/"):
+            command = line.strip().replace("python -m pip", "pip")
+            assert command in readme, command
