@@ -174,9 +174,7 @@ def _attend(
 ) -> tuple[torch.Tensor, None]:
     """The registered function. query [B, H, n, d]; key, value [B, kv heads, visible slots, d] -> [B, n, H, d]."""
     if not isinstance(attention_mask, AttentionPlan):
-        return sdpa_attention_forward(  # type: ignore[no-any-return]
-            module, query, key, value, attention_mask, scaling=scaling, **kwargs
-        )
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     plan = attention_mask
     if plan.scores is not None:

@@ -32,14 +32,14 @@ class _Aim:
         self.visible = 0
 
 
-class _SlabLayer(CacheLayerMixin):
+class _SlabLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """One layer's view of its device's slab."""
 
     is_compileable = True
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, rows: int, aim: _Aim) -> None:
         """`keys`, `values`: [rows * capacity, kv heads, head_dim], views of the slab."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.keys, self.values = keys, values
         self._rows, self._aim = rows, aim
         self.is_initialized = True
@@ -54,7 +54,8 @@ class _SlabLayer(CacheLayerMixin):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store [b, kv heads, n, d] where the cache was aimed; return all that this forward may see."""
-        assert self.keys is not None and self.values is not None
+        assert self.keys is not None
+        assert self.values is not None
         slots = self._aim.slots.to(self.keys.device)
         return self._write(self.keys, key_states, slots), self._write(self.values, value_states, slots)
 

@@ -68,7 +68,7 @@ class _Heads(NamedTuple):
     """Where each row is: its last token, not yet in any cache, and that token's index in the caption."""
 
     root: torch.Tensor  # int64 [B]
-    index: torch.Tensor  # int64 [B]
+    step: torch.Tensor  # int64 [B]
 
 
 def _choose(rule: TokenRule, logits: torch.Tensor, guesses: Guesses) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,10 +95,10 @@ class _Verifier:
         """One forward over all N nodes; -> what is accepted, and per row whether all its logits were finite."""
         model, cache = self._rows.model, self._rows.cache
         nodes = guesses.tokens.shape[1]
-        lengths = self._lengths + heads.index
+        lengths = self._lengths + heads.step
         visible = self._longest_prompt + longest + nodes
         slots = lengths[:, None] + torch.arange(nodes, device=lengths.device)
-        positions = (self._positions + heads.index)[:, None] + guesses.depths
+        positions = (self._positions + heads.step)[:, None] + guesses.depths
         hidden = model.forward_nodes(
             guesses.tokens, positions[None], cache, slots, guesses.ancestors, lengths, visible
         )
@@ -109,7 +109,7 @@ class _Verifier:
     def commit(self, accepted: Accepted, heads: _Heads) -> None:
         """Move the accepted path's keys and values behind the committed ones."""
         if self._depth:
-            first = (self._lengths + heads.index)[:, None]
+            first = (self._lengths + heads.step)[:, None]
             self._rows.cache.commit(first + accepted.path, first + self._levels)
 
 
@@ -144,19 +144,19 @@ def _round(
 
     Returns the next heads, and per row [finite, accepted, tokens...] on the host.
     """
-    rule.begin_round(heads.index + 1, proposer.depth)
+    rule.begin_round(heads.step + 1, proposer.depth)
     with clock.stage("draft"):
-        guesses = proposer.propose(heads.root, heads.index, longest)
+        guesses = proposer.propose(heads.root, heads.step, longest)
     with clock.stage("verify"):
         accepted, finite = verifier.verify(heads, guesses, longest)
     with clock.stage("commit"):
         verifier.commit(accepted, heads)
-        proposer.commit(guesses, accepted, heads.index)
-        rule.commit(accepted.tokens, (accepted.count + 1) * going)
-        bonus = accepted.tokens.gather(1, accepted.count[:, None]).squeeze(1)
+        proposer.commit(guesses, accepted, heads.step)
+        rule.commit(accepted.tokens, (accepted.guessed + 1) * going)
+        bonus = accepted.tokens.gather(1, accepted.guessed[:, None]).squeeze(1)
         root = torch.where(going.bool(), bonus, heads.root)
-        index = heads.index + (accepted.count + 1) * going
-    report = torch.cat((finite.long()[:, None], accepted.count[:, None], accepted.tokens), dim=1)
+        index = heads.step + (accepted.guessed + 1) * going
+    report = torch.cat((finite.long()[:, None], accepted.guessed[:, None], accepted.tokens), dim=1)
     return _Heads(root, index), report.tolist()  # the round's only synchronisation
 
 
@@ -178,7 +178,7 @@ def decode(
         text.histogram = [0] * (proposer.depth + 1)
     while any(text.finish_reason is None for text in texts):
         active = [text.finish_reason is None for text in texts]
-        going = torch.tensor(active, dtype=torch.long, device=heads.index.device)
+        going = torch.tensor(active, dtype=torch.long, device=heads.step.device)
         longest = max(len(text.tokens) for text in texts) - 1
         with clock.host_stage("decode"):
             heads, reports = _round(verifier, proposer, rule, heads, going, longest, clock)

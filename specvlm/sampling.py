@@ -170,7 +170,7 @@ class TokenRule:
         self._round = _Round(first_index, noise)
 
     def scores(self, logits: torch.Tensor, depths: torch.Tensor, path: torch.Tensor) -> torch.Tensor:
-        """Logits [B, n, c] -> scores float32 [B, n, c] whose argmax is the token; c may be a shorter, shared vocabulary.
+        """Logits [B, n, c] -> scores float32 [B, n, c] whose argmax is the token; c may be a shared vocabulary.
 
         Args:
             logits: Of n nodes.

@@ -11,6 +11,10 @@ from contextlib import contextmanager
 import torch
 
 
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
 class StageClock:
     """Sums wall time per stage.
 
@@ -31,7 +35,7 @@ class StageClock:
             with self.host_stage(name):
                 yield
             return
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin, end = _event(), _event()
         begin.record()
         yield
         end.record()

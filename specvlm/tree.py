@@ -220,8 +220,10 @@ class DynamicShape(TreeShape):
         )
 
     def _best(self, grown: _Grown) -> Guesses:
-        """The N likeliest candidates. A child is never likelier than its parent, so parents always come along:
-        the sort is stable and parents stand first."""
+        """The N likeliest candidates.
+
+        A child is never likelier than its parent, so parents come along: the sort is stable, parents stand first.
+        """
         rows, count = grown.tokens.shape
         order = grown.value.sort(dim=1, descending=True, stable=True).indices[:, : self.nodes]
         chosen = order.sort(dim=1).values  # [B, N], parents before children, the root first

@@ -12,8 +12,10 @@ from specvlm.tree import Guesses
 class Accepted(NamedTuple):
     """The longest path on which every node is the target's own choice."""
 
-    path: torch.Tensor  # int64 [B, D + 1], node index at each depth, the root first; past `count` meaningless
-    count: torch.Tensor  # int64 [B], accepted guesses on it, 0..D
+    path: (
+        torch.Tensor
+    )  # int64 [B, D + 1], node index at each depth, the root first; past `guessed` meaningless
+    guessed: torch.Tensor  # int64 [B], accepted guesses on it, 0..D
     tokens: torch.Tensor  # int64 [B, D + 1], what the caption gains: accepted guesses, then the bonus token
     last: torch.Tensor  # int64 [B], node index of the path's end, whose choice is the bonus token
 

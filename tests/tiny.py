@@ -75,7 +75,9 @@ def _qwen_config(size: Size, tokenizer: Any) -> Qwen2_5_VLConfig:
     pair = size.width // size.heads // 2
     sections = [pair - 2 * (pair // 3), pair // 3, pair // 3]
     ids = {f"{n}_token_id": tokenizer.convert_tokens_to_ids(f"<|{n}_pad|>") for n in ("image", "video")}
-    ids |= {f"vision_{n}_token_id": tokenizer.convert_tokens_to_ids(f"<|vision_{n}|>") for n in ("start", "end")}
+    ids |= {
+        f"vision_{n}_token_id": tokenizer.convert_tokens_to_ids(f"<|vision_{n}|>") for n in ("start", "end")
+    }
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": sections}
     vision = {
         "depth": 2,

@@ -133,4 +133,4 @@ class _SmallModelProposer(Proposer):
         destination = first + torch.arange(self.depth + 1, device=first.device)
         self._cache.commit(first + guesses.slots.gather(1, accepted.path), destination)
         written = torch.cat((guesses.tokens[:, :1], accepted.tokens), dim=1)
-        self._previous = written.gather(1, accepted.count[:, None]).squeeze(1)
+        self._previous = written.gather(1, accepted.guessed[:, None]).squeeze(1)

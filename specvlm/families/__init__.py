@@ -7,10 +7,10 @@ from typing import Any
 from specvlm.errors import UnknownFamilyError
 from specvlm.families.base import Family
 from specvlm.families.llava_onevision import LlavaOnevision
-from specvlm.families.qwen2_5_vl import Qwen2_5_VL
+from specvlm.families.qwen2_5_vl import Qwen25VL
 
 FAMILIES: dict[str, type[Family]] = {
-    "qwen2_5_vl": Qwen2_5_VL,
+    "qwen2_5_vl": Qwen25VL,
     "llava_onevision": LlavaOnevision,
 }
 

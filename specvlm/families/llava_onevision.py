@@ -28,7 +28,7 @@ class LlavaOnevision(Family):
         return str(processor.video_token)
 
     def _content(self, before: str, after: str, video_token: str) -> list[dict[str, str]]:
-        """The family's template puts every video before every text, so text before it is written around a placeholder."""
+        """The family's template puts every video before every text; text before it is written around a placeholder."""
         if before:
             return [{"type": "text", "text": f"{before}{video_token}{after}"}]
         return super()._content(before, after, video_token)

@@ -9,7 +9,7 @@ import torch
 from specvlm.families.base import Family, ModelInputs
 
 
-class Qwen2_5_VL(Family):
+class Qwen25VL(Family):
     """Any size of Qwen2.5-VL, heads tied or untied."""
 
     name = "qwen2_5_vl"

@@ -65,7 +65,9 @@ def sample(rule_of: LogitsRules, logits: torch.Tensor, seed: int, index: int) ->
 
 
 @pytest.mark.parametrize("vary", ["seed", "index"])
-@pytest.mark.parametrize(("top_k", "top_p", "min_p"), [(0, 1.0, 0.0), (7, 1.0, 0.0), (0, 0.8, 0.0), (0, 1.0, 0.1)])
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "min_p"), [(0, 1.0, 0.0), (7, 1.0, 0.0), (0, 0.8, 0.0), (0, 1.0, 0.1)]
+)
 def test_distribution_of_one_token(vary: str, top_k: int, top_p: float, min_p: float) -> None:
     """Over seeds, and over output indices of one seed."""
     torch.manual_seed(1)

@@ -97,7 +97,9 @@ def test_a_draft_equal_to_its_target_is_always_right(family: FamilyName) -> None
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tree", TREES)
-def test_end_of_sequence_at_every_index(family: FamilyName, tree: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_end_of_sequence_at_every_index(
+    family: FamilyName, tree: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prepared, stock = case(family, "Look at <video> and tell." if family == "qwen" else "Hi there.")
     captioner = captioner_for(family, "noisy")
     config = captioner.generation_config
@@ -119,7 +121,9 @@ def test_exactly_max_new_tokens(family: FamilyName, tree: str, draft: str) -> No
     for limit in range(1, 15):
         caption = captioner_for(family, draft).caption(prepared, tree=tree, max_new_tokens=limit)
         assert caption.token_ids == stock[:limit]
-        assert caption.finish_reason == ("stop" if len(stock) <= limit and len(stock) < NEW_TOKENS else "length")
+        assert caption.finish_reason == (
+            "stop" if len(stock) <= limit and len(stock) < NEW_TOKENS else "length"
+        )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -161,7 +165,11 @@ def test_several_rows_are_each_as_alone(family: FamilyName) -> None:
     captioner = captioner_for(family, "noisy")
     videos = [
         captioner.prepare(random_frames(seed, frames), prompt)
-        for seed, frames, prompt in ((3, 4, "Hi there."), (4, 2, "Look at <video> and tell."), (5, 6, "What?"))
+        for seed, frames, prompt in (
+            (3, 4, "Hi there."),
+            (4, 2, "Look at <video> and tell."),
+            (5, 6, "What?"),
+        )
     ]
     alone = [stock_ids(captioner.target.model, video.inputs.tensors, NEW_TOKENS) for video in videos]
     for tree in TREES:

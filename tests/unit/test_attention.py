@@ -37,9 +37,7 @@ def causal(first: int, count: int, slots: int) -> torch.Tensor:
 @pytest.mark.parametrize("first", [0, 5])
 @pytest.mark.parametrize("scored", [False, True])
 @pytest.mark.parametrize("rows_at_once", [3, 128])
-def test_causal_prefill(
-    first: int, scored: bool, rows_at_once: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_causal_prefill(first: int, scored: bool, rows_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "SCORED_ROWS", rows_at_once)
     query, key, value = tensors(7, first + 7)
     scores = ScoreSum(torch.tensor([1, 3, 4]), torch.device("cpu")) if scored else None

@@ -124,7 +124,9 @@ def test_prompts_that_would_break_the_template_are_refused(captioner: Captioner,
 
 def test_a_system_message_reaches_the_model(captioner: Captioner) -> None:
     frames = random_frames(1)
-    plain, told = (captioner.prepare(frames, "Hi.", system=system) for system in (None, "Be a poet of the sea."))
+    plain, told = (
+        captioner.prepare(frames, "Hi.", system=system) for system in (None, "Be a poet of the sea.")
+    )
     text = captioner.processor.tokenizer.decode(told.inputs.token_ids[0])
     assert "Be a poet of the sea." in text
     assert "Be a poet" not in captioner.processor.tokenizer.decode(plain.inputs.token_ids[0])
@@ -178,7 +180,11 @@ def test_layers_behind_accelerate_hooks(captioner: Captioner) -> None:
 
     hooked = tiny_captioner("qwen", Size(seed=1), Size(seed=2))
     layers = {f"model.language_model.layers.{i}": "cpu" for i in range(2)}
-    rest = {"model.visual": "cpu", "model.language_model.embed_tokens": "cpu", "model.language_model.norm": "cpu"}
+    rest = {
+        "model.visual": "cpu",
+        "model.language_model.embed_tokens": "cpu",
+        "model.language_model.norm": "cpu",
+    }
     rest |= {"model.language_model.rotary_emb": "cpu", "lm_head": "cpu"}
     dispatch_model(hooked.target.model, device_map=layers | rest, main_device="cpu", force_hooks=True)
     video = captioner.prepare(random_frames(1), "Hi.")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -42,7 +44,7 @@ def test_stage_one_stops_at_top_p_and_stage_two_spreads_the_rest() -> None:
     assert len(rest) == 8
     assert rest[0] == 0
     assert rest[-1] == 99
-    gaps = [b - a for a, b in zip(rest, rest[1:], strict=False)]
+    gaps = [b - a for a, b in itertools.pairwise(rest)]
     assert max(gaps) - min(gaps) <= 3
 
 

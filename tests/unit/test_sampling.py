@@ -33,7 +33,9 @@ def test_what_cannot_be_honoured_is_refused_by_name(name: str, value: Any) -> No
         logits_rules(config, GenerationSettings(), 5)
 
 
-@pytest.mark.parametrize(("name", "value"), [("typical_p", 0.9), ("epsilon_cutoff", 0.1), ("eta_cutoff", 0.1)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("typical_p", 0.9), ("epsilon_cutoff", 0.1), ("eta_cutoff", 0.1)]
+)
 def test_sampling_warpers_are_refused_only_when_sampling(name: str, value: float) -> None:
     config = GenerationConfig(eos_token_id=1)
     setattr(config, name, value)
@@ -94,7 +96,9 @@ def test_a_node_has_seen_the_prompt_and_its_own_path_only() -> None:
 def test_repeats_are_penalised_once() -> None:
     rule = rule_with(2.0, [2])
     rule.begin_round(torch.tensor([0]), 0)
-    scores = rule.scores(torch.ones(1, 1, 8), torch.zeros(1, 1, dtype=torch.long), torch.tensor([[[2, 2, 5, 5]]]))
+    scores = rule.scores(
+        torch.ones(1, 1, 8), torch.zeros(1, 1, dtype=torch.long), torch.tensor([[[2, 2, 5, 5]]])
+    )
     assert scores[0, 0].tolist() == [1, 1, 0.5, 1, 1, 0.5, 1, 1]
 
 

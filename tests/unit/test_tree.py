@@ -103,7 +103,9 @@ def brute_force(root: int, depth: int, nodes: int, width: int) -> set[tuple[int,
     return set(best)
 
 
-@pytest.mark.parametrize(("depth", "nodes", "width"), [(1, 3, 4), (3, 9, 3), (5, 26, 4), (4, 200, 3), (6, 7, 1)])
+@pytest.mark.parametrize(
+    ("depth", "nodes", "width"), [(1, 3, 4), (3, 9, 3), (5, 26, 4), (4, 200, 3), (6, 7, 1)]
+)
 def test_the_dynamic_tree_keeps_the_likeliest(depth: int, nodes: int, width: int) -> None:
     shape = DynamicShape(depth, nodes, width, CPU)
     root = torch.tensor([5, 6])
@@ -130,4 +132,10 @@ def test_certain_guesses_keep_their_parents() -> None:
 
 def test_ancestors() -> None:
     ancestors = ancestors_of(torch.tensor([[0, 0, 1, 1, 3]]), 3)[0]
-    assert [row.nonzero().flatten().tolist() for row in ancestors] == [[0], [0, 1], [0, 1, 2], [0, 1, 3], [0, 1, 3, 4]]
+    assert [row.nonzero().flatten().tolist() for row in ancestors] == [
+        [0],
+        [0, 1],
+        [0, 1, 2],
+        [0, 1, 3],
+        [0, 1, 3, 4],
+    ]

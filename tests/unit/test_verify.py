@@ -30,7 +30,7 @@ def accepted_tokens(guesses: Guesses, choices: list[int]) -> list[int]:
     """What the caption gains."""
     depth = int(guesses.depths.max())
     result = accept(guesses, torch.tensor([choices]), depth)
-    return result.tokens[0, : int(result.count) + 1].tolist()
+    return result.tokens[0, : int(result.guessed) + 1].tolist()
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_paths_name_nodes_in_order_and_rows_are_independent() -> None:
     both = Guesses(*(torch.cat((field, field)) for field in one))
     result = accept(both, torch.tensor([[20, 99, 30, 99, 99, 7], [10, 40, 99, 99, 8, 99]]), 2)
     assert result.path.tolist() == [[0, 2, 5], [0, 1, 4]]
-    assert result.count.tolist() == [2, 2]
+    assert result.guessed.tolist() == [2, 2]
     assert result.last.tolist() == [5, 4]
 
 
