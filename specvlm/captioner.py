@@ -31,6 +31,7 @@ from specvlm.prefill import Prompt, embed, prefill_target
 from specvlm.records import Caption, CaptionStats, Frames, VideoSource
 from specvlm.sampling import TokenRule, logits_rules
 from specvlm.stats import StageClock, device_words, peak_memory_bytes, reset_peak_memory
+from specvlm.tree import make_shape
 from specvlm.video import read_video
 
 
@@ -234,8 +235,6 @@ class Captioner:
 
     def tree_nodes(self, settings: SpeculationSettings) -> int:
         """N that a draft proposes under these settings, root included."""
-        from specvlm.tree import make_shape
-
         return make_shape(settings, self.target.vocabulary, torch.device("cpu")).nodes
 
     def detokenize(self, tokens: Sequence[int]) -> str:

@@ -176,9 +176,11 @@ def decode(
     yield [text.take(tokens) for text, tokens in zip(texts, first.tolist(), strict=True)]
     for text in texts:
         text.histogram = [0] * (proposer.depth + 1)
-    while any(text.finish_reason is None for text in texts):
-        active = [text.finish_reason is None for text in texts]
-        going = torch.tensor(active, dtype=torch.long, device=heads.step.device)
+    active: list[bool] = []
+    while any(now := [text.finish_reason is None for text in texts]):
+        if now != active:
+            active = now
+            going = torch.tensor(active, dtype=torch.long, device=heads.step.device)
         longest = max(len(text.tokens) for text in texts) - 1
         with clock.host_stage("decode"):
             heads, reports = _round(verifier, proposer, rule, heads, going, longest, clock)

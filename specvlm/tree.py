@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -249,8 +250,9 @@ def ancestors_of(parents: torch.Tensor, depth: int) -> torch.Tensor:
     return ancestors
 
 
+@lru_cache(maxsize=32)
 def make_shape(settings: SpeculationSettings, vocabulary: int, device: torch.device) -> TreeShape:
-    """The shape that settings ask for; no wider than the `vocabulary` that is to choose from."""
+    """The shape that settings ask for, built once; no wider than the `vocabulary` that is to choose from."""
     if settings.tree == "chain":
         return StaticShape(tuple((0,) * d for d in range(1, settings.depth + 1)), device)
     if settings.tree == "static":

@@ -4,7 +4,6 @@ Only the sizes are ours. The targets are deep and narrow because one decoding st
 constant per layer: a deep target leaves a draft of one layer something to save, as a large one does on a GPU.
 """
 
-import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -142,10 +141,10 @@ def deepened(
 
 
 def save_folder(model: PreTrainedModel, processor: Any, folder: Path) -> None:
-    """Write the ordinary Hugging Face folder, weights as float16."""
+    """Write the ordinary Hugging Face folder; turns the weights into float16 for good."""
     folder.mkdir(parents=True, exist_ok=True)
-    rounded: Any = copy.deepcopy(model)
-    rounded.to(torch.float16).save_pretrained(folder)
+    halved: Any = model
+    halved.to(torch.float16).save_pretrained(folder)
     processor.save_pretrained(folder)
 
 

@@ -157,11 +157,8 @@ class Trainer:
         }
         torch.save(state, self.work / "last.part")
         (self.work / "last.part").replace(self.work / "last.pt")
-        whole = self.model
-        if self.progress.layers < self.sizes.text_layers:
-            whole = deepened(
-                self.model, self.plan.family, self.plan.role, self.tokenizer, self.sizes.text_layers
-            )
+        plan, full = self.plan, self.sizes.text_layers
+        whole = deepened(self.model, plan.family, plan.role, self.tokenizer, full)
         save_folder(whole, self.processor, self.work / "model")
         (self.work / "plan.json").write_text(json.dumps(asdict(self.plan) | asdict(self.progress), indent=1))
 

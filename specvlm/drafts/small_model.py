@@ -71,6 +71,8 @@ class _SmallModelProposer(Proposer):
             prefill_draft(model, prompt, self._cache, row)
         self._prompt_lengths = torch.tensor([prompt.length for prompt in prompts], device=device)
         self._next_position = torch.tensor([prompt.next_position for prompt in prompts], device=device)
+        # Of the two tokens that begin a round, the committed one does not see the root.
+        self._root_sees = torch.tensor([[[False], [True]]], device=device).expand(len(prompts), 2, 1)
         self._previous = torch.stack([prompt.inputs.token_ids[0, -1] for prompt in prompts]).to(device)
 
     def propose(self, root: torch.Tensor, index: torch.Tensor, longest: int) -> Guesses:
@@ -95,8 +97,7 @@ class _SmallModelProposer(Proposer):
         at = self._next_position + index
         positions = torch.stack((at - 1, at), dim=1)[None]  # [1, B, 2]
         slots = torch.stack((lengths - 1, lengths), dim=1)
-        sees = torch.tensor([[[False], [True]]], device=root.device).expand(root.shape[0], 2, 1)
-        hidden = self._forward(tokens, positions, slots, sees, lengths, longest)
+        hidden = self._forward(tokens, positions, slots, self._root_sees, lengths, longest)
         return self._logits(hidden[:, 1:])
 
     def _run_level(

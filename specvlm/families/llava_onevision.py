@@ -49,7 +49,7 @@ class LlavaOnevision(Family):
         features = torch.as_tensor(features)[0]
         if len(features) == inputs.video_tokens:
             return features
-        # Up to transformers 5.17 the model adds the newline in its own forward.
+        # transformers 5.17 leaves the newline to the model's own forward; 5.23 has it here.
         return torch.cat((features, model.model.image_newline[None].to(features)))
 
     def positions(self, model: Any, inputs: ModelInputs) -> torch.Tensor:
