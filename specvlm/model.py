@@ -8,7 +8,7 @@ import torch
 
 from specvlm.attention import AttentionPlan, plan_for, round_mask, tree_plan
 from specvlm.cache import SlabCache, SlabShape
-from specvlm.errors import ConfigError
+from specvlm.errors import GenerationError
 from specvlm.families.base import Family, ModelInputs
 
 
@@ -51,10 +51,10 @@ class VideoLM:
         """Slabs for `rows` videos of at most `capacity` tokens, prompt and caption and one round together.
 
         Raises:
-            ConfigError: Some layers see a sliding window that is shorter than this.
+            GenerationError: Some layers see a sliding window that is shorter than this.
         """
         if self._window is not None and capacity > self._window:
-            raise ConfigError(
+            raise GenerationError(
                 f"{capacity} tokens exceed the sliding window of {self._window} that this checkpoint uses; "
                 "give fewer frames or a smaller --max-new-tokens"
             )
