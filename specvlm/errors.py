@@ -85,7 +85,9 @@ class VideoError(SpecvlmError):
     stage = "open"
 
     def __init__(self, path: str, reason: str) -> None:
-        super().__init__(f"{path}: {reason}")
+        # A file name may hold line breaks and escapes; a message is one line.
+        shown = path if path.isprintable() else path.encode("unicode_escape").decode("ascii")
+        super().__init__(f"{shown}: {reason}")
         self.path = path
         self.reason = reason
 
