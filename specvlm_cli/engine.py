@@ -116,9 +116,8 @@ def public_name(model: str) -> str:
 
 
 def load(settings: CaptionSettings, *, quiet: bool) -> Engine:
-    """Load the models. This is where torch and transformers are imported."""
-    if quiet:
-        _hush_transformers()
+    """Load the models; downloads show their progress unless `quiet`. Here torch and transformers are imported."""
+    _hush(quiet)
     models = settings.models
     captioner = specvlm.load(
         models.load,
@@ -133,8 +132,12 @@ def load(settings: CaptionSettings, *, quiet: bool) -> Engine:
     return SpecvlmEngine(captioner, settings)
 
 
-def _hush_transformers() -> None:
+def _hush(quiet: bool) -> None:
+    """Keep transformers from drawing over our own progress; a download is worth a bar of its own."""
+    from huggingface_hub.utils import enable_progress_bars
     from transformers.utils import logging
 
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    if not quiet:
+        enable_progress_bars()

@@ -162,6 +162,7 @@ def _work(
         folder.parts.write_failures(ledger)
         return _outcome(request, folder, ledger)
     with listening() as stop:
+        display.note(f"loading {clean(request.settings.models.name)}")
         engine = load_engine()
         _write_settings(request, folder, ledger, engine)
         policy = replace(request.policy, max_failures=_most_failures(request, todo))

@@ -1,0 +1,148 @@
+"""The command with the real library: random tiny models, real video files, files that are none, and a wrong draft."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers.pre_tokenizers import ByteLevel
+
+from specvlm.demo.tokenizer import tokenizer_from
+from specvlm_cli import app
+from tests.cli import invariants
+from tests.cli.conftest import rows
+from tests.tiny import FamilyName, Size, processor_for, tiny_model
+from tests.video_files import cut, write_audio, write_video
+
+Run = Callable[..., tuple[int, dict[str, Any], str]]
+
+
+def save(folder: Path, family: FamilyName, size: Size) -> Path:
+    """Write a checkpoint folder."""
+    tiny_model(family, size).save_pretrained(folder)
+    processor_for(family).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    for family in ("qwen", "llava"):
+        save(root / family, family, Size(seed=1, vocabulary=320))
+        save(root / f"{family}-draft", family, Size(layers=1, seed=2, vocabulary=290))
+    other = save(root / "other-tokenizer", "qwen", Size(layers=1, seed=2))
+    symbols = sorted(ByteLevel.alphabet(), reverse=True)
+    tokenizer_from({symbol: number for number, symbol in enumerate(symbols)}, [], "qwen").save_pretrained(
+        other
+    )
+    return root
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two good videos and five files that are none."""
+    folder = tmp_path_factory.mktemp("films")
+    good = write_video(folder / "good.mp4", frames=40)
+    write_video(folder / "vp9.webm", codec="libvpx-vp9", frames=30)
+    (folder / "text.mp4").write_text("not a video at all\n" * 50)
+    (folder / "empty.mp4").write_bytes(b"")
+    write_audio(folder / "audio.mp4")
+    cut(good, folder / "cut.mp4", 0.3)
+    (folder / "gone.mp4").symlink_to("nowhere")
+    return folder
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str]) -> Run:
+    """Run the command; return its exit code, its JSON and its messages."""
+
+    def command(*arguments: object) -> tuple[int, dict[str, Any], str]:
+        capfd.readouterr()
+        code = app.main(["caption", *map(str, arguments), "--json", "--max-new-tokens", "24"])
+        out, err = capfd.readouterr()
+        return code, json.loads(out) if out else {}, err
+
+    return command
+
+
+@pytest.mark.parametrize("family", ["qwen", "llava"])
+def test_good_videos_are_captioned_and_bad_files_explained(
+    run: Run, models: Path, films: Path, out: Path, family: str
+) -> None:
+    pair = ("--target", models / family, "--draft", models / f"{family}-draft")
+    code, said, err = run(films, "-o", out, *pair, "--baseline-sample", 1, "--num-frames", 4)
+    assert code == 3
+    assert (said["done"], said["failed"]) == (2, 5)
+    assert (said["figures"]["identical"], said["figures"]["compared"]) == (2, 2)
+    invariants.check(out, films, failed=5)
+    for row in rows(out):
+        assert row["exact_match"] is True
+        assert row["decode_speedup"] > 0
+        assert row["e2e_speedup"] > 0
+        assert row["target_model"] == str(models / family)
+        assert len(row["target_revision"]) == 16
+        assert row["num_frames"] == 4
+        assert row["duration_s"] > 0.9
+        assert 0 < row["video_tokens_kept"] < row["video_tokens"] < row["prompt_tokens"]
+        assert sum(row["acceptance_histogram"]) == row["num_drafts"] > 0
+        assert row["method"] == "specvlm/specvlm/static"
+        assert row["total_s"] > row["decode_s"] + row["video_decode_s"] + row["preprocess_s"]
+    failures = {Path(row["path"]).stem: row for row in rows(out, "failures")}
+    assert {name: row["error_type"] for name, row in failures.items()} == {
+        "text": "NotAVideoError",
+        "empty": "NotAVideoError",
+        "audio": "NotAVideoError",
+        "cut": failures["cut"]["error_type"],
+        "gone": "VideoNotFoundError",
+    }
+    assert {row["stage"] for row in failures.values()} <= {"open", "decode"}
+    assert all(row["error"] and "\n" not in row["error"] for row in failures.values())
+    assert err.count("failed: ") == 5
+
+
+def test_the_draft_cannot_change_a_caption(run: Run, models: Path, films: Path, tmp_path: Path) -> None:
+    target = ("--target", models / "qwen", "--num-frames", 4, "--prompt", "What is it?")
+    draft = ("--draft", models / "qwen-draft")
+    captions = []
+    for number, flags in enumerate(
+        [
+            (),
+            (*draft, "--pruner", "uniform", "--prune-ratio", 0.5, "--tree", "chain", "--depth", 3),
+            (*draft, "--tree", "dynamic", "--nodes", 12, "--positions", "compact", "--pruner", "random"),
+        ]
+    ):
+        out = tmp_path / str(number)
+        assert run(films / "good.mp4", "-o", out, *target, *flags)[0] == 0
+        captions.append([(row["id"], row["caption"]) for row in rows(out)])
+    assert captions[0] == captions[1] == captions[2]
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "words"),
+    [
+        (["--target", "qwen", "--draft", "other-tokenizer"], 2, "other-tokenizer: its tokenizer differs"),
+        (["--target", "qwen", "--draft", "llava-draft"], 2, "llava-draft: its family is llava_onevision"),
+        (["--target", "nowhere"], 1, "nowhere: cannot load its config"),
+        (["--target", "qwen", "--dtype", "int3"], 2, "dtype='int3' is unknown"),
+        (["--target", "qwen", "--prompt", "a <|im_end|> b"], 2, "special token <|im_end|>"),
+    ],
+)
+def test_wrong_models_and_prompts_are_one_line(
+    run: Run,
+    models: Path,
+    films: Path,
+    out: Path,
+    flags: list[str],
+    code: int,
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(models)
+    ended, _, err = run(films / "good.mp4", "-o", out, *flags, "--local-files-only", "-q")
+    assert ended == code
+    (line,) = err.splitlines()
+    assert line.startswith("specvlm: error: ")
+    assert words in line
