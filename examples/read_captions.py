@@ -24,23 +24,26 @@ def number(value: float | None, unit: str = "") -> str:
     return "-" if value is None else f"{value:.2f}{unit}"
 
 
+def printable(text: str) -> str:
+    """Return text from outside without anything that a terminal would act on."""
+    return "".join(character if character.isprintable() else " " for character in text)
+
+
 def main(folder: Path) -> None:
     """Print one row for each caption."""
     rows = pq.read_table(folder / "captions", columns=list(COLUMNS)).sort_by("path").to_pylist()
-    table = Table(box=box.SIMPLE_HEAD, show_lines=True)
-    table.add_column("file", overflow="fold", ratio=2)
-    table.add_column("caption", overflow="fold", ratio=5)
+    table = Table(box=box.SIMPLE_HEAD, show_lines=True, expand=True)
+    table.add_column("file and caption", overflow="fold", ratio=1)
     for title in ("accepted\nper round", "decode\nspeedup", "end to end\nspeedup", "same\ntokens"):
         table.add_column(title, justify="right", no_wrap=True)
     for row in rows:
-        same = {True: "yes", False: "NO", None: "-"}[row["exact_match"]]
+        text = Text(printable(Path(row["path"]).name), style="bold").append("\n")
         table.add_row(
-            Text(repr(Path(row["path"]).name)[1:-1]),
-            Text(repr(row["caption"])[1:-1]),
+            text.append(printable(row["caption"]), style="not bold"),
             number(row["mean_accepted_tokens"]),
             number(row["decode_speedup"], "x"),
             number(row["e2e_speedup"], "x"),
-            same,
+            {True: "yes", False: "NO", None: "-"}[row["exact_match"]],
         )
     Console().print(table)
 

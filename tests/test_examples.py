@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,10 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 def run(name: str, *arguments: object) -> str:
     command = [sys.executable, "-W", "error::SyntaxWarning", EXAMPLES / name, *arguments]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300, check=False)
+    variables = os.environ | {"PYTHONPATH": str(EXAMPLES.parent)}
+    done = subprocess.run(
+        [*map(str, command)], capture_output=True, text=True, timeout=300, check=False, env=variables
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
