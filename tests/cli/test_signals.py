@@ -57,6 +57,7 @@ def test_first_signal_stops_after_the_video_in_hand(number: signal.Signals, many
 
 def test_second_signal_ends_at_once(many: Path, out: Path) -> None:
     running = start(many, out, 3.0)
+    time.sleep(0.5)  # into the next video
     began = time.monotonic()
     running.send_signal(signal.SIGINT)
     time.sleep(0.2)
