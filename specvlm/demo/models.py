@@ -36,6 +36,8 @@ CELL: Final = 16
 LLAVA_SIDE: Final = 96
 LLAVA_PATCH: Final = 12
 HEAD_DIM: Final = 32
+QWEN_REPETITION_PENALTY: Final = 1.05
+"""As the checkpoints of Qwen2.5-VL ship it, so that the tool meets it here too."""
 _QWEN_PIXELS: Final = {"shortest_edge": 8192, "longest_edge": 9800}
 
 
@@ -111,7 +113,7 @@ def build_model(family: Family, role: Role, tokenizer: Qwen2Tokenizer, layers: i
     else:
         kind, config = LlavaOnevisionForConditionalGeneration, _llava_config(sizes, tokenizer, layers)
     model: PreTrainedModel = kind._from_config(config, attn_implementation="sdpa")
-    model.generation_config = _generation_config(tokenizer)
+    model.generation_config = _generation_config(family, tokenizer)
     return model
 
 
@@ -217,8 +219,9 @@ def _llava_config(sizes: Sizes, tokenizer: Qwen2Tokenizer, layers: int) -> Llava
     )
 
 
-def _generation_config(tokenizer: Qwen2Tokenizer) -> GenerationConfig:
+def _generation_config(family: Family, tokenizer: Qwen2Tokenizer) -> GenerationConfig:
     ends = [token_id(tokenizer, token) for token in ("<|im_end|>", "<|endoftext|>")]
+    penalty = {"repetition_penalty": QWEN_REPETITION_PENALTY} if family == "qwen" else {}
     kind: Any = GenerationConfig
-    made: GenerationConfig = kind(do_sample=False, eos_token_id=ends, pad_token_id=ends[1])
+    made: GenerationConfig = kind(do_sample=False, eos_token_id=ends, pad_token_id=ends[1], **penalty)
     return made
