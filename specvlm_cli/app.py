@@ -47,7 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     given = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
     try:
-        return int(app(args=given, prog_name="specvlm", standalone_mode=False) or 0)
+        code = int(app(args=given, prog_name="specvlm", standalone_mode=False) or 0)
+        sys.stdout.flush()  # here, where a reader that has gone can still be dealt with
+        return code
     except BrokenPipeError:  # the reader of our output has gone; there is nobody to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ExitCode.FATAL
@@ -60,7 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _verbose(arguments: Sequence[str]) -> bool:
-    return "-v" in arguments or "--verbose" in arguments or bool(os.environ.get("SPECVLM_VERBOSE"))
+    asked = os.environ.get("SPECVLM_VERBOSE", "").lower() in ("1", "true", "yes", "on")
+    return asked or "-v" in arguments or "--verbose" in arguments
 
 
 def _explained(error: Exception) -> tuple[str, ExitCode]:

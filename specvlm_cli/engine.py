@@ -134,7 +134,7 @@ def load(settings: CaptionSettings, *, quiet: bool) -> Engine:
 
 def _hush(quiet: bool) -> None:
     """Keep transformers from drawing over our own progress; a download is worth a bar of its own."""
-    from huggingface_hub.utils import enable_progress_bars
+    from huggingface_hub.utils.tqdm import enable_progress_bars
     from transformers.utils import logging
 
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]

@@ -44,6 +44,7 @@ class Request:
         settings: What captions depend on, and how they are made.
         policy: How to work through the videos.
         version: Version of specvlm, for the rows.
+        unreadable: Folders that could not be listed; videos in them were not found, which counts as a failure.
         overwrite: Caption all given videos anew.
         retry_failed: Try the given videos again that failed before.
         on_config_change: What to do where the folder holds captions made with other settings.
@@ -57,6 +58,7 @@ class Request:
     settings: CaptionSettings
     policy: Policy
     version: str
+    unreadable: int = 0
     overwrite: bool = False
     retry_failed: bool = False
     on_config_change: ChangePolicy = "error"
@@ -121,7 +123,7 @@ def choose_folder(request: Request) -> RunFolder:
 def _nothing_to_do(request: Request, folder: RunFolder) -> Outcome | None:
     """Return the outcome where this start has nothing to do, having touched nothing; else None."""
     if not request.items:
-        return Outcome(ExitCode.OK, str(folder.root), found=0, done=0, failed=0, pending=0)
+        return Outcome(_code_without_work(request), str(folder.root), found=0, done=0, failed=0, pending=0)
     ledger = folder.peek()
     if ledger is None:
         return None
@@ -185,7 +187,7 @@ def _exit_code(request: Request, outcome: Outcome, stop: Stop, runner: Runner) -
         return ExitCode.STOPPED
     if runner.stopped == "max-failures":
         return ExitCode.TOO_MANY_FAILED
-    return ExitCode.SOME_FAILED if outcome.failed and not request.exit_zero else ExitCode.OK
+    return ExitCode.SOME_FAILED if outcome.failed and not request.exit_zero else outcome.exit_code
 
 
 def _most_failures(request: Request, todo: int) -> int | None:
@@ -195,10 +197,18 @@ def _most_failures(request: Request, todo: int) -> int | None:
 
 def _outcome(request: Request, folder: RunFolder, ledger: Ledger) -> Outcome:
     counts = ledger.counts()
-    pending = counts["pending"] + counts["running"]
     return Outcome(
-        ExitCode.OK, str(folder.root), len(request.items), counts["done"], counts["failed"], pending
+        _code_without_work(request),
+        str(folder.root),
+        found=len(request.items),
+        done=counts["done"],
+        failed=counts["failed"],
+        pending=counts["pending"] + counts["running"],
     )
+
+
+def _code_without_work(request: Request) -> ExitCode:
+    return ExitCode.SOME_FAILED if request.unreadable and not request.exit_zero else ExitCode.OK
 
 
 def _provenance(request: Request, engine: Engine, run_id: str) -> Provenance:

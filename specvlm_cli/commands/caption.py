@@ -29,7 +29,7 @@ from specvlm.config import (
 from specvlm.preset import Preset, find_preset, presets
 from specvlm_cli import engine, job
 from specvlm_cli.commands.options import flag, variable
-from specvlm_cli.discover import EXTENSIONS, Found, discover
+from specvlm_cli.discover import EXTENSIONS, discover
 from specvlm_cli.exits import ExitCode, UsageError
 from specvlm_cli.job import ChangePolicy, Request
 from specvlm_cli.results import Outcome
@@ -245,8 +245,12 @@ def caption(
     _refuse_pointless_baseline(settings, pair, baseline_sample)
     most, share = _most_failures(fail_fast, max_failures)
     with Talk(quiet=quiet, verbose=verbose, progress=progress, log_file=log_file) as talk:
+        found = discover(inputs, recursive=recursive, extensions=_extensions(extensions))
+        for folder in found.unreadable:
+            talk.warn(f"left out, not readable: {folder}")
         request = Request(
-            items=_found(talk, discover(inputs, recursive=recursive, extensions=_extensions(extensions))),
+            items=found.items,
+            unreadable=len(found.unreadable),
             out=out,
             settings=settings,
             policy=Policy(baseline_sample=baseline_sample, limit=limit, max_failures=most),
@@ -353,12 +357,6 @@ def _extensions(text: str) -> list[str]:
     if not names:
         raise UsageError(f"--extensions {clean(text)!r} names none; give e.g. mp4,webm")
     return names
-
-
-def _found(talk: Talk, found: Found) -> list[Any]:
-    for folder in found.unreadable:
-        talk.warn(f"left out, not readable: {folder}")
-    return found.items
 
 
 def _refuse_pointless_baseline(settings: CaptionSettings, pair: Preset | None, share: float) -> None:

@@ -6,7 +6,10 @@ import hashlib
 import json
 import os
 import sqlite3
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -455,3 +458,49 @@ def test_no_videos_is_nothing_to_do(specvlm: Specvlm, tmp_path: Path, out: Path)
     assert result.code == 0
     assert "no videos found" in result.err
     assert not out.exists()
+
+
+def test_a_folder_that_cannot_be_listed_is_no_success(
+    specvlm: Specvlm, videos: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = os.scandir
+
+    def scandir(folder: Any) -> Any:
+        if os.fsdecode(folder).endswith("more"):
+            raise PermissionError(13, "Permission denied")
+        return listed(folder)
+
+    monkeypatch.setattr("os.scandir", scandir)
+    for _ in range(2):
+        result = specvlm("caption", videos, "-o", out, "-q")
+        assert result.code == 3
+        assert f"left out, not readable: {videos}/more: Permission denied" in result.err
+    assert specvlm("caption", videos, "-o", out, "--exit-zero").code == 0
+    assert len(rows(out)) == 3
+
+
+def test_of_many_starts_at_once_one_runs(videos: Path, out: Path) -> None:
+    """Nine starts find the folder locked, or, coming late, nothing left to do; no video is captioned twice."""
+    command = [
+        sys.executable,
+        "-m",
+        "tests.cli.drive",
+        "run",
+        "caption",
+        str(videos),
+        "-o",
+        str(out),
+        "-q",
+        "--json",
+    ]
+    root = Path(__file__).parents[2]
+    starts = [
+        subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(10)
+    ]
+    ended = [(*start.communicate(timeout=60), start.returncode) for start in starts]
+    assert {code for *_, code in ended} <= {0, 75}
+    made = [json.loads(said)["figures"] for said, _, code in ended if code == 0]
+    assert sum(figures is not None for figures in made) == 1
+    assert all("is in use by process" in err for _, err, code in ended if code == 75)
+    invariants.check(out, videos)
