@@ -139,8 +139,9 @@ def report_speed(runs: dict[str, dict[Path, list[Timed]]], preset: str, videos: 
         print(f"| {name} | {per_token:.2f} | {' | '.join(ratios)} | {mean} | {sum(same)}/{len(same)} |")
 
 
-def acceptance(preset: str, clips: int, trees: list[str], limit: int) -> None:
+def acceptance(preset: str, options: argparse.Namespace) -> None:
     """Mean accepted tokens per round over held-out clips, by pruner, prune ratio and positions."""
+    clips, limit, ratios = options.clips, options.max_new_tokens, options.ratios
     chosen = find_preset(preset)
     assert chosen is not None
     captioner = specvlm.load(preset)
@@ -148,15 +149,13 @@ def acceptance(preset: str, clips: int, trees: list[str], limit: int) -> None:
     videos = [captioner.prepare(drawn(i, chosen.frames, multiple), PROMPT) for i in range(clips)]
     plain = [captioner.caption(v, speculate=False, max_new_tokens=limit).token_ids for v in videos]
     print(f"\nPreset `{preset}`, {clips} held-out clips, {conditions()}. Mean accepted tokens per round.\n")
-    print(f"| tree | positions | pruner | {' | '.join(str(r) for r in RATIOS)} |")
-    print(f"|---|---|---|{'---|' * len(RATIOS)}")
-    for tree in trees:
-        for positions in ("keep", "compact"):
-            for pruner in PRUNERS:
-                if pruner == "none" or (positions == "compact" and pruner not in ("specvlm", "uniform")):
-                    continue
-                options = {"tree": tree, "positions": positions, "pruner": pruner, "max_new_tokens": limit}
-                cells = [accepted(captioner, videos, plain, options | {"prune_ratio": r}) for r in RATIOS]
+    print(f"| tree | positions | pruner | {' | '.join(str(r) for r in ratios)} |")
+    print(f"|---|---|---|{'---|' * len(ratios)}")
+    for tree in options.trees:
+        for positions in options.positions:
+            for pruner in options.pruners:
+                chosen_now = {"tree": tree, "positions": positions, "pruner": pruner, "max_new_tokens": limit}
+                cells = [accepted(captioner, videos, plain, chosen_now | {"prune_ratio": r}) for r in ratios]
                 print(f"| {tree} | {positions} | {pruner} | {' | '.join(cells)} |", flush=True)
 
 
@@ -191,6 +190,9 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=7)
     parser.add_argument("--clips", type=int, default=300)
     parser.add_argument("--trees", nargs="+", default=["static"])
+    parser.add_argument("--positions", nargs="+", default=["keep", "compact"])
+    parser.add_argument("--pruners", nargs="+", default=[name for name in PRUNERS if name != "none"])
+    parser.add_argument("--ratios", nargs="+", type=float, default=RATIOS)
     parser.add_argument("--max-new-tokens", type=int, default=200)
     parser.add_argument(
         "--threads", type=int, default=None, help="torch threads; torch's own choice if absent"
@@ -201,7 +203,7 @@ def main() -> None:
     if options.what == "speed":
         speed(options.preset, options.repeat, options.max_new_tokens)
     else:
-        acceptance(options.preset, options.clips, options.trees, options.max_new_tokens)
+        acceptance(options.preset, options)
 
 
 if __name__ == "__main__":
