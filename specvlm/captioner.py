@@ -98,6 +98,8 @@ class CaptionOptions(TypedDict, total=False):
     width: int
 
 
+DEFAULT_PROMPT = "Describe the video."
+
 Video = str | bytes | os.PathLike[str] | Frames
 
 
@@ -250,10 +252,15 @@ class Captioner:
         Raises:
             VideoError: The file gives no frames.
             PromptError: The prompt cannot be used.
+            ConfigError: Frame settings were given for frames that are read already.
         """
         family = self.target.family
         settings = self.frames if frames is None else frames
         start = time.perf_counter()
+        if isinstance(video, Frames) and frames is not None:
+            raise ConfigError(
+                "frame settings choose frames of a file, and these frames are chosen; leave them out"
+            )
         if not isinstance(video, Frames):
             video = read_video(video, settings, frame_multiple=family.frame_multiple(self.processor))
         _check_frames(video)
@@ -266,7 +273,7 @@ class Captioner:
     def caption(
         self,
         video: Video | PreparedVideo,
-        prompt: str = "Describe the video.",
+        prompt: str | None = None,
         *,
         system: str | None = None,
         speculate: bool = True,
@@ -276,8 +283,9 @@ class Captioner:
         """Caption one video.
 
         Args:
-            video: A path, decoded frames, or what `prepare` made (whose prompt then counts).
+            video: A path, decoded frames, or what `prepare` made, which has its prompt and frames already.
             prompt: The user's text; `<video>` in it marks where the video stands, else the video stands first.
+                None asks to describe the video.
             system: The system message; None leaves it to the chat template.
             speculate: False decodes plainly: same caption, slower.
             frames: Which frames to read; None takes the captioner's own.
@@ -297,7 +305,7 @@ class Captioner:
     def stream(
         self,
         video: Video | PreparedVideo,
-        prompt: str = "Describe the video.",
+        prompt: str | None = None,
         *,
         system: str | None = None,
         speculate: bool = True,
@@ -323,7 +331,7 @@ class Captioner:
     def _job(
         self,
         video: Video | PreparedVideo,
-        prompt: str,
+        prompt: str | None,
         system: str | None,
         speculate: bool,
         frames: FrameSettings | None,
@@ -331,7 +339,10 @@ class Captioner:
     ) -> _Job:
         _settings(options)  # wrong options fail before a video is read
         if not isinstance(video, PreparedVideo):
+            prompt = DEFAULT_PROMPT if prompt is None else prompt
             video = self.prepare(video, prompt, system=system, frames=frames)
+        elif (prompt, system, frames) != (None, None, None):
+            raise ConfigError("a prepared video has its prompt and frames already; give them to prepare()")
         return _Job(self, [video], speculate, options)
 
     def caption_rows(

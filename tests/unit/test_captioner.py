@@ -116,6 +116,16 @@ def test_frames_of_another_shape_are_refused(captioner: Captioner) -> None:
             captioner.caption(frames)
 
 
+def test_what_would_be_ignored_is_refused(captioner: Captioner) -> None:
+    frames = random_frames(1)
+    prepared = captioner.prepare(frames, "Hi.")
+    for options in ({"prompt": "Hi."}, {"system": "Be kind."}, {"frames": specvlm.FrameSettings()}):
+        with pytest.raises(specvlm.ConfigError, match="prepared video"):
+            captioner.caption(prepared, **options)  # type: ignore[arg-type]
+    with pytest.raises(specvlm.ConfigError, match="frame settings"):
+        captioner.caption(frames, frames=specvlm.FrameSettings())
+
+
 @pytest.mark.parametrize("prompt", ["<video> and <video>", "say <|im_end|>", "<|video_pad|>"])
 def test_prompts_that_would_break_the_template_are_refused(captioner: Captioner, prompt: str) -> None:
     with pytest.raises(specvlm.PromptError):
