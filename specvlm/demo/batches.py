@@ -65,6 +65,8 @@ class Batch:
     cells: dict[str, Tensor]
     """Class of each video token, [B, V]; LLaVA's newline token has none."""
     scenes: list[Scene]
+    seconds_per_grid: float = 1.0
+    """Seconds from one pair of frames to the next, which spaces the time positions of M-RoPE."""
 
 
 class Drawer:
@@ -84,7 +86,8 @@ class Drawer:
         scenes = [scene_for(seed_for("train", number * size + i), one_thing_share) for i in range(size)]
         shapes = _QWEN_SHAPES if self.family == "qwen" else _LLAVA_SHAPES
         height, width = shapes[int(rng.choice(len(shapes), p=_SHAPE_SHARES))]
-        times = [_frame_times(rng) for _ in scenes]
+        fps = FPS / float(rng.uniform(0.85, 1.15)) if rng.random() < 0.4 else FPS
+        times = [_frame_times(rng, fps) for _ in scenes]
         clips = [self._clip(rng, s, t, height, width) for s, t in zip(scenes, times, strict=True)]
         prompt = PROMPTS[int(rng.choice(len(PROMPTS), p=(0.3, 0.2, 0.125, 0.125, 0.125, 0.125)))]
         captions, weights = self._captions([caption_for(s) for s in scenes])
@@ -95,6 +98,7 @@ class Drawer:
             weights=weights,
             cells=self._cells(scenes, times, height, width),
             scenes=scenes,
+            seconds_per_grid=2 / fps,
         )
 
     def prompt_ids(self, prompt: str, height: int, width: int) -> Tensor:
@@ -152,9 +156,10 @@ class Drawer:
         return {name: torch.from_numpy(np.stack([m[name].reshape(-1) for m in made])) for name in CELL_FACTS}
 
 
-def _frame_times(rng: np.random.Generator) -> NDArray[np.float32]:
+def _frame_times(rng: np.random.Generator, fps: float) -> NDArray[np.float32]:
+    uneven = rng.uniform(0.02, 0.1)
     start = rng.uniform(0, 0.45)
-    times = start + np.arange(FRAMES) / FPS + rng.uniform(-0.04, 0.04, FRAMES)
+    times = start + np.arange(FRAMES) / fps + rng.uniform(-uneven, uneven, FRAMES)
     return np.clip(times.astype(np.float32), 0, CLIP_SECONDS)
 
 

@@ -320,7 +320,8 @@ def position_ids(model: PreTrainedModel, batch: Batch, length: int) -> Tensor:
     ids[0, : len(batch.prompt_ids)] = batch.prompt_ids
     kinds = (ids == video_id(model)).int() * 2
     grid = batch.pixels["video_grid_thw"][:1]
-    found, _ = model.model.get_rope_index(ids, kinds, video_grid_thw=grid, second_per_grid_ts=torch.ones(1))
+    seconds = torch.tensor([batch.seconds_per_grid])
+    found, _ = model.model.get_rope_index(ids, kinds, video_grid_thw=grid, second_per_grid_ts=seconds)
     positions: Tensor = found
     return positions
 

@@ -1,0 +1,69 @@
+"""The shipped checkpoints load as stock classes load them, fit together, and caption the example files."""
+
+import json
+import re
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from specvlm.demo import DemoName, demo_folder
+from specvlm.demo.evaluate import load_processor, prepared
+from specvlm.demo.examples import EXAMPLES
+from specvlm.demo.train import load_model
+
+VIDEOS = Path(__file__).parents[2] / "examples" / "videos"
+NAMES: tuple[DemoName, ...] = ("qwen-target", "qwen-draft", "llava-target", "llava-draft")
+
+
+def frames_of(path: Path) -> NDArray[np.uint8]:
+    """Eight upright frames, the last shown at or before every half second."""
+    with av.open(str(path)) as container:
+        pictures = list(container.decode(video=0))
+    times = np.asarray([picture.time for picture in pictures])
+    chosen = [int(np.searchsorted(times, second + 1e-3, side="right")) - 1 for second in np.arange(8) / 2]
+    turns = round(pictures[0].rotation / 90)
+    return np.stack([np.rot90(pictures[i].to_ndarray(format="rgb24"), turns) for i in chosen])
+
+
+def true_captions() -> dict[str, str]:
+    lines = (VIDEOS / "README.md").read_text().splitlines()
+    found = (re.match(r"\*\*(.+?)\*\*.*?: (.+)", line) for line in lines)
+    return {m.group(1): m.group(2) for m in found if m}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_folders_are_small_and_complete(name: DemoName) -> None:
+    folder = demo_folder(name)
+    files = {file.name for file in folder.iterdir()}
+    needed = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "README.md"}
+    assert needed <= files
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 6_000_000
+
+
+def test_padded_vocabularies_of_target_and_draft_differ_and_tying_too() -> None:
+    configs = [json.loads((demo_folder(name) / "config.json").read_text()) for name in NAMES]
+    for target, draft in (configs[:2], configs[2:]):
+        assert target["text_config"]["vocab_size"] > draft["text_config"]["vocab_size"]
+    assert [config["tie_word_embeddings"] for config in configs] == [True, True, False, False]
+
+
+def test_example_files_are_all_there_and_small() -> None:
+    assert set(true_captions()) == {example.name for example in EXAMPLES}
+    for example in EXAMPLES:
+        assert 0 < (VIDEOS / example.name).stat().st_size < 60_000
+
+
+@pytest.mark.parametrize("family", ["qwen", "llava"])
+def test_targets_caption_the_rotated_and_the_uneven_example(family: str) -> None:
+    name = NAMES[0] if family == "qwen" else NAMES[2]
+    model, processor = load_model(demo_folder(name)), load_processor(demo_folder(name))
+    for file in ("one-sinks-rotated.mp4", "one-slides-right-variable-rate.mp4"):
+        inputs = prepared(processor, frames_of(VIDEOS / file), "Describe the video in detail.")
+        assert int((inputs["input_ids"] == model.config.video_token_id).sum()) >= 128
+        with torch.inference_mode():
+            made = model.generate(**inputs, max_new_tokens=150)[0, inputs["input_ids"].shape[1] :]  # type: ignore[operator]
+        assert processor.tokenizer.decode(made, skip_special_tokens=True) == true_captions()[file]
