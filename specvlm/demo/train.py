@@ -57,8 +57,6 @@ class Plan:
     """Weight of the cell loss beside the caption loss."""
     start: str = ""
     """Training state (`shallow.pt`) of another run, whose text model starts this one."""
-    teacher: str = ""
-    """Folder of the target whose choices a draft learns in the second half."""
 
 
 @dataclass
@@ -110,7 +108,6 @@ class Trainer:
         self.heads = nn.ModuleDict({"vision": CellHead(self.sizes.text_width, tuple(seen))})
         if self.sizes.first_layers > 1:
             self.heads["text"] = CellHead(self.sizes.text_width, ("motion", "row", "column", "size"))
-        self.teacher: PreTrainedModel | None = None
         saved = work / "last.pt"
         state = torch.load(saved, weights_only=True) if saved.exists() else None
         if state:
@@ -123,9 +120,6 @@ class Trainer:
                 optimizer.load_state_dict(kept)
         elif plan.start:
             self._start_from(Path(plan.start))
-        if plan.teacher:
-            self.teacher = load_model(Path(plan.teacher))
-            _use_fast_windows(self.teacher)
 
     def run(self) -> None:
         """Train until the minutes are used up, then write the folder."""
@@ -243,15 +237,7 @@ class Trainer:
 
     def _caption_loss(self, batch: Batch, logits: Tensor) -> Tensor:
         weights = batch.weights.flatten()
-        if self.teacher is not None and self.share > 0.5:
-            with torch.no_grad():
-                told = caption_logits(self.teacher, batch, video_tokens(self.teacher, batch), None)
-            shared = min(told.shape[-1], logits.shape[-1])
-            wanted = told[..., :shared].softmax(-1).flatten(0, 1)
-            said = logits[..., :shared].flatten(0, 1)
-        else:
-            wanted, said = batch.caption_ids.flatten(), logits.flatten(0, 1)
-        losses = functional.cross_entropy(said, wanted, reduction="none")
+        losses = functional.cross_entropy(logits.flatten(0, 1), batch.caption_ids.flatten(), reduction="none")
         return (losses * weights).sum() / weights.sum()
 
 
@@ -396,7 +382,6 @@ def _arguments(argv: list[str] | None) -> Iterator[Any]:
     parser.add_argument("--vision-share", type=float, default=Plan.vision_share)
     parser.add_argument("--deepen-at", type=float, default=Plan.deepen_at)
     parser.add_argument("--start", default="", help="shallow.pt of a run whose text model starts this one")
-    parser.add_argument("--teacher", default="", help="folder of the target that a draft learns from")
     parser.add_argument("--threads", type=int, default=2)
     found = vars(parser.parse_args(argv))
     torch.set_num_threads(found.pop("threads"))
