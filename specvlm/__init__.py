@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from specvlm.errors import ModelLoadError as ModelLoadError
     from specvlm.errors import NonFiniteLogitsError as NonFiniteLogitsError
     from specvlm.errors import NotAVideoError as NotAVideoError
+    from specvlm.errors import PreprocessError as PreprocessError
     from specvlm.errors import PromptError as PromptError
     from specvlm.errors import SpecvlmError as SpecvlmError
     from specvlm.errors import UnknownFamilyError as UnknownFamilyError
@@ -60,6 +61,7 @@ _HOME = {
     "NotAVideoError": "errors",
     "PreparedVideo": "captioner",
     "Preset": "preset",
+    "PreprocessError": "errors",
     "PromptError": "errors",
     "SpeculationSettings": "config",
     "SpecvlmError": "errors",

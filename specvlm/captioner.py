@@ -129,10 +129,7 @@ class _Job:
         self._target = captioner.target
         reset_peak_memory(self._target.device)
         self._clock = StageClock(self._target.device)
-        config = captioner.generation_config
-        # min_length of a generation config counts the prompt, so rows with other prompts would need other rules.
-        shortest = min(video.inputs.prompt_tokens for video in videos)
-        rules = logits_rules(config, self._generation, shortest)
+        rules = logits_rules(captioner.generation_config, self._generation)
         self._rule = TokenRule(
             rules,
             self._generation,
@@ -349,6 +346,8 @@ class Captioner:
         self, videos: Sequence[PreparedVideo], *, speculate: bool = True, **options: Unpack[CaptionOptions]
     ) -> list[Caption]:
         """Caption several prepared videos in one loop, B rows at a time; each gets what it would get alone."""
+        if not videos:
+            return []
         job = _Job(self, videos, speculate, options)
         for _ in job.run():
             pass

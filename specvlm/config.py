@@ -27,7 +27,14 @@ def _one_of(name: str, value: str, known: Collection[str]) -> None:
         raise ConfigError(f"{name}={value!r} is unknown; choose one of {', '.join(known)}")
 
 
+def _whole(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ConfigError(f"{name}={value!r} is not a whole number; give one")
+
+
 def _within(name: str, value: float, low: float, high: float, fix: str) -> None:
+    if not isinstance(value, int | float):
+        raise ConfigError(f"{name}={value!r} is not a number; {fix}")
     if not low <= value <= high:  # also refuses NaN
         raise ConfigError(f"{name}={value!r} is out of range; {fix}")
 
@@ -59,6 +66,8 @@ class SpeculationSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("depth", "nodes", "width", "seed"):
+            _whole(name, getattr(self, name))
         _one_of("pruner", self.pruner, PRUNERS)
         _one_of("tree", self.tree, TREES)
         _one_of("positions", self.positions, POSITIONS)
@@ -86,10 +95,17 @@ class GenerationSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "seed"):
+            _whole(name, getattr(self, name))
         _within("max_new_tokens", self.max_new_tokens, 1, 1 << 20, "give 1 to 1048576 tokens")
         _within("temperature", self.temperature, 0.0, 100.0, "give 0 (greedy) to 100")
+        if 0 < self.temperature < 1e-6:
+            raise ConfigError(
+                f"temperature={self.temperature!r} is too small; give 0 (greedy), or 1e-6 to 100"
+            )
         _within("seed", self.seed, 0, (1 << 63) - 1, "give 0 to 2**63 - 1")
         if self.top_k is not None:
+            _whole("top_k", self.top_k)
             _within("top_k", self.top_k, 0, 1 << 31, "give the number of likeliest tokens, or 0 for all")
 
 
@@ -124,6 +140,9 @@ class FrameSettings:
         _one_of("video backend", self.backend, BACKENDS)
         if self.fps is not None and self.num_frames is not None:
             raise ConfigError(f"fps={self.fps} and num_frames={self.num_frames} exclude each other; give one")
+        for name in ("num_frames", "min_frames", "max_frames", "max_pixels", "total_pixels"):
+            if getattr(self, name) is not None:
+                _whole(name, getattr(self, name))
         if self.fps is not None:
             _within("fps", self.fps, 1e-3, 1000.0, "give 0.001 to 1000 frames per second")
         if self.num_frames is not None:

@@ -181,6 +181,9 @@ def decode(
         if now != active:
             active = now
             going = torch.tensor(active, dtype=torch.long, device=heads.step.device)
+            # A caption may end inside an accepted path: a row that is done waits at its last token, not beyond it.
+            written = torch.tensor([len(text.tokens) - 1 for text in texts], device=heads.step.device)
+            heads = heads._replace(step=torch.minimum(heads.step, written))
         longest = max(len(text.tokens) for text in texts) - 1
         with clock.host_stage("decode"):
             heads, reports = _round(verifier, proposer, rule, heads, going, longest, clock)

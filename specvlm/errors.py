@@ -7,6 +7,7 @@
     │   ├── UnknownFamilyError   no family file speaks its architecture
     │   └── IncompatibleDraftError   the draft does not fit the target
     ├── PromptError          the prompt cannot be turned into a model input
+    ├── PreprocessError      the model's processor cannot take these frames
     ├── GenerationError      the models ran, but no caption came of it
     │   └── NonFiniteLogitsError     NaN or infinite logits
     └── VideoError           the video gives no frames; `.path`, `.stage` say which and where
@@ -28,6 +29,7 @@ __all__ = [
     "ModelLoadError",
     "NonFiniteLogitsError",
     "NotAVideoError",
+    "PreprocessError",
     "PromptError",
     "SpecvlmError",
     "UnknownFamilyError",
@@ -64,6 +66,10 @@ class IncompatibleDraftError(ModelError):
 
 class PromptError(SpecvlmError, ValueError):
     """A prompt cannot be turned into a model input."""
+
+
+class PreprocessError(SpecvlmError):
+    """The model's processor cannot take these frames."""
 
 
 class GenerationError(SpecvlmError):

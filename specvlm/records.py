@@ -95,7 +95,10 @@ class CaptionStats:
 
     @property
     def mean_acceptance_length(self) -> float | None:
-        """mean_accepted_tokens + 1: tokens per round, the bonus token included; None without rounds."""
+        """mean_accepted_tokens + 1: tokens per round, the bonus token included; None without rounds.
+
+        The round that ends a caption may add no bonus token, so rounds x this can exceed the tokens by one.
+        """
         mean = self.mean_accepted_tokens
         return None if mean is None else mean + 1.0
 

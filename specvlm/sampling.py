@@ -49,7 +49,8 @@ class LogitsRules(NamedTuple):
     repetition_penalty: float
     suppress: tuple[int, ...]  # never written
     suppress_first: tuple[int, ...]  # never written as the first token
-    min_tokens: int  # no end-of-sequence before this many tokens
+    min_tokens: int  # no end-of-sequence before this many new tokens
+    min_length: int  # nor before prompt and new tokens are this many
     forced_eos: tuple[int, ...]  # written as the last of max_new_tokens
     eos: tuple[int, ...]
     temperature: float  # 0: greedy
@@ -74,7 +75,7 @@ def _ids(value: int | Sequence[int] | None) -> tuple[int, ...]:
     return (value,) if isinstance(value, int) else tuple(int(token) for token in value)
 
 
-def logits_rules(config: Any, settings: GenerationSettings, prompt_tokens: int) -> LogitsRules:
+def logits_rules(config: Any, settings: GenerationSettings) -> LogitsRules:
     """Read a `transformers` GenerationConfig: honour or refuse, never ignore.
 
     Raises:
@@ -84,14 +85,14 @@ def logits_rules(config: Any, settings: GenerationSettings, prompt_tokens: int) 
     _refuse(config, _REFUSED)
     if sampling:
         _refuse(config, _REFUSED_WHEN_SAMPLING)
-    min_length = (getattr(config, "min_length", None) or 0) - prompt_tokens
     top_k = settings.top_k if settings.top_k is not None else getattr(config, "top_k", None)
     top_p, min_p = getattr(config, "top_p", None), getattr(config, "min_p", None)
     return LogitsRules(
         repetition_penalty=float(getattr(config, "repetition_penalty", None) or 1.0),
         suppress=_ids(getattr(config, "suppress_tokens", None)),
         suppress_first=_ids(getattr(config, "begin_suppress_tokens", None)),
-        min_tokens=max(getattr(config, "min_new_tokens", None) or 0, min_length, 0),
+        min_tokens=getattr(config, "min_new_tokens", None) or 0,
+        min_length=getattr(config, "min_length", None) or 0,
         forced_eos=_ids(getattr(config, "forced_eos_token_id", None)),
         eos=_ids(config.eos_token_id),
         temperature=settings.temperature,
@@ -144,7 +145,10 @@ class TokenRule:
         self._rules, self._settings = rules, settings
         self._vocabulary, self._device = vocabulary, device
         self._penalised = rules.repetition_penalty != 1.0
-        self._indexed = bool(rules.suppress_first or rules.min_tokens or rules.forced_eos)
+        least = [max(rules.min_tokens, rules.min_length - len(prompt)) for prompt in prompts]
+        self._ends_late = max(least) > 0
+        self._least = torch.tensor(least, device=device)[:, None, None]  # [B, 1, 1], new tokens before an end
+        self._indexed = bool(rules.suppress_first or self._ends_late or rules.forced_eos)
         self._round = _Round(torch.zeros(len(prompts), dtype=torch.long, device=device), None)
         # One column more than tokens, where marks that are not to count go.
         self._seen = torch.zeros(len(prompts), vocabulary + 1, dtype=torch.bool, device=device)
@@ -206,8 +210,8 @@ class TokenRule:
         """Rules that hold at some output indices only. `index`: int64 [B, n]."""
         rules, width, low = self._rules, logits.shape[-1], float("-inf")
         at = index[..., None]
-        if rules.min_tokens:
-            logits = logits.masked_fill((at < rules.min_tokens) & self._no_eos[:width], low)
+        if self._ends_late:
+            logits = logits.masked_fill((at < self._least) & self._no_eos[:width], low)
         if rules.forced_eos:
             last = self._settings.max_new_tokens - 1
             logits = torch.where((at == last) & ~self._not_forced[:width], 0.0, logits)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from transformers.video_utils import VideoMetadata
 
-from specvlm.errors import PromptError
+from specvlm.errors import PreprocessError, PromptError
 from specvlm.records import Frames
 
 # Where the video stands in a prompt; without it the video stands before the text.
@@ -78,19 +78,27 @@ class Family(ABC):
 
         Raises:
             PromptError: The prompt holds special tokens, or more than one `<video>`.
+            PreprocessError: The processor refuses these frames, for their aspect ratio say.
         """
         text = self._render(processor, prompt, system)
         pixels = torch.from_numpy(np.ascontiguousarray(frames.pixels)).permute(
             0, 3, 1, 2
         )  # [F, 3, height, width]
-        made = processor(
-            text=[text],
-            videos=[pixels],
-            video_metadata=[[self._metadata(frames)]],
-            do_sample_frames=False,
-            return_tensors="pt",
-            **self.processor_options(processor),
-        )
+        try:
+            made = processor(
+                text=[text],
+                videos=[pixels],
+                video_metadata=[[self._metadata(frames)]],
+                do_sample_frames=False,
+                return_tensors="pt",
+                **self.processor_options(processor),
+            )
+        except ValueError as error:
+            shape = "x".join(map(str, frames.pixels.shape[:3]))
+            reason = " ".join(str(error).split())
+            raise PreprocessError(
+                f"frames of {shape}: the model's processor refuses them ({reason})"
+            ) from error
         tensors = {name: value for name, value in made.items() if isinstance(value, torch.Tensor)}
         ids = tensors["input_ids"]
         video_id = processor.tokenizer.convert_tokens_to_ids(self.video_token(processor))
@@ -114,6 +122,9 @@ class Family(ABC):
 
     def _render(self, processor: Any, prompt: str, system: str | None) -> str:
         """The prompt in the checkpoint's chat template."""
+        for text in (prompt, system or ""):
+            if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+                raise PromptError(f"prompt {text!r} is not valid Unicode text; remove the lone surrogates")
         before, mark, after = prompt.partition(VIDEO_MARK)
         if not mark:
             before, after = "", prompt

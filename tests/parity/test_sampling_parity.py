@@ -72,7 +72,7 @@ def test_distribution_of_one_token(vary: str, top_k: int, top_p: float, min_p: f
     """Over seeds, and over output indices of one seed."""
     torch.manual_seed(1)
     logits = torch.randn(40) * 2
-    rules = LogitsRules(1.0, (), (), 0, (), (), 0.9, top_k, top_p, min_p)
+    rules = LogitsRules(1.0, (), (), 0, 0, (), (), 0.9, top_k, top_p, min_p)
     probabilities = stock_warped(logits / 0.9, top_k, top_p, min_p)
     draws = 4000
     pairs = [(draw, 5) if vary == "seed" else (11, draw) for draw in range(draws)]
@@ -125,8 +125,8 @@ def test_settings_of_the_checkpoint_are_taken_when_sampling() -> None:
     from transformers import GenerationConfig
 
     config = GenerationConfig(top_k=9, top_p=0.7, min_p=0.05, eos_token_id=1)
-    rules = logits_rules(config, GenerationSettings(temperature=0.5), 10)
+    rules = logits_rules(config, GenerationSettings(temperature=0.5))
     assert (rules.top_k, rules.top_p, rules.min_p) == (9, 0.7, 0.05)
-    assert logits_rules(config, GenerationSettings(temperature=0.5, top_k=0), 10).top_k == 0
-    greedy = logits_rules(config, GenerationSettings(), 10)
+    assert logits_rules(config, GenerationSettings(temperature=0.5, top_k=0)).top_k == 0
+    greedy = logits_rules(config, GenerationSettings())
     assert (greedy.top_k, greedy.top_p, greedy.min_p) == (0, 1.0, 0.0)

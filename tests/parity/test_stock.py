@@ -104,7 +104,7 @@ def test_end_of_sequence_at_every_index(
     captioner = captioner_for(family, "noisy")
     config = captioner.generation_config
     for index, token in enumerate(stock):
-        monkeypatch.setattr(config, "eos_token_id", [token, 1])
+        monkeypatch.setattr(config, "eos_token_id", [token])
         first = stock.index(token)
         assert stock_ids(captioner.target.model, prepared.inputs.tensors, NEW_TOKENS) == stock[: first + 1]
         caption = captioner.caption(prepared, tree=tree, prune_ratio=0.5, max_new_tokens=NEW_TOKENS)
@@ -177,6 +177,26 @@ def test_several_rows_are_each_as_alone(family: FamilyName) -> None:
         assert [caption.token_ids for caption in together] == alone, tree
     plain = captioner.caption_rows(videos, speculate=False, max_new_tokens=NEW_TOKENS)
     assert [caption.token_ids for caption in plain] == alone
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_end_where_they_would_alone(family: FamilyName, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ends inside an accepted path, and a minimum length that counts each row's own prompt."""
+    captioner = captioner_for(family, "same")
+    videos = [
+        captioner.prepare(random_frames(3, 4), "Hi there."),
+        captioner.prepare(random_frames(4, 6), "A longer prompt."),
+    ]
+    model, config = captioner.target.model, captioner.generation_config
+    free = [stock_ids(model, video.inputs.tensors, NEW_TOKENS) for video in videos]
+    for index in (1, 2, 3, 5):
+        monkeypatch.setattr(config, "eos_token_id", [free[0][index], free[1][-2]])
+        for least in (0, videos[0].inputs.prompt_tokens + 12):
+            monkeypatch.setattr(config, "min_length", least)
+            alone = [stock_ids(model, video.inputs.tensors, NEW_TOKENS) for video in videos]
+            for tree in TREES:
+                rows = captioner.caption_rows(videos, tree=tree, prune_ratio=0.0, max_new_tokens=NEW_TOKENS)
+                assert [caption.token_ids for caption in rows] == alone, (tree, index, least)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

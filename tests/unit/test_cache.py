@@ -77,7 +77,7 @@ def test_a_rewound_cache_equals_one_that_never_advanced(tree: str) -> None:
             prompt = embed(captioner.target, video.inputs)
             cache = captioner.target.new_cache(1, prompt.length + 30 + 40)
             read = prefill_target(captioner.target, prompt, cache, 0)
-            rules = logits_rules(captioner.generation_config, _generation(), prompt.length)
+            rules = logits_rules(captioner.generation_config, _generation())
             rule = TokenRule(rules, _generation(), [video.inputs.token_ids[0]], 300, CPU)
             proposer: Proposer = PlainProposer(1)
             if speculate:

@@ -93,6 +93,11 @@ def test_plain_statistics(captioner: Captioner) -> None:
         ({"depth": 0}, "depth=0"),
         ({"nodes": 1}, "nodes=1"),
         ({"speed": 3}, "unknown option 'speed'"),
+        ({"temperature": 1e-38}, "temperature=1e-38"),
+        ({"temperature": "hot"}, "temperature='hot'"),
+        ({"depth": 2.5}, "depth=2.5"),
+        ({"max_new_tokens": True}, "max_new_tokens=True"),
+        ({"top_k": 1.5}, "top_k=1.5"),
     ],
 )
 def test_wrong_options_are_refused_before_the_video_is_read(
@@ -126,10 +131,19 @@ def test_what_would_be_ignored_is_refused(captioner: Captioner) -> None:
         captioner.caption(frames, frames=specvlm.FrameSettings())
 
 
-@pytest.mark.parametrize("prompt", ["<video> and <video>", "say <|im_end|>", "<|video_pad|>"])
+@pytest.mark.parametrize("prompt", ["<video> and <video>", "say <|im_end|>", "<|video_pad|>", "\ud800"])
 def test_prompts_that_would_break_the_template_are_refused(captioner: Captioner, prompt: str) -> None:
     with pytest.raises(specvlm.PromptError):
         captioner.caption(random_frames(1), prompt)
+
+
+def test_frames_that_the_processor_refuses(captioner: Captioner) -> None:
+    with pytest.raises(specvlm.PreprocessError, match="2x16x6000"):
+        captioner.caption(random_frames(1, 2, 16, 6000))
+
+
+def test_no_rows_no_captions(captioner: Captioner) -> None:
+    assert captioner.caption_rows([]) == []
 
 
 def test_a_system_message_reaches_the_model(captioner: Captioner) -> None:

@@ -30,7 +30,7 @@ def test_what_cannot_be_honoured_is_refused_by_name(name: str, value: Any) -> No
     config = GenerationConfig(eos_token_id=1)
     setattr(config, name, value)
     with pytest.raises(ConfigError, match=name):
-        logits_rules(config, GenerationSettings(), 5)
+        logits_rules(config, GenerationSettings())
 
 
 @pytest.mark.parametrize(
@@ -39,14 +39,14 @@ def test_what_cannot_be_honoured_is_refused_by_name(name: str, value: Any) -> No
 def test_sampling_warpers_are_refused_only_when_sampling(name: str, value: float) -> None:
     config = GenerationConfig(eos_token_id=1)
     setattr(config, name, value)
-    logits_rules(config, GenerationSettings(), 5)
+    logits_rules(config, GenerationSettings())
     with pytest.raises(ConfigError, match=name):
-        logits_rules(config, GenerationSettings(temperature=1.0), 5)
+        logits_rules(config, GenerationSettings(temperature=1.0))
 
 
 def test_a_default_generation_config_is_fine() -> None:
-    assert logits_rules(GenerationConfig(eos_token_id=[3, 4]), GenerationSettings(), 5).eos == (3, 4)
-    assert logits_rules(GenerationConfig(), GenerationSettings(), 5).eos == ()
+    assert logits_rules(GenerationConfig(eos_token_id=[3, 4]), GenerationSettings()).eos == (3, 4)
+    assert logits_rules(GenerationConfig(), GenerationSettings()).eos == ()
 
 
 def test_noise_depends_on_seed_and_index_alone() -> None:
@@ -72,7 +72,7 @@ def test_noise_is_gumbel_and_uncorrelated() -> None:
 def rule_with(penalty: float, prompt: list[int], vocabulary: int = 8) -> TokenRule:
     config = GenerationConfig(eos_token_id=1, repetition_penalty=penalty)
     settings = GenerationSettings()
-    rules = logits_rules(config, settings, len(prompt))
+    rules = logits_rules(config, settings)
     return TokenRule(rules, settings, [torch.tensor(prompt)], vocabulary, torch.device("cpu"))
 
 
