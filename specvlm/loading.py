@@ -70,6 +70,13 @@ def _guarded(source: _Source, what: str, loader: Any, **options: Any) -> Any:
         ) from error
 
 
+def _refuse_misspelt(name: str) -> None:
+    """Hub ids have an owner and a slash; what has none, and is no folder, was meant to be a preset."""
+    if "/" not in name and not Path(name).is_dir():
+        known = ", ".join(preset.name for preset in presets())
+        raise ModelLoadError(f"{name}: no such preset or folder; give one of {known}, a folder, or a hub id")
+
+
 def _fingerprint(folder: Path) -> str:
     """Hash of a local checkpoint's config and weights; of large files, their sizes and both ends."""
     digest = hashlib.sha256()
@@ -188,6 +195,8 @@ def load(
     if preset is not None:
         target, draft = preset.target, draft or preset.draft
     draft_name = None if draft in (None, "none") else draft
+    for name in filter(None, (target, draft_name)):
+        _refuse_misspelt(name)
     device = _default_device()
     kind = _dtype(dtype, device)
     source = _Source(target, revision, local_files_only, trust_remote_code)

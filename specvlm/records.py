@@ -27,7 +27,13 @@ class VideoSource(NamedTuple):
 
 
 class Frames(NamedTuple):
-    """Decoded frames of one video, or of a part of it."""
+    """Decoded frames of one video, or of a part of it.
+
+    Attributes:
+        pixels: uint8 [F, height, width, 3], RGB, upright.
+        times_s: float [F], the presentation time of each frame, in seconds from the first frame of the video.
+        source: The file's own facts; None where the caller read the frames.
+    """
 
     pixels: NDArray[np.uint8]  # [F, height, width, 3], RGB, upright
     times_s: NDArray[

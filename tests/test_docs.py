@@ -12,6 +12,7 @@ import typer.main
 import specvlm
 from specvlm_cli import app
 from specvlm_cli.exits import ExitCode
+from specvlm_cli.parts import CAPTION_SCHEMA
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -94,3 +95,10 @@ def test_makefile_and_readme_say_the_same_commands() -> None:
         if line.startswith("\t.venv/bin/"):
             command = line.strip().replace("python -m pip", "pip")
             assert command in readme, command
+
+
+def test_every_column_is_documented() -> None:
+    text = (ROOT / "docs" / "columns.md").read_text()
+    rows = "\n".join(line.split("|")[1] for line in text.splitlines() if line.startswith("| `"))
+    assert re.findall(r"`([a-z0-9_]+)`", rows) == [*dict.fromkeys(re.findall(r"`([a-z0-9_]+)`", rows))]
+    assert set(re.findall(r"`([a-z0-9_]+)`", rows)) == set(CAPTION_SCHEMA.names)

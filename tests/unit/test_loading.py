@@ -113,6 +113,8 @@ def test_what_cannot_be_loaded(folders: dict[str, str], tmp_path: Path) -> None:
     missing = refusal(specvlm.ModelLoadError, str(tmp_path / "nothing"), local_files_only=True)
     assert str(tmp_path / "nothing") in missing
     assert "preset" in missing
+    assert "no such preset" in refusal(specvlm.ModelLoadError, "demoo")
+    assert "no such preset" in refusal(specvlm.ModelLoadError, "demo", draft="demo-draft")
     (tmp_path / "empty").mkdir()
     assert "empty" in refusal(specvlm.ModelLoadError, str(tmp_path / "empty"))
 
