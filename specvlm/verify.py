@@ -28,6 +28,9 @@ def accept(guesses: Guesses, choices: torch.Tensor, depth: int) -> Accepted:
         choices: int64 [B, N], the token that the target writes after each node.
         depth: D.
     """
+    if depth == 0:  # nothing was guessed: the root's choice is all there is
+        root = torch.zeros_like(choices[:, 0])
+        return Accepted(root[:, None], root, choices, root)
     match = guesses.tokens == choices.gather(1, guesses.parents)
     match[:, 0] = True
     accepted = ~(guesses.ancestors & ~match[:, None, :]).any(dim=-1)  # [B, N]

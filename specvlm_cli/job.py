@@ -89,9 +89,10 @@ def run(request: Request, load_engine: LoadEngine, display: Display) -> Outcome:
     if (outcome := _nothing_to_do(request, folder)) is not None:
         return outcome
     run_id = uuid.uuid4().hex
-    with folder.locked(run_id), folder.open() as ledger:
-        _settle(request, folder, ledger)
-        outcome = _work(request, folder, ledger, run_id, load_engine, display)
+    with folder.locked(run_id) as lock, folder.open() as ledger:
+        _settle(request, folder, ledger, lock.after_crash, display)
+        with listening(lock.sign_off) as stop:
+            outcome = _work(request, folder, ledger, run_id, load_engine, display, stop)
     return replace(outcome, wall_s=time.monotonic() - started)
 
 
@@ -137,17 +138,14 @@ def _nothing_to_do(request: Request, folder: RunFolder) -> Outcome | None:
         return _outcome(request, folder, ledger)
 
 
-def _settle(request: Request, folder: RunFolder, ledger: Ledger) -> None:
+def _settle(request: Request, folder: RunFolder, ledger: Ledger, after_crash: bool, display: Display) -> None:
     """Bring ledger and files into the state from which work can begin."""
     ledger.want(request.items)
     _refuse_changes(request, folder, ledger)
-    ledger.recover()
-    if request.overwrite:
-        ledger.start_over()
-    if request.retry_failed:
-        ledger.retry_failed()
+    ledger.recover(crashed=after_crash)
     ledger.register()
-    folder.parts.repair(ledger)
+    for done in folder.parts.repair(ledger):
+        display.note(done)
 
 
 def _work(
@@ -157,21 +155,21 @@ def _work(
     run_id: str,
     load_engine: LoadEngine,
     display: Display,
+    stop: Stop,
 ) -> Outcome:
-    todo = len(ledger.paths_to_do(False, False, request.policy.limit))
+    todo = len(ledger.paths_to_do(request.overwrite, request.retry_failed, request.policy.limit))
     if not todo:
         folder.parts.close_part(ledger, request.policy.part_rows)
         folder.parts.write_failures(ledger)
         return _outcome(request, folder, ledger)
-    with listening() as stop:
-        display.note(f"loading {clean(request.settings.models.name)}")
-        engine = load_engine()
-        _write_settings(request, folder, ledger, engine)
-        policy = replace(request.policy, max_failures=_most_failures(request, todo))
-        provenance = _provenance(request, engine, run_id)
-        runner = Runner(ledger, folder.parts, engine, policy, provenance, display)
-        with display.working(todo):
-            runner.run(stop)
+    display.note(f"loading {clean(request.settings.models.name)}")
+    engine = load_engine()
+    _begin(request, folder, ledger, engine)
+    policy = replace(request.policy, max_failures=_most_failures(request, todo))
+    provenance = _provenance(request, engine, run_id)
+    runner = Runner(ledger, folder.parts, engine, policy, provenance, display)
+    with display.working(todo):
+        runner.run(stop)
     outcome = _outcome(request, folder, ledger)
     return replace(
         outcome,
@@ -224,16 +222,21 @@ def _provenance(request: Request, engine: Engine, run_id: str) -> Provenance:
     )
 
 
-def _write_settings(request: Request, folder: RunFolder, ledger: Ledger, engine: Engine) -> None:
-    """Record settings and what the models turned out to be; a target changed under its name is a change."""
+def _begin(request: Request, folder: RunFolder, ledger: Ledger, engine: Engine) -> None:
+    """Reopen what is to be done again, then record the settings and what the models turned out to be.
+
+    Only here, with the models loaded, can nothing but the work itself go wrong. In this order a crash between
+    the two leaves videos to be done again, never old captions under new settings.
+    """
     resolved: Plain = json.loads(json.dumps(engine.models.resolved, default=str))
     known = folder.read()
     changes = differences(known.resolved, resolved) if known is not None else []
-    if changes and request.on_config_change != "reuse" and ledger.captions_kept(request.overwrite):
+    if changes and request.on_config_change != "reuse" and _captions_kept(request, ledger):
         raise UsageError(
             f"{_shown(folder)}: the loaded target is not that of the captions there: {'; '.join(changes)}; "
             "pin it with --revision and --dtype, or accept both with --on-config-change reuse"
         )
+    ledger.reopen(request.overwrite, request.retry_failed, request.policy.limit)
     fingerprint = request.settings.fingerprint()
     folder.write(RunFile(fingerprint, config_hash(fingerprint), resolved))
 
@@ -245,7 +248,7 @@ def _refuse_changes(request: Request, folder: RunFolder, ledger: Ledger) -> None
     known = folder.read()
     if request.on_config_change == "reuse" or (known is not None and known.settings == fingerprint):
         return
-    if not ledger.captions_kept(request.overwrite):
+    if not _captions_kept(request, ledger):
         return
     if known is None and ledger.config_hashes() == {config_hash(fingerprint)}:
         return
@@ -254,6 +257,10 @@ def _refuse_changes(request: Request, folder: RunFolder, ledger: Ledger) -> None
         f"{_shown(folder)} holds captions made with other settings: {clean(changes)}; give the old value, or "
         "--on-config-change reuse (keep them, go on with the new value) or new (a new folder beside it)"
     )
+
+
+def _captions_kept(request: Request, ledger: Ledger) -> int:
+    return ledger.captions_kept(request.overwrite, request.policy.limit)
 
 
 def _refuse_other_video(ledger: Ledger) -> None:

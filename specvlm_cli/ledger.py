@@ -169,11 +169,8 @@ class Ledger:
 
     def paths_to_do(self, overwrite: bool, retry_failed: bool, limit: int | None) -> list[bytes]:
         """Return the paths of the wanted videos that a start would work on, in order."""
-        states = "pending running" + " failed" * (retry_failed or overwrite) + " done" * overwrite
-        sql = """SELECT wanted.path FROM wanted LEFT JOIN item USING (id)
-                 WHERE instr(?, coalesce(item.state, 'pending'))
-                 ORDER BY item.ordinal IS NULL, item.ordinal, wanted.rowid LIMIT ?"""
-        return [bytes(path) for (path,) in self._db.execute(sql, (states, -1 if limit is None else limit))]
+        sql, values = _to_do("path", overwrite, retry_failed, limit)
+        return [bytes(path) for (path,) in self._db.execute(sql, values)]
 
     def register(self) -> None:
         """Add the wanted videos that are new, and follow those that moved."""
@@ -188,13 +185,14 @@ class Ledger:
                    WHERE item.id = wanted.id AND item.path != wanted.path"""
             )
 
-    def captions_kept(self, overwrite: bool) -> int:
+    def captions_kept(self, overwrite: bool, limit: int | None) -> int:
         """Return how many captions are there, leaving out those that an overwriting run makes anew."""
         if not overwrite:
             return int(self._one("SELECT count(*) FROM caption"))
-        sql = """SELECT count(*) FROM caption JOIN item ON item.ordinal = caption.item
-                 WHERE item.id NOT IN (SELECT id FROM wanted)"""
-        return int(self._one(sql))
+        anew, values = _to_do("id", True, False, limit)
+        sql = f"""SELECT count(*) FROM caption JOIN item ON item.ordinal = caption.item
+                  WHERE item.id NOT IN ({anew})"""
+        return int(self._one(sql, *values))
 
     def config_hashes(self) -> set[str]:
         """Return the settings, by their hash, with which the captions were made."""
@@ -219,20 +217,34 @@ class Ledger:
         return Claim(ordinal, Item(identity, bytes(path), start_s, end_s), attempts + 1)
 
     def release(self, claim: Claim) -> None:
-        """Put a video back that was claimed and given up by choice; that is no crash."""
+        """Put a video back that was claimed and has no outcome; that is no crash."""
         with self._writing():
-            self._db.execute("UPDATE item SET state = 'pending' WHERE ordinal = ?", (claim.ordinal,))
+            self._db.execute(
+                "UPDATE item SET state = 'pending' WHERE ordinal = ? AND state = 'running'", (claim.ordinal,)
+            )
 
     def finish(self, claim: Claim, rows: Sequence[Row]) -> None:
-        """Store the captions of one video, one row for each prompt, and mark it done: both or neither."""
+        """Store the captions of one video, one row for each prompt, and mark it done: both or neither.
+
+        Captions that it had before are replaced, in the part where they stand.
+        """
         with self._writing():
-            self._store(claim.ordinal, rows, None)
+            self._store(claim.ordinal, rows, self._take_out(claim.ordinal))
             self._db.execute(
                 """UPDATE item
                    SET state = 'done', crashes = 0, stage = NULL, error_type = NULL, error = NULL, at = ?
                    WHERE ordinal = ?""",
                 (_now(), claim.ordinal),
             )
+
+    def _take_out(self, ordinal: int) -> str | None:
+        """Delete the captions of one video; return the part that held them, which is now out of date."""
+        held = "SELECT DISTINCT part FROM caption WHERE item = ? AND part IS NOT NULL ORDER BY part"
+        names = [name for (name,) in self._db.execute(held, (ordinal,)).fetchall()]
+        for name in names:
+            self._outdate(name)
+        self._db.execute("DELETE FROM caption WHERE item = ?", (ordinal,))
+        return names[0] if names else None
 
     def _store(self, ordinal: int, rows: Sequence[Row], part: str | None, *, twice: str = "ABORT") -> int:
         """Insert caption rows and return how many went in; `twice` says what becomes of one that is there."""
@@ -241,7 +253,7 @@ class Ledger:
         return sum(self._db.execute(sql, value).rowcount for value in values)
 
     def fail(self, claim: Claim, failure: Failure) -> None:
-        """Store why a video has no caption, and mark it failed."""
+        """Store why a video has no new caption, and mark it failed; one that it had before is kept."""
         with self._writing():
             self._db.execute(
                 """UPDATE item
@@ -252,11 +264,14 @@ class Ledger:
 
     # Starting again
 
-    def recover(self) -> None:
-        """Put back what a crash left running; a video that was there at every one of three crashes fails."""
+    def recover(self, *, crashed: bool) -> None:
+        """Put back what was left running; a video that was there at every one of three crashes fails.
+
+        `crashed` is false where the run before ended in order and only could not put its video back.
+        """
         with self._writing():
             self._db.execute(
-                "UPDATE item SET crashes = crashes + 1, state = 'pending' WHERE state = 'running'"
+                "UPDATE item SET crashes = crashes + ?, state = 'pending' WHERE state = 'running'", (crashed,)
             )
             self._db.execute(
                 """UPDATE item
@@ -267,29 +282,15 @@ class Ledger:
                 (_now(), MOST_CRASHES),
             )
 
-    def retry_failed(self) -> None:
-        """Make the wanted videos that failed pending again."""
+    def reopen(self, overwrite: bool, retry_failed: bool, limit: int | None) -> None:
+        """Make pending what `paths_to_do` names; captions stay until others take their place."""
+        anew, values = _to_do("id", overwrite, retry_failed, limit)
         with self._writing():
             self._db.execute(
-                """UPDATE item SET state = 'pending', crashes = 0
-                   WHERE state = 'failed' AND id IN (SELECT id FROM wanted)"""
+                f"""UPDATE item SET state = 'pending', crashes = 0, attempts = iif(?, 0, attempts)
+                    WHERE state IN ('done', 'failed') AND id IN ({anew})""",
+                (overwrite, *values),
             )
-
-    def start_over(self) -> None:
-        """Forget captions and failures of the wanted videos; parts that hold some are written anew."""
-        ours = "SELECT ordinal FROM item WHERE id IN (SELECT id FROM wanted)"
-        with self._writing():
-            for name in self._names(
-                f"SELECT DISTINCT part FROM caption WHERE part IS NOT NULL AND item IN ({ours})"
-            ):
-                self._drop_part(name)
-            self._db.execute(f"DELETE FROM caption WHERE item IN ({ours})")
-            self._db.execute(
-                f"UPDATE item SET state = 'pending', attempts = 0, crashes = 0 WHERE ordinal IN ({ours})"
-            )
-
-    def _names(self, sql: str) -> list[str]:
-        return [name for (name,) in self._db.execute(sql).fetchall()]
 
     # Parts: files that are derived from the rows
 
@@ -297,6 +298,22 @@ class Ledger:
         """Return every finished file that the ledger knows."""
         sql = "SELECT name, sha256, rows, bytes FROM part ORDER BY name"
         return [Part(*row) for row in self._db.execute(sql).fetchall()]
+
+    def outdated_parts(self) -> list[str]:
+        """Return the parts whose rows have changed, or whose file is damaged."""
+        found = self._db.execute("SELECT name FROM part WHERE outdated ORDER BY name")
+        return [name for (name,) in found.fetchall()]
+
+    def rows_of_part(self, name: str) -> list[Row]:
+        """Return the captions that belong in a part, in order."""
+        sql = "SELECT row FROM caption WHERE part = ? ORDER BY item, prompt_index"
+        return [json.loads(row) for (row,) in self._db.execute(sql, (name,)).fetchall()]
+
+    def holds(self, row: Row) -> bool:
+        """Say whether a row read from a part is one of these captions."""
+        sql = """SELECT count(*) FROM caption JOIN item ON item.ordinal = caption.item
+                 WHERE id = ? AND prompt_index = ? AND json_extract(row, '$.created_at') = ?"""
+        return bool(self._one(sql, row["id"], row["prompt_index"], row["created_at"]))
 
     def rows_without_part(self, limit: int) -> list[tuple[int, int, Row]]:
         """Return (item, prompt index, row) of the oldest captions that stand in no part yet."""
@@ -331,14 +348,26 @@ class Ledger:
             (part.name, part.sha256, part.rows, part.size_bytes),
         )
 
-    def drop_part(self, name: str) -> None:
-        """Forget a part that is gone or damaged; its captions, still here, will be written to another one."""
+    def outdate(self, name: str) -> None:
+        """Have a part written anew that is gone or damaged; its captions are still here."""
         with self._writing():
-            self._drop_part(name)
+            self._outdate(name)
 
-    def _drop_part(self, name: str) -> None:
-        self._db.execute("UPDATE caption SET part = NULL WHERE part = ?", (name,))
-        self._db.execute("DELETE FROM part WHERE name = ?", (name,))
+    def _outdate(self, name: str) -> None:
+        self._db.execute("UPDATE part SET outdated = 1 WHERE name = ?", (name,))
+
+    def renew_part(self, part: Part) -> None:
+        """Record that a part was written anew under its old name."""
+        with self._writing():
+            self._db.execute(
+                "UPDATE part SET sha256 = ?, rows = ?, bytes = ?, outdated = 0 WHERE name = ?",
+                (part.sha256, part.rows, part.size_bytes, part.name),
+            )
+
+    def drop_part(self, name: str) -> None:
+        """Forget a file that no caption belongs in."""
+        with self._writing():
+            self._db.execute("DELETE FROM part WHERE name = ?", (name,))
 
     def failures(self) -> list[Row]:
         """Return every failed video, in order."""
@@ -367,8 +396,7 @@ class Ledger:
     def adopt(self, part: Part, number: int, rows: Iterable[Row], path_of: Iterable[bytes]) -> None:
         """Take the captions of an existing part as done.
 
-        A caption that is there already wins over a second one; the part that held the second is to be written
-        anew.
+        A caption that is there already wins over a second one; the part that held the second is out of date.
         """
         with self._writing():
             self._insert_part(part)
@@ -380,7 +408,7 @@ class Ledger:
                 ordinal = self._adopt_item(row, path, "done", row["created_at"])
                 stored += self._store(ordinal, [row], part.name, twice="IGNORE")
             if stored < part.rows:
-                self._drop_part(part.name)
+                self._outdate(part.name)
 
     def adopt_failures(self, rows: Iterable[Row], path_of: Iterable[bytes]) -> None:
         """Take the failures of an existing failures file; a video that has a caption has not failed."""
@@ -400,6 +428,17 @@ class Ledger:
             (row["id"], path, row["start"], row["end"], state, row["attempts"], at),
         )
         return int(self._one("SELECT ordinal FROM item WHERE id = ?", row["id"]))
+
+
+def _to_do(
+    column: str, overwrite: bool, retry_failed: bool, limit: int | None
+) -> tuple[str, tuple[Any, ...]]:
+    """Return a query, and its values, for one column of the wanted videos that a start would work on."""
+    states = "pending running" + " failed" * (retry_failed or overwrite) + " done" * overwrite
+    sql = f"""SELECT wanted.{column} FROM wanted LEFT JOIN item USING (id)
+              WHERE instr(?, coalesce(item.state, 'pending'))
+              ORDER BY item.ordinal IS NULL, item.ordinal, wanted.rowid LIMIT ?"""
+    return sql, (states, -1 if limit is None else limit)
 
 
 def _connect(path: Path, mode: str) -> sqlite3.Connection:

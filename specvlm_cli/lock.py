@@ -6,16 +6,42 @@ import fcntl
 import json
 import os
 import socket
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TextIO
+from types import TracebackType
+from typing import Self, TextIO
 
 from specvlm_cli.exits import BusyError
 from specvlm_cli.text import clean
 
 
-def take(path: Path, run_id: str) -> TextIO:
-    """Take the lock and write into the file who holds it; closing the file gives the lock back.
+class Lock:
+    """A lock that is held. The holder's name stands in the file until the holder ends in order.
+
+    Attributes:
+        after_crash: The holder before left its name, so it died.
+    """
+
+    def __init__(self, file: TextIO, *, after_crash: bool) -> None:
+        self.after_crash = after_crash
+        self._file = file
+
+    def sign_off(self) -> None:
+        """Erase the name: whatever ends the process from here on is no crash. Works on a full disk too."""
+        with suppress(OSError):
+            self._file.truncate(0)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        with self._file:
+            self.sign_off()
+
+
+def take(path: Path, run_id: str) -> Lock:
+    """Take the lock and write into the file who holds it; leaving it as a context gives it back.
 
     Raises:
         BusyError: Another process holds it; the message names that process.
@@ -24,6 +50,7 @@ def take(path: Path, run_id: str) -> TextIO:
     file = path.open("a", encoding="utf-8")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        after_crash = os.fstat(file.fileno()).st_size > 0
         file.truncate(0)
         json.dump(_identity(run_id), file)
         file.flush()
@@ -34,7 +61,7 @@ def take(path: Path, run_id: str) -> TextIO:
     except BaseException:
         file.close()
         raise
-    return file
+    return Lock(file, after_crash=after_crash)
 
 
 def _identity(run_id: str) -> dict[str, str | int]:

@@ -59,7 +59,12 @@ _FIRST = (
     "INSERT INTO counter (name, value) VALUES ('next_part', 0)",
 )
 
-STEPS: tuple[tuple[str, ...], ...] = (_FIRST,)
+_SECOND = (
+    # 1 from the moment the rows of a part change until its file is written anew, under the same name.
+    "ALTER TABLE part ADD COLUMN outdated INTEGER NOT NULL DEFAULT 0",
+)
+
+STEPS: tuple[tuple[str, ...], ...] = (_FIRST, _SECOND)
 
 
 def schema_version(database: Database) -> int:

@@ -2,8 +2,9 @@
 
 Every part has one schema, declared here. Page checksums and zstd; names that begin with a dot are unfinished
 and are ignored by Parquet readers. A crash at any point leaves a file that the ledger does not know; the next
-start removes it and writes its rows again, from the ledger. It knows files and rows; it decides nothing about
-videos.
+start removes it and writes its rows again, from the ledger. A part whose rows change, or whose file is
+damaged, is written anew under its own name, so that a reader sees the old rows or the new, never both or
+neither. It knows files and rows; it decides nothing about videos.
 """
 
 from __future__ import annotations
@@ -120,11 +121,20 @@ class Parts:
         self.failures_name = f"{FAILURES}/part-{shard:05d}.parquet"
 
     def close_part(self, ledger: Ledger, most_rows: int) -> None:
-        """Write the captions that stand in no part yet, at most `most_rows` to a part."""
+        """Write the captions that stand in no part yet, at most `most_rows` to a part, and renew old parts."""
+        self._renew(ledger)
         while rows := ledger.rows_without_part(most_rows):
             name = f"{CAPTIONS}/part-{self._shard:05d}-{ledger.take_part_number():05d}.parquet"
             part = _write(self._root, name, [row for *_, row in rows], CAPTION_SCHEMA)
             ledger.add_part(part, ((item, index) for item, index, _ in rows))
+
+    def _renew(self, ledger: Ledger) -> None:
+        for name in ledger.outdated_parts():
+            if rows := ledger.rows_of_part(name):
+                ledger.renew_part(_write(self._root, name, rows, CAPTION_SCHEMA))
+            else:
+                (self._root / name).unlink(missing_ok=True)
+                ledger.drop_part(name)
 
     def write_failures(self, ledger: Ledger) -> None:
         """Make the failures file say what the ledger says; no failures, no file."""
@@ -140,25 +150,62 @@ class Parts:
 
     def in_order(self, ledger: Ledger) -> bool:
         """Say whether files and ledger agree and nothing is left to write. Reads only names and sizes."""
-        if ledger.count_without_part() or ledger.failures_stale(self.failures_name):
+        if (
+            ledger.count_without_part()
+            or ledger.outdated_parts()
+            or ledger.failures_stale(self.failures_name)
+        ):
             return False
-        return not any(self._strays(ledger)) and not any(self._damaged(ledger))
+        return not any(self._strays(ledger)) and all(self._whole(part) for part in ledger.parts())
 
-    def repair(self, ledger: Ledger) -> None:
-        """Remove what a crash left behind, and forget parts that are gone or short, to write them again."""
-        for name in list(self._damaged(ledger)):
-            ledger.drop_part(name)
-        for path in list(self._strays(ledger)):
+    def repair(self, ledger: Ledger) -> list[str]:
+        """Remove what a crash left behind, and write parts again that are gone or damaged; say what was done.
+
+        Raises:
+            FatalError: A file with a part's name is none of ours.
+        """
+        strays = list(self._strays(ledger))
+        for path in strays:
+            self._refuse_foreign(path, ledger)
+        for path in strays:
             path.unlink(missing_ok=True)
-
-    def _damaged(self, ledger: Ledger) -> Iterator[str]:
+        done = [f"removed {path}, left by a crash" for path in strays if not path.name.startswith(".")]
         for part in ledger.parts():
-            try:
-                size = (self._root / part.name).stat().st_size
-            except FileNotFoundError:
-                size = -1
-            if size != part.size_bytes:
-                yield part.name
+            if not self._whole(part, content=True):
+                done.append(f"{self._root / part.name} was missing or damaged, written again from the ledger")
+                self._forget(part.name, ledger)
+        self._renew(ledger)
+        return done
+
+    def _forget(self, name: str, ledger: Ledger) -> None:
+        if name == self.failures_name:
+            ledger.drop_part(name)
+        else:
+            ledger.outdate(name)
+
+    def _whole(self, part: Part, *, content: bool = False) -> bool:
+        """Say whether a recorded file is there with its size, and, where asked, with its content."""
+        path = self._root / part.name
+        try:
+            if path.stat().st_size != part.size_bytes:
+                return False
+            return not content or _described(self._root, part.name, part.rows) == part
+        except FileNotFoundError:
+            return False
+
+    def _refuse_foreign(self, path: Path, ledger: Ledger) -> None:
+        """Refuse a readable part with rows that the ledger does not hold; ours, left by a crash, has none."""
+        if not self._name.fullmatch(path.name):
+            return
+        try:
+            rows = _read(path, CAPTION_SCHEMA)
+        except FatalError:  # nobody can read it, so nothing is lost with it
+            return
+        if not all(ledger.holds(row) for row in rows):
+            raise FatalError(
+                f"{path}: holds captions that this run did not make; move it out of this folder, or delete "
+                "the ledger to have all parts taken in"
+            )
 
     def _strays(self, ledger: Ledger) -> Iterator[Path]:
         """Yield unfinished and unrecorded files of this shard; a file with any other name is not ours."""
@@ -167,7 +214,10 @@ class Parts:
             for path in _listed(self._root / folder):
                 name = f"{folder}/{path.name}"
                 ours = self._name.fullmatch(path.name) or name == self.failures_name
-                if self._temporary.fullmatch(path.name) or (ours and name not in known):
+                unfinished = self._temporary.fullmatch(path.name)
+                if (ours or unfinished) and path.is_dir():
+                    raise FatalError(f"{path}: a folder where a part belongs; move it away, then start again")
+                if unfinished or (ours and name not in known):
                     yield path
 
     def exist(self) -> bool:
@@ -177,6 +227,8 @@ class Parts:
     def _numbered(self) -> Iterator[tuple[int, Path]]:
         for path in _listed(self._root / CAPTIONS):
             if found := self._name.fullmatch(path.name):
+                if path.is_dir():
+                    raise FatalError(f"{path}: a folder where a part belongs; move it away, then start again")
                 yield int(found.group(1)), path
 
     def rebuild(self, ledger: Ledger) -> None:
@@ -245,4 +297,7 @@ def _read(path: Path, schema: pa.Schema) -> list[Row]:
 
 
 def _plain(row: Row) -> Row:
-    return {key: value.isoformat() if isinstance(value, datetime) else value for key, value in row.items()}
+    return {
+        key: value.isoformat(timespec="microseconds") if isinstance(value, datetime) else value
+        for key, value in row.items()
+    }

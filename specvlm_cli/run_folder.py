@@ -58,7 +58,7 @@ class RunFolder:
         self._lock = self._state / f"state-{shard:05d}.lock"
 
     @contextmanager
-    def locked(self, run_id: str) -> Iterator[None]:
+    def locked(self, run_id: str) -> Iterator[lock.Lock]:
         """Hold the folder, making it where it does not exist.
 
         Raises:
@@ -72,7 +72,7 @@ class RunFolder:
             reason = f"{clean(str(self.root))}: cannot be used as the output folder ({error.strerror})"
             raise UsageError(f"{reason}; give another -o folder") from error
         with holding:
-            yield
+            yield holding
 
     def read(self) -> RunFile | None:
         """Return the run's settings; None where there is no run yet.

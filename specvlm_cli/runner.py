@@ -7,8 +7,10 @@ settings.
 
 from __future__ import annotations
 
+import sqlite3
 import time
 import traceback
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -126,6 +128,14 @@ class Runner:
 
     def _work(self, claim: Claim) -> None:
         try:
+            self._caption_and_store(claim)
+        except BaseException:
+            with suppress(sqlite3.Error):  # where even this fails, the next start sees that it was no crash
+                self._ledger.release(claim)
+            raise
+
+    def _caption_and_store(self, claim: Claim) -> None:
+        try:
             row = self._caption(claim)
         except _VideoError as failed:
             self._ledger.fail(claim, failed.failure)
@@ -133,9 +143,6 @@ class Runner:
             self._reporter.failed(
                 claim, failed.failure, "".join(traceback.format_exception(failed.__cause__ or failed))
             )
-        except BaseException:
-            self._ledger.release(claim)
-            raise
         else:
             self._ledger.finish(claim, [row])
             self.tally.add(row)

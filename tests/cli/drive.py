@@ -4,7 +4,7 @@
     python -m tests.cli.drive kill PLAN.json            many runs, each in a fork, killed where the plan says
 
 A plan is a list of trials. Each trial names a run folder and the kills of its starts, one after another; the
-last start of a trial is not killed. Kills are installed from here, by wrapping functions: the product knows
+last start of a trial is not killed; "finish": false leaves it out. Kills are installed from here, by wrapping functions: the product knows
 none of it.
 """
 
@@ -42,8 +42,10 @@ POINTS = {
     "insert_part": "specvlm_cli.ledger:Ledger._insert_part",
     "mark_failures": "specvlm_cli.ledger:Ledger.mark_failures",
     "adopt": "specvlm_cli.ledger:Ledger.adopt",
-    "drop_part": "specvlm_cli.ledger:Ledger._drop_part",
+    "outdate": "specvlm_cli.ledger:Ledger._outdate",
     "repair": "specvlm_cli.parts:Parts.repair",
+    "reopen": "specvlm_cli.ledger:Ledger.reopen",
+    "renew_part": "specvlm_cli.ledger:Ledger.renew_part",
 }
 
 
@@ -99,11 +101,11 @@ def main(arguments: list[str]) -> int:
     if verb == "run":
         return app.main(rest)
     trials = json.loads(Path(rest[0]).read_text())
-    print(
-        json.dumps(
-            [[_start(trial["arguments"], kill) for kill in [*trial["kills"], None]] for trial in trials]
-        )
-    )
+    codes = []
+    for trial in trials:
+        kills = trial["kills"] + [None] * trial.get("finish", True)
+        codes.append([_start(trial["arguments"], kill) for kill in kills])
+    print(json.dumps(codes))
     return 0
 
 

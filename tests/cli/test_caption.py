@@ -14,6 +14,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from specvlm.errors import ModelLoadError
+from specvlm_cli.ledger import Ledger
 from specvlm_cli.parts import CAPTION_SCHEMA, FAILURE_SCHEMA
 from specvlm_cli.run_folder import RunFolder
 from tests.cli import invariants
@@ -137,6 +139,130 @@ def test_overwrite_makes_the_given_captions_anew(specvlm: Specvlm, videos: Path,
     assert specvlm("caption", videos / "a.mp4", "-o", out, "--overwrite").code == 0
     changed = [row for row in rows(out) if row["run_id"] != runs[row["id"]]]
     assert [row["caption"] for row in changed] == ["a caption of video, new"]
+    invariants.check(out, videos)
+
+
+def test_overwrite_keeps_captions_until_others_take_their_place(
+    specvlm: Specvlm, videos: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    specvlm("caption", videos, "-o", out)
+    before = rows(out)
+    with monkeypatch.context() as patch:
+        patch.setattr("specvlm_cli.engine.load", lambda *_, **__: (_ for _ in ()).throw(ModelLoadError("no")))
+        for flags in (["--overwrite"], ["--overwrite", "--limit", "1"], ["--overwrite", "--prompt", "Why?"]):
+            assert specvlm("caption", videos, "-o", out, *flags).code == 1
+            assert rows(out) == before
+    assert "nothing to do: 4 done" in specvlm("caption", videos, "-o", out).err
+    assert specvlm("caption", videos, "-o", out, "--overwrite", "--limit", 1, "--json").json["done"] == 4
+    assert sum(row not in before for row in rows(out)) == 1
+    invariants.check(out, videos)
+    mixed = specvlm("caption", videos, "-o", out, "--overwrite", "--limit", 1, "--prompt", "Why?")
+    assert mixed.code == 2
+    assert specvlm("caption", videos, "-o", out, "--overwrite", "--prompt", "Why?").code == 0
+    assert {row["prompt"] for row in rows(out)} == {"Why?"}
+    invariants.check(out, videos)
+
+
+def test_a_caption_that_cannot_be_made_anew_is_kept(specvlm: Specvlm, videos: Path, out: Path) -> None:
+    specvlm("caption", videos, "-o", out)
+    before = rows(out)
+    (videos / "a.mp4").write_text("text")
+    assert specvlm("caption", videos / "a.mp4", "-o", out, "--overwrite").code == 3
+    assert rows(out) == before
+    assert [row["path"] for row in rows(out, "failures")] == [str(videos / "a.mp4")]
+    (videos / "a.mp4").write_text("video, mended")
+    assert specvlm("caption", videos, "-o", out, "--retry-failed").code == 0
+    assert "a caption of video, mended" in [row["caption"] for row in rows(out)]
+    invariants.check(out, videos)
+
+
+def test_a_failed_load_keeps_the_failures(
+    specvlm: Specvlm, videos: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (videos / "a.mp4").write_text("text")
+    specvlm("caption", videos, "-o", out)
+    with monkeypatch.context() as patch:
+        patch.setattr("specvlm_cli.engine.load", lambda *_, **__: (_ for _ in ()).throw(ModelLoadError("no")))
+        assert specvlm("caption", videos, "-o", out, "--retry-failed").code == 1
+    invariants.check(out, videos, failed=1)
+
+
+def test_a_part_that_rotted_is_written_again_where_there_is_work(
+    specvlm: Specvlm, videos: Path, out: Path
+) -> None:
+    specvlm("caption", videos, "-o", out)
+    part = out / "captions" / "part-00000-00000.parquet"
+    content = bytearray(part.read_bytes())
+    content[len(content) // 2] ^= 1
+    part.write_bytes(content)
+    assert "nothing to do" in specvlm("caption", videos, "-o", out).err, (
+        "a start without work reads sizes only"
+    )
+    (videos / "e.mp4").write_text("video e")
+    result = specvlm("caption", videos, "-o", out)
+    assert result.code == 0
+    assert "part-00000-00000.parquet was missing or damaged" in result.err
+    invariants.check(out, videos)
+
+
+def test_a_part_of_another_run_is_not_deleted(
+    specvlm: Specvlm, videos: Path, out: Path, tmp_path: Path
+) -> None:
+    specvlm("caption", videos, "-o", out)
+    specvlm("caption", videos, "-o", tmp_path / "other")
+    part = out / "captions" / "part-00000-00000.parquet"
+    foreign = part.with_name("part-00000-00005.parquet")
+    foreign.write_bytes((tmp_path / "other" / "captions" / part.name).read_bytes())
+    result = specvlm("caption", videos, "-o", out)
+    assert result.code == 1
+    assert f"{foreign}: holds captions that this run did not make; move it" in result.err
+    assert foreign.exists()
+    foreign.write_bytes(part.read_bytes())
+    assert f"removed {foreign}, left by a crash" in specvlm("caption", videos, "-o", out).err
+    invariants.check(out, videos)
+
+
+@pytest.mark.parametrize("name", ["part-00000-00000.parquet", "part-00000-00007.parquet"])
+def test_a_folder_named_like_a_part_is_told(specvlm: Specvlm, videos: Path, out: Path, name: str) -> None:
+    specvlm("caption", videos, "-o", out)
+    folder = out / "captions" / name
+    folder.unlink(missing_ok=True)
+    folder.mkdir()
+    for _ in range(2):
+        result = specvlm("caption", videos, "-o", out)
+        assert result.code == 1
+        assert f"{folder}: a folder where a part belongs; move it away" in result.err
+        (out / ".specvlm" / "state-00000.db").unlink(missing_ok=True)
+
+
+def test_an_older_ledger_is_brought_up_to_date(specvlm: Specvlm, videos: Path, out: Path) -> None:
+    specvlm("caption", videos, "-o", out)
+    with sqlite3.connect(out / ".specvlm" / "state-00000.db") as database:
+        database.execute("ALTER TABLE part DROP COLUMN outdated")
+        database.execute("PRAGMA user_version = 1")
+    database.close()
+    assert "nothing to do: 4 done" in specvlm("caption", videos, "-o", out).err
+    assert specvlm("caption", videos, "-o", out, "--overwrite").code == 0
+    invariants.check(out, videos)
+
+
+@pytest.mark.parametrize("step", ["finish", "fail"])
+def test_what_cannot_be_stored_is_no_crash_of_the_video(
+    specvlm: Specvlm, videos: Path, out: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """Three times the disk is full, so that not even the claim can be taken back."""
+    (videos / "a.mp4").write_text("text" if step == "fail" else "video")
+
+    def full(*_: object) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    for _ in range(4):
+        with monkeypatch.context() as patch:
+            patch.setattr(Ledger, step, full)
+            patch.setattr(Ledger, "release", full)
+            assert specvlm("caption", videos / "a.mp4", "-o", out).code == 1
+    (videos / "a.mp4").write_text("video")
+    assert specvlm("caption", videos, "-o", out).code == 0
     invariants.check(out, videos)
 
 

@@ -15,9 +15,11 @@ from typing import Any
 import pytest
 
 from tests.cli import invariants
+from tests.cli.conftest import rows
 from tests.cli.drive import POINTS
 
 VIDEOS = 8
+OF_REPAIR = ("adopt", "outdate", "renew_part")  # these are not called in a first start
 
 
 @pytest.fixture
@@ -64,7 +66,7 @@ def drive(tmp_path: Path, videos: Path, kills: list[list[dict[str, Any]]], **var
     return outs
 
 
-@pytest.mark.parametrize("point", [point for point in POINTS if point not in ("adopt", "drop_part")])
+@pytest.mark.parametrize("point", [point for point in POINTS if point not in OF_REPAIR])
 def test_killed_at_a_point(point: str, tmp_path: Path, some_videos: Path) -> None:
     kills = [
         [{"point": point, "when": when, "nth": nth}] for when in ("before", "after") for nth in (1, 2, 4)
@@ -103,6 +105,35 @@ def test_killed_while_rebuilding(tmp_path: Path, some_videos: Path) -> None:
         [sys.executable, "-m", "tests.cli.drive", "kill", str(tmp_path / "plan.json")], check=True, timeout=60
     )
     invariants.check(out, some_videos, failed=1)
+
+
+@pytest.mark.parametrize(
+    "point", ["reopen", "claim", "finish", "outdate", "write", "fsync", "rename", "renew_part", "repair"]
+)
+def test_killed_while_overwriting(point: str, tmp_path: Path, some_videos: Path) -> None:
+    """A reader always finds each caption once, the old or the new; the next start goes on."""
+    (some_videos / "3.mp4").write_text("video 3")
+    kills = [
+        {"point": point, "when": when, "nth": nth} for when in ("before", "after") for nth in (1, 2, 4, 7)
+    ]
+    outs = drive(tmp_path, some_videos, [[] for _ in kills])
+    plan = [
+        {
+            "kills": [kill],
+            "arguments": ["caption", str(some_videos), "-o", str(out), "-q", "--overwrite"],
+            "finish": False,
+        }
+        for kill, out in zip(kills, outs, strict=True)
+    ]
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    command = [sys.executable, "-m", "tests.cli.drive", "kill", str(tmp_path / "plan.json")]
+    codes = json.loads(subprocess.run(command, check=True, timeout=120, capture_output=True).stdout)
+    assert codes[0] == codes[4] == [-9]
+    for out in outs:
+        assert len({row["id"] for row in rows(out)}) == len(rows(out)) == VIDEOS
+    drive(tmp_path, some_videos, [[] for _ in kills])
+    for out in outs:
+        invariants.check(out, some_videos)
 
 
 def test_suspect_of_three_crashes_is_not_tried_again(tmp_path: Path, some_videos: Path) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -35,7 +37,9 @@ def many(videos: Path) -> Path:
     return videos
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2]
+)
 def test_first_signal_stops_after_the_video_in_hand(number: signal.Signals, many: Path, out: Path) -> None:
     running = start(many, out, 0.3)
     running.send_signal(number)
@@ -53,6 +57,18 @@ def test_first_signal_stops_after_the_video_in_hand(number: signal.Signals, many
     )
     assert again.returncode == 0
     invariants.check(out, many)
+
+
+def test_a_stop_that_ends_in_sigkill_is_no_crash(many: Path, out: Path) -> None:
+    """Slurm sends SIGTERM and, after a while, SIGKILL: a long video must not become suspect by that."""
+    for _ in range(4):
+        running = start(many, out, 0.5)
+        running.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+        running.kill()
+        running.communicate(timeout=60)
+        with closing(sqlite3.connect(out / ".specvlm" / "state-00000.db")) as database:
+            assert database.execute("SELECT max(crashes) FROM item").fetchone() == (0,)
 
 
 def test_second_signal_ends_at_once(many: Path, out: Path) -> None:
