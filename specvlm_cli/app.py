@@ -76,7 +76,7 @@ def _explained(error: Exception) -> tuple[str, ExitCode]:
         return str(error), ExitCode.USAGE
     if isinstance(error, SpecvlmError):
         return str(error), ExitCode.FATAL
-    if isinstance(error, sqlite3.OperationalError) and error.sqlite_errorcode == sqlite3.SQLITE_BUSY:
+    if isinstance(error, sqlite3.Error) and getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_BUSY:
         return "the ledger is in use by another program; close it there, then start again", ExitCode.STOPPED
     if isinstance(error, (OSError, sqlite3.Error)):
         return f"{error}; what was captioned so far is kept, start again once this is mended", ExitCode.FATAL

@@ -458,7 +458,7 @@ def _check(connection: sqlite3.Connection) -> None:
 
 
 def _refused(path: Path, error: Exception) -> Exception:
-    if isinstance(error, sqlite3.Error) and error.sqlite_errorcode == sqlite3.SQLITE_BUSY:
+    if isinstance(error, sqlite3.Error) and getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_BUSY:
         return error
     if isinstance(error, FatalError):
         return FatalError(f"{path}: {error}")

@@ -3,9 +3,9 @@
     python -m tests.cli.drive run ARGUMENTS...          one run, as the shell would do it
     python -m tests.cli.drive kill PLAN.json            many runs, each in a fork, killed where the plan says
 
-A plan is a list of trials. Each trial names a run folder and the kills of its starts, one after another; the
-last start of a trial is not killed; "finish": false leaves it out. Kills are installed from here, by wrapping functions: the product knows
-none of it.
+A plan is a list of trials. Each trial names a run folder and the kills of its starts, one after another; then
+comes a start that is not killed, unless "finish" is false. Kills are installed from here, by wrapping
+functions: the product knows none of it.
 """
 
 from __future__ import annotations
