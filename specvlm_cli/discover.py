@@ -107,7 +107,7 @@ def _expand(
     path = os.fsencode(given)
     if os.path.isdir(path):
         root = os.path.realpath(path)
-        names = _walk(root, recursive, unreadable)
+        names = _walk(root, recursive, suffixes, unreadable)
         return ((root, name) for name in names if name.lower().endswith(suffixes))
     if os.path.lexists(path):
         return iter([_single(path)])
@@ -150,10 +150,13 @@ def _fixed_folder(pattern: bytes) -> bytes:
     return head
 
 
-def _walk(root: bytes, recursive: bool, unreadable: Callable[[str], None]) -> Iterator[bytes]:
+def _walk(
+    root: bytes, recursive: bool, suffixes: tuple[bytes, ...], unreadable: Callable[[str], None]
+) -> Iterator[bytes]:
     """Yield every file below `root`, relative to it, by name; hidden names are left out.
 
     Links to folders are followed; a folder that was seen already is not entered again, so a link cannot loop.
+    What cannot even be looked at is a video that will fail where its name says so, else it is left out.
     """
     seen = {_identity(root)}
     folders = [b""]
@@ -169,9 +172,17 @@ def _walk(root: bytes, recursive: bool, unreadable: Callable[[str], None]) -> It
             if entry.name.startswith(b"."):
                 continue
             name = os.path.join(folder, entry.name)
-            if not entry.is_dir():
+            try:
+                identity = _identity(entry.path) if entry.is_dir() else None
+            except OSError as error:
+                if name.lower().endswith(suffixes):
+                    yield name
+                else:
+                    unreadable(f"{_shown(entry.path)}: {error.strerror}")
+                continue
+            if identity is None:
                 yield name
-            elif recursive and (identity := _identity(entry.path)) not in seen:
+            elif recursive and identity not in seen:
                 seen.add(identity)
                 inner.append(name)
         folders.extend(reversed(inner))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import sqlite3
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ from typing import Literal, Protocol
 from specvlm_cli.discover import Item
 from specvlm_cli.engine import Engine
 from specvlm_cli.exits import ExitCode, UsageError
-from specvlm_cli.ledger import Ledger
+from specvlm_cli.ledger import Ledger, is_damage
 from specvlm_cli.results import Outcome
 from specvlm_cli.rows import Provenance
 from specvlm_cli.run_folder import RunFile, RunFolder
@@ -103,11 +104,14 @@ def plan(request: Request) -> tuple[Outcome, list[bytes]]:
         CommandError: The start would fail.
     """
     folder = choose_folder(request)
-    with folder.preview() as ledger:
-        ledger.want(request.items)
-        _refuse_changes(request, folder, ledger)
-        paths = ledger.paths_to_do(request.overwrite, request.retry_failed, request.policy.limit)
-        return _outcome(request, folder, ledger), paths
+    try:
+        with folder.preview() as ledger:
+            ledger.want(request.items)
+            _refuse_changes(request, folder, ledger)
+            paths = ledger.paths_to_do(request.overwrite, request.retry_failed, request.policy.limit)
+            return _outcome(request, folder, ledger), paths
+    except sqlite3.DatabaseError as error:
+        raise folder.damaged(error) if is_damage(error) else error from error
 
 
 def choose_folder(request: Request) -> RunFolder:
@@ -128,14 +132,16 @@ def _nothing_to_do(request: Request, folder: RunFolder) -> Outcome | None:
     ledger = folder.peek()
     if ledger is None:
         return None
-    with ledger:
-        ledger.want(request.items)
-        _refuse_changes(request, folder, ledger)
-        if ledger.paths_to_do(request.overwrite, request.retry_failed, 1) or not folder.parts.in_order(
-            ledger
-        ):
+    try:
+        with ledger:
+            ledger.want(request.items)
+            _refuse_changes(request, folder, ledger)
+            work = ledger.paths_to_do(request.overwrite, request.retry_failed, 1)
+            return None if work or not folder.parts.in_order(ledger) else _outcome(request, folder, ledger)
+    except sqlite3.DatabaseError as error:
+        if is_damage(error):  # opening it for writing tells what is wrong
             return None
-        return _outcome(request, folder, ledger)
+        raise
 
 
 def _settle(request: Request, folder: RunFolder, ledger: Ledger, after_crash: bool, display: Display) -> None:

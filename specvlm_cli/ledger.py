@@ -85,7 +85,7 @@ class Ledger:
             migrate(Database(connection, execute_plugins=False))
         except (FatalError, sqlite3.DatabaseError) as error:
             connection.close()
-            raise _refused(path, error) from error
+            raise refused(path, error) from error
         return cls(connection)
 
     @classmethod
@@ -457,7 +457,14 @@ def _check(connection: sqlite3.Connection) -> None:
         raise FatalError(f"the ledger is damaged ({' '.join(str(verdict).split())}); {_REBUILD}")
 
 
-def _refused(path: Path, error: Exception) -> Exception:
+def is_damage(error: sqlite3.Error) -> bool:
+    """Say whether an error means that the file is damaged."""
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the rest of the code says where
+    return code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+
+
+def refused(path: Path, error: Exception) -> Exception:
+    """Return the error to raise for a ledger that cannot be used."""
     if isinstance(error, sqlite3.Error) and getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_BUSY:
         return error
     if isinstance(error, FatalError):

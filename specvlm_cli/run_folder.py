@@ -10,6 +10,7 @@ OUT/.specvlm/state-SSSSS.lock           its kernel lock, with the holder's name 
 from __future__ import annotations
 
 import json
+import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -19,7 +20,7 @@ from typing import Any
 from specvlm_cli import lock
 from specvlm_cli.durable import publish
 from specvlm_cli.exits import FatalError, UsageError
-from specvlm_cli.ledger import Ledger
+from specvlm_cli.ledger import Ledger, refused
 from specvlm_cli.parts import Parts
 from specvlm_cli.text import clean
 
@@ -44,6 +45,13 @@ class RunFile:
     resolved: dict[str, Any]
     shards: int = 1
     format: int = _FORMAT
+
+    def check(self) -> None:
+        """Raise TypeError where a value has another type than declared."""
+        kinds = {"settings": dict, "config_hash": str, "resolved": dict, "shards": int, "format": int}
+        for name, kind in kinds.items():
+            if type(getattr(self, name)) is not kind:
+                raise TypeError(f"its {name} is no {kind.__name__}")
 
 
 class RunFolder:
@@ -83,6 +91,7 @@ class RunFolder:
         try:
             found = json.loads(self._run_file.read_text(encoding="utf-8"))
             known = RunFile(**{name: found[name] for name in RunFile.__dataclass_fields__})
+            known.check()
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (ValueError, KeyError, TypeError) as error:
@@ -115,12 +124,17 @@ class RunFolder:
             ledger = self.peek()
             if ledger is None:
                 raise FatalError(
-                    f"{clean(str(self._ledger))}: cannot be read as it is; a start without -n repairs it"
+                    f"{clean(str(self._ledger))}: cannot be read as it is; a start without -n repairs it, or "
+                    "says what is wrong"
                 )
             return ledger
         ledger = Ledger.in_memory()
         self.parts.rebuild(ledger)
         return ledger
+
+    def damaged(self, error: sqlite3.Error) -> Exception:
+        """Return the error to raise where reading the ledger raised this one."""
+        return refused(Path(clean(str(self._ledger))), error)
 
     def open(self) -> Ledger:
         """Open the ledger for writing, rebuilding it from the parts where it is gone. Needs the lock."""

@@ -492,6 +492,45 @@ def test_a_damaged_ledger_is_refused(specvlm: Specvlm, videos: Path, out: Path) 
     invariants.check(out, videos)
 
 
+def test_a_ledger_damaged_behind_its_header_is_told_the_same(
+    specvlm: Specvlm, videos: Path, out: Path
+) -> None:
+    specvlm("caption", videos, "-o", out)
+    ledger = out / ".specvlm" / "state-00000.db"
+    content = bytearray(ledger.read_bytes())
+    content[4096:] = b"Z" * (len(content) - 4096)
+    ledger.write_bytes(content)
+    for flags in ([], ["-n"], ["--overwrite"]):
+        result = specvlm("caption", videos, "-o", out, *flags)
+        assert result.code == 1
+        line = result.err.splitlines()[-1]
+        assert f"{ledger}: the ledger is damaged" in line
+        assert "delete it to have it rebuilt" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("settings", None),
+        ("settings", []),
+        ("resolved", None),
+        ("shards", "1"),
+        ("format", True),
+        ("config_hash", 3),
+    ],
+)
+def test_run_settings_of_a_wrong_type_are_told(
+    specvlm: Specvlm, videos: Path, out: Path, name: str, value: object
+) -> None:
+    specvlm("caption", videos, "-o", out)
+    file = out / ".specvlm" / "run.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {name: value}))
+    result = specvlm("caption", videos, "-o", out)
+    assert result.code == 1
+    assert f"run.json: not readable (its {name} is no " in result.err
+    assert "delete it, it will be written again" in result.err
+
+
 def test_a_newer_ledger_is_refused(specvlm: Specvlm, videos: Path, out: Path) -> None:
     specvlm("caption", videos, "-o", out)
     with sqlite3.connect(out / ".specvlm" / "state-00000.db") as database:

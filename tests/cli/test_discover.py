@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -105,6 +106,30 @@ def test_a_folder_that_cannot_be_listed_is_reported(videos: Path) -> None:
     (videos / "more").chmod(0o700)
     assert len(found.items) == 3
     assert "Permission denied" in found.unreadable[0]
+
+
+def test_links_that_cannot_be_looked_at_never_end_the_search(
+    videos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (videos / "loop.mp4").symlink_to("loop.mp4")
+    (videos / "loop").symlink_to("loop")
+    (videos / "to").symlink_to("more")
+    (videos / "shut.mp4").symlink_to("more/d.mkv")
+    seen = os.stat
+
+    def stat(path: Any, *arguments: Any, **options: Any) -> os.stat_result:
+        if os.fsdecode(path).endswith("/to"):
+            raise PermissionError(13, "Permission denied")
+        return seen(path, *arguments, **options)
+
+    monkeypatch.setattr("os.stat", stat)
+    found = discover([str(videos)])
+    paths = [os.path.relpath(os.fsdecode(item.path), videos) for item in found.items]
+    assert paths == ["a.mp4", "b.webm", "c.MP4", "loop.mp4", "shut.mp4", "more/d.mkv"]
+    assert found.unreadable == [
+        f"{videos}/loop: Too many levels of symbolic links",
+        f"{videos}/to: Permission denied",
+    ]
 
 
 def test_names_may_be_any_bytes(videos: Path) -> None:
