@@ -1,7 +1,17 @@
-"""`python -m specvlm_cli`, the same as the `specvlm` command."""
+"""The `specvlm` command, and `python -m specvlm_cli`. Ctrl-C while the rest is imported ends it quietly too."""
 
 import sys
 
-from specvlm_cli.app import main
 
-sys.exit(main())
+def main() -> int:
+    """Run the command line and return its exit code."""
+    try:
+        from specvlm_cli.app import main as run
+
+        return run()
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

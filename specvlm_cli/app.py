@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sqlite3
 import sys
 import traceback
@@ -12,9 +13,12 @@ from typing import Annotated
 import typer
 
 from specvlm.errors import ConfigError, IncompatibleDraftError, PromptError, SpecvlmError
+from specvlm_cli import streams
 from specvlm_cli.commands.caption import caption
+from specvlm_cli.commands.options import variable
 from specvlm_cli.exits import CommandError, ExitCode
-from specvlm_cli.talk import error_line
+from specvlm_cli.talk import STDERR, error_line
+from specvlm_cli.text import short
 
 app = typer.Typer(
     name="specvlm",
@@ -46,24 +50,39 @@ def _root(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     given = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
+    streams.prepare()
     try:
         code = int(app(args=given, prog_name="specvlm", standalone_mode=False) or 0)
         sys.stdout.flush()  # here, where a reader that has gone can still be dealt with
         return code
+    except KeyboardInterrupt:
+        return ExitCode.INTERRUPTED
     except BrokenPipeError:  # the reader of our output has gone; there is nobody to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ExitCode.FATAL
     except Exception as error:
         if _verbose(given):
-            traceback.print_exc()
+            print(traceback.format_exc(), end="", file=STDERR)
         message, code = _explained(error)
-        error_line(message)
+        error_line(_with_source(message, given) if code == ExitCode.USAGE else message)
         return code
 
 
 def _verbose(arguments: Sequence[str]) -> bool:
     asked = os.environ.get("SPECVLM_VERBOSE", "").lower() in ("1", "true", "yes", "on")
     return asked or "-v" in arguments or "--verbose" in arguments
+
+
+def _with_source(message: str, given: Sequence[str]) -> str:
+    """Add to a message about a flag's value what the value is, and which variable it came from."""
+    words = re.findall(r"--([a-z-]+)|\b([a-z_]+)=", message)
+    for flag in ("--" + (long or name.replace("_", "-")) for long, name in words):
+        if flag in given[:-1] and message.startswith("Invalid value"):
+            value = short(given[list(given).index(flag) + 1], 60)
+            return message if value in message else f"{message} ({flag} {value})"
+        if flag not in given and (value := os.environ.get(variable(flag), "")):
+            return f"{message} ({variable(flag)}={short(value, 60)})"
+    return message
 
 
 def _explained(error: Exception) -> tuple[str, ExitCode]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import specvlm
 from specvlm.records import Caption
 from specvlm_cli.discover import Item
+from specvlm_cli.exits import UsageError
 from specvlm_cli.settings import CaptionSettings, Plain
 
 DEMO_WEIGHTS = Path(specvlm.__file__).parent / "demo" / "weights"
@@ -130,6 +131,23 @@ def load(settings: CaptionSettings, *, quiet: bool) -> Engine:
         trust_remote_code=models.trust_remote_code,
     )
     return SpecvlmEngine(captioner, settings)
+
+
+def check_device(name: str | None) -> None:
+    """Refuse a device that this machine does not have. torch is imported only where one is named.
+
+    Raises:
+        UsageError: There is no such device.
+    """
+    kind, _, number = (name or "").partition(":")
+    if kind not in ("cuda", "xpu", "mps"):
+        return
+    import torch
+
+    count = int(torch.backends.mps.is_available()) if kind == "mps" else getattr(torch, kind).device_count()
+    if int(number or 0) >= count:
+        there = f"this machine has {count} of that kind" if count else "this machine has none of that kind"
+        raise UsageError(f"--device-map {name}: {there}; give another device, auto, or cpu")
 
 
 def _hush(quiet: bool) -> None:

@@ -77,8 +77,12 @@ class Display(Reporter, Protocol):
         """Say something that is worth a line."""
 
 
-def run(request: Request, load_engine: LoadEngine, display: Display) -> Outcome:
+def run(
+    request: Request, load_engine: LoadEngine, display: Display, *, check: Callable[[], None] = lambda: None
+) -> Outcome:
     """Caption what is to be captioned, and say how it ended.
+
+    `check` is called before anything is written, where there is something to do; what it raises is raised.
 
     Raises:
         CommandError: The start could not be made, or could not go on.
@@ -89,6 +93,7 @@ def run(request: Request, load_engine: LoadEngine, display: Display) -> Outcome:
         display.note(f"settings changed: captions go to {clean(str(folder.root))}")
     if (outcome := _nothing_to_do(request, folder)) is not None:
         return outcome
+    check()
     run_id = uuid.uuid4().hex
     with folder.locked(run_id) as lock, folder.open() as ledger:
         _settle(request, folder, ledger, lock.after_crash, display)

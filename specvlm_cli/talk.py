@@ -6,15 +6,14 @@ no terminal). It knows figures and rows, not how they came about.
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from os import fsdecode
 from pathlib import Path
-from typing import Literal, Self, TextIO
+from typing import Literal, Self, TextIO, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
@@ -24,11 +23,13 @@ from rich.text import Text
 from specvlm_cli.exits import ExitCode, UsageError
 from specvlm_cli.ledger import Claim, Failure, Row
 from specvlm_cli.results import Figures, Outcome, Speedup, Tally
+from specvlm_cli.streams import Stderr
 from specvlm_cli.text import clean, short
 
 ProgressName = Literal["auto", "bar", "log", "none"]
 
 LOG_EVERY_S = 30.0
+STDERR = Stderr()
 
 
 class Talk:
@@ -42,7 +43,7 @@ class Talk:
         progress: ProgressName = "auto",
         log_file: Path | None = None,
     ) -> None:
-        self._console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
+        self._console = Console(file=cast(TextIO, STDERR), markup=False, highlight=False, soft_wrap=True)
         self._quiet = quiet
         self._verbose = verbose
         self._progress = _chosen(progress, quiet, self._console.is_terminal)
@@ -54,7 +55,8 @@ class Talk:
 
     def __exit__(self, *_: object) -> None:
         if self._log is not None:
-            self._log.close()
+            with suppress(OSError):
+                self._log.close()
 
     def note(self, message: str) -> None:
         """Say something that is worth a line; not with -q."""
@@ -72,8 +74,9 @@ class Talk:
 
     def _log_line(self, line: str) -> None:
         if self._log is not None:
-            self._log.write(f"{datetime.now().astimezone().isoformat(timespec='seconds')} {line}\n")
-            self._log.flush()
+            with suppress(OSError):  # a full disk under the log must not stop the work
+                self._log.write(f"{datetime.now().astimezone().isoformat(timespec='seconds')} {line}\n")
+                self._log.flush()
 
     def captioned(self, claim: Claim, row: Row) -> None:
         self._meter.tally.add(row)
@@ -254,4 +257,4 @@ def _speedup(speedup: Speedup | None) -> str:
 
 def error_line(message: str) -> None:
     """Print the one line that ends a command that went wrong."""
-    print(f"specvlm: error: {clean(message)}", file=sys.stderr)
+    print(f"specvlm: error: {clean(message)}", file=STDERR)

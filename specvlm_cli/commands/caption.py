@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -40,6 +40,9 @@ from specvlm_cli.text import clean
 
 DEFAULT_PRESET = "demo"
 DEFAULT_OUT = Path("specvlm-out")
+MOST = (1 << 31) - 1  # of anything that is counted
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+_DEVICE = re.compile(r"auto|balanced|balanced_low_0|sequential|cpu|mps|(cuda|xpu)(:[0-9]{1,4})?")
 
 _SPECULATION = SpeculationSettings()
 _GENERATION = GenerationSettings()
@@ -49,10 +52,16 @@ _INPUT, _MODELS, _GUESSING, _READING = "Input and output", "Models", "Speculatio
 _WRITING, _RESUME, _TALKING = "Generation", "Resume and failures", "Talking"
 
 
+def _folder(text: str | Path) -> Path:
+    if text == "":
+        raise UsageError("--out is empty; give a folder")
+    return Path(text)
+
+
 def caption(
     inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help="Folders, videos or quoted globs.")],
     out: Annotated[
-        Path, flag(_INPUT, "--out -o", "Run folder for captions, failures and progress.")
+        Path, flag(_INPUT, "--out -o", "Run folder for captions, failures and progress.", parser=_folder)
     ] = DEFAULT_OUT,
     recursive: Annotated[
         bool, flag(_INPUT, "--recursive/--no-recursive", "Enter folders below a folder.")
@@ -63,7 +72,14 @@ def caption(
     ] = ",".join(EXTENSIONS),
     limit: Annotated[
         int | None,
-        flag(_INPUT, "--limit", "Work on at most N videos, after what is already done.", metavar="N", min=1),
+        flag(
+            _INPUT,
+            "--limit",
+            "Work on at most N videos, after what is already done.",
+            metavar="N",
+            min=1,
+            max=MOST,
+        ),
     ] = None,
     prompt: Annotated[
         list[str] | None,
@@ -94,9 +110,7 @@ def caption(
     draft_revision: Annotated[
         str | None, flag(_MODELS, "--draft-revision", "Branch, tag or commit of the draft.", metavar="NAME")
     ] = None,
-    dtype: Annotated[
-        str, flag(_MODELS, "--dtype", "auto, float32, bfloat16 or float16.", metavar="TYPE")
-    ] = "auto",
+    dtype: Annotated[DtypeName, flag(_MODELS, "--dtype", "auto, float32, bfloat16 or float16.")] = "auto",
     device_map: Annotated[
         str | None,
         flag(_MODELS, "--device-map", "Where the target goes, e.g. cuda:1 or auto.", metavar="MAP"),
@@ -215,6 +229,7 @@ def caption(
     Each flag can also be set by an environment variable, e.g. SPECVLM_PRUNE_RATIO for --prune-ratio.
     """
     pair = _pair(preset, target)
+    _check_models(pair, draft, draft_revision, device_map)
     settings = CaptionSettings(
         models=ModelChoice(
             name=engine.public_name(pair.target if pair else str(target)),
@@ -270,7 +285,12 @@ def caption(
 
 
 def _run(request: Request, talk: Talk, json_output: bool, quiet: bool) -> int:
-    outcome = job.run(request, lambda: engine.load(request.settings, quiet=quiet), talk)
+    outcome = job.run(
+        request,
+        lambda: engine.load(request.settings, quiet=quiet),
+        talk,
+        check=lambda: engine.check_device(request.settings.models.device_map),
+    )
     talk.close(outcome)
     if json_output:
         _print_json(outcome)
@@ -312,6 +332,18 @@ def _pair(preset: str | None, target: str | None) -> Preset | None:
     return found
 
 
+def _check_models(
+    pair: Preset | None, draft: str | None, draft_revision: str | None, device_map: str | None
+) -> None:
+    if draft_revision is not None and (draft or (pair.draft if pair else "none")) == "none":
+        raise UsageError(f"--draft-revision {clean(draft_revision)} has no draft to go with; give --draft")
+    if device_map is not None and not _DEVICE.fullmatch(device_map):
+        raise UsageError(
+            f"--device-map {clean(device_map)!r} is unknown; give cuda, cuda:N, xpu, xpu:N, mps, cpu, auto, "
+            "balanced, balanced_low_0 or sequential"
+        )
+
+
 def _prompt(given: Sequence[str] | None, pair: Preset | None) -> str:
     """Return the one prompt. The environment is read here: a variable is one prompt, with all its words."""
     from_environment = os.environ.get(variable("--prompt"))
@@ -349,6 +381,17 @@ def _frames(pair: Preset | None, backend: BackendName, **given: float | int | No
     base = pair.frames if pair else _FRAMES
     if "fps" in chosen or "num_frames" in chosen:
         base = replace(base, fps=None, num_frames=None)
+    fewest, most = chosen.get("min_frames", base.min_frames), chosen.get("max_frames", base.max_frames)
+    if fewest > most and ("min_frames" in chosen) != ("max_frames" in chosen):
+        given_name, given_value, other, value = (
+            ("--min-frames", fewest, "--max-frames", most)
+            if "min_frames" in chosen
+            else ("--max-frames", most, "--min-frames", fewest)
+        )
+        whose = f"preset {pair.name}" if pair else "default"
+        raise UsageError(
+            f"{given_name} {given_value} goes against {other} {value}, which the {whose} sets; give {other} too"
+        )
     return replace(base, backend=backend, **chosen)
 
 
@@ -377,7 +420,7 @@ def _most_failures(fail_fast: bool, text: str | None) -> tuple[int | None, float
         share = float(found.group(1)) / 100.0
         if 0.0 < share <= 1.0:
             return None, share
-    elif re.fullmatch(r"[0-9]+", text) and int(text) > 0:
+    elif re.fullmatch(r"[0-9]{1,10}", text) and 0 < int(text) <= MOST:
         return int(text), None
     raise UsageError(
         f"--max-failures {clean(text)} is no limit; give a number of videos, e.g. 10, or a share, e.g. 5%"

@@ -113,7 +113,18 @@ def test_prompt_from_a_file(specvlm: Specvlm, videos: Path, out: Path, tmp_path:
         ([".", "--preset", "demo", "--target", "a/b"], "exclude each other"),
         ([".", "--prune-ratio", "1.5"], "prune_ratio=1.5 is out of range"),
         ([".", "--fps", "2", "--num-frames", "8"], "exclude each other"),
-        ([".", "--max-frames", "2"], "max_frames=2 is out of range"),
+        ([".", "--max-frames", "2"], "--max-frames 2 goes against --min-frames 4, which the preset demo"),
+        (
+            [".", "--min-frames", "100"],
+            "--min-frames 100 goes against --max-frames 16, which the preset demo",
+        ),
+        ([".", "--limit", "99999999999999999999999"], "--limit 99999999999999999999999"),
+        ([".", "--max-failures", "9" * 5000], "is no limit"),
+        ([".", "-o", ""], "--out is empty"),
+        ([".", "--dtype", "int8"], "'int8' is not one of 'auto', 'float32', 'bfloat16', 'float16'"),
+        ([".", "--device-map", "rubbish"], "--device-map 'rubbish' is unknown; give cuda, cuda:N"),
+        ([".", "--draft", "none", "--draft-revision", "x"], "--draft-revision x has no draft to go with"),
+        ([".", "--target", "a/b", "--draft-revision", "x"], "--draft-revision x has no draft to go with"),
         ([".", "--tree", "auto"], "--tree"),
         ([".", "--nodes", "many"], "--nodes"),
         ([".", "--limit", "0"], "--limit"),
@@ -145,6 +156,39 @@ def test_wrong_use_is_one_line_and_exit_2(
     assert line.startswith("specvlm: error: ")
     assert words in line
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("LIMIT", "x"),
+        ("QUIET", "maybe"),
+        ("PRUNE_RATIO", "7"),
+        ("TREE", "oak"),
+        ("MIN_FRAMES", "100"),
+        ("DEVICE_MAP", "rubbish"),
+        ("PRESET", "nope"),
+        ("PROMPT", " "),
+    ],
+)
+def test_a_wrong_variable_is_named_with_its_value(
+    specvlm: Specvlm, videos: Path, out: Path, name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(f"SPECVLM_{name}", value)
+    result = specvlm("caption", videos, "-o", out)
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert f"(SPECVLM_{name}={value})" in result.err
+    assert not out.exists()
+
+
+def test_a_device_that_is_not_there_is_refused_before_anything_is_written(
+    specvlm: Specvlm, videos: Path, out: Path
+) -> None:
+    result = specvlm("caption", videos, "-o", out, "--device-map", "cuda:4321")
+    assert result.code == 2
+    assert "--device-map cuda:4321: this machine has" in result.err.splitlines()[-1]
+    assert not out.exists()
+    assert not specvlm.loads
 
 
 def test_unknown_command(specvlm: Specvlm) -> None:

@@ -1,0 +1,64 @@
+"""Standard streams that may be closed, full, or of a small encoding, without harm to the work."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from io import TextIOWrapper
+from typing import TextIO, cast
+
+
+def prepare() -> None:
+    """Put the null device where a stream is closed, and have stdout escape what its encoding cannot say.
+
+    A closed stream's number would else go to the next file that is opened, and messages into that file.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+    sys.stdout = sys.stdout or open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115  as long as we live
+    sys.stderr = sys.stderr or open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+class Stderr:
+    """The stderr of the moment. Once it cannot be written, what goes there is dropped."""
+
+    def write(self, text: str) -> int:
+        with _dropping():
+            _current().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with _dropping():
+            _current().flush()
+
+    def isatty(self) -> bool:
+        return bool(_current().isatty())
+
+    def fileno(self) -> int:
+        return int(_current().fileno())
+
+    @property
+    def encoding(self) -> str:
+        return str(_current().encoding)
+
+
+@contextmanager
+def _dropping() -> Iterator[None]:
+    """Swallow what a full or closed stderr raises, and send all that follows to the null device."""
+    try:
+        yield
+    except OSError:
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), _current().fileno())
+
+
+def _current() -> TextIO:
+    """Return stderr itself, also while rich stands in front of it to keep a progress bar in one piece."""
+    return cast(TextIO, getattr(sys.stderr, "rich_proxied_file", sys.stderr))

@@ -1,0 +1,70 @@
+"""Streams that are closed, full, or of a small encoding, and Ctrl-C while modules are imported."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cli import invariants
+
+ROOT = Path(__file__).parents[2]
+
+
+def shell(command: str, *arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a shell line in which "$@" is the driver with these arguments."""
+    words = [sys.executable, "-m", "tests.cli.drive", "run", *map(str, arguments)]
+    return subprocess.run(
+        ["sh", "-c", command, "sh", *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env=os.environ | variables,
+    )
+
+
+@pytest.mark.parametrize("broken", ["2>&-", "2>/dev/full", "<&- >&- 2>&-", ">&-"])
+@pytest.mark.parametrize("progress", ["bar", "log"])
+def test_a_broken_stream_stops_no_caption(broken: str, progress: str, videos: Path, out: Path) -> None:
+    (videos / "bad.mp4").write_text("text")
+    done = shell(f'"$@" {broken}', "caption", videos, "-o", out, "-v", "--progress", progress)
+    assert done.returncode == 3, done.stderr
+    invariants.check(out, videos, failed=1)
+
+
+def test_an_error_without_stderr_says_nothing_on_stdout(videos: Path, out: Path) -> None:
+    done = shell('"$@" 2>&-', "caption", videos / "nowhere", "-o", out, "-v")
+    assert (done.returncode, done.stdout) == (2, "")
+
+
+def test_a_name_that_the_encoding_lacks_is_escaped(videos: Path, out: Path) -> None:
+    (videos / "\u732b.mp4").write_text("video")
+    done = shell('"$@"', "caption", videos, "-o", out, "-n", PYTHONIOENCODING="ascii")
+    assert done.returncode == 0, done.stderr
+    assert "\\u732b.mp4" in done.stdout
+
+
+def test_ctrl_c_while_modules_are_imported_is_quiet() -> None:
+    program = f"""
+import builtins, os
+imported = builtins.__import__
+def interrupted(name, *arguments):
+    if name == "pyarrow":
+        os.kill(os.getpid(), {int(signal.SIGINT)})
+    return imported(name, *arguments)
+builtins.__import__ = interrupted
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from specvlm_cli.__main__ import main
+sys.exit(main())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stderr) == (130, "")
