@@ -170,8 +170,9 @@ class Parts:
         for path in strays:
             path.unlink(missing_ok=True)
         done = [f"removed {path}, left by a crash" for path in strays if not path.name.startswith(".")]
+        outdated = set(ledger.outdated_parts())  # written anew in any case
         for part in ledger.parts():
-            if not self._whole(part, content=True):
+            if part.name not in outdated and not self._whole(part, content=True):
                 done.append(f"{self._root / part.name} was missing or damaged, written again from the ledger")
                 self._forget(part.name, ledger)
         self._renew(ledger)

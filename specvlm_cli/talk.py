@@ -106,9 +106,9 @@ class Talk:
     def _log_progress(self) -> None:
         self._say(self._meter.line(), shown=self._progress == "log")
 
-    def close(self, outcome: Outcome) -> None:
+    def close(self, outcome: Outcome, *, overwriting: bool = False) -> None:
         """Say how it ended."""
-        ended = ending(outcome)
+        ended = ending(outcome, overwriting=overwriting)
         self._log_line(clean(ended))
         if self._quiet and outcome.exit_code == ExitCode.OK:
             return
@@ -219,15 +219,16 @@ def _every(period_s: float, action: Callable[[], None]) -> Iterator[None]:
         thread.join()
 
 
-def ending(outcome: Outcome) -> str:
-    """Return one line on how a start ended."""
+def ending(outcome: Outcome, *, overwriting: bool = False) -> str:
+    """Return one line on how a start ended; one that was overwriting would begin again."""
     counts = f"{outcome.done} done, {outcome.failed} failed, {outcome.pending} to do"
     if outcome.figures is None:
         what = "nothing to do" if outcome.found else "no videos found"
         again = "; --retry-failed tries the failed ones again" if outcome.failed else ""
         return f"{what}: {counts} in {outcome.out}{again}"
     if outcome.stopped is not None:
-        return f"stopped by {outcome.stopped}: {counts} in {outcome.out}; the same command goes on from here"
+        command = "the same command without --overwrite" if overwriting else "the same command"
+        return f"stopped by {outcome.stopped}: {counts} in {outcome.out}; {command} goes on from here"
     return f"{counts} in {outcome.out}, {duration(outcome.wall_s)}"
 
 

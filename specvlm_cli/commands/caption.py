@@ -291,7 +291,7 @@ def _run(request: Request, talk: Talk, json_output: bool, quiet: bool) -> int:
         talk,
         check=lambda: engine.check_device(request.settings.models.device_map),
     )
-    talk.close(outcome)
+    talk.close(outcome, overwriting=request.overwrite)
     if json_output:
         _print_json(outcome)
     return outcome.exit_code

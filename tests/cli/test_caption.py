@@ -163,6 +163,21 @@ def test_overwrite_keeps_captions_until_others_take_their_place(
     invariants.check(out, videos)
 
 
+def test_a_stopped_overwrite_goes_on_without_the_flag(specvlm: Specvlm, videos: Path, out: Path) -> None:
+    specvlm("caption", videos, "-o", out)
+    before = rows(out)
+    (videos / "a.mp4").write_text("text")
+    stopped = specvlm("caption", videos, "-o", out, "--overwrite", "--prompt", "Why?", "--fail-fast")
+    assert stopped.code == 4
+    assert "the same command without --overwrite goes on" in stopped.err
+    assert rows(out) == before
+    (videos / "a.mp4").write_text("video a")
+    again = specvlm("caption", videos, "-o", out, "--prompt", "Why?", "--retry-failed", "--json").json
+    assert (again["done"], again["figures"]["captions"]) == (4, 4)
+    assert {row["prompt"] for row in rows(out)} == {"Why?"}
+    invariants.check(out, videos)
+
+
 def test_a_caption_that_cannot_be_made_anew_is_kept(specvlm: Specvlm, videos: Path, out: Path) -> None:
     specvlm("caption", videos, "-o", out)
     before = rows(out)
