@@ -149,11 +149,21 @@ class Ledger:
     # What is wanted by this run
 
     def want(self, items: Iterable[Item]) -> None:
-        """Say which videos this run is about. Kept in memory only: it changes nothing on disk."""
+        """Say which videos this run is about. Kept in memory only: it changes nothing on disk.
+
+        A video that is known already keeps the id it has: given through another folder, its path below
+        the input root, and so its id, would be another one, and it would be captioned twice.
+        """
         with self._db.atomic():
             self._db.conn.executemany(
                 "INSERT INTO wanted (id, path, start_s, end_s) VALUES (?, ?, ?, ?)",
                 ((item.id, item.path, item.start_s, item.end_s) for item in items),
+            )
+            self._db.execute(
+                """UPDATE OR IGNORE wanted SET id = item.id FROM item
+                   WHERE item.path = wanted.path AND item.start_s IS wanted.start_s
+                   AND item.end_s IS wanted.end_s AND item.id != wanted.id
+                   AND wanted.id NOT IN (SELECT id FROM item)"""
             )
 
     def moved(self) -> list[tuple[bytes, bytes]]:

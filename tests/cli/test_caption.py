@@ -684,3 +684,18 @@ def test_of_many_starts_at_once_one_runs(videos: Path, out: Path) -> None:
     assert sum(figures is not None for figures in made) == 1
     assert all("is in use by process" in err for _, err, code in ended if code == 75)
     invariants.check(out, videos)
+
+
+def test_a_known_video_given_through_another_folder_is_not_captioned_again(
+    specvlm: Specvlm, videos: Path, out: Path
+) -> None:
+    assert specvlm("caption", videos / "more", "-o", out).code == 0
+    (first,) = rows(out)
+    assert specvlm("caption", videos, "-o", out).code == 0
+    found = rows(out)
+    assert len(found) == 4
+    assert [row["id"] for row in found if row["path"] == first["path"]] == [first["id"]]
+    before = snapshot(out)
+    for given in (videos, videos / "more", videos / "more" / "d.mkv"):
+        assert specvlm("caption", given, "-o", out).code == 0
+        assert snapshot(out) == before
