@@ -31,6 +31,8 @@ def printable(text: str) -> str:
 
 def main(folder: Path) -> None:
     """Print one row for each caption."""
+    if not any((folder / "captions").glob("*.parquet")):
+        sys.exit(f"{folder}: no captions here; give the folder that `specvlm caption -o` wrote")
     rows = pq.read_table(folder / "captions", columns=list(COLUMNS)).sort_by("path").to_pylist()
     table = Table(box=box.SIMPLE_HEAD, show_lines=True, expand=True)
     table.add_column("file and caption", overflow="fold", ratio=1)

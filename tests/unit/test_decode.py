@@ -1,0 +1,71 @@
+"""The loop: what a round may not do, and what one row takes of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from specvlm import decode
+from specvlm.config import TREES
+from specvlm.decode import RowText
+from tests.tiny import Size, random_frames, tiny_captioner
+
+# Operations whose result the host must wait for, or whose shape depends on data.
+WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal.")
+
+
+class Watch(TorchDispatchMode):
+    """Notes operations that would make a device wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(name in str(func) for name in WAITS):
+            self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_a_round_never_waits_for_its_own_results(
+    tree: str, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One synchronisation per round: the report at its end, which reads a tensor without an operation."""
+    captioner = tiny_captioner("qwen", Size(seed=1), Size(seed=2))
+    captioner.generation_config.repetition_penalty = 1.1
+    captioner.generation_config.min_new_tokens = 3
+    watched: list[str] = []
+    rounds = 0
+    real = decode._round
+
+    def watch(*args: Any) -> Any:
+        nonlocal rounds
+        rounds += 1
+        with Watch() as watching:
+            result = real(*args)
+        watched.extend(watching.seen)
+        return result
+
+    monkeypatch.setattr(decode, "_round", watch)
+    captioner.caption(random_frames(1), tree=tree, temperature=temperature, max_new_tokens=20)  # type: ignore[arg-type]
+    assert rounds > 1
+    assert watched == []
+
+
+def test_a_row_takes_tokens_up_to_an_end_or_its_limit() -> None:
+    text = RowText(limit=5, eos=frozenset({9}))
+    assert text.take([1, 2]) == [1, 2]
+    assert text.finish_reason is None
+    assert text.take([3, 9, 4]) == [3, 9]
+    assert (text.tokens, text.finish_reason) == ([1, 2, 3, 9], "stop")
+    assert text.take([5]) == []
+    short = RowText(limit=2, eos=frozenset({9}))
+    assert short.take([1, 9]) == [1, 9]
+    assert short.finish_reason == "stop"
+    full = RowText(limit=2, eos=frozenset())
+    assert full.take([1, 9, 3]) == [1, 9]
+    assert full.finish_reason == "length"
