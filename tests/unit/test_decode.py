@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from specvlm import decode
@@ -12,8 +13,9 @@ from specvlm.config import TREES
 from specvlm.decode import RowText
 from tests.tiny import Size, random_frames, tiny_captioner
 
-# Operations whose result the host must wait for, or whose shape depends on data.
-WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal.")
+# Operations whose shape depends on data, so that the host must wait for it; and ways to ask for values.
+WAITS = ("nonzero", "masked_select", "unique", "equal.")
+ASKS = ("item", "tolist", "cpu", "numpy", "__int__", "__float__", "__bool__", "__index__")
 
 
 class Watch(TorchDispatchMode):
@@ -34,18 +36,30 @@ class Watch(TorchDispatchMode):
 def test_a_round_never_waits_for_its_own_results(
     tree: str, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One synchronisation per round: the report at its end, which reads a tensor without an operation."""
+    """One synchronisation per round: the report at its end, and nothing else asks for a value."""
     captioner = tiny_captioner("qwen", Size(seed=1), Size(seed=2))
     captioner.generation_config.repetition_penalty = 1.1
     captioner.generation_config.min_new_tokens = 3
     watched: list[str] = []
     rounds = 0
     real = decode._round
+    asked: list[str] = []
+
+    def telling(name: str) -> Any:
+        method = getattr(torch.Tensor, name)
+
+        def tell(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            asked.append(name)
+            return method(tensor, *args, **kwargs)
+
+        return tell
 
     def watch(*args: Any) -> Any:
         nonlocal rounds
         rounds += 1
-        with Watch() as watching:
+        with Watch() as watching, monkeypatch.context() as patched:
+            for name in ASKS:
+                patched.setattr(torch.Tensor, name, telling(name))
             result = real(*args)
         watched.extend(watching.seen)
         return result
@@ -54,6 +68,7 @@ def test_a_round_never_waits_for_its_own_results(
     captioner.caption(random_frames(1), tree=tree, temperature=temperature, max_new_tokens=20)  # type: ignore[arg-type]
     assert rounds > 1
     assert watched == []
+    assert asked == ["tolist"] * rounds
 
 
 def test_a_row_takes_tokens_up_to_an_end_or_its_limit() -> None:
