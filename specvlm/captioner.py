@@ -159,13 +159,15 @@ class _Job:
         if self._target.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def _slots_of_a_round(self) -> int:
-        return 1 if self._draft is None else max(self._captioner.tree_nodes(self._speculation), 1)
+    def _nodes_of_a_round(self) -> int:
+        if self._draft is None:
+            return self._proposer.nodes
+        return make_shape(self._speculation, self._target.vocabulary, self._target.device).nodes
 
     def _prefill_target(self, prompts: list[Prompt]) -> tuple[TargetRows, list[torch.Tensor]]:
         with self._clock.host_stage("target_prefill"):
             longest = max(prompt.length for prompt in prompts)
-            capacity = longest + self._generation.max_new_tokens + self._slots_of_a_round()
+            capacity = longest + self._generation.max_new_tokens + self._nodes_of_a_round()
             cache = self._target.new_cache(len(prompts), capacity)
             read = [prefill_target(self._target, prompt, cache, row) for row, prompt in enumerate(prompts)]
             self._wait()
@@ -223,18 +225,9 @@ class Captioner:
         self, target: VideoLM, processor: Any, draft: Draft | None, info: ModelInfo, frames: FrameSettings
     ) -> None:
         """`frames`: what to read of a video when a call does not say."""
-        self.target, self.processor, self.draft, self.info, self.frames = (
-            target,
-            processor,
-            draft,
-            info,
-            frames,
-        )
+        self.target, self.draft = target, draft
+        self.processor, self.info, self.frames = processor, info, frames
         self.generation_config = target.model.generation_config
-
-    def tree_nodes(self, settings: SpeculationSettings) -> int:
-        """N that a draft proposes under these settings, root included."""
-        return make_shape(settings, self.target.vocabulary, torch.device("cpu")).nodes
 
     def detokenize(self, tokens: Sequence[int]) -> str:
         """Token ids -> text without special tokens."""

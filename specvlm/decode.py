@@ -155,9 +155,9 @@ def _round(
         rule.commit(accepted.tokens, (accepted.guessed + 1) * going)
         bonus = accepted.tokens.gather(1, accepted.guessed[:, None]).squeeze(1)
         root = torch.where(going.bool(), bonus, heads.root)
-        index = heads.step + (accepted.guessed + 1) * going
+        step = heads.step + (accepted.guessed + 1) * going
     report = torch.cat((finite.long()[:, None], accepted.guessed[:, None], accepted.tokens), dim=1)
-    return _Heads(root, index), report.tolist()  # the round's only synchronisation
+    return _Heads(root, step), report.tolist()  # the round's only synchronisation
 
 
 def decode(

@@ -58,6 +58,8 @@ def prefill_target(model: VideoLM, prompt: Prompt, cache: SlabCache, row: int) -
 
     Part one ends with the last video token. Part two is the text behind it; each of its layers adds the attention
     that these rows pay to the video tokens, so the full attention never exists.
+
+    Scores are taken even where nobody asks for them: plain decoding then starts from the same bits as speculation.
     """
     where = prompt.inputs.is_video.nonzero().squeeze(1)
     boundary = int(where[-1]) + 1
