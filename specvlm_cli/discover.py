@@ -7,13 +7,13 @@ row. Paths are bytes all the way, so that names which are not UTF-8 work.
 from __future__ import annotations
 
 import glob
-import hashlib
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from specvlm_cli.exits import UsageError
+from specvlm_cli.inputs.item import Item, item_id
 from specvlm_cli.text import clean
 
 EXTENSIONS = (
@@ -38,35 +38,12 @@ _MANIFESTS = (b".parquet", b".csv", b".jsonl")
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
-@dataclass(frozen=True, slots=True)
-class Item:
-    """One video, or one part of it, that is to get a caption.
-
-    Attributes:
-        id: sha1 of (path relative to its input root, start, end), in hex.
-        path: Absolute path, as bytes.
-        start_s: Start of the part; None: the whole video.
-        end_s: End of the part; None: to the end of the video.
-    """
-
-    id: str
-    path: bytes
-    start_s: float | None = None
-    end_s: float | None = None
-
-
 @dataclass(slots=True)
 class Found:
     """What the INPUT arguments name."""
 
     items: list[Item] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)  # folders that could not be listed, with the reason
-
-
-def item_id(relative: bytes, start_s: float | None = None, end_s: float | None = None) -> str:
-    """Return sha1 of (path relative to its input root, start, end), with NUL, which no path has, between."""
-    parts = (relative, *(b"" if time is None else repr(float(time)).encode() for time in (start_s, end_s)))
-    return hashlib.sha1(b"\0".join(parts), usedforsecurity=False).hexdigest()
 
 
 def discover(

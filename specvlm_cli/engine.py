@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import specvlm
 from specvlm.records import Caption
-from specvlm_cli.discover import Item
 from specvlm_cli.exits import UsageError
+from specvlm_cli.inputs.item import Item
 from specvlm_cli.settings import CaptionSettings, Plain
 
 DEMO_WEIGHTS = Path(specvlm.__file__).parent / "demo" / "weights"

@@ -19,9 +19,9 @@ from os.path import lexists
 from pathlib import Path
 from typing import Literal, Protocol
 
-from specvlm_cli.discover import Item
 from specvlm_cli.engine import Engine
 from specvlm_cli.exits import ExitCode, UsageError
+from specvlm_cli.inputs.item import Item
 from specvlm_cli.ledger import Ledger, is_damage
 from specvlm_cli.results import Outcome
 from specvlm_cli.rows import Provenance

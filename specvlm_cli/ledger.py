@@ -21,8 +21,8 @@ from typing import Any, Self
 
 from sqlite_utils import Database
 
-from specvlm_cli.discover import Item
 from specvlm_cli.exits import FatalError
+from specvlm_cli.inputs.item import Item
 from specvlm_cli.migrations import STEPS, migrate, schema_version, sign
 
 Row = dict[str, Any]

@@ -64,7 +64,17 @@ _SECOND = (
     "ALTER TABLE part ADD COLUMN outdated INTEGER NOT NULL DEFAULT 0",
 )
 
-STEPS: tuple[tuple[str, ...], ...] = (_FIRST, _SECOND)
+_THIRD = (
+    # What a manifest's row brings along, as JSON: its own prompts (a list), the columns that pass through (an
+    # object).
+    "ALTER TABLE item ADD COLUMN prompts TEXT",
+    "ALTER TABLE item ADD COLUMN kept TEXT",
+    # The file that was captioned, to tell later whether it is still the same.
+    "ALTER TABLE item ADD COLUMN size_bytes INTEGER",
+    "ALTER TABLE item ADD COLUMN mtime_ns INTEGER",
+)
+
+STEPS: tuple[tuple[str, ...], ...] = (_FIRST, _SECOND, _THIRD)
 
 
 def schema_version(database: Database) -> int:

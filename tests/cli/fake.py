@@ -9,8 +9,8 @@ from pathlib import Path
 
 from specvlm.errors import GenerationError, NotAVideoError, PromptError, VideoDecodeError, VideoNotFoundError
 from specvlm.records import Caption, CaptionStats, VideoSource
-from specvlm_cli.discover import Item
 from specvlm_cli.engine import Models
+from specvlm_cli.inputs.item import Item
 
 ROUNDS = 4
 ACCEPTED = (0, 1, 2, 1)  # rounds that accepted 0, 1, 2, 3 tokens: 8 accepted in 4 rounds

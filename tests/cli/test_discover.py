@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from specvlm_cli.discover import discover, item_id
+from specvlm_cli.discover import discover
 from specvlm_cli.exits import UsageError
+from specvlm_cli.inputs.item import item_id
 
 
 def names(folder: Path, *inputs: object, **options: bool) -> list[str]:

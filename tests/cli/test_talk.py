@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from specvlm_cli.discover import Item
+from specvlm_cli.inputs.item import Item
 from specvlm_cli.ledger import Claim, Failure
 from specvlm_cli.talk import Talk
 from tests.cli.conftest import Specvlm, rows
