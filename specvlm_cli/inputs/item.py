@@ -18,6 +18,7 @@ class Item:
         prompts: Its own prompts, from a manifest; None: those of the run.
         kept: Columns of the manifest that pass through to the caption's row, as a JSON object; None: none.
         problem: Why a manifest's row names no video that could be tried; None: it does.
+        own_id: The id is the manifest's: two of them for one file are meant.
     """
 
     id: str
@@ -27,6 +28,7 @@ class Item:
     prompts: tuple[str, ...] | None = None
     kept: str | None = None
     problem: str | None = None
+    own_id: bool = False
 
 
 def item_id(relative: bytes, start_s: float | None = None, end_s: float | None = None) -> str:

@@ -1,0 +1,173 @@
+"""What one start is about: its videos, in a temporary SQLite file that the ledger can be joined with.
+
+Ten million rows fit, because nothing is held in memory; nothing of it is in the run folder, so a start that
+has nothing to do touches no file there. It lies where Python's `tempfile` puts things (TMPDIR).
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from os import fsdecode
+from pathlib import Path
+from typing import Any, Self
+
+from specvlm_cli.exits import UsageError
+from specvlm_cli.inputs.item import Item
+from specvlm_cli.text import clean
+
+MOST_PROMPTS = 100  # of one video
+_BATCH = 10_000
+
+_DOUBLED = "(SELECT id, min(place) AS place FROM video GROUP BY id HAVING count(*) > 1)"
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """The videos of one start, each once.
+
+    Attributes:
+        path: The SQLite file, with one table `video`.
+        count: How many videos it holds.
+        doubles: How many rows were left out because they said the same as an earlier one.
+    """
+
+    path: Path
+    count: int
+    doubles: int
+    _folder: tempfile.TemporaryDirectory[str]
+
+    @classmethod
+    def gather(cls, items: Iterable[Item]) -> Self:
+        """Store the items, and put those of one id together.
+
+        Raises:
+            UsageError: Two different videos have the same id.
+        """
+        folder = tempfile.TemporaryDirectory(prefix="specvlm-")
+        try:
+            path = Path(folder.name, "wanted.db")
+            count, doubles = _fill(path, items)
+        except BaseException:
+            folder.cleanup()
+            raise
+        return cls(path, count, doubles, folder)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._folder.cleanup()
+
+
+def _fill(path: Path, items: Iterable[Item]) -> tuple[int, int]:
+    database = sqlite3.connect(path, isolation_level=None)
+    try:
+        for setting in ("journal_mode = OFF", "synchronous = OFF", "cache_size = -65536"):
+            database.execute(f"PRAGMA {setting}")
+        database.execute(
+            """CREATE TABLE video (place INTEGER PRIMARY KEY, id TEXT NOT NULL, path BLOB NOT NULL, start_s REAL,
+               end_s REAL, prompts TEXT, kept TEXT, problem TEXT, own_id INTEGER NOT NULL) STRICT"""
+        )
+        stored = 0
+        for rows in _batches(map(_row, items)):
+            database.execute("BEGIN")
+            database.executemany(
+                """INSERT INTO video (id, path, start_s, end_s, prompts, kept, problem, own_id)
+                   VALUES (?, ?, ?, ?, ?, ?, ?, ?)""",
+                rows,
+            )
+            database.execute("COMMIT")
+            stored += len(rows)
+        database.execute("CREATE INDEX video_id ON video (id)")
+        _merge(database)
+        count = int(database.execute("SELECT count(*) FROM video").fetchone()[0])
+        return count, stored - count
+    finally:
+        database.close()
+
+
+def _row(item: Item) -> tuple[Any, ...]:
+    prompts = None if item.prompts is None else json.dumps(item.prompts)
+    return (
+        item.id,
+        item.path,
+        item.start_s,
+        item.end_s,
+        prompts,
+        item.kept,
+        item.problem,
+        int(item.own_id),
+    )
+
+
+def _batches(rows: Iterable[tuple[Any, ...]]) -> Iterator[list[tuple[Any, ...]]]:
+    rows = iter(rows)
+    while batch := list(islice(rows, _BATCH)):
+        yield batch
+
+
+def _merge(database: sqlite3.Connection) -> None:
+    """Keep the first row of each id; rows that ask something else about the same video add their prompts."""
+    _refuse_same_id(database)
+    for place, prompts in list(_asked_together(database)):
+        database.execute("UPDATE video SET prompts = ? WHERE place = ?", (prompts, place))
+    database.execute(
+        f"DELETE FROM video WHERE place IN (SELECT video.place FROM video JOIN {_DOUBLED} AS first USING (id)"
+        " WHERE video.place != first.place)"
+    )
+    # The same file through two inputs has two ids; one that a manifest gave is meant.
+    database.execute("CREATE INDEX video_path ON video (path) WHERE NOT own_id AND problem IS NULL")
+    database.execute(
+        """DELETE FROM video WHERE NOT own_id AND problem IS NULL AND EXISTS (
+             SELECT 1 FROM video AS earlier INDEXED BY video_path
+             WHERE earlier.path = video.path AND earlier.place < video.place AND NOT earlier.own_id
+             AND earlier.problem IS NULL
+             AND earlier.start_s IS video.start_s AND earlier.end_s IS video.end_s)"""
+    )
+    database.execute("DROP INDEX video_path")
+
+
+def _refuse_same_id(database: sqlite3.Connection) -> None:
+    """Two videos with one id would be taken for one."""
+    found = database.execute(
+        f"""SELECT first.path, video.path, video.id, video.own_id FROM video
+            JOIN {_DOUBLED} AS doubled USING (id) JOIN video AS first ON first.place = doubled.place
+            WHERE video.path != first.path OR video.start_s IS NOT first.start_s
+            OR video.end_s IS NOT first.end_s LIMIT 1"""
+    ).fetchone()
+    if found is None:
+        return
+    one, other, identity, own_id = found
+    names = f"{clean(fsdecode(one))} and {clean(fsdecode(other))}"
+    if own_id:
+        raise UsageError(f"{names} have the same id {clean(identity)!r} in the manifest; give each video its own")
+    raise UsageError(
+        f"{names} have one path below their inputs, so one id; "
+        "give the folder above both, or caption them into separate -o folders"
+    )
+
+
+def _asked_together(database: sqlite3.Connection) -> Iterator[tuple[int, str]]:
+    """Yield (place of the first row, all prompts) of videos that several rows ask different things about."""
+    differing = database.execute(
+        f"""SELECT DISTINCT doubled.place, doubled.id FROM video JOIN {_DOUBLED} AS doubled USING (id)
+            JOIN video AS first ON first.place = doubled.place WHERE video.prompts IS NOT first.prompts"""
+    ).fetchall()
+    for place, identity in differing:
+        prompts: dict[str, None] = {}
+        for path, text in database.execute(
+            "SELECT path, prompts FROM video WHERE id = ? ORDER BY place", (identity,)
+        ):
+            if text is None:
+                raise UsageError(
+                    f"{clean(fsdecode(path))} stands in the manifest with a prompt and without; give both or none"
+                )
+            prompts |= dict.fromkeys(json.loads(text))
+            if len(prompts) > MOST_PROMPTS:
+                raise UsageError(f"{clean(fsdecode(path))} has more than {MOST_PROMPTS} prompts; give fewer")
+        yield place, json.dumps(list(prompts))
