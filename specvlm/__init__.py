@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from specvlm.config import SpeculationSettings as SpeculationSettings
     from specvlm.errors import ConfigError as ConfigError
     from specvlm.errors import GenerationError as GenerationError
+    from specvlm.errors import GenerationTimeoutError as GenerationTimeoutError
     from specvlm.errors import IncompatibleDraftError as IncompatibleDraftError
     from specvlm.errors import ModelError as ModelError
     from specvlm.errors import ModelLoadError as ModelLoadError
@@ -52,6 +53,7 @@ _HOME = {
     "FrameSettings": "config",
     "Frames": "records",
     "GenerationError": "errors",
+    "GenerationTimeoutError": "errors",
     "GenerationSettings": "config",
     "IncompatibleDraftError": "errors",
     "ModelError": "errors",

@@ -24,7 +24,7 @@ from specvlm.config import (
 )
 from specvlm.decode import RowText, TargetRows, decode
 from specvlm.drafts.base import Draft, DraftRow, PlainProposer, Proposer
-from specvlm.errors import ConfigError
+from specvlm.errors import ConfigError, GenerationTimeoutError
 from specvlm.families.base import ModelInputs
 from specvlm.model import VideoLM
 from specvlm.prefill import Prompt, embed, prefill_target
@@ -178,6 +178,10 @@ class _Job:
         rows = [DraftRow(video.inputs, score) for video, score in zip(self._videos, scores, strict=True)]
         return draft.begin(rows, self._speculation, self._rule, self._generation.max_new_tokens)
 
+    def is_done(self) -> bool:
+        """Whether every row has come to its end."""
+        return all(text.finish_reason is not None for text in self.texts)
+
     def caption(self, row: int) -> Caption:
         """The finished caption of one row."""
         text, video = self.texts[row], self._videos[row]
@@ -229,6 +233,11 @@ class Captioner:
         self.processor, self.info, self.frames = processor, info, frames
         self.generation_config = target.model.generation_config
 
+    @property
+    def frame_multiple(self) -> int:
+        """The number of frames that the model takes is a multiple of this; see `read_video`."""
+        return self.target.family.frame_multiple(self.processor)
+
     def detokenize(self, tokens: Sequence[int]) -> str:
         """Token ids -> text without special tokens."""
         text: str = self.processor.tokenizer.decode(list(tokens), skip_special_tokens=True)
@@ -252,13 +261,14 @@ class Captioner:
                 "frame settings choose frames of a file, and these frames are chosen; leave them out"
             )
         if not isinstance(video, Frames):
-            video = read_video(video, settings, frame_multiple=family.frame_multiple(self.processor))
+            video = read_video(video, settings, frame_multiple=self.frame_multiple)
         _check_frames(video)
         decoded = time.perf_counter()
         inputs = family.prepare(self.processor, video, prompt, system)
-        return PreparedVideo(
-            inputs, len(video.pixels), video.source, decoded - start, time.perf_counter() - decoded
-        )
+        preprocess_s = time.perf_counter() - decoded
+        # Frames that another process read took their time there.
+        decode_s = decoded - start if video.source is None else video.source.decode_s
+        return PreparedVideo(inputs, len(video.pixels), video.source, decode_s, preprocess_s)
 
     def caption(
         self,
@@ -268,6 +278,7 @@ class Captioner:
         system: str | None = None,
         speculate: bool = True,
         frames: FrameSettings | None = None,
+        time_limit_s: float | None = None,
         **options: Unpack[CaptionOptions],
     ) -> Caption:
         """Caption one video.
@@ -279,6 +290,7 @@ class Captioner:
             system: The system message; None leaves it to the chat template.
             speculate: False decodes plainly: same caption, slower.
             frames: Which frames to read; None takes the captioner's own.
+            time_limit_s: Give up between two rounds once this much time has passed.
             **options: Fields of GenerationSettings and SpeculationSettings.
 
         Raises:
@@ -286,10 +298,16 @@ class Captioner:
             VideoError: The file gives no frames.
             PromptError: The prompt cannot be used.
             GenerationError: No caption came of it.
+            GenerationTimeoutError: Not within the time limit.
         """
+        began = time.monotonic()
         job = self._job(video, prompt, system, speculate, frames, options)
         for _ in job.run():
-            pass
+            if time_limit_s is not None and time.monotonic() - began > time_limit_s and not job.is_done():
+                raise GenerationTimeoutError(
+                    f"the caption was not done after {time_limit_s:g} s and {len(job.texts[0].tokens)} tokens; "
+                    "give it more time, or fewer tokens"
+                )
         return job.caption(0)
 
     def stream(

@@ -9,7 +9,8 @@
     ├── PromptError          the prompt cannot be turned into a model input
     ├── PreprocessError      the model's processor cannot take these frames
     ├── GenerationError      the models ran, but no caption came of it
-    │   └── NonFiniteLogitsError     NaN or infinite logits
+    │   ├── NonFiniteLogitsError     NaN or infinite logits
+    │   └── GenerationTimeoutError   not within the time limit
     └── VideoError           the video gives no frames; `.path`, `.stage` say which and where
         ├── VideoNotFoundError   no such file
         ├── NotAVideoError       a file, but not a video (text, empty, folder, pipe, audio only, ...)
@@ -24,6 +25,7 @@ from __future__ import annotations
 __all__ = [
     "ConfigError",
     "GenerationError",
+    "GenerationTimeoutError",
     "IncompatibleDraftError",
     "ModelError",
     "ModelLoadError",
@@ -78,6 +80,10 @@ class GenerationError(SpecvlmError):
 
 class NonFiniteLogitsError(GenerationError):
     """The target produced NaN or infinite logits; nothing of that row can be trusted."""
+
+
+class GenerationTimeoutError(GenerationError):
+    """A caption was not done within the time limit that the caller gave."""
 
 
 class VideoError(SpecvlmError):
