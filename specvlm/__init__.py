@@ -29,14 +29,17 @@ if TYPE_CHECKING:
     from specvlm.errors import ModelLoadError as ModelLoadError
     from specvlm.errors import NonFiniteLogitsError as NonFiniteLogitsError
     from specvlm.errors import NotAVideoError as NotAVideoError
+    from specvlm.errors import PathDeniedError as PathDeniedError
     from specvlm.errors import PreprocessError as PreprocessError
     from specvlm.errors import PromptError as PromptError
     from specvlm.errors import SpecvlmError as SpecvlmError
     from specvlm.errors import UnknownFamilyError as UnknownFamilyError
+    from specvlm.errors import VideoChangedError as VideoChangedError
     from specvlm.errors import VideoDecodeError as VideoDecodeError
     from specvlm.errors import VideoError as VideoError
     from specvlm.errors import VideoNotFoundError as VideoNotFoundError
     from specvlm.errors import VideoRangeError as VideoRangeError
+    from specvlm.errors import VideoUnavailableError as VideoUnavailableError
     from specvlm.loading import load as load
     from specvlm.preset import Preset as Preset
     from specvlm.preset import presets as presets
@@ -61,6 +64,7 @@ _HOME = {
     "ModelLoadError": "errors",
     "NonFiniteLogitsError": "errors",
     "NotAVideoError": "errors",
+    "PathDeniedError": "errors",
     "PreparedVideo": "captioner",
     "Preset": "preset",
     "PreprocessError": "errors",
@@ -68,11 +72,13 @@ _HOME = {
     "SpeculationSettings": "config",
     "SpecvlmError": "errors",
     "UnknownFamilyError": "errors",
+    "VideoChangedError": "errors",
     "VideoDecodeError": "errors",
     "VideoError": "errors",
     "VideoNotFoundError": "errors",
     "VideoRangeError": "errors",
     "VideoSource": "records",
+    "VideoUnavailableError": "errors",
     "load": "loading",
     "presets": "preset",
 }

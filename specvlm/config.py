@@ -124,6 +124,8 @@ class FrameSettings:
         start_s: Start of the part to read, in seconds from the video's first frame.
         end_s: End of that part in seconds, exclusive; None: the end of the video.
         backend: `auto` prefers decord and falls back to PyAV.
+        min_decoded: Share of the chosen frames that must be intact in a damaged video, 0..1; the others are
+            left out.
     """
 
     fps: float | None = None
@@ -135,6 +137,7 @@ class FrameSettings:
     start_s: float = 0.0
     end_s: float | None = None
     backend: BackendName = "auto"
+    min_decoded: float = 0.5
 
     def __post_init__(self) -> None:
         _one_of("video backend", self.backend, BACKENDS)
@@ -154,5 +157,6 @@ class FrameSettings:
         if self.total_pixels is not None:
             _within("total_pixels", self.total_pixels, 16, 1 << 40, "give at least 16 pixels a video")
         _within("start_s", self.start_s, 0.0, 1e9, "give seconds from the start of the video")
+        _within("min_decoded", self.min_decoded, 0.0, 1.0, "give a share of the frames between 0 and 1")
         if self.end_s is not None and not self.end_s > self.start_s:
             raise ConfigError(f"end_s={self.end_s} is not after start_s={self.start_s}; give a later end")

@@ -13,6 +13,9 @@
     │   └── GenerationTimeoutError   not within the time limit
     └── VideoError           the video gives no frames; `.path`, `.stage` say which and where
         ├── VideoNotFoundError   no such file
+        ├── PathDeniedError      it lies outside the folder that files may be read from
+        ├── VideoUnavailableError    the system cannot read it now; another try may work
+        │   └── VideoChangedError    it was changed, replaced or deleted while it was read
         ├── NotAVideoError       a file, but not a video (text, empty, folder, pipe, audio only, ...)
         ├── VideoDecodeError     a video whose frames cannot be decoded
         └── VideoRangeError      start and end select nothing
@@ -31,14 +34,17 @@ __all__ = [
     "ModelLoadError",
     "NonFiniteLogitsError",
     "NotAVideoError",
+    "PathDeniedError",
     "PreprocessError",
     "PromptError",
     "SpecvlmError",
     "UnknownFamilyError",
+    "VideoChangedError",
     "VideoDecodeError",
     "VideoError",
     "VideoNotFoundError",
     "VideoRangeError",
+    "VideoUnavailableError",
 ]
 
 
@@ -110,6 +116,21 @@ class VideoError(SpecvlmError):
 
 class VideoNotFoundError(VideoError):
     """There is no such file."""
+
+
+class PathDeniedError(VideoError):
+    """The opened file lies outside the folder that files may be read from."""
+
+
+class VideoUnavailableError(VideoError):
+    """The system cannot open or read the file now: a network mount, a disk, too many open files.
+
+    The one kind of `VideoError` where another try may work.
+    """
+
+
+class VideoChangedError(VideoUnavailableError):
+    """The file was changed, replaced or deleted while it was read."""
 
 
 class NotAVideoError(VideoError):

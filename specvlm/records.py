@@ -16,7 +16,12 @@ FinishReason = Literal["stop", "length"]
 
 
 class VideoSource(NamedTuple):
-    """What is known of the file that frames came from."""
+    """What is known of the file that frames came from.
+
+    `flags` say what was unusual about reading it: `truncated` (the file ends before its container says),
+    `damaged` (data missing or undecodable near what was read), `partial` (fewer frames than were chosen, because
+    of damage), `fallback` (the first reader failed, another one gave the frames).
+    """
 
     duration_s: float  # length of the whole video
     fps: float  # mean frame rate of the whole video
@@ -24,6 +29,9 @@ class VideoSource(NamedTuple):
     height: int
     backend: str  # reader and version, e.g. "decord 0.6.0"
     decode_s: float  # wall time of opening, choosing and decoding
+    flags: tuple[str, ...] = ()  # in this order, each at most once; empty for a sound file
+    size_bytes: int = 0  # of the file, as it was opened
+    mtime_ns: int = 0  # its time of change, in nanoseconds since 1970
 
 
 class Frames(NamedTuple):

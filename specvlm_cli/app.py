@@ -15,9 +15,11 @@ import typer
 from specvlm.errors import ConfigError, IncompatibleDraftError, PromptError, SpecvlmError
 from specvlm_cli import streams
 from specvlm_cli.commands.caption import caption
-from specvlm_cli.commands.options import variable
+from specvlm_cli.commands.caption_flags import CaptionFlags
+from specvlm_cli.commands.options import command, variable
+from specvlm_cli.commands.status import status
 from specvlm_cli.exits import CommandError, ExitCode
-from specvlm_cli.talk import STDERR, error_line
+from specvlm_cli.talk import error_line, error_trace
 from specvlm_cli.text import short
 
 app = typer.Typer(
@@ -26,7 +28,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-app.command(name="caption")(caption)
+app.command(name="caption")(command(CaptionFlags, caption))
+app.command(name="status")(status)
 
 
 def _print_version(wanted: bool) -> None:
@@ -62,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return ExitCode.FATAL
     except Exception as error:
         if _verbose(given):
-            print(traceback.format_exc(), end="", file=STDERR)
+            error_trace(traceback.format_exc())
         message, code = _explained(error)
         error_line(_with_source(message, given) if code == ExitCode.USAGE else message)
         return code

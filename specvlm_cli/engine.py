@@ -1,19 +1,19 @@
 """The one place where the batch tool meets the decoding library. Importing this file imports no torch.
 
-`Engine` is what the runner needs of a captioner; `load` gives the real one, tests give a fake.
+`Engine` is what a worker process needs of a captioner. `EngineFactory` makes it there: `Factory` gives the real
+one, tests give a fake.
 """
 
 from __future__ import annotations
 
-import os
-from dataclasses import asdict, dataclass, replace
+import gc
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import specvlm
-from specvlm.records import Caption
+from specvlm.records import Caption, Frames
 from specvlm_cli.exits import UsageError
-from specvlm_cli.inputs.item import Item
 from specvlm_cli.settings import CaptionSettings, Plain
 
 DEMO_WEIGHTS = Path(specvlm.__file__).parent / "demo" / "weights"
@@ -33,6 +33,7 @@ class Models:
         target_revision: Its commit, where known.
         draft: Hub id or folder of the draft; None: no draft.
         device: The target's device, in words.
+        frame_multiple: The number of frames that the target takes is a multiple of this.
         resolved: What captions depend on beyond the settings: revision, number format, processor options.
     """
 
@@ -40,7 +41,8 @@ class Models:
     target_revision: str | None
     draft: str | None
     device: str
-    resolved: Plain
+    frame_multiple: int = 1
+    resolved: Plain = field(default_factory=dict)
 
 
 class Engine(Protocol):
@@ -50,18 +52,31 @@ class Engine(Protocol):
     def models(self) -> Models:
         """What the loaded models turned out to be."""
 
-    def prepare(self, item: Item) -> Any:
-        """Read and preprocess one video; the result may be captioned several times and is never changed.
+    def prepare(self, frames: Frames, prompt: str) -> Any:
+        """Preprocess frames and a prompt; the result may be captioned several times and is never changed."""
+
+    def caption(self, prepared: Any, *, speculate: bool, time_limit_s: float | None = None) -> Caption:
+        """Caption a prepared video, with the draft or plainly.
 
         Raises:
-            VideoError: The video gives no frames.
+            GenerationTimeoutError: Not within the time limit.
         """
-
-    def caption(self, prepared: Any, *, speculate: bool) -> Caption:
-        """Caption a prepared video, with the draft or plainly."""
 
     def warm_up(self, prepared: Any) -> None:
         """Generate a few tokens both ways, so that the first video does not pay what first use costs."""
+
+    def is_out_of_memory(self, error: Exception) -> bool:
+        """Say whether an error means that memory ran out, and give back what can be given back."""
+
+
+class EngineFactory(Protocol):
+    """Makes an engine in a worker process; it is pickled on its way there."""
+
+    def gpus(self) -> int:
+        """Return how many GPUs this process sees."""
+
+    def load(self, device: str | None) -> Engine:
+        """Load the models onto a device; None: where the settings say."""
 
 
 class SpecvlmEngine:
@@ -80,20 +95,24 @@ class SpecvlmEngine:
             "dtype": info.dtype,
             "processor_options": dict(info.processor_options),
         }
-        draft = None if info.draft is None else public_name(info.draft)
-        return Models(self._settings.models.name, info.target_revision, draft, info.device, resolved)
-
-    def prepare(self, item: Item) -> PreparedVideo:
-        frames = self._settings.frames
-        if item.start_s is not None or item.end_s is not None:
-            frames = replace(frames, start_s=item.start_s or 0.0, end_s=item.end_s)
-        path = os.fsdecode(item.path)
-        return self._captioner.prepare(
-            path, self._settings.prompt, system=self._settings.system, frames=frames
+        return Models(
+            target=self._settings.models.name,
+            target_revision=info.target_revision,
+            draft=None if info.draft is None else public_name(info.draft),
+            device=info.device,
+            frame_multiple=self._captioner.frame_multiple,
+            resolved=resolved,
         )
 
-    def caption(self, prepared: PreparedVideo, *, speculate: bool) -> Caption:
-        return self._captioner.caption(prepared, speculate=speculate, **self._options)
+    def prepare(self, frames: Frames, prompt: str) -> PreparedVideo:
+        return self._captioner.prepare(frames, prompt, system=self._settings.system)
+
+    def caption(
+        self, prepared: PreparedVideo, *, speculate: bool, time_limit_s: float | None = None
+    ) -> Caption:
+        return self._captioner.caption(
+            prepared, speculate=speculate, time_limit_s=time_limit_s, **self._options
+        )
 
     def warm_up(self, prepared: PreparedVideo) -> None:
         few = min(WARM_UP_TOKENS, self._settings.generation.max_new_tokens)
@@ -101,6 +120,16 @@ class SpecvlmEngine:
             self._captioner.caption(
                 prepared, speculate=speculate, **(self._options | {"max_new_tokens": few})
             )
+
+    def is_out_of_memory(self, error: Exception) -> bool:
+        import torch
+
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+            return False
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return True
 
 
 def _speculation_options(settings: CaptionSettings) -> dict[str, Any]:
@@ -116,25 +145,39 @@ def public_name(model: str) -> str:
     return str(folder.resolve()) if folder.is_dir() else model
 
 
-def load(settings: CaptionSettings, *, quiet: bool) -> Engine:
-    """Load the models; downloads show their progress unless `quiet`. Here torch and transformers are imported."""
-    _hush(quiet)
-    models = settings.models
-    captioner = specvlm.load(
-        models.load,
-        draft=models.draft,
-        revision=models.revision,
-        draft_revision=models.draft_revision,
-        dtype=models.dtype,
-        device_map=models.device_map,
-        local_files_only=models.local_files_only,
-        trust_remote_code=models.trust_remote_code,
-    )
-    return SpecvlmEngine(captioner, settings)
+@dataclass(frozen=True, slots=True)
+class Factory:
+    """Makes the real engine; downloads show their progress unless `quiet`."""
+
+    settings: CaptionSettings
+    quiet: bool
+
+    def gpus(self) -> int:
+        import torch
+
+        return torch.cuda.device_count()
+
+    def load(self, device: str | None) -> Engine:
+        """Load the models. Here transformers is imported."""
+        models = self.settings.models
+        device_map = device or models.device_map
+        _check_device(device_map)
+        _hush(self.quiet)
+        captioner = specvlm.load(
+            models.load,
+            draft=models.draft,
+            revision=models.revision,
+            draft_revision=models.draft_revision,
+            dtype=models.dtype,
+            device_map=device_map,
+            local_files_only=models.local_files_only,
+            trust_remote_code=models.trust_remote_code,
+        )
+        return SpecvlmEngine(captioner, self.settings)
 
 
-def check_device(name: str | None) -> None:
-    """Refuse a device that this machine does not have. torch is imported only where one is named.
+def _check_device(name: str | None) -> None:
+    """Refuse a device that this machine does not have.
 
     Raises:
         UsageError: There is no such device.

@@ -11,28 +11,33 @@ import math
 import sqlite3
 import time
 import uuid
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from os import fsdecode
 from os.path import lexists
 from pathlib import Path
 from typing import Literal, Protocol
 
-from specvlm_cli.engine import Engine
-from specvlm_cli.exits import ExitCode, UsageError
-from specvlm_cli.inputs.item import Item
+from specvlm_cli.engine import EngineFactory, Models
+from specvlm_cli.exits import BusyError, ExitCode, UsageError
 from specvlm_cli.ledger import Ledger, is_damage
+from specvlm_cli.lock import Lock
+from specvlm_cli.resharding import is_unfinished, reshard
 from specvlm_cli.results import Outcome
 from specvlm_cli.rows import Provenance
 from specvlm_cli.run_folder import RunFile, RunFolder
-from specvlm_cli.runner import Policy, Reporter, Runner
+from specvlm_cli.runner import TOO_MANY, Policy, Reporter, Runner
 from specvlm_cli.settings import CaptionSettings, Plain, config_hash, differences
+from specvlm_cli.shard import Shard
 from specvlm_cli.stopping import Stop, listening
 from specvlm_cli.text import clean
+from specvlm_cli.wanted import Wanted
 
 ChangePolicy = Literal["error", "reuse", "new"]
-LoadEngine = Callable[[], Engine]
+LockedPolicy = Literal["fail", "skip", "wait"]
+
+_LOOK_EVERY_S = 1.0  # at a lock that others hold
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,29 +45,39 @@ class Request:
     """What one start is asked to do.
 
     Attributes:
-        items: The videos.
+        wanted: The videos.
         out: The run folder.
         settings: What captions depend on, and how they are made.
         policy: How to work through the videos.
         version: Version of specvlm, for the rows.
+        shard: Which part of the run this is.
+        reshard: Divide the run anew, where it has another number of shards.
+        kept: Columns that pass through from a manifest to the rows, and their kinds.
         unreadable: Folders that could not be listed; videos in them were not found, which counts as a failure.
         overwrite: Caption all given videos anew.
         retry_failed: Try the given videos again that failed before.
         on_config_change: What to do where the folder holds captions made with other settings.
+        if_locked: What to do where another start is at work on the same shard.
+        max_runtime_s: Stop after this time; None: never.
         max_failures_share: Stop once this share of the videos to do has failed; None: see
             `policy.max_failures`.
         exit_zero: Failed videos do not change the exit code.
     """
 
-    items: Sequence[Item]
+    wanted: Wanted
     out: Path
     settings: CaptionSettings
     policy: Policy
     version: str
+    shard: Shard = field(default_factory=Shard)
+    reshard: bool = False
+    kept: Mapping[str, str] = field(default_factory=dict)
     unreadable: int = 0
     overwrite: bool = False
     retry_failed: bool = False
     on_config_change: ChangePolicy = "error"
+    if_locked: LockedPolicy = "fail"
+    max_runtime_s: float | None = None
     max_failures_share: float | None = None
     exit_zero: bool = False
 
@@ -77,33 +92,74 @@ class Display(Reporter, Protocol):
         """Say something that is worth a line."""
 
 
-def run(
-    request: Request, load_engine: LoadEngine, display: Display, *, check: Callable[[], None] = lambda: None
-) -> Outcome:
+def run(request: Request, factory: EngineFactory, display: Display) -> Outcome:
     """Caption what is to be captioned, and say how it ended.
-
-    `check` is called before anything is written, where there is something to do; what it raises is raised.
 
     Raises:
         CommandError: The start could not be made, or could not go on.
     """
     started = time.monotonic()
+    if request.reshard and reshard(request.out, request.shard.count):
+        display.note(f"{clean(str(request.out))} is divided into {request.shard.count} shards now")
     folder = choose_folder(request)
     if str(folder.root) != str(request.out):
         display.note(f"settings changed: captions go to {clean(str(folder.root))}")
     if (outcome := _nothing_to_do(request, folder)) is not None:
         return outcome
-    check()
     run_id = uuid.uuid4().hex
-    with folder.locked(run_id) as lock, folder.open() as ledger:
-        _settle(request, folder, ledger, lock.after_crash, display)
-        with listening(lock.sign_off) as stop:
-            outcome = _work(request, folder, ledger, run_id, load_engine, display, stop)
+    with listening() as stop:
+        if request.max_runtime_s is not None:
+            stop.end_after(request.max_runtime_s)
+        with _held(request, folder, run_id, stop, display) as lock:
+            if lock is None:
+                return _not_begun(request, folder, stop)
+            stop.tell(lock.sign_off)
+            with folder.open() as ledger:
+                start = _Start(request, folder, ledger, run_id, display, stop)
+                start.settle(lock.after_crash)
+                outcome = start.work(factory)
     return replace(outcome, wall_s=time.monotonic() - started)
 
 
-def plan(request: Request) -> tuple[Outcome, list[bytes]]:
-    """Say what a start would do, touching nothing: how things stand, and the paths it would work on.
+@contextmanager
+def _held(
+    request: Request, folder: RunFolder, run_id: str, stop: Stop, display: Display
+) -> Iterator[Lock | None]:
+    """Hold the shard's lock; None where another start holds it and that is a reason to skip, or to stop."""
+    told = False
+    with ExitStack() as held:
+        while stop.reason is None:
+            try:
+                yield held.enter_context(folder.locked(run_id))
+                return
+            except BusyError as error:
+                if request.if_locked == "fail":
+                    raise
+                if request.if_locked == "skip":
+                    display.note(str(error))
+                    break
+                if not told:
+                    display.note(f"waiting: {error}")
+                told = True
+                time.sleep(_LOOK_EVERY_S)
+        yield None
+
+
+def _not_begun(request: Request, folder: RunFolder, stop: Stop) -> Outcome:
+    code = ExitCode.OK if stop.reason is None else ExitCode.STOPPED
+    return Outcome(
+        code,
+        str(folder.root),
+        request.wanted.count,
+        0,
+        0,
+        request.wanted.count,
+        stopped=stop.reason or "locked",
+    )
+
+
+def plan(request: Request, show: Callable[[bytes], None]) -> tuple[Outcome, int]:
+    """Show the path of each video that a start would work on, touching nothing; say how things stand, and how many.
 
     Raises:
         CommandError: The start would fail.
@@ -111,37 +167,63 @@ def plan(request: Request) -> tuple[Outcome, list[bytes]]:
     folder = choose_folder(request)
     try:
         with folder.preview() as ledger:
-            ledger.want(request.items)
+            ledger.want(request.wanted)
             _refuse_changes(request, folder, ledger)
-            paths = ledger.paths_to_do(request.overwrite, request.retry_failed, request.policy.limit)
-            return _outcome(request, folder, ledger), paths
+            number = 0
+            for path in ledger.paths_to_do(request.overwrite, request.retry_failed, request.policy.limit):
+                show(path)
+                number += 1
+            return _outcome(request, folder, ledger), number
     except sqlite3.DatabaseError as error:
         raise folder.damaged(error) if is_damage(error) else error from error
 
 
 def choose_folder(request: Request) -> RunFolder:
     """Return the run folder: OUT, or with `--on-config-change new` a sibling named after the new settings."""
-    folder = RunFolder(request.out)
+    folder = RunFolder(request.out, request.shard)
+    if is_unfinished(request.out):
+        reshard(request.out, request.shard.count)
     known = folder.read()
     fingerprint = request.settings.fingerprint()
-    if known is None or known.settings == fingerprint or request.on_config_change != "new":
-        return folder
-    out = request.out.absolute()
-    return RunFolder(out.with_name(f"{out.name}-{config_hash(fingerprint)[:8]}"))
+    if known is not None and known.settings != fingerprint and request.on_config_change == "new":
+        out = request.out.absolute()
+        folder = RunFolder(out.with_name(f"{out.name}-{config_hash(fingerprint)[:8]}"), request.shard)
+        known = folder.read()
+    folder.parts.kept = _kept(request, folder, known)
+    return folder
+
+
+def _kept(request: Request, folder: RunFolder, known: RunFile | None) -> Mapping[str, str]:
+    """Return the columns that pass through: those of the run, which a start may not add to."""
+    if known is None:
+        return request.kept
+    if known.shards != request.shard.count:
+        raise UsageError(
+            f"{_shown(folder)} was begun with {known.shards} shards, this start has {request.shard.count}; give "
+            "--shard I/N with that number, or --reshard to have it divided anew"
+        )
+    if not request.kept.items() <= known.kept.items():
+        had = ", ".join(f"{name} ({kind})" for name, kind in known.kept.items()) or "none"
+        now = ", ".join(f"{name} ({kind})" for name, kind in request.kept.items())
+        raise UsageError(
+            f"{_shown(folder)} was begun with other --keep-columns: {clean(had)}, now {clean(now)}; all its "
+            "parts have one schema, so give those columns, or another -o folder"
+        )
+    return known.kept
 
 
 def _nothing_to_do(request: Request, folder: RunFolder) -> Outcome | None:
     """Return the outcome where this start has nothing to do, having touched nothing; else None."""
-    if not request.items:
+    if not request.wanted.count:
         return Outcome(_code_without_work(request), str(folder.root), found=0, done=0, failed=0, pending=0)
     ledger = folder.peek()
     if ledger is None:
         return None
     try:
         with ledger:
-            ledger.want(request.items)
+            ledger.want(request.wanted)
             _refuse_changes(request, folder, ledger)
-            work = ledger.paths_to_do(request.overwrite, request.retry_failed, 1)
+            work = ledger.has_news() or ledger.count_to_do(request.overwrite, request.retry_failed, 1)
             return None if work or not folder.parts.in_order(ledger) else _outcome(request, folder, ledger)
     except sqlite3.DatabaseError as error:
         if is_damage(error):  # opening it for writing tells what is wrong
@@ -149,54 +231,102 @@ def _nothing_to_do(request: Request, folder: RunFolder) -> Outcome | None:
         raise
 
 
-def _settle(request: Request, folder: RunFolder, ledger: Ledger, after_crash: bool, display: Display) -> None:
-    """Bring ledger and files into the state from which work can begin."""
-    ledger.want(request.items)
-    _refuse_changes(request, folder, ledger)
-    ledger.recover(crashed=after_crash)
-    ledger.register()
-    for done in folder.parts.repair(ledger):
-        display.note(done)
+@dataclass(slots=True)
+class _Start:
+    """One start that holds its run folder and has something to do.
 
+    Attributes:
+        refused: Rows of a manifest that failed because they name no video.
+    """
 
-def _work(
-    request: Request,
-    folder: RunFolder,
-    ledger: Ledger,
-    run_id: str,
-    load_engine: LoadEngine,
-    display: Display,
-    stop: Stop,
-) -> Outcome:
-    todo = len(ledger.paths_to_do(request.overwrite, request.retry_failed, request.policy.limit))
-    if not todo:
-        folder.parts.close_part(ledger, request.policy.part_rows)
-        folder.parts.write_failures(ledger)
-        return _outcome(request, folder, ledger)
-    display.note(f"loading {clean(request.settings.models.name)}")
-    engine = load_engine()
-    _begin(request, folder, ledger, engine)
-    policy = replace(request.policy, max_failures=_most_failures(request, todo))
-    provenance = _provenance(request, engine, run_id)
-    runner = Runner(ledger, folder.parts, engine, policy, provenance, display)
-    with display.working(todo):
-        runner.run(stop)
-    outcome = _outcome(request, folder, ledger)
-    return replace(
-        outcome,
-        exit_code=_exit_code(request, outcome, stop, runner),
-        failed_now=runner.failed,
-        figures=runner.tally.figures(),
-        stopped=runner.stopped,
-    )
+    request: Request
+    folder: RunFolder
+    ledger: Ledger
+    run_id: str
+    display: Display
+    stop: Stop
+    refused: int = 0
 
+    def settle(self, after_crash: bool) -> None:
+        """Bring ledger and files into the state from which work can begin."""
+        self.ledger.want(self.request.wanted)
+        _refuse_changes(self.request, self.folder, self.ledger)
+        self.ledger.recover(crashed=after_crash)
+        self.refused = self.ledger.register()
+        for done in self.folder.parts.repair(self.ledger):
+            self.display.note(done)
 
-def _exit_code(request: Request, outcome: Outcome, stop: Stop, runner: Runner) -> ExitCode:
-    if stop.reason is not None and outcome.pending:
-        return ExitCode.STOPPED
-    if runner.stopped == "max-failures":
-        return ExitCode.TOO_MANY_FAILED
-    return ExitCode.SOME_FAILED if outcome.failed and not request.exit_zero else outcome.exit_code
+    def work(self, factory: EngineFactory) -> Outcome:
+        """Caption what is to be captioned."""
+        request = self.request
+        todo = self.ledger.count_to_do(request.overwrite, request.retry_failed, request.policy.limit)
+        policy = replace(request.policy, max_failures=_most_failures(request, todo))
+        runner = Runner(self.ledger, self.folder.parts, factory, policy, self.display)
+        if todo and self.stop.reason is None:
+            self._caption(runner, todo)
+        else:
+            runner.close_parts()
+        return self._ended(runner, todo)
+
+    def _ended(self, runner: Runner, todo: int) -> Outcome:
+        outcome = _outcome(self.request, self.folder, self.ledger)
+        return replace(
+            outcome,
+            exit_code=self._exit_code(runner, outcome, todo),
+            failed_now=runner.failed + self.refused,
+            figures=runner.tally.figures() if todo else None,
+            stopped=runner.stopped or (self.stop.reason if outcome.pending else None),
+        )
+
+    def _exit_code(self, runner: Runner, outcome: Outcome, todo: int) -> ExitCode:
+        if self.stop.reason is not None and outcome.pending:
+            return ExitCode.STOPPED
+        if runner.stopped == TOO_MANY:
+            return ExitCode.TOO_MANY_FAILED
+        failed = outcome.failed if todo else self.refused
+        return ExitCode.SOME_FAILED if failed and not self.request.exit_zero else outcome.exit_code
+
+    def _caption(self, runner: Runner, todo: int) -> None:
+        self.display.note(f"loading {clean(self.request.settings.models.name)}")
+        try:
+            models = runner.load(self.stop)
+            if models is None:
+                return
+            self._begin(models)
+            with self.display.working(todo):
+                runner.run(self.stop, _provenance(self.request, models, self.run_id))
+        finally:
+            runner.close()
+
+    def _begin(self, models: Models) -> None:
+        """Reopen what is to be done again, then record the settings and what the models turned out to be.
+
+        Only here, with the models loaded, can nothing but the work itself go wrong. In this order a crash
+        between the two leaves videos to be done again, never old captions under new settings.
+        """
+        request, folder = self.request, self.folder
+        resolved: Plain = json.loads(json.dumps(models.resolved, default=str))
+        with folder.settling():
+            self._refuse_other_target(resolved)
+            if request.shard.count > 1:  # another shard may have begun meanwhile
+                _refuse_changes(request, folder, self.ledger)
+            self.ledger.reopen(request.overwrite, request.retry_failed, request.policy.limit)
+            fingerprint = request.settings.fingerprint()
+            kept = dict(folder.parts.kept)
+            digest = config_hash(fingerprint)
+            folder.write(RunFile(fingerprint, digest, resolved, shards=request.shard.count, kept=kept))
+
+    def _refuse_other_target(self, resolved: Plain) -> None:
+        known = self.folder.read()
+        changes = differences(known.resolved, resolved) if known is not None else []
+        if not changes or self.request.on_config_change == "reuse":
+            return
+        if _captions_kept(self.request, self.folder, self.ledger):
+            raise UsageError(
+                f"{_shown(self.folder)}: the loaded target is not that of the captions there: "
+                f"{'; '.join(changes)}; pin it with --revision and --dtype, or accept both with "
+                "--on-config-change reuse"
+            )
 
 
 def _most_failures(request: Request, todo: int) -> int | None:
@@ -209,7 +339,7 @@ def _outcome(request: Request, folder: RunFolder, ledger: Ledger) -> Outcome:
     return Outcome(
         _code_without_work(request),
         str(folder.root),
-        found=len(request.items),
+        found=request.wanted.count,
         done=counts["done"],
         failed=counts["failed"],
         pending=counts["pending"] + counts["running"],
@@ -220,36 +350,16 @@ def _code_without_work(request: Request) -> ExitCode:
     return ExitCode.SOME_FAILED if request.unreadable and not request.exit_zero else ExitCode.OK
 
 
-def _provenance(request: Request, engine: Engine, run_id: str) -> Provenance:
-    models = engine.models
+def _provenance(request: Request, models: Models, run_id: str) -> Provenance:
     return Provenance(
         target_model=models.target,
         target_revision=models.target_revision,
         draft_model=models.draft,
-        prompt=request.settings.prompt,
         config_hash=config_hash(request.settings.fingerprint()),
         specvlm_version=request.version,
         run_id=run_id,
+        prompts=request.settings.prompts,
     )
-
-
-def _begin(request: Request, folder: RunFolder, ledger: Ledger, engine: Engine) -> None:
-    """Reopen what is to be done again, then record the settings and what the models turned out to be.
-
-    Only here, with the models loaded, can nothing but the work itself go wrong. In this order a crash between
-    the two leaves videos to be done again, never old captions under new settings.
-    """
-    resolved: Plain = json.loads(json.dumps(engine.models.resolved, default=str))
-    known = folder.read()
-    changes = differences(known.resolved, resolved) if known is not None else []
-    if changes and request.on_config_change != "reuse" and _captions_kept(request, ledger):
-        raise UsageError(
-            f"{_shown(folder)}: the loaded target is not that of the captions there: {'; '.join(changes)}; "
-            "pin it with --revision and --dtype, or accept both with --on-config-change reuse"
-        )
-    ledger.reopen(request.overwrite, request.retry_failed, request.policy.limit)
-    fingerprint = request.settings.fingerprint()
-    folder.write(RunFile(fingerprint, config_hash(fingerprint), resolved))
 
 
 def _refuse_changes(request: Request, folder: RunFolder, ledger: Ledger) -> None:
@@ -257,9 +367,12 @@ def _refuse_changes(request: Request, folder: RunFolder, ledger: Ledger) -> None
     _refuse_other_video(ledger)
     fingerprint = request.settings.fingerprint()
     known = folder.read()
-    if request.on_config_change == "reuse" or (known is not None and known.settings == fingerprint):
+    if request.on_config_change == "reuse":
         return
-    if not _captions_kept(request, ledger):
+    _refuse_other_prompts(request, ledger)
+    if known is not None and known.settings == fingerprint:
+        return
+    if not _captions_kept(request, folder, ledger):
         return
     if known is None and ledger.config_hashes() == {config_hash(fingerprint)}:
         return
@@ -270,8 +383,19 @@ def _refuse_changes(request: Request, folder: RunFolder, ledger: Ledger) -> None
     )
 
 
-def _captions_kept(request: Request, ledger: Ledger) -> int:
-    return ledger.captions_kept(request.overwrite, request.policy.limit)
+def _refuse_other_prompts(request: Request, ledger: Ledger) -> None:
+    path = None if request.overwrite else ledger.asked_differently()
+    if path is not None:
+        raise UsageError(
+            f"{clean(fsdecode(path))} has another prompt in the manifest than its caption was made with; give "
+            "the old one, --overwrite, or --on-config-change reuse (keep such captions)"
+        )
+
+
+def _captions_kept(request: Request, folder: RunFolder, ledger: Ledger) -> int:
+    """Return how many captions of the whole run stay when this start makes its own."""
+    ours = ledger.captions_kept(request.overwrite, request.policy.limit)
+    return ours + sum(other.captions_kept(False, None) for other in folder.other_ledgers())
 
 
 def _refuse_other_video(ledger: Ledger) -> None:

@@ -17,18 +17,21 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from sqlite_utils import Database
 
 from specvlm_cli.exits import FatalError
+from specvlm_cli.failure import Failure as Failure
 from specvlm_cli.inputs.item import Item
 from specvlm_cli.migrations import STEPS, migrate, schema_version, sign
+from specvlm_cli.wanted import Wanted
 
 Row = dict[str, Any]
 
 MOST_CRASHES = 3  # a video in whose company the process died this often is not tried again
 BUSY_TIMEOUT_S = 60.0
+BAD_INPUT = "BadInput"  # error type of a manifest's row that names no video
 _REBUILD = "delete it to have it rebuilt from captions/"
 
 
@@ -41,13 +44,21 @@ class Claim:
     attempts: int  # this one included
 
 
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """Why a video has no caption."""
+class FileStamp(NamedTuple):
+    """What tells later whether a file is still the one that was captioned."""
 
-    stage: str  # open, decode, preprocess, generate or write
-    error_type: str
-    error: str  # one line
+    size_bytes: int | None
+    mtime_ns: int | None
+
+
+NO_FILE = FileStamp(None, None)
+
+
+class Moved(NamedTuple):
+    """A wanted video that the ledger knows by its id, at another path."""
+
+    then: bytes
+    now: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +76,6 @@ class Ledger:
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._db = Database(connection, execute_plugins=False)
-        self._db.execute("PRAGMA temp_store = MEMORY")
-        self._db.execute(
-            """CREATE TEMP TABLE wanted (
-                 id TEXT PRIMARY KEY, path BLOB NOT NULL, start_s REAL, end_s REAL) STRICT"""
-        )
 
     @classmethod
     def open(cls, path: Path) -> Self:
@@ -132,8 +138,14 @@ class Ledger:
         self.close()
 
     @contextmanager
-    def _writing(self) -> Iterator[None]:
-        """One transaction whose write lock is taken first, so that it cannot fail half way for want of it."""
+    def writing(self) -> Iterator[None]:
+        """One transaction whose write lock is taken first, so that it cannot fail half way for want of it.
+
+        Inside another one it is part of that: all of it is committed, or nothing.
+        """
+        if self._db.conn.in_transaction:
+            yield
+            return
         self._db.execute("BEGIN IMMEDIATE")
         try:
             yield
@@ -148,52 +160,96 @@ class Ledger:
 
     # What is wanted by this run
 
-    def want(self, items: Iterable[Item]) -> None:
-        """Say which videos this run is about. Kept in memory only: it changes nothing on disk.
+    def want(self, wanted: Wanted) -> None:
+        """Say which videos this run is about. It changes nothing in this file.
 
         A video that is known already keeps the id it has: given through another folder, its path below
         the input root, and so its id, would be another one, and it would be captioned twice.
         """
-        with self._db.atomic():
-            self._db.conn.executemany(
-                "INSERT INTO wanted (id, path, start_s, end_s) VALUES (?, ?, ?, ?)",
-                ((item.id, item.path, item.start_s, item.end_s) for item in items),
-            )
-            self._db.execute(
-                """UPDATE OR IGNORE wanted SET id = item.id FROM item
-                   WHERE item.path = wanted.path AND item.start_s IS wanted.start_s
-                   AND item.end_s IS wanted.end_s AND item.id != wanted.id
-                   AND wanted.id NOT IN (SELECT id FROM item)"""
-            )
+        self._db.execute("ATTACH DATABASE ? AS wanted", (str(wanted.path),))
+        for setting in ("journal_mode = OFF", "synchronous = OFF", "cache_size = -65536"):
+            self._db.execute(f"PRAGMA wanted.{setting}")
+        if not self._one("SELECT EXISTS (SELECT 1 FROM item)"):
+            return
+        self._db.execute(
+            """UPDATE wanted.video AS video SET id = item.id FROM item
+               WHERE NOT video.own_id AND video.problem IS NULL
+               AND video.id NOT IN (SELECT id FROM item)
+               AND item.path = video.path AND item.start_s IS video.start_s AND item.end_s IS video.end_s
+               AND item.id NOT IN (SELECT id FROM wanted.video)"""
+        )
 
-    def moved(self) -> list[tuple[bytes, bytes]]:
-        """Return (path then, path now) of wanted videos that the ledger knows by their id at another path."""
-        sql = "SELECT item.path, wanted.path FROM wanted JOIN item USING (id) WHERE item.path != wanted.path"
-        return [(bytes(then), bytes(now)) for then, now in self._db.execute(sql)]
+    def moved(self) -> Iterator[Moved]:
+        """Yield the wanted videos that the ledger knows by their id at another path."""
+        sql = """SELECT item.path, video.path FROM wanted.video AS video JOIN item USING (id)
+                 WHERE item.path != video.path"""
+        return (Moved(bytes(then), bytes(now)) for then, now in self._db.execute(sql))
+
+    def asked_differently(self) -> bytes | None:
+        """Return the path of a video that has captions for other prompts of its own than it has now."""
+        sql = """SELECT item.path FROM wanted.video AS video JOIN item USING (id)
+                 WHERE item.prompts IS NOT video.prompts
+                 AND EXISTS (SELECT 1 FROM caption WHERE caption.item = item.ordinal) LIMIT 1"""
+        found = self._db.execute(sql).fetchone()
+        return None if found is None else bytes(found[0])
 
     def counts(self) -> dict[str, int]:
         """Return how many wanted videos are pending (new ones included), running, done, failed."""
-        sql = """SELECT coalesce(item.state, 'pending'), count(*)
-                 FROM wanted LEFT JOIN item USING (id) GROUP BY 1"""
+        sql = """SELECT coalesce(item.state, iif(video.problem IS NULL, 'pending', 'failed')), count(*)
+                 FROM wanted.video AS video LEFT JOIN item USING (id) GROUP BY 1"""
         return {"pending": 0, "running": 0, "done": 0, "failed": 0} | dict(self._db.execute(sql).fetchall())
 
-    def paths_to_do(self, overwrite: bool, retry_failed: bool, limit: int | None) -> list[bytes]:
-        """Return the paths of the wanted videos that a start would work on, in order."""
+    def paths_to_do(self, overwrite: bool, retry_failed: bool, limit: int | None) -> Iterator[bytes]:
+        """Yield the paths of the wanted videos that a start would work on, in order."""
         sql, values = _to_do("path", overwrite, retry_failed, limit)
-        return [bytes(path) for (path,) in self._db.execute(sql, values)]
+        return (bytes(path) for (path,) in self._db.execute(sql, values))
 
-    def register(self) -> None:
-        """Add the wanted videos that are new, and follow those that moved."""
-        with self._writing():
+    def count_to_do(self, overwrite: bool, retry_failed: bool, limit: int | None) -> int:
+        """Return how many wanted videos a start would work on."""
+        sql, values = _to_do("id", overwrite, retry_failed, limit)
+        return int(self._one(f"SELECT count(*) FROM ({sql})", *values))
+
+    def has_news(self) -> bool:
+        """Say whether a wanted row names no video and has not failed for that yet."""
+        sql = """SELECT EXISTS (SELECT 1 FROM wanted.video AS video WHERE problem IS NOT NULL
+                                AND NOT EXISTS (SELECT 1 FROM item WHERE item.id = video.id))"""
+        return bool(self._one(sql))
+
+    def register(self) -> int:
+        """Add the wanted videos that are new, and follow those that moved or bring along something else.
+
+        A row that names no video has failed at once; it is pending again once it names one. Returns how many
+        failed like that just now.
+        """
+        with self.writing():
+            known = self._one("SELECT EXISTS (SELECT 1 FROM item)")
             self._db.execute(
-                """INSERT INTO item (id, path, start_s, end_s)
-                   SELECT id, path, start_s, end_s FROM wanted WHERE id NOT IN (SELECT id FROM item)
-                   ORDER BY rowid"""
+                """INSERT INTO item (id, path, start_s, end_s, prompts, kept)
+                   SELECT id, path, start_s, end_s, prompts, kept FROM wanted.video AS video
+                   WHERE NOT EXISTS (SELECT 1 FROM item WHERE item.id = video.id) ORDER BY place"""
             )
-            self._db.execute(
-                """UPDATE item SET path = wanted.path FROM wanted
-                   WHERE item.id = wanted.id AND item.path != wanted.path"""
+            if known:
+                self._follow()
+            refused = self._db.execute(
+                f"""UPDATE item SET state = 'failed', stage = 'open', error_type = '{BAD_INPUT}',
+                    error = video.problem, at = ?, reported = 0 FROM wanted.video AS video
+                    WHERE video.problem IS NOT NULL AND video.id = item.id
+                    AND (state IN ('pending', 'running') OR state = 'failed' AND error IS NOT video.problem)""",
+                (_now(),),
             )
+            return int(refused.rowcount)
+
+    def _follow(self) -> None:
+        self._db.execute(
+            """UPDATE item SET path = video.path, prompts = video.prompts, kept = video.kept
+               FROM wanted.video AS video WHERE item.id = video.id
+               AND (item.path, item.prompts, item.kept) IS NOT (video.path, video.prompts, video.kept)"""
+        )
+        self._db.execute(
+            f"""UPDATE item SET state = 'pending' FROM wanted.video AS video
+                WHERE item.id = video.id AND video.problem IS NULL
+                AND state = 'failed' AND error_type = '{BAD_INPUT}'"""
+        )
 
     def captions_kept(self, overwrite: bool, limit: int | None) -> int:
         """Return how many captions are there, leaving out those that an overwriting run makes anew."""
@@ -211,40 +267,41 @@ class Ledger:
 
     # One video at a time
 
-    def claim(self, after: int) -> Claim | None:
-        """Mark the next pending wanted video after `after` as running and return it; None: there is none."""
-        sql = """SELECT ordinal, id, item.path, item.start_s, item.end_s, attempts
-                 FROM item JOIN wanted USING (id)
-                 WHERE state = 'pending' AND ordinal > ? ORDER BY ordinal LIMIT 1"""
-        with self._writing():
-            found = self._db.execute(sql, (after,)).fetchone()
-            if found is None:
-                return None
+    def pending(self, after: int, limit: int) -> list[Claim]:
+        """Return the next pending wanted videos after `after`, an ordinal; nothing is written."""
+        sql = """SELECT ordinal, item.id, item.path, item.start_s, item.end_s, item.prompts, item.kept, attempts
+                 FROM item JOIN wanted.video AS video USING (id)
+                 WHERE state = 'pending' AND ordinal > ? ORDER BY ordinal LIMIT ?"""
+        return [_claim(*row) for row in self._db.execute(sql, (after, limit)).fetchall()]
+
+    def claim(self, claim: Claim) -> None:
+        """Mark a pending video as running: whatever kills this process now may be its doing."""
+        with self.writing():
             self._db.execute(
-                "UPDATE item SET state = 'running', attempts = attempts + 1 WHERE ordinal = ?", (found[0],)
+                "UPDATE item SET state = 'running', attempts = ? WHERE ordinal = ?",
+                (claim.attempts, claim.ordinal),
             )
-        ordinal, identity, path, start_s, end_s, attempts = found
-        return Claim(ordinal, Item(identity, bytes(path), start_s, end_s), attempts + 1)
 
     def release(self, claim: Claim) -> None:
         """Put a video back that was claimed and has no outcome; that is no crash."""
-        with self._writing():
+        with self.writing():
             self._db.execute(
                 "UPDATE item SET state = 'pending' WHERE ordinal = ? AND state = 'running'", (claim.ordinal,)
             )
 
-    def finish(self, claim: Claim, rows: Sequence[Row]) -> None:
+    def finish(self, claim: Claim, rows: Sequence[Row], file: FileStamp = NO_FILE) -> None:
         """Store the captions of one video, one row for each prompt, and mark it done: both or neither.
 
         Captions that it had before are replaced, in the part where they stand.
         """
-        with self._writing():
+        with self.writing():
             self._store(claim.ordinal, rows, self._take_out(claim.ordinal))
             self._db.execute(
                 """UPDATE item
-                   SET state = 'done', crashes = 0, stage = NULL, error_type = NULL, error = NULL, at = ?
+                   SET state = 'done', crashes = 0, stage = NULL, error_type = NULL, error = NULL, at = ?,
+                       attempts = ?, size_bytes = ?, mtime_ns = ?
                    WHERE ordinal = ?""",
-                (_now(), claim.ordinal),
+                (_now(), claim.attempts, *file, claim.ordinal),
             )
 
     def _take_out(self, ordinal: int) -> str | None:
@@ -264,12 +321,12 @@ class Ledger:
 
     def fail(self, claim: Claim, failure: Failure) -> None:
         """Store why a video has no new caption, and mark it failed; one that it had before is kept."""
-        with self._writing():
+        with self.writing():
             self._db.execute(
                 """UPDATE item
-                   SET state = 'failed', stage = ?, error_type = ?, error = ?, at = ?, reported = 0
+                   SET state = 'failed', stage = ?, error_type = ?, error = ?, at = ?, attempts = ?, reported = 0
                    WHERE ordinal = ?""",
-                (failure.stage, failure.error_type, failure.error, _now(), claim.ordinal),
+                (failure.stage, failure.error_type, failure.error, _now(), claim.attempts, claim.ordinal),
             )
 
     # Starting again
@@ -279,7 +336,7 @@ class Ledger:
 
         `crashed` is false where the run before ended in order and only could not put its video back.
         """
-        with self._writing():
+        with self.writing():
             self._db.execute(
                 "UPDATE item SET crashes = crashes + ?, state = 'pending' WHERE state = 'running'", (crashed,)
             )
@@ -295,7 +352,7 @@ class Ledger:
     def reopen(self, overwrite: bool, retry_failed: bool, limit: int | None) -> None:
         """Make pending what `paths_to_do` names; captions stay until others take their place."""
         anew, values = _to_do("id", overwrite, retry_failed, limit)
-        with self._writing():
+        with self.writing():
             self._db.execute(
                 f"""UPDATE item SET state = 'pending', crashes = 0, attempts = iif(?, 0, attempts)
                     WHERE state IN ('done', 'failed') AND id IN ({anew})""",
@@ -338,14 +395,14 @@ class Ledger:
 
     def take_part_number(self) -> int:
         """Return a part number that was never given out before."""
-        with self._writing():
+        with self.writing():
             number = int(self._one("SELECT value FROM counter WHERE name = 'next_part'"))
             self._db.execute("UPDATE counter SET value = ? WHERE name = 'next_part'", (number + 1,))
         return number
 
     def add_part(self, part: Part, members: Iterable[tuple[int, int]]) -> None:
         """Record a finished part and the (item, prompt index) of the captions in it."""
-        with self._writing():
+        with self.writing():
             self._insert_part(part)
             self._db.conn.executemany(
                 "UPDATE caption SET part = ? WHERE item = ? AND prompt_index = ?",
@@ -360,7 +417,7 @@ class Ledger:
 
     def outdate(self, name: str) -> None:
         """Have a part written anew that is gone or damaged; its captions are still here."""
-        with self._writing():
+        with self.writing():
             self._outdate(name)
 
     def _outdate(self, name: str) -> None:
@@ -368,7 +425,7 @@ class Ledger:
 
     def renew_part(self, part: Part) -> None:
         """Record that a part was written anew under its old name."""
-        with self._writing():
+        with self.writing():
             self._db.execute(
                 "UPDATE part SET sha256 = ?, rows = ?, bytes = ?, outdated = 0 WHERE name = ?",
                 (part.sha256, part.rows, part.size_bytes, part.name),
@@ -376,7 +433,7 @@ class Ledger:
 
     def drop_part(self, name: str) -> None:
         """Forget a file that no caption belongs in."""
-        with self._writing():
+        with self.writing():
             self._db.execute("DELETE FROM part WHERE name = ?", (name,))
 
     def failures(self) -> list[Row]:
@@ -395,7 +452,7 @@ class Ledger:
 
     def mark_failures(self, name: str, part: Part | None) -> None:
         """Record the failures file just written; None: there are no failures, and no file."""
-        with self._writing():
+        with self.writing():
             self._db.execute("DELETE FROM part WHERE name = ?", (name,))
             if part is not None:
                 self._insert_part(part)
@@ -408,7 +465,7 @@ class Ledger:
 
         A caption that is there already wins over a second one; the part that held the second is out of date.
         """
-        with self._writing():
+        with self.writing():
             self._insert_part(part)
             self._db.execute(
                 "UPDATE counter SET value = max(value, ?) WHERE name = 'next_part'", (number + 1,)
@@ -422,7 +479,7 @@ class Ledger:
 
     def adopt_failures(self, rows: Iterable[Row], path_of: Iterable[bytes]) -> None:
         """Take the failures of an existing failures file; a video that has a caption has not failed."""
-        with self._writing():
+        with self.writing():
             for row, path in zip(rows, path_of, strict=True):
                 if not self._one("SELECT count(*) FROM item WHERE id = ?", row["id"]):
                     ordinal = self._adopt_item(row, path, "failed", row["at"])
@@ -440,14 +497,28 @@ class Ledger:
         return int(self._one("SELECT ordinal FROM item WHERE id = ?", row["id"]))
 
 
+def _claim(
+    ordinal: int,
+    identity: str,
+    path: bytes,
+    start_s: float | None,
+    end_s: float | None,
+    prompts: str | None,
+    kept: str | None,
+    attempts: int,
+) -> Claim:
+    own = None if prompts is None else tuple(json.loads(prompts))
+    return Claim(ordinal, Item(identity, bytes(path), start_s, end_s, own, kept), attempts + 1)
+
+
 def _to_do(
     column: str, overwrite: bool, retry_failed: bool, limit: int | None
 ) -> tuple[str, tuple[Any, ...]]:
     """Return a query, and its values, for one column of the wanted videos that a start would work on."""
     states = "pending running" + " failed" * (retry_failed or overwrite) + " done" * overwrite
-    sql = f"""SELECT wanted.{column} FROM wanted LEFT JOIN item USING (id)
-              WHERE instr(?, coalesce(item.state, 'pending'))
-              ORDER BY item.ordinal IS NULL, item.ordinal, wanted.rowid LIMIT ?"""
+    sql = f"""SELECT video.{column} FROM wanted.video AS video LEFT JOIN item USING (id)
+              WHERE video.problem IS NULL AND instr(?, coalesce(item.state, 'pending'))
+              ORDER BY item.ordinal IS NULL, item.ordinal, video.place LIMIT ?"""
     return sql, (states, -1 if limit is None else limit)
 
 

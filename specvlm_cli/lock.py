@@ -64,6 +64,27 @@ def take(path: Path, run_id: str) -> Lock:
     return Lock(file, after_crash=after_crash)
 
 
+def share(path: Path, *, alone: bool = False, patient: bool = False) -> TextIO:
+    """Take a lock that several processes may hold together, or that one holds alone; closing gives it back.
+
+    Raises:
+        BusyError: Others hold it in a way that excludes ours, and we are not patient.
+        OSError: The file cannot be made or written.
+    """
+    file = path.open("a", encoding="utf-8")
+    kind = fcntl.LOCK_EX if alone else fcntl.LOCK_SH
+    try:
+        fcntl.flock(file, kind if patient else kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        what = "a start of it is at work" if alone else "its shard count is being changed"
+        raise BusyError(f"{clean(str(path.parent.parent))}: {what}; wait for that to end") from None
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
 def _identity(run_id: str) -> dict[str, str | int]:
     now = datetime.now(UTC).isoformat(timespec="seconds")
     return {"host": socket.gethostname(), "pid": os.getpid(), "run_id": run_id, "since": now}

@@ -67,7 +67,10 @@ CAPTION_SCHEMA = _declared(
     fps=pa.float64(),
     width=pa.int64(),
     height=pa.int64(),
+    video_backend=pa.string(),
+    flags=pa.list_(pa.field("element", pa.string())),
     num_frames=pa.int64(),
+    frame_times_s=pa.list_(pa.field("element", pa.float64())),
     video_tokens=pa.int64(),
     video_tokens_kept=pa.int64(),
     prompt_tokens=pa.int64(),
@@ -110,10 +113,25 @@ FAILURE_SCHEMA = _declared(
 )
 
 
+_KEPT = {"bool": pa.bool_(), "int64": pa.int64(), "float64": pa.float64(), "string": pa.string()}
+_NEEDED = ("id", "path", "prompt_index", "caption")  # without these columns a file is no part
+
+
+def caption_schema(kept: Mapping[str, str]) -> pa.Schema:
+    """Return the schema of a run's parts: ours, and behind it the columns that pass through, by their kind."""
+    ours = {field.name: field.type for field in CAPTION_SCHEMA}
+    return _declared(**ours, **{name: _KEPT[kind] for name, kind in kept.items()}) if kept else CAPTION_SCHEMA
+
+
 class Parts:
-    """The Parquet files of one shard of a run folder."""
+    """The Parquet files of one shard of a run folder.
+
+    Attributes:
+        kept: The columns that pass through from a manifest, and their kinds: bool, int64, float64, string.
+    """
 
     def __init__(self, root: Path, shard: int) -> None:
+        self.kept: Mapping[str, str] = {}
         self._root = root
         self._name = re.compile(rf"part-{shard:05d}-(\d{{5,}})\.parquet")
         self._temporary = re.compile(rf"\.part-{shard:05d}\b.*\.parquet")
@@ -125,13 +143,13 @@ class Parts:
         self._renew(ledger)
         while rows := ledger.rows_without_part(most_rows):
             name = f"{CAPTIONS}/part-{self._shard:05d}-{ledger.take_part_number():05d}.parquet"
-            part = _write(self._root, name, [row for *_, row in rows], CAPTION_SCHEMA)
+            part = _write(self._root, name, [row for *_, row in rows], caption_schema(self.kept))
             ledger.add_part(part, ((item, index) for item, index, _ in rows))
 
     def _renew(self, ledger: Ledger) -> None:
         for name in ledger.outdated_parts():
             if rows := ledger.rows_of_part(name):
-                ledger.renew_part(_write(self._root, name, rows, CAPTION_SCHEMA))
+                ledger.renew_part(_write(self._root, name, rows, caption_schema(self.kept)))
             else:
                 (self._root / name).unlink(missing_ok=True)
                 ledger.drop_part(name)
@@ -269,7 +287,7 @@ def _write(root: Path, name: str, rows: Sequence[Row], schema: pa.Schema) -> Par
 
 def _typed(row: Mapping[str, Any], schema: pa.Schema) -> Row:
     return {
-        field.name: datetime.fromisoformat(row[field.name]) if field.type == _TIME else row[field.name]
+        field.name: datetime.fromisoformat(row[field.name]) if field.type == _TIME else row.get(field.name)
         for field in schema
     }
 
@@ -287,14 +305,23 @@ def _described(root: Path, name: str, rows: int) -> Part:
 
 
 def _read(path: Path, schema: pa.Schema) -> list[Row]:
+    """Return a file's rows; columns of `schema` that an earlier version did not write yet are null."""
     try:
-        table = pq.read_table(path, page_checksum_verification=True).select(schema.names).cast(schema)
-    except (pa.ArrowException, KeyError, OSError) as error:
+        table = pq.read_table(path, page_checksum_verification=True)
+        table = table.cast(_like(table.schema, schema))
+        table.select([name for name in _NEEDED if name in schema.names])
+    except (pa.ArrowException, KeyError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise FatalError(
             f"{path}: not a readable part ({reason}); delete it to have its videos captioned again"
         ) from error
-    return [_plain(row) for row in table.to_pylist()]
+    missing = dict.fromkeys(set(schema.names) - set(table.schema.names))
+    return [_plain(row) | missing for row in table.to_pylist()]
+
+
+def _like(found: pa.Schema, schema: pa.Schema) -> pa.Schema:
+    """Return the declared types of the columns that are there; those that passed through keep theirs."""
+    return pa.schema([schema.field(one.name) if one.name in schema.names else one for one in found])
 
 
 def _plain(row: Row) -> Row:

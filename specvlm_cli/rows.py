@@ -6,11 +6,13 @@ The columns and their types are declared in `parts.py`; a test holds the two tog
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
 from specvlm.records import Caption, CaptionStats, VideoSource
 from specvlm_cli.baseline import Comparison
+from specvlm_cli.generating.messages import Made
 from specvlm_cli.ledger import Claim, Row
 from specvlm_cli.text import path_text, storable
 
@@ -41,40 +43,55 @@ _COPIED = (
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """What is the same in every row of one start."""
+    """What is the same in every row of one start; `prompts` are of videos that bring none of their own."""
 
     target_model: str
     target_revision: str | None
     draft_model: str | None
-    prompt: str
     config_hash: str
     specvlm_version: str
     run_id: str
+    prompts: tuple[str, ...]
 
 
-def caption_row(claim: Claim, caption: Caption, comparison: Comparison | None, provenance: Provenance) -> Row:
-    """Return the row of one caption."""
+def caption_row(
+    claim: Claim,
+    index: int,
+    caption: Caption,
+    comparison: Comparison | None,
+    made: Made,
+    provenance: Provenance,
+) -> Row:
+    """Return the row of one caption: that for prompt number `index` of a video."""
+    prompt = (claim.item.prompts or provenance.prompts)[index]
+    run = asdict(provenance)
+    del run["prompts"]
     return {
         "id": claim.item.id,
         "path": path_text(claim.item.path),
         "start": claim.item.start_s,
         "end": claim.item.end_s,
-        "prompt_index": 0,
+        "prompt_index": index,
         "caption": storable(caption.text),
         "finish_reason": caption.finish_reason,
-        **asdict(provenance),
-        "prompt_sha256": hashlib.sha256(provenance.prompt.encode()).hexdigest(),
+        **run,
+        "prompt": prompt,
+        "prompt_sha256": hashlib.sha256(prompt.encode()).hexdigest(),
         "created_at": datetime.now(UTC).isoformat(timespec="microseconds"),
         **_media(caption.source),
+        "flags": [*(caption.source.flags if caption.source else ()), *made.flags],
+        "frame_times_s": list(made.times_s),
         **_statistics(caption.stats),
         **_speed(comparison),
         "attempts": claim.attempts,
+        **(json.loads(claim.item.kept) if claim.item.kept else {}),
     }
 
 
 def _media(source: VideoSource | None) -> Row:
-    names = ("duration_s", "fps", "width", "height")
-    return {name: None if source is None else getattr(source, name) for name in names}
+    names = {"duration_s": "duration_s", "fps": "fps", "width": "width", "height": "height"}
+    names["video_backend"] = "backend"
+    return {column: None if source is None else getattr(source, name) for column, name in names.items()}
 
 
 def _statistics(stats: CaptionStats) -> Row:

@@ -1,9 +1,10 @@
-"""The run folder: where its files are, its settings, its lock, and the opening of its ledger.
+"""The run folder: where its files are, its settings, its locks, and the opening of its ledgers.
 
 OUT/captions/part-SSSSS-PPPPP.parquet   captions
 OUT/failures/part-SSSSS.parquet         videos without one, and why
 OUT/.specvlm/run.json                   settings, their hash, shard count
-OUT/.specvlm/state-SSSSS.db             the ledger
+OUT/.specvlm/run.lock                   held by every start together, by a change of the shard count alone
+OUT/.specvlm/state-SSSSS.db             the ledger of one shard
 OUT/.specvlm/state-SSSSS.lock           its kernel lock, with the holder's name inside
 """
 
@@ -12,8 +13,8 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from specvlm_cli.durable import publish
 from specvlm_cli.exits import FatalError, UsageError
 from specvlm_cli.ledger import Ledger, refused
 from specvlm_cli.parts import Parts
+from specvlm_cli.shard import Shard
 from specvlm_cli.text import clean
 
 _FORMAT = 1
@@ -37,6 +39,7 @@ class RunFile:
         resolved: What the models turned out to be once loaded, e.g. the commit of a branch; empty before
             that.
         shards: Number of shards of this run.
+        kept: Columns that pass through from a manifest, and their kinds.
         format: Version of this file's layout.
     """
 
@@ -44,43 +47,62 @@ class RunFile:
     config_hash: str
     resolved: dict[str, Any]
     shards: int = 1
+    kept: dict[str, str] = field(default_factory=dict)
     format: int = _FORMAT
 
-    def check(self) -> None:
-        """Raise TypeError where a value has another type than declared."""
+    @classmethod
+    def from_json(cls, found: dict[str, Any]) -> RunFile:
+        """Return what was read; TypeError or KeyError where it is no such thing."""
         kinds = {"settings": dict, "config_hash": str, "resolved": dict, "shards": int, "format": int}
-        for name, kind in kinds.items():
-            if type(getattr(self, name)) is not kind:
+        known = {name: found[name] for name in kinds} | {"kept": found.get("kept", {})}
+        for name, kind in (kinds | {"kept": dict}).items():
+            if type(known[name]) is not kind:
                 raise TypeError(f"its {name} is no {kind.__name__}")
+        return cls(**known)
 
 
 class RunFolder:
     """The files of one shard of a run."""
 
-    def __init__(self, root: Path, shard: int = 0) -> None:
+    def __init__(self, root: Path, shard: Shard = Shard()) -> None:  # noqa: B008  frozen
         self.root = root
-        self.parts = Parts(root, shard)
+        self.shard = shard
+        self.parts = Parts(root, shard.index)
         self._state = root / ".specvlm"
         self._run_file = self._state / "run.json"
-        self._ledger = self._state / f"state-{shard:05d}.db"
-        self._lock = self._state / f"state-{shard:05d}.lock"
+        self._ledger = self.ledger_path(shard.index)
+
+    def ledger_path(self, shard: int) -> Path:
+        """Return where the ledger of a shard is."""
+        return self._state / f"state-{shard:05d}.db"
 
     @contextmanager
     def locked(self, run_id: str) -> Iterator[lock.Lock]:
-        """Hold the folder, making it where it does not exist.
+        """Hold this shard of the folder, making the folder where it does not exist.
 
         Raises:
             UsageError: The folder cannot be made or written.
             BusyError: Another run holds it.
         """
-        try:
-            self._state.mkdir(parents=True, exist_ok=True)
-            holding = lock.take(self._lock, run_id)
-        except OSError as error:
-            reason = f"{clean(str(self.root))}: cannot be used as the output folder ({error.strerror})"
-            raise UsageError(f"{reason}; give another -o folder") from error
-        with holding:
-            yield holding
+        with ExitStack() as held:
+            try:
+                self._state.mkdir(parents=True, exist_ok=True)
+                held.enter_context(lock.share(self._state / "run.lock"))
+                ours = held.enter_context(lock.take(self._ledger.with_suffix(".lock"), run_id))
+            except OSError as error:
+                reason = f"{clean(str(self.root))}: cannot be used as the output folder ({error.strerror})"
+                raise UsageError(f"{reason}; give another -o folder") from error
+            yield ours
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Hold the whole folder, all shards of it.
+
+        Raises:
+            BusyError: A run holds a part of it.
+        """
+        with lock.share(self._state / "run.lock", alone=True):
+            yield
 
     def read(self) -> RunFile | None:
         """Return the run's settings; None where there is no run yet.
@@ -89,19 +111,17 @@ class RunFolder:
             FatalError: `run.json` is there, but not readable.
         """
         try:
-            found = json.loads(self._run_file.read_text(encoding="utf-8"))
-            known = RunFile(**{name: found[name] for name in RunFile.__dataclass_fields__})
-            known.check()
+            known = RunFile.from_json(json.loads(self._run_file.read_text(encoding="utf-8")))
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise FatalError(
                 f"{clean(str(self._run_file))}: not readable ({error}); delete it, it will be written again"
             ) from error
-        if known.format != _FORMAT or known.shards != 1:
+        if known.format != _FORMAT:
             raise UsageError(
-                f"{clean(str(self.root))}: written with format {known.format} and {known.shards} shards, "
-                f"this specvlm knows format {_FORMAT} with 1 shard; upgrade specvlm or give another -o folder"
+                f"{clean(str(self.root))}: written with format {known.format}, this specvlm knows format "
+                f"{_FORMAT}; upgrade specvlm or give another -o folder"
             )
         return known
 
@@ -109,10 +129,23 @@ class RunFolder:
         """Replace `run.json`, all of it or nothing."""
         if self.read() == run:
             return
-        temporary = self._run_file.with_name(".run.json")
+        temporary = self._run_file.with_name(f".run-{self.shard.index:05d}.json")
         with temporary.open("w", encoding="utf-8") as file:
             json.dump(asdict(run), file, indent=2, sort_keys=True)
         publish(temporary, self._run_file)
+
+    @contextmanager
+    def settling(self) -> Iterator[None]:
+        """Hold the right to compare and write `run.json`, for a moment, among the shards that start together."""
+        with lock.share(self._state / "run.json.lock", alone=True, patient=True):
+            yield
+
+    def other_ledgers(self) -> Iterator[Ledger]:
+        """Yield the ledgers of the other shards that can be read as they are, each open for reading."""
+        for path in sorted(self._state.glob("state-[0-9]*.db")):
+            if path != self._ledger and (ledger := Ledger.peek(path)) is not None:
+                with ledger:
+                    yield ledger
 
     def peek(self) -> Ledger | None:
         """Open the ledger for reading, touching nothing; None: there is none, or it needs repair."""

@@ -1,44 +1,61 @@
-"""The work of one start: claim a video, caption it, store the caption; until none is left.
+"""The work of one start: read ahead, give videos to the workers, store what comes; until none is left.
+
+One event loop in one thread. Videos are read by a pool of killable child processes, a bounded number of bytes
+ahead; each worker process holds the models and captions one video at a time; all of them are fed from one
+queue, so no GPU waits for another. A video counts as running, and so as suspect in a crash, only from the
+moment a worker gets it.
 
 One bad video never ends the run: whatever goes wrong with it is stored as its failure. What goes wrong with
 the ledger or the output folder does end it, because then nothing could be kept. It knows no screen and no
-settings.
+settings of models.
 """
 
 from __future__ import annotations
 
+import heapq
 import sqlite3
 import time
-import traceback
+from collections import deque
+from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field, replace
+from itertools import count
+from multiprocessing.connection import wait
+from typing import Protocol
 
-from specvlm.errors import ConfigError, ModelError, PromptError, VideoError
-from specvlm.records import Caption
+from specvlm.config import FrameSettings
 from specvlm_cli import baseline
-from specvlm_cli.baseline import Comparison
-from specvlm_cli.engine import Engine
-from specvlm_cli.ledger import Claim, Failure, Ledger, Row
+from specvlm_cli.decoding import DecodingPool, Limits, ReadFailure, ReadJob, ReadVideo
+from specvlm_cli.engine import EngineFactory, Models
+from specvlm_cli.exits import FatalError
+from specvlm_cli.failure import Failure
+from specvlm_cli.generating.messages import Broken, Failed, FromWorker, Hello, Made, OnOom, Ready, Task
+from specvlm_cli.generating.worker import Worker
+from specvlm_cli.ledger import NO_FILE, Claim, FileStamp, Ledger, Row
 from specvlm_cli.parts import Parts
-from specvlm_cli.results import Tally
+from specvlm_cli.results import LiveStatus, Tally
 from specvlm_cli.rows import Provenance, caption_row
 from specvlm_cli.stopping import Stop
-from specvlm_cli.text import storable
 
-_FOR_ALL = (
-    ConfigError,
-    ModelError,
-    PromptError,
-)  # no fault of one video: every other would fail the same way
+TOO_MANY = "max-failures"  # why a run stopped, where that was the reason
+_FETCH = 64  # claims taken from the ledger at a time
+_LOOK_EVERY_S = 0.5  # at stop requests and limits, where nothing else wakes us
+_FIRST_BACKOFF_S, _LONGEST_BACKOFF_S = 1.0, 60.0
+_NOT_FINITE, _NOT_FINITE_IN_A_ROW = "NonFiniteLogitsError", 3
+_LOST_IN_A_ROW = 3  # deaths while loading, or videos that kill their workers, with no caption in between
+_MOST_READ = 32  # videos that may wait for a worker, however small they are: each holds a descriptor
 
 
 class Reporter(Protocol):
     """Told what happens, as it happens."""
 
-    def captioned(self, claim: Claim, row: Row) -> None: ...
+    def captioned(self, claim: Claim, rows: list[Row]) -> None: ...
 
     def failed(self, claim: Claim, failure: Failure, trace: str) -> None: ...
+
+    def state(self, status: LiveStatus) -> None: ...
+
+    def warn(self, message: str) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,26 +63,42 @@ class Policy:
     """How a start works through its videos.
 
     Attributes:
+        frames: Which frames to read of each video.
+        prompts: What to ask about a video that brings no prompts of its own.
         baseline_sample: Share of videos that are also decoded plainly, 0..1.
         limit: Most videos to work on; None: all.
         max_failures: Stop once this many videos have failed in this start; None: never.
+        retries: Further tries of a video after a fault that may pass.
+        timeout_s: Most time to generate all captions of one video; None: no limit.
+        grace_s: Most time to finish the videos in hand once stopping was asked for.
+        on_oom: Whether a video may be captioned from fewer frames where memory runs out.
+        devices: Where workers load their models, one each; None: where the settings say, or all GPUs.
+        all_gpus: One worker for each GPU that the first worker sees.
+        decode_workers: Videos that are read at the same time.
+        limits: What reading one video may take.
+        root: Nothing outside this folder is read; None: anything.
+        ahead_bytes: Frames that may wait for a worker.
         part_rows: Captions in a part.
         part_s: Close a part at the latest after this time.
     """
 
+    frames: FrameSettings
+    prompts: tuple[str, ...]
     baseline_sample: float = 0.0
     limit: int | None = None
     max_failures: int | None = None
+    retries: int = 2
+    timeout_s: float | None = 600.0
+    grace_s: float = 60.0
+    on_oom: OnOom = "fail"
+    devices: tuple[str | None, ...] = (None,)
+    all_gpus: bool = False
+    decode_workers: int = 1
+    limits: Limits = field(default_factory=Limits)
+    root: bytes | None = None
+    ahead_bytes: int = 2 << 30
     part_rows: int = 1000
     part_s: float = 600.0
-
-
-class _VideoError(Exception):
-    """Carries why one video has no caption."""
-
-    def __init__(self, failure: Failure) -> None:
-        super().__init__(failure.error)
-        self.failure = failure
 
 
 class Runner:
@@ -78,34 +111,64 @@ class Runner:
     """
 
     def __init__(
-        self,
-        ledger: Ledger,
-        parts: Parts,
-        engine: Engine,
-        policy: Policy,
-        provenance: Provenance,
-        reporter: Reporter,
+        self, ledger: Ledger, parts: Parts, factory: EngineFactory, policy: Policy, reporter: Reporter
     ) -> None:
         self.tally = Tally()
         self.failed = 0
+        self.captioned = 0
         self.stopped: str | None = None
         self._ledger = ledger
         self._parts = parts
-        self._engine = engine
         self._policy = policy
-        self._provenance = provenance
         self._reporter = reporter
-        self._cold = policy.baseline_sample > 0.0
+        self._crew = Crew(factory, policy)
+        self._queue = Queue(ledger, policy)
+        self._provenance: Provenance | None = None
+        self._not_finite = 0
+        self._lost_in_a_row = 0
         self._part_started = time.monotonic()
 
-    def run(self, stop: Stop) -> None:
+    def load(self, stop: Stop) -> Models | None:
+        """Start the workers and return what the first one to be ready loaded; None: stopping was asked for.
+
+        Raises:
+            Exception: What kept the models from loading.
+        """
+        self._crew.start()
+        while not self._crew.models:
+            if stop.reason is not None:
+                self.stopped = stop.reason
+                return None
+            wait(self._crew.waitables(), _LOOK_EVERY_S)
+            for worker, message in self._crew.hear():
+                self._on_message(worker, message)
+        return self._crew.models
+
+    def run(self, stop: Stop, provenance: Provenance) -> None:
         """Caption what is pending. What was made stands in finished parts when this returns."""
-        last = -1
-        while not self._should_stop(stop) and (claim := self._ledger.claim(after=last)):
-            last = claim.ordinal
-            self._work(claim)
-            self._close_part_if_due()
+        self._provenance = provenance
+        assert self._crew.models is not None
+        with DecodingPool(self._policy.decode_workers, self._policy.limits) as pool:
+            self._queue.begin(pool, self._crew.models.frame_multiple)
+            while self._goes_on(stop):
+                self._queue.read_ahead()
+                for worker in self._crew.idle():
+                    self._hand(worker, self._claim_next())
+                if not self._queue and not self._crew.busy():
+                    break
+                self._wait(pool, stop)
+                self._hear()
+            self._queue.drop()
+            self._let_finish(stop)
         self.close_parts()
+
+    def close(self) -> None:
+        """End all processes; a video in hand goes back, which is no crash."""
+        for worker in self._crew.busy():
+            with suppress(sqlite3.Error):  # where even this fails, the next start sees that it was no crash
+                self._ledger.release(self._crew.claim_of(worker))
+        self._crew.close()
+        self._queue.drop()
 
     def close_parts(self) -> None:
         """Write all captions and failures that stand in the ledger alone."""
@@ -113,81 +176,410 @@ class Runner:
         self._parts.write_failures(self._ledger)
         self._part_started = time.monotonic()
 
-    def _should_stop(self, stop: Stop) -> bool:
-        limit, most = self._policy.limit, self._policy.max_failures
+    def _goes_on(self, stop: Stop) -> bool:
+        most = self._policy.max_failures
         if stop.reason is not None:
             self.stopped = stop.reason
         elif most is not None and self.failed >= most:
-            self.stopped = "max-failures"
-        return self.stopped is not None or (limit is not None and self.tally.captions + self.failed >= limit)
+            self.stopped = TOO_MANY
+        return self.stopped is None
+
+    def _wait(self, pool: DecodingPool, stop: Stop) -> None:
+        self._reporter.state(self._status(pool))
+        limits = (pool.next_deadline_s(), self._crew.overdue_in_s(), self._queue.due_in_s(), stop.due_in_s())
+        soonest = min((limit for limit in limits if limit is not None), default=_LOOK_EVERY_S)
+        wait([*self._crew.waitables(), *pool.descriptors()], min(max(soonest, 0.0), _LOOK_EVERY_S))
+
+    def _status(self, pool: DecodingPool) -> LiveStatus:
+        ready, ready_bytes = self._queue.ready()
+        return LiveStatus(
+            reading=len(pool),
+            ready=ready,
+            ready_bytes=ready_bytes,
+            generating=len(self._crew.busy()),
+            workers=len(self._crew),
+            retrying=self._queue.retrying(),
+        )
+
+    def _claim_next(self) -> tuple[Claim, ReadVideo] | None:
+        found = self._queue.take()
+        if found is not None:
+            self._ledger.claim(found[0])
+        return found
+
+    def _hand(self, worker: Worker, claimed: tuple[Claim, ReadVideo] | None) -> None:
+        """Give a video that is read and claimed to a worker that waits for one."""
+        if claimed is not None:
+            claim, video = claimed
+            self._crew.give(worker, claim, video, self._task(claim, video))
+            video.close()
+
+    def _task(self, claim: Claim, video: ReadVideo) -> Task:
+        own = claim.item.prompts
+        return Task(
+            key=claim.ordinal,
+            prompts=own or self._policy.prompts,
+            own_prompts=own is not None,
+            frames=video.handle()[1],
+            compare=baseline.sampled(claim.item.id, self._policy.baseline_sample),
+            plain_first=baseline.plain_first(claim.item.id),
+            time_limit_s=self._policy.timeout_s,
+            on_oom=self._policy.on_oom,
+        )
+
+    def _hear(self) -> None:
+        for claim, failure in self._queue.collect():
+            self._on_unread(claim, failure)
+        for worker, message in self._crew.hear():
+            self._on_message(worker, message)
+        for worker in self._crew.overdue():
+            reason = f"not done after {self._policy.timeout_s:g} s; give it more --timeout, or fewer frames"
+            self._fail(self._crew.claim_of(worker), Failure("generate", "GenerationTimeout", reason))
+            self._crew.replace(worker)
+        self._close_part_if_due()
+
+    def _on_unread(self, claim: Claim, failure: ReadFailure) -> None:
+        if failure.transient and self._queue.try_again(claim):
+            return
+        self._fail(claim, Failure(failure.stage, failure.error_type, failure.error))
+
+    def _on_message(self, worker: Worker, message: FromWorker | None) -> None:
+        match message:
+            case None:
+                self._on_death(worker)
+            case Hello(gpus):
+                self._crew.grow(gpus)
+            case Ready(models):
+                self._crew.welcome(worker, models)
+            case Broken():
+                self._on_broken(worker, message)
+            case Made():
+                self._on_made(worker, message)
+            case Failed():
+                self._on_failed(worker, message)
+
+    def _on_broken(self, worker: Worker, broken: Broken) -> None:
+        """One GPU of several that cannot hold the models is no reason to stop; anything else is."""
+        if worker.models is not None or len(self._crew) == 1:
+            raise broken.error from RemoteError(broken.trace)
+        self._crew.remove(worker)
+        self._reporter.warn(f"going on without {worker.device or 'the first worker'}: {broken.error}")
+
+    def _on_made(self, worker: Worker, made: Made) -> None:
+        """Store the captions and give the worker its next video: one commit for both."""
+        assert self._provenance is not None
+        claim = self._crew.claim_done(worker)
+        rows = [
+            caption_row(claim, index, caption, comparison, made, self._provenance)
+            for index, (caption, comparison) in enumerate(made.captions)
+        ]
+        with self._ledger.writing():
+            self._ledger.finish(claim, rows, _stamp(made))
+            upcoming = self._claim_next()
+        self._hand(worker, upcoming)
+        self._not_finite = self._lost_in_a_row = 0
+        self.captioned += 1
+        for row in rows:
+            self.tally.add(row)
+        self._reporter.captioned(claim, rows)
+
+    def _on_failed(self, worker: Worker, failed: Failed) -> None:
+        claim = self._crew.claim_done(worker)
+        if failed.poisoned:
+            self._crew.replace(worker)
+        if failed.transient and self._put_back(claim):
+            return
+        self._fail(claim, failed.failure, failed.trace)
+        self._stop_if_never_finite(failed.failure)
+
+    def _on_death(self, worker: Worker) -> None:
+        """A worker is gone: the kernel killed it for its memory, or it crashed. The video may be the reason."""
+        claim = self._crew.claim_done(worker) if worker.task is not None else None
+        how = self._crew.replace(worker)
+        if claim is not None and self._put_back(claim):
+            return
+        if claim is not None:
+            reason = f"the process that generated died ({how}); memory may have run out, give fewer frames"
+            self._fail(claim, Failure("generate", "WorkerDied", reason))
+        else:
+            self._reporter.warn(f"a worker process ended by itself ({how}), another one was started")
+        self._stop_if_all_is_lost(how)
+
+    def _stop_if_all_is_lost(self, how: str) -> None:
+        self._lost_in_a_row += 1
+        if self._lost_in_a_row >= _LOST_IN_A_ROW:
+            raise FatalError(
+                f"lost every worker: {self._lost_in_a_row} processes in a row died without a caption (the last: "
+                f"{how}); memory may be too small for the models, see specvlm doctor"
+            )
+
+    def _put_back(self, claim: Claim) -> bool:
+        """Have a claimed video tried again, where that is allowed."""
+        if not self._queue.try_again(claim):
+            return False
+        self._ledger.release(claim)
+        return True
+
+    def _fail(self, claim: Claim, failure: Failure, trace: str = "") -> None:
+        self._ledger.fail(claim, failure)
+        self.failed += 1
+        self._reporter.failed(claim, failure, trace)
+
+    def _stop_if_never_finite(self, failure: Failure) -> None:
+        self._not_finite = self._not_finite + 1 if failure.error_type == _NOT_FINITE else 0
+        if self._not_finite >= _NOT_FINITE_IN_A_ROW:
+            raise FatalError(
+                f"{self._not_finite} videos in a row gave NaN or infinite logits: the target does not work as it "
+                "is loaded; try another --dtype, or check its weights"
+            )
 
     def _close_part_if_due(self) -> None:
         full = self._ledger.count_without_part() >= self._policy.part_rows
         if full or time.monotonic() - self._part_started >= self._policy.part_s:
             self.close_parts()
 
-    def _work(self, claim: Claim) -> None:
-        try:
-            self._caption_and_store(claim)
-        except BaseException:
-            with suppress(sqlite3.Error):  # where even this fails, the next start sees that it was no crash
-                self._ledger.release(claim)
-            raise
+    def _let_finish(self, stop: Stop) -> None:
+        """Wait for the videos in hand, but not longer than the grace; what is not done then goes back."""
+        while self._crew.busy():
+            left_s = self._policy.grace_s - stop.asked_s_ago() if stop.reason is not None else _LOOK_EVERY_S
+            if left_s <= 0:
+                break
+            wait(self._crew.waitables(), min(left_s, _LOOK_EVERY_S))
+            self._hear()
 
-    def _caption_and_store(self, claim: Claim) -> None:
-        try:
-            row = self._caption(claim)
-        except _VideoError as failed:
-            self._ledger.fail(claim, failed.failure)
-            self.failed += 1
-            self._reporter.failed(
-                claim, failed.failure, "".join(traceback.format_exception(failed.__cause__ or failed))
+
+def _stamp(made: Made) -> FileStamp:
+    source = made.captions[0][0].source
+    return NO_FILE if source is None else FileStamp(source.size_bytes, source.mtime_ns)
+
+
+class RemoteError(Exception):
+    """Carries a worker's traceback as the cause of what it raised here."""
+
+    def __str__(self) -> str:
+        return f"\n{self.args[0]}"
+
+
+class Queue:
+    """Videos on their way to the workers: still to come, being read, read, and waiting for another try."""
+
+    def __init__(self, ledger: Ledger, policy: Policy) -> None:
+        self._ledger = ledger
+        self._policy = policy
+        self._pool: DecodingPool | None = None
+        self._frame_multiple = 1
+        self._last = -1  # ordinal of the last claim that was fetched
+        self._coming: deque[Claim] = deque()
+        self._exhausted = False
+        self._started = 0
+        self._reading: dict[int, Claim] = {}
+        self._read: deque[tuple[Claim, ReadVideo]] = deque()
+        self._largest_bytes = 0
+        self._tries: dict[int, int] = {}
+        self._again: list[tuple[float, int, Claim]] = []  # a heap of (when, tie break, claim)
+        self._tie = count()
+
+    def begin(self, pool: DecodingPool, frame_multiple: int) -> None:
+        """Read with this pool from now on."""
+        self._pool, self._frame_multiple = pool, frame_multiple
+
+    def __bool__(self) -> bool:
+        """Whether anything is still to come."""
+        return bool(self._reading or self._read or self._again or self._peek())
+
+    def ready(self) -> tuple[int, int]:
+        """Return how many videos wait for a worker, and the bytes of their frames."""
+        return len(self._read), sum(video.size_bytes for _, video in self._read)
+
+    def retrying(self) -> int:
+        """Return how many videos wait for another try."""
+        return len(self._again)
+
+    def due_in_s(self) -> float | None:
+        """Return in how many seconds a video is to be tried again; None: none is waiting for that."""
+        return self._again[0][0] - time.monotonic() if self._again else None
+
+    def read_ahead(self) -> None:
+        """Have videos read as long as there is room for their frames and a process to read them."""
+        assert self._pool is not None
+        while len(self._pool) < self._policy.decode_workers and self._has_room():
+            claim = self._next()
+            if claim is None:
+                return
+            self._reading[claim.ordinal] = claim
+            self._pool.submit(self._job(claim))
+
+    def _has_room(self) -> bool:
+        """Say whether one more video may be read; each is taken to be as large as the largest so far."""
+        if not (self._read or self._reading):
+            return True
+        waiting_bytes = self.ready()[1] + self._largest_bytes * (len(self._reading) + 1)
+        return waiting_bytes <= self._policy.ahead_bytes and len(self._read) < _MOST_READ
+
+    def _next(self) -> Claim | None:
+        if self._again and self._again[0][0] <= time.monotonic():
+            return heapq.heappop(self._again)[2]
+        return self._coming.popleft() if self._peek() else None
+
+    def _peek(self) -> bool:
+        """Say whether there is a video that was not begun yet, fetching more from the ledger where needed."""
+        if self._coming or self._exhausted:
+            return bool(self._coming)
+        limit = self._policy.limit
+        most = _FETCH if limit is None else min(_FETCH, limit - self._started)
+        self._coming.extend(self._ledger.pending(self._last, most) if most > 0 else ())
+        self._exhausted = not self._coming
+        self._started += len(self._coming)
+        if self._coming:
+            self._last = self._coming[-1].ordinal
+        return bool(self._coming)
+
+    def _job(self, claim: Claim) -> ReadJob:
+        item, frames = claim.item, self._policy.frames
+        if item.start_s is not None or item.end_s is not None:
+            frames = replace(frames, start_s=item.start_s or 0.0, end_s=item.end_s)
+        return ReadJob(claim.ordinal, item.path, frames, self._frame_multiple, self._policy.root)
+
+    def collect(self) -> Iterator[tuple[Claim, ReadFailure]]:
+        """Take what was read; yield what could not be."""
+        assert self._pool is not None
+        for outcome in self._pool.collect() if self._reading else ():
+            claim = self._reading.pop(outcome.key)
+            if isinstance(outcome, ReadFailure):
+                yield claim, outcome
+            else:
+                self._largest_bytes = max(self._largest_bytes, outcome.size_bytes)
+                self._read.append((claim, outcome))
+
+    def take(self) -> tuple[Claim, ReadVideo] | None:
+        """Return the next video that is read."""
+        return self._read.popleft() if self._read else None
+
+    def try_again(self, claim: Claim) -> bool:
+        """Have a video tried again after a while; False: it was tried often enough."""
+        tries = self._tries[claim.ordinal] = self._tries.get(claim.ordinal, 0) + 1
+        if tries > self._policy.retries:
+            return False
+        delay_s = min(_FIRST_BACKOFF_S * 2 ** (tries - 1), _LONGEST_BACKOFF_S)
+        again = replace(claim, attempts=claim.attempts + 1)
+        heapq.heappush(self._again, (time.monotonic() + delay_s, next(self._tie), again))
+        return True
+
+    def drop(self) -> None:
+        """Forget everything; nothing of it was claimed, so the next start finds it pending."""
+        if self._pool is not None:
+            self._pool.cancel()
+        while self._read:
+            self._read.popleft()[1].close()
+        self._reading.clear()
+        self._coming.clear()
+        self._again.clear()
+        self._exhausted = True
+
+
+class Crew:
+    """The worker processes, and who works on what.
+
+    Attributes:
+        models: What the first worker that was ready has loaded; None before that.
+    """
+
+    def __init__(self, factory: EngineFactory, policy: Policy) -> None:
+        self.models: Models | None = None
+        self._factory = factory
+        self._policy = policy
+        self._workers: list[Worker] = []
+        self._claims: dict[Worker, Claim] = {}
+
+    def __len__(self) -> int:
+        return len(self._workers)
+
+    def start(self) -> None:
+        """Start the workers that are known to be needed."""
+        for device in self._policy.devices:
+            self._workers.append(Worker(self._factory, device))
+
+    def grow(self, gpus: int) -> None:
+        """Start one worker for each further GPU, where all are to be used."""
+        if self._policy.all_gpus:
+            for number in range(len(self._workers), gpus):
+                self._workers.append(Worker(self._factory, f"cuda:{number}"))
+
+    def welcome(self, worker: Worker, models: Models) -> None:
+        """Take in a worker that has loaded its models.
+
+        Raises:
+            FatalError: They are not those of the others.
+        """
+        if self.models is None:
+            self.models = models
+        elif (self.models.target_revision, self.models.resolved) != (models.target_revision, models.resolved):
+            raise FatalError(
+                f"{worker.device} loaded another version of the target than the first worker; its files changed "
+                "meanwhile, start again"
             )
-        else:
-            self._ledger.finish(claim, [row])
-            self.tally.add(row)
-            self._reporter.captioned(claim, row)
 
-    def _caption(self, claim: Claim) -> Row:
-        prepared = self._prepare(claim)
-        try:
-            self._warm_up(prepared)
-            caption, comparison = self._generate(claim, prepared)
-        except _FOR_ALL:
-            raise
-        except Exception as error:
-            raise _VideoError(_failure("generate", error)) from error
-        if not caption.text.strip():
-            raise _VideoError(
-                Failure("generate", "EmptyCaption", "the model wrote nothing; try another prompt")
-            )
-        return caption_row(claim, caption, comparison, self._provenance)
+    def waitables(self) -> list[object]:
+        """Return what becomes readable when a worker says something or dies."""
+        return [worker.connection for worker in self._workers]
 
-    def _prepare(self, claim: Claim) -> Any:
-        try:
-            return self._engine.prepare(claim.item)
-        except _FOR_ALL:
-            raise
-        except VideoError as error:
-            raise _VideoError(_failure(error.stage, error)) from error
-        except Exception as error:
-            raise _VideoError(_failure("preprocess", error)) from error
+    def hear(self) -> Iterator[tuple[Worker, FromWorker | None]]:
+        """Yield what workers have to say; None: that one is dead."""
+        for worker in list(self._workers):
+            if worker.connection.closed or not worker.connection.poll():
+                continue
+            yield worker, worker.hear()
 
-    def _warm_up(self, prepared: Any) -> None:
-        if self._cold:
-            self._engine.warm_up(prepared)
-            self._cold = False
+    def idle(self) -> list[Worker]:
+        return [worker for worker in self._workers if worker.is_idle()]
 
-    def _generate(self, claim: Claim, prepared: Any) -> tuple[Caption, Comparison | None]:
-        identity = claim.item.id
-        if not baseline.sampled(identity, self._policy.baseline_sample):
-            return self._engine.caption(prepared, speculate=True), None
-        order = (False, True) if baseline.plain_first(identity) else (True, False)
-        made = {speculate: self._engine.caption(prepared, speculate=speculate) for speculate in order}
-        return made[True], baseline.compare(made[True], made[False])
+    def busy(self) -> list[Worker]:
+        return list(self._claims)
 
+    def give(self, worker: Worker, claim: Claim, video: ReadVideo, task: Task) -> None:
+        """Have a worker caption a video."""
+        self._claims[worker] = claim
+        worker.give(task, video.handle()[0])
 
-def _failure(stage: str, error: Exception) -> Failure:
-    text = error.reason if isinstance(error, VideoError) else str(error)
-    line = " ".join(storable(text).split()) or "no message"
-    return Failure(stage, type(error).__name__, line[:2000])
+    def claim_of(self, worker: Worker) -> Claim:
+        """Return what a worker works on."""
+        return self._claims[worker]
+
+    def claim_done(self, worker: Worker) -> Claim:
+        """Return what a worker worked on, and forget it."""
+        return self._claims.pop(worker)
+
+    def overdue_in_s(self) -> float | None:
+        """Return in how many seconds a worker will have to be killed; None: never."""
+        return min(
+            (left for worker in self._claims if (left := worker.overdue_in_s()) is not None), default=None
+        )
+
+    def overdue(self) -> list[Worker]:
+        """Return the workers that do not answer though their time is over."""
+        return [worker for worker in self.busy() if (left := worker.overdue_in_s()) is not None and left <= 0]
+
+    def replace(self, worker: Worker) -> str:
+        """Put a fresh worker in the place of one that is dead or has to go; say how that one ended."""
+        overdue = (left := worker.overdue_in_s()) is not None and left <= 0
+        if overdue:
+            worker.kill()
+        how = "killed" if overdue else worker.bury()
+        self._claims.pop(worker, None)
+        self._workers[self._workers.index(worker)] = Worker(self._factory, worker.device)
+        return how
+
+    def remove(self, worker: Worker) -> None:
+        """Go on without a worker that is of no use."""
+        worker.kill()
+        self._workers.remove(worker)
+
+    def close(self) -> None:
+        """End all workers: those at work at once, the others by hanging up."""
+        for worker in self._workers:
+            if worker in self._claims or worker.models is None:
+                worker.kill()
+            else:
+                worker.dismiss()
+        self._workers.clear()
+        self._claims.clear()

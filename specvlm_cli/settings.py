@@ -48,7 +48,7 @@ class CaptionSettings:
     """Everything that one run of `specvlm caption` does the same for every video."""
 
     models: ModelChoice
-    prompt: str
+    prompts: tuple[str, ...]  # asked about every video, one caption each
     system: str | None
     frames: FrameSettings
     generation: GenerationSettings
@@ -60,7 +60,7 @@ class CaptionSettings:
             "target": self.models.name,
             "revision": self.models.revision,
             "dtype": self.models.dtype,
-            "prompt": self.prompt,
+            "prompt": self.prompts[0] if len(self.prompts) == 1 else list(self.prompts),
             "system": self.system,
             **_frames(self.frames),
             **_generation(self.generation),

@@ -1,37 +1,70 @@
-"""Stopping early on a signal: the first asks, the second insists. Knows nothing of what is being stopped."""
+"""Stopping early, on a signal or when the time is over: the first signal asks, the second insists.
+
+Knows nothing of what is being stopped.
+"""
 
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+MAX_RUNTIME = "max-runtime"
 
 
 class Stop:
-    """Whether and why to stop before the next video."""
+    """Whether, why and since when to stop."""
 
-    def __init__(self, when_asked: Callable[[], None]) -> None:
-        self.reason: str | None = None
-        self._when_asked = when_asked
+    def __init__(self) -> None:
+        self._tell: Callable[[], None] = lambda: None
+        self._reason: str | None = None
+        self._since_s = 0.0
+        self._end_s: float | None = None
+
+    def tell(self, listener: Callable[[], None]) -> None:
+        """Call `listener` once stopping is asked for; at once, if it was already."""
+        self._tell = listener
+        if self._reason is not None:
+            listener()
+
+    def end_after(self, seconds: float) -> None:
+        """Ask to stop by ourselves once this time has passed, counted from now."""
+        self._end_s = time.monotonic() + seconds
+
+    @property
+    def reason(self) -> str | None:
+        """Why to stop; None: go on."""
+        if self._reason is None and self._end_s is not None and time.monotonic() >= self._end_s:
+            self.ask(MAX_RUNTIME)
+        return self._reason
+
+    def asked_s_ago(self) -> float:
+        """Return how long ago stopping was asked for."""
+        return time.monotonic() - self._since_s
+
+    def due_in_s(self) -> float | None:
+        """Return in how many seconds the time will be over; None: never."""
+        return None if self._end_s is None else self._end_s - time.monotonic()
+
+    def ask(self, reason: str) -> None:
+        """Ask to stop."""
+        self._reason, self._since_s = reason, time.monotonic()
+        self._tell()
 
     def on_signal(self, number: int, _: FrameType | None) -> None:
-        """Ask to stop; asked again, raise KeyboardInterrupt at once."""
-        if self.reason is not None:
+        """Ask to stop; after another signal asked, raise KeyboardInterrupt at once."""
+        if self._reason not in (None, MAX_RUNTIME):
             raise KeyboardInterrupt
-        self.reason = signal.Signals(number).name
-        self._when_asked()
+        self.ask(signal.Signals(number).name)
 
 
 @contextmanager
-def listening(when_asked: Callable[[], None]) -> Iterator[Stop]:
-    """Turn signals into a request while the block runs, then give them back; `when_asked` is called at the first.
-
-    SIGHUP stays ignored under nohup.
-    """
-    stop = Stop(when_asked)
+def listening() -> Iterator[Stop]:
+    """Turn signals into a request while the block runs, then give them back. SIGHUP stays ignored under nohup."""
+    stop = Stop()
     ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
     before = {number: signal.signal(number, stop.on_signal) for number in _SIGNALS if number not in ignored}
     try:

@@ -42,8 +42,12 @@ class Wanted:
     _folder: tempfile.TemporaryDirectory[str]
 
     @classmethod
-    def gather(cls, items: Iterable[Item]) -> Self:
+    def gather(cls, items: Iterable[Item], *, overlapping: bool = True) -> Self:
         """Store the items, and put those of one id together.
+
+        Args:
+            items: The videos, in order.
+            overlapping: One file may come twice under two ids, as from two inputs.
 
         Raises:
             UsageError: Two different videos have the same id.
@@ -51,7 +55,7 @@ class Wanted:
         folder = tempfile.TemporaryDirectory(prefix="specvlm-")
         try:
             path = Path(folder.name, "wanted.db")
-            count, doubles = _fill(path, items)
+            count, doubles = _fill(path, items, overlapping)
         except BaseException:
             folder.cleanup()
             raise
@@ -64,7 +68,7 @@ class Wanted:
         self._folder.cleanup()
 
 
-def _fill(path: Path, items: Iterable[Item]) -> tuple[int, int]:
+def _fill(path: Path, items: Iterable[Item], overlapping: bool) -> tuple[int, int]:
     database = sqlite3.connect(path, isolation_level=None)
     try:
         for setting in ("journal_mode = OFF", "synchronous = OFF", "cache_size = -65536"):
@@ -85,6 +89,8 @@ def _fill(path: Path, items: Iterable[Item]) -> tuple[int, int]:
             stored += len(rows)
         database.execute("CREATE INDEX video_id ON video (id)")
         _merge(database)
+        if overlapping:
+            _drop_seen_files(database)
         count = int(database.execute("SELECT count(*) FROM video").fetchone()[0])
         return count, stored - count
     finally:
@@ -120,14 +126,19 @@ def _merge(database: sqlite3.Connection) -> None:
         f"DELETE FROM video WHERE place IN (SELECT video.place FROM video JOIN {_DOUBLED} AS first USING (id)"
         " WHERE video.place != first.place)"
     )
-    # The same file through two inputs has two ids; one that a manifest gave is meant.
-    database.execute("CREATE INDEX video_path ON video (path) WHERE NOT own_id AND problem IS NULL")
+
+
+def _drop_seen_files(database: sqlite3.Connection) -> None:
+    """Keep one file only once: through two inputs it has two ids. Ids that a manifest gave are meant."""
+    database.execute(
+        "CREATE INDEX video_path ON video (path, start_s, end_s, place) WHERE NOT own_id AND problem IS NULL"
+    )
     database.execute(
         """DELETE FROM video WHERE NOT own_id AND problem IS NULL AND EXISTS (
              SELECT 1 FROM video AS earlier INDEXED BY video_path
-             WHERE earlier.path = video.path AND earlier.place < video.place AND NOT earlier.own_id
-             AND earlier.problem IS NULL
-             AND earlier.start_s IS video.start_s AND earlier.end_s IS video.end_s)"""
+             WHERE earlier.path = video.path AND earlier.start_s IS video.start_s
+             AND earlier.end_s IS video.end_s AND earlier.place < video.place
+             AND NOT earlier.own_id AND earlier.problem IS NULL)"""
     )
     database.execute("DROP INDEX video_path")
 
@@ -145,7 +156,9 @@ def _refuse_same_id(database: sqlite3.Connection) -> None:
     one, other, identity, own_id = found
     names = f"{clean(fsdecode(one))} and {clean(fsdecode(other))}"
     if own_id:
-        raise UsageError(f"{names} have the same id {clean(identity)!r} in the manifest; give each video its own")
+        raise UsageError(
+            f"{names} have the same id {clean(identity)!r} in the manifest; give each video its own"
+        )
     raise UsageError(
         f"{names} have one path below their inputs, so one id; "
         "give the folder above both, or caption them into separate -o folders"

@@ -1,8 +1,4 @@
-"""`specvlm caption INPUT... -o OUT`: parse the flags, run one start, show how it ended.
-
-Every flag has an environment variable, SPECVLM_ and its name in capitals; a flag given on the command line
-wins. Defaults are those of the dataclasses in `specvlm.config`.
-"""
+"""`specvlm caption INPUT... -o OUT`: work out what the flags mean, run one start, show how it ended."""
 
 from __future__ import annotations
 
@@ -12,307 +8,230 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-import typer
+from typing import Any
 
 import specvlm
-from specvlm.config import (
-    BackendName,
-    FrameSettings,
-    GenerationSettings,
-    PositionsName,
-    PrunerName,
-    SpeculationSettings,
-    TreeName,
-)
+from specvlm.config import FrameSettings, GenerationSettings, SpeculationSettings
 from specvlm.preset import Preset, find_preset, presets
 from specvlm_cli import engine, job
-from specvlm_cli.commands.options import flag, variable
-from specvlm_cli.discover import EXTENSIONS, discover
+from specvlm_cli.commands.caption_flags import MOST, CaptionFlags
+from specvlm_cli.commands.options import variable
+from specvlm_cli.decoding import Limits
+from specvlm_cli.durations import seconds
 from specvlm_cli.exits import ExitCode, UsageError
-from specvlm_cli.job import ChangePolicy, Request
+from specvlm_cli.inputs import InputOptions, Inputs
+from specvlm_cli.job import Request
 from specvlm_cli.results import Outcome
 from specvlm_cli.runner import Policy
 from specvlm_cli.settings import CaptionSettings, ModelChoice
-from specvlm_cli.talk import ProgressName, Talk, counted
-from specvlm_cli.text import clean
+from specvlm_cli.shard import Shard, parse_shard
+from specvlm_cli.talk import Talk, counted
+from specvlm_cli.text import clean, short
+from specvlm_cli.wanted import MOST_PROMPTS, Wanted
 
 DEFAULT_PRESET = "demo"
-DEFAULT_OUT = Path("specvlm-out")
-MOST = (1 << 31) - 1  # of anything that is counted
-DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+_MOST_DECODE_WORKERS = 4  # where the flag does not say
 _DEVICE = re.compile(r"auto|balanced|balanced_low_0|sequential|cpu|mps|(cuda|xpu)(:[0-9]{1,4})?")
-
-_SPECULATION = SpeculationSettings()
-_GENERATION = GenerationSettings()
 _FRAMES = FrameSettings()
 
-_INPUT, _MODELS, _GUESSING, _READING = "Input and output", "Models", "Speculation", "Frames"
-_WRITING, _RESUME, _TALKING = "Generation", "Resume and failures", "Talking"
 
-
-def _folder(text: str | Path) -> Path:
-    if text == "":
-        raise UsageError("--out is empty; give a folder")
-    return Path(text)
-
-
-def caption(
-    inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help="Folders, videos or quoted globs.")],
-    out: Annotated[
-        Path, flag(_INPUT, "--out -o", "Run folder for captions, failures and progress.", parser=_folder)
-    ] = DEFAULT_OUT,
-    recursive: Annotated[
-        bool, flag(_INPUT, "--recursive/--no-recursive", "Enter folders below a folder.")
-    ] = True,
-    extensions: Annotated[
-        str,
-        flag(_INPUT, "--extensions", "Names that count as videos in folders and globs, separated by commas."),
-    ] = ",".join(EXTENSIONS),
-    limit: Annotated[
-        int | None,
-        flag(
-            _INPUT,
-            "--limit",
-            "Work on at most N videos, after what is already done.",
-            metavar="N",
-            min=1,
-            max=MOST,
-        ),
-    ] = None,
-    prompt: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--prompt",
-            help="What to ask: TEXT, or @FILE. Default: the preset's.",
-            rich_help_panel=_INPUT,
-            metavar="TEXT",
-        ),
-    ] = None,
-    system: Annotated[
-        str | None, flag(_INPUT, "--system", "System message: TEXT, or @FILE.", metavar="TEXT")
-    ] = None,
-    preset: Annotated[
-        str | None,
-        flag(_MODELS, "--preset", "A named pair: " + ", ".join(one.name for one in presets()) + "."),
-    ] = None,
-    target: Annotated[
-        str | None,
-        flag(_MODELS, "--target", "Model whose captions these are: hub id or folder.", metavar="ID"),
-    ] = None,
-    draft: Annotated[
-        str | None, flag(_MODELS, "--draft", "Model that guesses: hub id, folder or none.", metavar="ID")
-    ] = None,
-    revision: Annotated[
-        str | None, flag(_MODELS, "--revision", "Branch, tag or commit of the target.", metavar="NAME")
-    ] = None,
-    draft_revision: Annotated[
-        str | None, flag(_MODELS, "--draft-revision", "Branch, tag or commit of the draft.", metavar="NAME")
-    ] = None,
-    dtype: Annotated[DtypeName, flag(_MODELS, "--dtype", "auto, float32, bfloat16 or float16.")] = "auto",
-    device_map: Annotated[
-        str | None,
-        flag(_MODELS, "--device-map", "Where the target goes, e.g. cuda:1 or auto.", metavar="MAP"),
-    ] = None,
-    local_files_only: Annotated[
-        bool, flag(_MODELS, "--local-files-only", "Never ask the model hub.")
-    ] = False,
-    trust_remote_code: Annotated[
-        bool, flag(_MODELS, "--trust-remote-code", "Run code that comes with a checkpoint.")
-    ] = False,
-    pruner: Annotated[
-        PrunerName, flag(_GUESSING, "--pruner", "Which video tokens the draft sees.")
-    ] = _SPECULATION.pruner,
-    prune_ratio: Annotated[
-        float,
-        flag(
-            _GUESSING, "--prune-ratio", "Share of video tokens that the draft does not see.", metavar="SHARE"
-        ),
-    ] = _SPECULATION.prune_ratio,
-    top_p: Annotated[
-        float,
-        flag(
-            _GUESSING,
-            "--top-p",
-            "Share of the attention that the specvlm pruner takes first.",
-            metavar="SHARE",
-        ),
-    ] = _SPECULATION.top_p,
-    tree: Annotated[TreeName, flag(_GUESSING, "--tree", "Shape of one round's guesses.")] = _SPECULATION.tree,
-    depth: Annotated[
-        int, flag(_GUESSING, "--depth", "Depth of chain and dynamic trees, in tokens.", metavar="N")
-    ] = _SPECULATION.depth,
-    nodes: Annotated[
-        int, flag(_GUESSING, "--nodes", "Most nodes of a dynamic tree, root included.", metavar="N")
-    ] = _SPECULATION.nodes,
-    positions: Annotated[
-        PositionsName, flag(_GUESSING, "--positions", "Whether kept video tokens keep their positions.")
-    ] = _SPECULATION.positions,
-    fps: Annotated[
-        float | None, flag(_READING, "--fps", "Frames to read per second.", metavar="RATE")
-    ] = None,
-    num_frames: Annotated[
-        int | None, flag(_READING, "--num-frames", "Frames to read, whatever the length.", metavar="N")
-    ] = None,
-    min_frames: Annotated[
-        int | None, flag(_READING, "--min-frames", "Fewest frames with --fps.", metavar="N")
-    ] = None,
-    max_frames: Annotated[
-        int | None, flag(_READING, "--max-frames", "Most frames with --fps.", metavar="N")
-    ] = None,
-    max_pixels: Annotated[
-        int | None,
-        flag(_READING, "--max-pixels", "Most pixels of a frame; larger ones are scaled down.", metavar="N"),
-    ] = None,
-    total_pixels: Annotated[
-        int | None, flag(_READING, "--total-pixels", "Most pixels of all frames of a video.", metavar="N")
-    ] = None,
-    video_backend: Annotated[
-        BackendName, flag(_READING, "--video-backend", "Which reader to use.")
-    ] = _FRAMES.backend,
-    max_new_tokens: Annotated[
-        int, flag(_WRITING, "--max-new-tokens", "Most tokens of a caption.", metavar="N")
-    ] = _GENERATION.max_new_tokens,
-    temperature: Annotated[
-        float, flag(_WRITING, "--temperature", "0 is greedy; above 0 samples.", metavar="T")
-    ] = _GENERATION.temperature,
-    top_k: Annotated[
-        int | None, flag(_WRITING, "--top-k", "Sample from the K likeliest tokens.", metavar="K")
-    ] = _GENERATION.top_k,
-    seed: Annotated[int, flag(_WRITING, "--seed", "Seed of sampling.", metavar="N")] = _GENERATION.seed,
-    overwrite: Annotated[bool, flag(_RESUME, "--overwrite", "Caption the given videos anew.")] = False,
-    retry_failed: Annotated[
-        bool, flag(_RESUME, "--retry-failed", "Try videos again that failed before.")
-    ] = False,
-    on_config_change: Annotated[
-        ChangePolicy,
-        flag(
-            _RESUME,
-            "--on-config-change",
-            "With captions of other settings there: stop, keep both, or a new folder.",
-        ),
-    ] = "error",
-    fail_fast: Annotated[bool, flag(_RESUME, "--fail-fast", "Stop at the first failed video.")] = False,
-    max_failures: Annotated[
-        str | None,
-        flag(_RESUME, "--max-failures", "Stop once N videos, or P% of them, have failed.", metavar="N|P%"),
-    ] = None,
-    exit_zero: Annotated[bool, flag(_RESUME, "--exit-zero", "Exit 0 although videos failed.")] = False,
-    baseline_sample: Annotated[
-        float,
-        flag(
-            _TALKING,
-            "--baseline-sample",
-            "Share of videos also decoded plainly, compared and timed.",
-            metavar="SHARE",
-            min=0.0,
-            max=1.0,
-        ),
-    ] = 0.0,
-    dry_run: Annotated[
-        bool, flag(_TALKING, "--dry-run -n", "Print the videos that would be captioned.")
-    ] = False,
-    json_output: Annotated[bool, flag(_TALKING, "--json", "Print the outcome as one JSON object.")] = False,
-    quiet: Annotated[bool, flag(_TALKING, "--quiet -q", "Say nothing unless something fails.")] = False,
-    verbose: Annotated[bool, flag(_TALKING, "--verbose -v", "Show each caption, and tracebacks.")] = False,
-    log_file: Annotated[
-        Path | None,
-        flag(_TALKING, "--log-file", "Append messages and progress to this file.", metavar="FILE"),
-    ] = None,
-    progress: Annotated[
-        ProgressName, flag(_TALKING, "--progress", "Bar, a line every 30 s, or none; auto asks the terminal.")
-    ] = "auto",
-) -> int:
+def caption(flags: CaptionFlags) -> int:
     """Caption what is new; run it again to go on.
 
-    Each flag can also be set by an environment variable, e.g. SPECVLM_PRUNE_RATIO for --prune-ratio.
+    Each flag can also be set by an environment variable, e.g. SPECVLM_PRUNE_RATIO for --prune-ratio, or in a
+    TOML file given with --config. Flags go over the environment, and that over the file.
     """
-    pair = _pair(preset, target)
-    _check_models(pair, draft, draft_revision, device_map)
-    settings = CaptionSettings(
-        models=ModelChoice(
-            name=engine.public_name(pair.target if pair else str(target)),
-            load=pair.name if pair else str(target),
-            draft=draft,
-            revision=revision,
-            draft_revision=draft_revision,
-            dtype=dtype,
-            device_map=device_map,
-            local_files_only=local_files_only,
-            trust_remote_code=trust_remote_code,
-        ),
-        prompt=_prompt(prompt, pair),
-        system=None if system is None else _text("--system", system),
-        frames=_frames(
-            pair,
-            video_backend,
-            fps=fps,
-            num_frames=num_frames,
-            min_frames=min_frames,
-            max_frames=max_frames,
-            max_pixels=max_pixels,
-            total_pixels=total_pixels,
-        ),
-        generation=GenerationSettings(max_new_tokens, temperature, top_k, seed),
-        speculation=SpeculationSettings(pruner, prune_ratio, top_p, tree, positions, depth, nodes),
-    )
-    _refuse_pointless_baseline(settings, pair, baseline_sample)
-    most, share = _most_failures(fail_fast, max_failures)
-    with Talk(quiet=quiet, verbose=verbose, progress=progress, log_file=log_file) as talk:
-        found = discover(inputs, recursive=recursive, extensions=_extensions(extensions))
-        for folder in found.unreadable:
-            talk.warn(f"left out, not readable: {folder}")
-        request = Request(
-            items=found.items,
-            unreadable=len(found.unreadable),
-            out=out,
-            settings=settings,
-            policy=Policy(baseline_sample=baseline_sample, limit=limit, max_failures=most),
-            version=specvlm.__version__,
-            overwrite=overwrite,
-            retry_failed=retry_failed,
-            on_config_change=on_config_change,
-            max_failures_share=share,
-            exit_zero=exit_zero,
-        )
-        if preset is None and target is None:
+    pair = _pair(flags.preset, flags.target)
+    settings = _settings(flags, pair)
+    policy = _policy(flags, settings)
+    shard = Shard() if flags.shard is None else parse_shard(flags.shard)
+    _refuse_pointless_baseline(settings, pair, flags.baseline_sample)
+    with _talk(flags) as talk:
+        inputs = Inputs(flags.inputs, _input_options(flags, shard))
+        if flags.preset is None and flags.target is None:
             talk.note(
                 f"no --preset or --target: using the tiny {DEFAULT_PRESET} pair, it knows only drawn shapes; "
                 "for real videos choose one, e.g. --preset qwen2.5-vl-7b"
             )
-        return _show_plan(request, talk, json_output) if dry_run else _run(request, talk, json_output, quiet)
+        with Wanted.gather(inputs, overlapping=len(flags.inputs) > 1) as wanted:
+            _tell_what_was_left_out(inputs, wanted, talk)
+            request = _request(flags, inputs, wanted, settings, policy, shard)
+            return _show_plan(request, talk, flags) if flags.dry_run else _run(request, talk, flags)
 
 
-def _run(request: Request, talk: Talk, json_output: bool, quiet: bool) -> int:
-    outcome = job.run(
-        request,
-        lambda: engine.load(request.settings, quiet=quiet),
-        talk,
-        check=lambda: engine.check_device(request.settings.models.device_map),
+def _talk(flags: CaptionFlags) -> Talk:
+    return Talk(quiet=flags.quiet, verbose=flags.verbose, progress=flags.progress, log_file=flags.log_file)
+
+
+def _settings(flags: CaptionFlags, pair: Preset | None) -> CaptionSettings:
+    _check_models(pair, flags.draft, flags.draft_revision, flags.device_map)
+    models = ModelChoice(
+        name=engine.public_name(pair.target if pair else str(flags.target)),
+        load=pair.name if pair else str(flags.target),
+        draft=flags.draft,
+        revision=flags.revision,
+        draft_revision=flags.draft_revision,
+        dtype=flags.dtype,
+        device_map=flags.device_map,
+        local_files_only=flags.local_files_only,
+        trust_remote_code=flags.trust_remote_code,
     )
+    return CaptionSettings(
+        models=models,
+        prompts=_prompts(flags.prompt, pair),
+        system=None if flags.system is None else _text("--system", flags.system),
+        frames=_frames(flags, pair),
+        generation=GenerationSettings(flags.max_new_tokens, flags.temperature, flags.top_k, flags.seed),
+        speculation=SpeculationSettings(
+            flags.pruner,
+            flags.prune_ratio,
+            flags.top_p,
+            flags.tree,
+            flags.positions,
+            flags.depth,
+            flags.nodes,
+        ),
+    )
+
+
+def _policy(flags: CaptionFlags, settings: CaptionSettings) -> Policy:
+    devices, all_gpus = _devices(flags)
+    return Policy(
+        frames=settings.frames,
+        prompts=settings.prompts,
+        baseline_sample=flags.baseline_sample,
+        limit=flags.limit,
+        max_failures=_most_failures(flags)[0],
+        retries=flags.retries,
+        timeout_s=_positive("--timeout", flags.timeout),
+        grace_s=seconds("--grace", flags.grace),
+        on_oom=flags.on_oom,
+        devices=devices,
+        all_gpus=all_gpus,
+        decode_workers=flags.decode_workers or _decode_workers(),
+        limits=Limits(timeout_s=_positive("--decode-timeout", flags.decode_timeout)),
+        root=None if flags.root is None else os.fsencode(_existing_folder(flags.root)),
+    )
+
+
+def _request(
+    flags: CaptionFlags,
+    inputs: Inputs,
+    wanted: Wanted,
+    settings: CaptionSettings,
+    policy: Policy,
+    shard: Shard,
+) -> Request:
+    return Request(
+        wanted=wanted,
+        out=flags.out,
+        settings=settings,
+        policy=policy,
+        version=specvlm.__version__,
+        shard=shard,
+        reshard=flags.reshard,
+        kept=dict(inputs.kept),
+        unreadable=len(inputs.report.unreadable),
+        overwrite=flags.overwrite,
+        retry_failed=flags.retry_failed,
+        on_config_change=flags.on_config_change,
+        if_locked=flags.if_locked,
+        max_runtime_s=None if flags.max_runtime is None else _positive("--max-runtime", flags.max_runtime),
+        max_failures_share=_most_failures(flags)[1],
+        exit_zero=flags.exit_zero,
+    )
+
+
+def _input_options(flags: CaptionFlags, shard: Shard) -> InputOptions:
+    return InputOptions(
+        recursive=flags.recursive,
+        extensions=tuple(_extensions(flags.extensions)),
+        path_column=flags.path_column,
+        id_column=flags.id_column,
+        start_column=flags.start_column,
+        end_column=flags.end_column,
+        prompt_column=flags.prompt_column,
+        keep_columns=tuple(name for name in (one.strip() for one in flags.keep_columns.split(",")) if name),
+        min_age_s=seconds("--min-age", flags.min_age),
+        shard=shard,
+    )
+
+
+def _tell_what_was_left_out(inputs: Inputs, wanted: Wanted, talk: Talk) -> None:
+    report = inputs.report
+    for folder in report.unreadable:
+        talk.warn(f"left out, not readable: {folder}")
+    if wanted.doubles:
+        talk.note(f"{counted(wanted.doubles, 'row')} left out: the same video was named before")
+    if report.too_young:
+        talk.note(f"{counted(report.too_young, 'file')} left for the next start: younger than --min-age")
+
+
+def _run(request: Request, talk: Talk, flags: CaptionFlags) -> int:
+    factory = engine.Factory(request.settings, quiet=flags.quiet)
+    outcome = job.run(request, factory, talk)
     talk.close(outcome, overwriting=request.overwrite)
-    if json_output:
+    if flags.json_output:
         _print_json(outcome)
     return outcome.exit_code
 
 
-def _show_plan(request: Request, talk: Talk, json_output: bool) -> int:
-    outcome, paths = job.plan(request)
-    names = [clean(os.fsdecode(path)) for path in paths]
-    if json_output:
+def _show_plan(request: Request, talk: Talk, flags: CaptionFlags) -> int:
+    names: list[str] = []
+
+    def show(path: bytes) -> None:
+        if flags.json_output:
+            names.append(clean(os.fsdecode(path)))
+        else:
+            print(clean(os.fsdecode(path)))
+
+    outcome, number = job.plan(request, show)
+    if flags.json_output:
         _print_json(outcome, would_caption=names)
-    else:
-        for name in names:
-            print(name)
-    talk.note(
-        f"{counted(len(names), 'video')} would be captioned into {outcome.out}; {outcome.done} are done"
-    )
+    talk.note(f"{counted(number, 'video')} would be captioned into {outcome.out}; {outcome.done} are done")
     return ExitCode.OK
 
 
 def _print_json(outcome: Outcome, **more: Any) -> None:
     print(json.dumps(outcome.as_json() | more))
+
+
+def _positive(name: str, text: str) -> float:
+    value = seconds(name, text)
+    if value <= 0:
+        raise UsageError(f"{name} {clean(text)} leaves no time; give more, e.g. 60s")
+    return value
+
+
+def _existing_folder(root: Path) -> Path:
+    if not root.is_dir():
+        raise UsageError(f"--root {clean(str(root))}: no such folder; give the folder that holds the videos")
+    return root.resolve()
+
+
+def _decode_workers() -> int:
+    """Leave most cores to what else is to be done: reading is far cheaper than generating."""
+    return max(1, min(_MOST_DECODE_WORKERS, len(os.sched_getaffinity(0)) // 2))
+
+
+def _devices(flags: CaptionFlags) -> tuple[tuple[str | None, ...], bool]:
+    """Return where workers load their models, and whether there is to be one for each GPU."""
+    if flags.gpus is None:
+        return (None,), flags.device_map is None
+    if flags.device_map is not None:
+        raise UsageError(
+            f"--gpus {clean(flags.gpus)} and --device-map {clean(flags.device_map)} exclude each other; give one"
+        )
+    if flags.gpus == "all":
+        return (None,), True
+    if re.fullmatch(r"[1-9][0-9]{0,2}", flags.gpus):
+        return tuple(f"cuda:{number}" for number in range(int(flags.gpus))), False
+    if re.fullmatch(r"[0-9]{1,3}(,[0-9]{1,3})+,?|[0-9]{1,3},", flags.gpus):
+        numbers = dict.fromkeys(int(number) for number in flags.gpus.split(",") if number)
+        return tuple(f"cuda:{number}" for number in numbers), False
+    raise UsageError(
+        f"--gpus {clean(flags.gpus)} names none; give all, how many (2), or which (0,2; a single one: 1,)"
+    )
 
 
 def _pair(preset: str | None, target: str | None) -> Preset | None:
@@ -344,17 +263,17 @@ def _check_models(
         )
 
 
-def _prompt(given: Sequence[str] | None, pair: Preset | None) -> str:
-    """Return the one prompt. The environment is read here: a variable is one prompt, with all its words."""
+def _prompts(given: Sequence[str] | None, pair: Preset | None) -> tuple[str, ...]:
+    """Return the prompts. The environment is read here: a variable is one prompt, with all its words."""
     from_environment = os.environ.get(variable("--prompt"))
-    prompts = given or ([from_environment] if from_environment else [])
-    if len(prompts) > 1:
-        raise UsageError(
-            f"--prompt was given {len(prompts)} times; this version takes one prompt for all videos"
-        )
-    if prompts:
-        return _text("--prompt", prompts[0])
-    return pair.prompt if pair else presets()[0].prompt
+    prompts = tuple(
+        _text("--prompt", text) for text in given or ([from_environment] if from_environment else [])
+    )
+    if len(set(prompts)) < len(prompts):
+        raise UsageError("--prompt was given twice with the same text; give each prompt once")
+    if len(prompts) > MOST_PROMPTS:
+        raise UsageError(f"--prompt was given {len(prompts)} times; give at most {MOST_PROMPTS}")
+    return prompts or (pair.prompt if pair else presets()[0].prompt,)
 
 
 def _text(name: str, given: str) -> str:
@@ -375,8 +294,10 @@ def _file_text(name: str, path: str) -> str:
         raise UsageError(f"{name} @{clean(path)}: {reason}; give a text file, or the text itself") from error
 
 
-def _frames(pair: Preset | None, backend: BackendName, **given: float | int | None) -> FrameSettings:
+def _frames(flags: CaptionFlags, pair: Preset | None) -> FrameSettings:
     """Return the preset's frame settings with what was given put over them."""
+    names = ("fps", "num_frames", "min_frames", "max_frames", "max_pixels", "total_pixels")
+    given = {name: getattr(flags, name) for name in names}
     chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     base = pair.frames if pair else _FRAMES
     if "fps" in chosen or "num_frames" in chosen:
@@ -392,7 +313,7 @@ def _frames(pair: Preset | None, backend: BackendName, **given: float | int | No
         raise UsageError(
             f"{given_name} {given_value} goes against {other} {value}, which the {whose} sets; give {other} too"
         )
-    return replace(base, backend=backend, **chosen)
+    return replace(base, backend=flags.video_backend, min_decoded=flags.min_decoded, **chosen)
 
 
 def _extensions(text: str) -> list[str]:
@@ -408,8 +329,9 @@ def _refuse_pointless_baseline(settings: CaptionSettings, pair: Preset | None, s
         raise UsageError(f"--baseline-sample {share} compares with a draft, and there is none; give --draft")
 
 
-def _most_failures(fail_fast: bool, text: str | None) -> tuple[int | None, float | None]:
+def _most_failures(flags: CaptionFlags) -> tuple[int | None, float | None]:
     """Return `--max-failures` as a number of videos, or as a share of them."""
+    fail_fast, text = flags.fail_fast, flags.max_failures
     if fail_fast and text is not None:
         raise UsageError(f"--fail-fast and --max-failures {clean(text)} exclude each other; give one of them")
     if fail_fast:
@@ -423,5 +345,5 @@ def _most_failures(fail_fast: bool, text: str | None) -> tuple[int | None, float
     elif re.fullmatch(r"[0-9]{1,10}", text) and 0 < int(text) <= MOST:
         return int(text), None
     raise UsageError(
-        f"--max-failures {clean(text)} is no limit; give a number of videos, e.g. 10, or a share, e.g. 5%"
+        f"--max-failures {short(text, 60)} is no limit; give a number of videos, e.g. 10, or a share, e.g. 5%"
     )

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from specvlm_cli.decoding import DecodingPool
 
-from specvlm_cli import app, engine
+from specvlm_cli import app, engine, runner
 from specvlm_cli.settings import CaptionSettings
-from tests.cli.fake import FakeEngine
+from tests.cli.fake import FakeFactory, Log
 
 
 @dataclass
@@ -29,17 +31,29 @@ class Result:
         return dict(json.loads(self.out))
 
 
-class Specvlm:
-    """Runs the command in this process, with a fake engine."""
+READER = "tests.cli.fake:read"
 
-    def __init__(self, capfd: pytest.CaptureFixture[str]) -> None:
-        self.engine = FakeEngine()
-        self.loads: list[CaptionSettings] = []
+
+class Specvlm:
+    """Runs the command in this process; its worker processes hold fake engines, and its videos are texts."""
+
+    def __init__(self, capfd: pytest.CaptureFixture[str], journal: Path) -> None:
+        self.engine = Log(journal)
+        self._settings: list[CaptionSettings] = []
         self._capfd = capfd
 
-    def load(self, settings: CaptionSettings, *, quiet: bool) -> FakeEngine:
-        self.loads.append(settings)
-        return self.engine
+    @property
+    def loads(self) -> list[CaptionSettings]:
+        """Return the settings with which models were loaded, once for each worker."""
+        return [self._settings[int(str(number))] for number in self.engine.loads]
+
+    def factory(self, settings: CaptionSettings, *, quiet: bool) -> FakeFactory:
+        self._settings.append(settings)
+        return replace(self.engine.factory, number=len(self._settings) - 1)
+
+    def behave(self, **changes: Any) -> None:
+        """Change how the engines behave from now on."""
+        self.engine.factory = replace(self.engine.factory, **changes)
 
     def __call__(self, *arguments: object) -> Result:
         self._capfd.readouterr()
@@ -49,9 +63,14 @@ class Specvlm:
 
 
 @pytest.fixture
-def specvlm(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Specvlm:
-    command = Specvlm(capfd)
-    monkeypatch.setattr(engine, "load", command.load)
+def specvlm(
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Specvlm:
+    command = Specvlm(capfd, tmp_path_factory.mktemp("fake") / "journal")
+    monkeypatch.setattr(engine, "Factory", command.factory)
+    monkeypatch.setattr(runner, "DecodingPool", partial(DecodingPool, reader=READER))
     return command
 
 

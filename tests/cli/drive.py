@@ -21,11 +21,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from specvlm_cli.decoding import DecodingPool
+
 import specvlm_cli.parts  # noqa: F401  imported before forking, so that a trial costs milliseconds
-from specvlm_cli import app, engine
+from specvlm_cli import app, engine, runner
 from specvlm_cli.commands import caption
 from specvlm_cli.runner import Policy
-from tests.cli.fake import FakeEngine
+from tests.cli.conftest import READER
+from tests.cli.fake import FakeFactory
 
 POINTS = {
     "claim": "specvlm_cli.ledger:Ledger.claim",
@@ -77,8 +80,9 @@ def install_kill(point: str, when: str, nth: int) -> None:
 
 def prepare(delay_s: float, part_rows: int) -> None:
     """Put the fake engine in place, and make parts small."""
-    engine.load = lambda settings, *, quiet: FakeEngine(delay_s)  # type: ignore[assignment]
+    engine.Factory = lambda settings, *, quiet: FakeFactory(os.devnull, delay_s)  # type: ignore[assignment,misc]
     caption.Policy = functools.partial(Policy, part_rows=part_rows)  # type: ignore[misc,assignment]
+    runner.DecodingPool = functools.partial(DecodingPool, reader=READER)  # type: ignore[misc,assignment]
 
 
 def _start(arguments: list[str], kill: dict[str, Any] | None) -> int:

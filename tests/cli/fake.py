@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from specvlm.errors import GenerationError, NotAVideoError, PromptError, VideoDecodeError, VideoNotFoundError
-from specvlm.records import Caption, CaptionStats, VideoSource
+import numpy as np
+
+from specvlm.config import FrameSettings
+from specvlm.errors import (
+    GenerationError,
+    GenerationTimeoutError,
+    NonFiniteLogitsError,
+    NotAVideoError,
+    PromptError,
+    VideoDecodeError,
+    VideoNotFoundError,
+    VideoUnavailableError,
+)
+from specvlm.records import Caption, CaptionStats, Frames, VideoSource
 from specvlm_cli.engine import Models
-from specvlm_cli.inputs.item import Item
 
 ROUNDS = 4
 ACCEPTED = (0, 1, 2, 1)  # rounds that accepted 0, 1, 2, 3 tokens: 8 accepted in 4 rounds
 
 
-def stats(*, plain: bool, tokens: int = 13) -> CaptionStats:
+def stats(*, plain: bool, tokens: int = 13, frames: int = 8) -> CaptionStats:
     """Statistics of a made-up caption; plain decoding takes three times as long."""
     decode_s = 0.6 if plain else 0.2
     return CaptionStats(
         method="plain" if plain else "specvlm/specvlm/static",
-        num_frames=8,
+        num_frames=frames,
         video_tokens=128,
         video_tokens_kept=0 if plain else 13,
         prompt_tokens=150,
@@ -45,47 +58,146 @@ def stats(*, plain: bool, tokens: int = 13) -> CaptionStats:
     )
 
 
-@dataclass
-class FakeEngine:
-    """Behaves as the first word of a file says; anything else is a video."""
+def read(
+    path: bytes, settings: FrameSettings, *, frame_multiple: int = 1, root: bytes | None = None
+) -> Frames:
+    """Read a video that is a text file: its text is the pixels. Runs in the reading child."""
+    name = os.fsdecode(path)
+    if not os.path.exists(path):
+        raise VideoNotFoundError(name, "no such file")
+    text = Path(name).read_text()
+    if text.startswith("text"):
+        raise NotAVideoError(name, "not a video")
+    if text.startswith("damaged"):
+        raise VideoDecodeError(name, "no frame can be decoded")
+    if text.startswith("stale"):
+        raise VideoUnavailableError(name, "stale file handle")
+    pixels = np.frombuffer(text.encode(), np.uint8).repeat(3).reshape(1, 1, -1, 3)
+    source = VideoSource(2.0, 25.0, 64, 48, "fake 1", 0.1, size_bytes=len(text), mtime_ns=1)
+    return Frames(pixels.repeat(8, axis=0), np.arange(8.0), source)
 
+
+def text_of(frames: Frames) -> str:
+    """Return the text that `read` put into the pixels."""
+    return bytes(np.ascontiguousarray(frames.pixels[0, 0, :, 0])).decode()
+
+
+@dataclass(frozen=True)
+class FakeFactory:
+    """Makes fake engines in worker processes; what they are asked to do is written into a file, line by line."""
+
+    journal: str
     delay_s: float = 0.0
     revision: str = "r1"
-    prepared: list[bytes] = field(default_factory=list)
-    captioned: list[tuple[str, bool]] = field(default_factory=list)
-    warm_ups: int = 0
+    seen_gpus: int = 0
+    error: Exception | None = None  # raised by loading
+    number: int = 0  # of the settings that it was made for
+
+    def gpus(self) -> int:
+        return self.seen_gpus
+
+    def load(self, device: str | None) -> FakeEngine:
+        self.note("load", self.number)
+        if self.error is not None:
+            raise self.error
+        return FakeEngine(self, device or "fake")
+
+    def note(self, *words: object) -> None:
+        with open(self.journal, "a", encoding="utf-8") as file:
+            file.write(json.dumps(words) + "\n")
+
+
+class FakeEngine:
+    """Behaves as the first word of a video says; anything else gets a caption."""
+
+    def __init__(self, factory: FakeFactory, device: str) -> None:
+        self._factory = factory
+        self._device = device
 
     @property
     def models(self) -> Models:
-        return Models("fake/target", self.revision, "fake/draft", "fake", {"target_revision": self.revision})
+        revision = self._factory.revision
+        return Models(
+            "fake/target", revision, "fake/draft", self._device, 1, resolved={"target_revision": revision}
+        )
 
-    def prepare(self, item: Item) -> str:
-        self.prepared.append(item.path)
-        name = os.fsdecode(item.path)
-        if not os.path.exists(item.path):
-            raise VideoNotFoundError(name, "no such file")
-        text = Path(name).read_text()
-        if text.startswith("text"):
-            raise NotAVideoError(name, "not a video")
-        if text.startswith("damaged"):
-            raise VideoDecodeError(name, "no frame can be decoded")
+    def prepare(self, frames: Frames, prompt: str) -> tuple[str, str, VideoSource | None, int]:
+        text = text_of(frames)
+        self._factory.note("prepared", text, prompt)
         if text.startswith("prompt"):
             raise PromptError("the prompt has no place for a video")
-        return text
+        return text, prompt, frames.source, len(frames.pixels)
 
-    def caption(self, prepared: str, *, speculate: bool) -> Caption:
-        time.sleep(self.delay_s)
-        self.captioned.append((prepared, speculate))
-        if prepared.startswith("explodes"):
-            raise GenerationError("it went off")
-        if prepared.startswith("bug"):
-            raise ZeroDivisionError
-        if prepared.startswith("interrupt"):
-            raise KeyboardInterrupt
-        words = "" if prepared.startswith("empty") else f"a caption of {prepared}"
-        ids = (1, 2, 3) if not (prepared.startswith("differs") and not speculate) else (1, 2, 4)
-        source = VideoSource(2.0, 25.0, 64, 48, "fake 1", 0.1)
-        return Caption(words, ids, "stop", stats(plain=not speculate), source)
+    def caption(
+        self,
+        prepared: tuple[str, str, VideoSource | None, int],
+        *,
+        speculate: bool,
+        time_limit_s: float | None = None,
+    ) -> Caption:
+        text, prompt, source, number = prepared
+        time.sleep(self._factory.delay_s)
+        self._factory.note("captioned", text, speculate, self._device)
+        _misbehave(text, number, time_limit_s)
+        words = "" if text.startswith("empty") else f"a caption of {text}"
+        if prompt.startswith("second"):
+            words += " (second)"
+        ids = (1, 2, 3) if not (text.startswith("differs") and not speculate) else (1, 2, 4)
+        return Caption(words, ids, "stop", stats(plain=not speculate, frames=number), source)
 
-    def warm_up(self, prepared: str) -> None:
-        self.warm_ups += 1
+    def warm_up(self, prepared: object) -> None:
+        self._factory.note("warm_up")
+
+    def is_out_of_memory(self, error: Exception) -> bool:
+        return isinstance(error, MemoryError)
+
+
+def _misbehave(text: str, frames: int, time_limit_s: float | None) -> None:
+    if text.startswith("explodes"):
+        raise GenerationError("it went off")
+    if text.startswith("bug"):
+        raise ZeroDivisionError
+    if text.startswith("nan"):
+        raise NonFiniteLogitsError("NaN logits")
+    if text.startswith("huge") and frames > 2:
+        raise MemoryError("too many frames")
+    if text.startswith("poison"):
+        raise RuntimeError("CUDA error: device-side assert triggered")
+    if text.startswith("dies"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if text.startswith("hangs"):
+        time.sleep(600.0)
+    if text.startswith("endless"):
+        raise GenerationTimeoutError(f"not done after {time_limit_s} s")
+
+
+class Log:
+    """What fake engines were asked to do, as their journal tells it."""
+
+    def __init__(self, journal: Path) -> None:
+        self.factory = FakeFactory(str(journal))
+
+    @property
+    def loads(self) -> list[object]:
+        return [number for (number,) in self._lines("load")]
+
+    def _lines(self, word: str) -> list[list[object]]:
+        journal = Path(self.factory.journal)
+        lines = journal.read_text().splitlines() if journal.exists() else []
+        return [rest for first, *rest in map(json.loads, lines) if first == word]
+
+    @property
+    def prepared(self) -> list[object]:
+        return [text for text, _ in self._lines("prepared")]
+
+    @property
+    def captioned(self) -> list[tuple[object, object]]:
+        return [(text, speculate) for text, speculate, _ in self._lines("captioned")]
+
+    @property
+    def devices(self) -> set[object]:
+        return {device for *_, device in self._lines("captioned")}
+
+    @property
+    def warm_ups(self) -> int:
+        return len(self._lines("warm_up"))

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from specvlm_cli.discover import discover
+from specvlm_cli.inputs import Inputs
 
 
 def check(out: Path, videos: Path, *, failed: int = 0) -> None:
     """Every video is done once or failed once; rows, parts and ledger agree; no file is left over."""
-    wanted = {item.id for item in discover([str(videos)]).items}
+    wanted = {item.id for item in Inputs([str(videos)])}
     database = sqlite3.connect(out / ".specvlm" / "state-00000.db")
     assert database.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
     states = dict(database.execute("SELECT id, state FROM item"))

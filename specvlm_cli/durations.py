@@ -1,0 +1,25 @@
+"""Spans of time as people type them: `90`, `60s`, `10m`, `3h50m`, `1d`."""
+
+from __future__ import annotations
+
+import re
+
+from specvlm_cli.exits import UsageError
+from specvlm_cli.text import clean
+
+_SECONDS = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0}
+_SPAN = re.compile(r"(?:[0-9]+(?:\.[0-9]+)?[dhms])+")
+_PIECE = re.compile(r"([0-9.]+)([dhms])")
+
+
+def seconds(flag: str, text: str) -> float:
+    """Return a span in seconds.
+
+    Raises:
+        UsageError: It is none.
+    """
+    if re.fullmatch(r"[0-9]+(?:\.[0-9]+)?", text):
+        return float(text)
+    if not _SPAN.fullmatch(text):
+        raise UsageError(f"{flag} {clean(text)} is no span of time; give seconds, or e.g. 60s, 10m, 3h50m")
+    return sum(float(number) * _SECONDS[unit] for number, unit in _PIECE.findall(text))
