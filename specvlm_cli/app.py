@@ -17,6 +17,7 @@ from specvlm_cli import streams
 from specvlm_cli.commands.caption import caption
 from specvlm_cli.commands.caption_flags import CaptionFlags
 from specvlm_cli.commands.options import command, variable
+from specvlm_cli.commands.slurm import SlurmFlags, slurm
 from specvlm_cli.commands.status import status
 from specvlm_cli.exits import CommandError, ExitCode
 from specvlm_cli.talk import error_line, error_trace
@@ -29,6 +30,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.command(name="caption")(command(CaptionFlags, caption))
+app.command(name="slurm")(command(SlurmFlags, slurm))
 app.command(name="status")(status)
 
 
