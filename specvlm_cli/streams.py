@@ -26,12 +26,16 @@ def prepare() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
+# What we draw with, for terminals whose encoding lacks it; each takes as much room as before.
+_ASCII = str.maketrans({"━": "#", "─": "-", "·": "-", "…": "~"})
+
+
 class Stderr:
     """The stderr of the moment. Once it cannot be written, what goes there is dropped."""
 
     def write(self, text: str) -> int:
         with _dropping():
-            _current().write(text)
+            _current().write(text if self.encoding.lower().startswith("utf") else text.translate(_ASCII))
         return len(text)
 
     def flush(self) -> None:
@@ -54,6 +58,8 @@ def _dropping() -> Iterator[None]:
     """Swallow what a full or closed stderr raises, and send all that follows to the null device."""
     try:
         yield
+    except BlockingIOError:  # a reader that is slow for the moment; it misses this piece
+        pass
     except OSError:
         with suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), _current().fileno())

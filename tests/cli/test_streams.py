@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from specvlm_cli.streams import Stderr
 from tests.cli import invariants
 
 ROOT = Path(__file__).parents[2]
@@ -68,3 +70,27 @@ sys.exit(main())
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
     )
     assert (done.returncode, done.stderr) == (130, "")
+
+
+@pytest.mark.parametrize(
+    ("encoding", "written"), [("utf-8", "━─·… ä"), ("ascii", "#--~ \\xe4"), ("latin-1", "#--~ ä")]
+)
+def test_what_we_draw_with_fits_any_encoding(
+    monkeypatch: pytest.MonkeyPatch, encoding: str, written: str
+) -> None:
+    stream = io.TextIOWrapper(io.BytesIO(), encoding, errors="backslashreplace", write_through=True)
+    monkeypatch.setattr(sys, "stderr", stream)
+    assert Stderr().write("━─·… ä") == 6
+    assert stream.buffer.getvalue() == written.encode(encoding)  # type: ignore[attr-defined]
+
+
+def test_a_reader_that_is_slow_for_a_moment_misses_only_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    read, write = os.pipe2(os.O_NONBLOCK)
+    with os.fdopen(read, "rb", 0) as reader, os.fdopen(write, "wb", 0) as raw:
+        monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(raw, "utf-8", write_through=True))
+        for _ in range(20):
+            Stderr().write("x" * 65536)
+        while reader.read(1 << 20):
+            pass
+        Stderr().write("back\n")
+        assert (reader.read(100) or b"").endswith(b"back\n")

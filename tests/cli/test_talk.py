@@ -6,14 +6,18 @@ import os
 import pty
 import re
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from specvlm_cli.inputs.item import Item
-from specvlm_cli.ledger import Claim, Failure
+from specvlm_cli.exits import ExitCode
+from specvlm_cli.results import Figures, LiveStatus, Outcome
 from specvlm_cli.talk import Talk
 from tests.cli.conftest import Specvlm, rows
+from tests.cli.saying import HOSTILE as HOSTILE_TEXTS
+from tests.cli.saying import claim, failure, harm, row
 
 HOSTILE = b"[red]x\x1b]0;owned\x07\n\xe2\x80\xae\xff%d.mp4"
 
@@ -76,21 +80,10 @@ def test_json_is_one_object_on_stdout(specvlm: Specvlm, videos: Path, out: Path)
     result = specvlm("caption", videos, "-o", out, "--json")
     assert result.out.count("\n") == 1
     found = result.json
-    assert set(found) == {
-        *(
-            "schema",
-            "exit_code",
-            "out",
-            "found",
-            "done",
-            "failed",
-            "pending",
-            "failed_now",
-            "wall_s",
-            "figures",
-        ),
-        "stopped",
-    }
+    assert set(found) == set(
+        "schema exit_code out found done failed pending failed_now wall_s figures stopped waited_s "
+        "failures_file".split()
+    )
     assert (found["schema"], found["exit_code"], found["found"], found["done"]) == (1, 0, 4, 4)
     again = specvlm("caption", videos, "-o", out, "--json", "-q")
     assert again.err == ""
@@ -116,15 +109,118 @@ def test_a_traceback_only_with_v(specvlm: Specvlm, videos: Path, out: Path) -> N
     assert "Traceback" in specvlm("caption", videos / "nowhere", "-v").err
 
 
+def test_hostile_arguments_are_told_in_one_harmless_line(specvlm: Specvlm, videos: Path) -> None:
+    places: list[Callable[[str], tuple[object, ...]]] = [
+        lambda text: (text,),
+        lambda text: ("caption", f"--no-such-flag{text}"),
+        lambda text: ("caption", videos, "--limit", text),
+        lambda text: ("caption", videos, "--device-map", text),
+        lambda text: ("caption", videos, "--preset", text),
+        lambda text: ("caption", videos, "--progress", text),
+    ]
+    for number, text in enumerate(HOSTILE_TEXTS):
+        for place in (places[number % 6], places[(number // 6 + 3) % 6]):
+            result = specvlm(*place(text))
+            assert (result.code, result.out) == (2, "")
+            assert re.fullmatch("specvlm: error: [^\n]+\n", result.err)
+            assert harm(result.err[:-1]) == []
+
+
+def test_hostile_arguments_do_no_harm_in_a_traceback(specvlm: Specvlm, videos: Path) -> None:
+    for text in HOSTILE_TEXTS[::3]:
+        shown = specvlm("caption", videos, "--progress", text, "-v").err
+        assert "Traceback" in shown
+        assert harm(shown.replace("\n", "")) == []
+
+
+def said(talk: Talk, capsys: pytest.CaptureFixture[str], words: str) -> str:
+    """Wait until stderr has these words, and return all of it."""
+    shown = ""
+    for _ in range(500):
+        shown += capsys.readouterr().err
+        if words in shown:
+            return shown
+        time.sleep(0.01)
+    raise AssertionError(shown)
+
+
 def test_log_progress_is_plain_lines(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("specvlm_cli.talk.LOG_EVERY_S", 0.01)
     with Talk(progress="log") as talk, talk.working(5):
-        talk.failed(Claim(1, Item("0", b"/x.mp4"), 1), Failure("open", "NotAVideoError", "no"), "")
-        while "1/5" not in (lines := capsys.readouterr().err):
-            pass
-    assert re.search(r"^1/5 · 1 failed · .* left$", lines, re.MULTILINE)
+        talk.failed(claim(), failure(), "")
+        talk.captioned(claim(), [row(prompt_index=0), row(prompt_index=1)])
+        talk.state(LiveStatus(2, 1, 3_000_000, 1, 1, 0))
+        lines = said(talk, capsys, "generating")
+    line = r"^2/5 · 1 failed · .* left · 3.00 accepted/round · .* · reading 2 · ready 1 \(3.0 MB\) · generating 1$"
+    assert re.search(line, lines, re.MULTILINE)
+
+
+def test_a_log_file_gets_progress_and_the_end_whatever_is_shown(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("specvlm_cli.talk.LOG_EVERY_S", 0.01)
+    log = tmp_path / "log"
+    with Talk(quiet=True, log_file=log) as talk:
+        with talk.working(3):
+            while not log.read_text():
+                time.sleep(0.01)
+            log.rename(tmp_path / "log.1")
+            talk.captioned(claim(), [row()])
+            while not log.exists():
+                time.sleep(0.01)
+        talk.close(Outcome(ExitCode.OK, "out", 3, 1, 0, 2, figures=Figures(captions=1)))
+    assert capsys.readouterr().err == ""
+    assert " 0/3 · 0 failed" in (tmp_path / "log.1").read_text()
+    lines = log.read_text().splitlines()
+    assert " 1/3 · 0 failed" in lines[-2]
+    assert lines[-1].endswith(" 1 done, 0 failed, 2 to do in out, 0 s")
+
+
+def test_a_full_log_is_told_once_and_stops_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with Talk(progress="log", log_file=Path("/dev/full")) as talk, talk.working(1):
+        talk.note("one")
+        talk.note("two")
+        talk.captioned(claim(), [row()])
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:3] == ["one", "--log-file /dev/full: No space left on device; going on without it", "two"]
+    assert lines[3].startswith("1/1 · 0 failed")
+
+
+def test_verbose_shows_each_caption_with_its_prompt(capsys: pytest.CaptureFixture[str]) -> None:
+    with Talk(progress="none", verbose=True) as talk:
+        talk.captioned(claim("one.mp4"), [row(caption="A circle.")])
+        talk.captioned(claim("two.mp4"), [row(caption="Red.\nBlue.", prompt_index=n) for n in range(2)])
+    assert capsys.readouterr().err.splitlines() == [
+        "one.mp4: A circle.",
+        "two.mp4 [0]: Red. Blue.",
+        "two.mp4 [1]: Red. Blue.",
+    ]
+
+
+def test_a_failure_names_the_part_of_the_video(capsys: pytest.CaptureFixture[str]) -> None:
+    with Talk(progress="none") as talk:
+        talk.failed(claim("a.mp4", start_s=1.5, end_s=3.0), failure("no"), "")
+        talk.failed(claim("a.mp4", start_s=1.5), failure("no"), "")
+    assert capsys.readouterr().err.splitlines() == [
+        "failed: /videos/a.mp4 from 1.5 s to 3 s: no (decode, VideoDecodeError)",
+        "failed: /videos/a.mp4 from 1.5 s to its end: no (decode, VideoDecodeError)",
+    ]
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_the_closing_table_can_be_pasted(capsys: pytest.CaptureFixture[str], quiet: bool) -> None:
+    with Talk(progress="none", quiet=quiet) as talk:
+        with talk.working(1):
+            talk.failed(claim(), failure(), "")
+        talk.close(Outcome(ExitCode.SOME_FAILED, "out", 1, 0, 1, 0, failed_now=1, figures=Figures()))
+    _, ending, *table = capsys.readouterr().err.splitlines()
+    assert ending == "0 done, 1 failed, 0 to do in out, 0 s"
+    assert bool(table) == (not quiet)
+    assert all(one.startswith("| ") and one.endswith(" |") for one in table)
+    if table:
+        assert any("1 decode:VideoDecodeError" in one for one in table)
 
 
 def _on_a_terminal(arguments: list[str], variables: dict[str, str]) -> str:
@@ -133,7 +229,7 @@ def _on_a_terminal(arguments: list[str], variables: dict[str, str]) -> str:
     if child == 0:
         command = [sys.executable, "-m", "tests.cli.drive", "run", *arguments]
         os.execvpe(
-            sys.executable, command, os.environ | {"DRIVE_DELAY_S": "0.3", "TERM": "xterm"} | variables
+            sys.executable, command, os.environ | {"DRIVE_DELAY_S": "0.15", "TERM": "xterm"} | variables
         )
     shown = b""
     while True:
@@ -157,6 +253,6 @@ def test_a_terminal_gets_a_bar(videos: Path, out: Path, no_color: str) -> None:
         ["caption", str(videos), "-o", str(out)], {"NO_COLOR": no_color} if no_color else {}
     )
     assert "━" in shown
-    assert re.search(r"[1-4]/4 · 0 failed", shown)
+    assert re.search(r"── [0-3]/4 · 0 failed", re.sub("\x1b\\[[0-9;]*m", "", shown))
     assert "4 done, 0 failed" in shown
     assert bool(re.search("\x1b\\[[0-9;]*3[0-9]m", shown)) == (not no_color)

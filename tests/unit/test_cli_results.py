@@ -3,38 +3,27 @@
 from __future__ import annotations
 
 import json
+import random
+import sys
 from dataclasses import replace
+from statistics import median
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from specvlm.records import Caption
 from specvlm_cli import baseline
 from specvlm_cli.exits import ExitCode
-from specvlm_cli.results import Figures, Outcome, Tally
+from specvlm_cli.results import MOST_KINDS, OTHER_KINDS, Figures, Median, Outcome, Running, Speedup, Tally
 from specvlm_cli.settings import config_hash, differences
-from specvlm_cli.talk import Meter, counted, duration, ending
 from tests.cli.fake import stats
+from tests.cli.saying import compared, failure, row
 
 
 def caption(*, plain: bool, tokens: int = 13, ids: tuple[int, ...] = (1, 2)) -> Caption:
     return Caption("text", ids, "stop", stats(plain=plain, tokens=tokens))
-
-
-def row(**changes: Any) -> dict[str, Any]:
-    base = {"completion_tokens": 10, "num_drafts": 2, "num_accepted_tokens": 6, "speedup_source": None}
-    return base | changes
-
-
-def measured(decode_s: float, speedup: float) -> dict[str, Any]:
-    return row(
-        speedup_source="measured",
-        exact_match=True,
-        decode_s=decode_s,
-        decode_speedup=speedup,
-        total_s=2 * decode_s,
-        e2e_speedup=speedup / 2,
-    )
 
 
 def test_nothing_counted_has_no_figures() -> None:
@@ -53,11 +42,101 @@ def test_acceptance_is_of_all_rounds_and_leaves_out_the_bonus() -> None:
 def test_speedups_are_of_totals_and_median() -> None:
     tally = Tally()
     for decode_s, speedup in [(1.0, 1.0), (1.0, 2.0), (8.0, 4.0)]:
-        tally.add(measured(decode_s, speedup))
-    decode = tally.figures().decode
-    assert decode is not None
-    assert (decode.of_totals, decode.median) == (pytest.approx(3.5), 2.0)
-    assert tally.figures().compared == tally.figures().identical == 3
+        tally.add(compared(speedup, speedup / 2, decode_s=decode_s, total_s=2 * decode_s))
+    figures = tally.figures()
+    assert figures.decode == Speedup(pytest.approx(3.5), 2.0, 3)
+    assert figures.end_to_end == Speedup(pytest.approx(1.75), 1.0, 3)
+    assert (figures.compared, figures.identical) == (3, 3)
+    assert tally.running() == Running(3.0, pytest.approx(3.5), pytest.approx(1.75))
+
+
+def test_what_was_not_measured_is_not_said() -> None:
+    tally = Tally()
+    tally.add(row())
+    assert tally.running() == Running(accepted=3.0)
+    tally.add(compared(decode_speedup=None, exact_match=False))
+    figures = tally.figures()
+    assert figures.decode is None
+    assert figures.end_to_end is not None
+    assert (figures.compared, figures.identical) == (1, 0)
+
+
+def test_estimated_speedups_stay_apart_from_measured_ones() -> None:
+    tally = Tally()
+    tally.add(compared(3.0, 2.5, speedup_source="estimated", exact_match=None))
+    assert tally.running().estimated
+    assert (tally.figures().decode, tally.figures().compared) == (None, 0)
+    tally.add(compared(2.0, 1.5))
+    assert tally.running() == Running(3.0, pytest.approx(2.0), pytest.approx(1.5))
+    figures = tally.figures()
+    assert (figures.decode, figures.compared) == (Speedup(pytest.approx(2.0), 2.0, 1), 1)
+    assert figures.decode_estimated == Speedup(pytest.approx(3.0), 3.0, 1)
+    assert figures.end_to_end_estimated == Speedup(pytest.approx(2.5), 2.5, 1)
+
+
+def test_stages_are_summed_and_a_file_is_read_once_for_all_prompts() -> None:
+    tally = Tally()
+    for index in range(3):
+        tally.add(row(prompt_index=index))
+    stages = tally.figures().stages_s
+    assert (stages["video_decode_s"], stages["preprocess_s"], stages["decode_s"]) == (0.5, 0.75, 6.0)
+    assert tally.figures().tokens_per_s == pytest.approx(3 * 10 / 6.0)
+
+
+def test_models_and_devices_are_named_once() -> None:
+    tally = Tally()
+    for device, draft in [("gpu 0", "small"), ("gpu 1", None), ("gpu 0", "small")]:
+        tally.add(row(device=device, draft_model=draft))
+    figures = tally.figures()
+    assert (figures.targets, figures.drafts, figures.devices) == (
+        ("fake/target",),
+        ("small",),
+        ("gpu 0", "gpu 1"),
+    )
+
+
+def test_failures_are_counted_by_kind() -> None:
+    tally = Tally()
+    for kind in ("A", "B", "B"):
+        tally.fail(failure(kind=kind))
+    assert list(tally.figures().failures_by_kind.items()) == [("decode:B", 2), ("decode:A", 1)]
+
+
+def test_kinds_of_failures_are_bounded() -> None:
+    tally = Tally()
+    for number in range(MOST_KINDS + 50):
+        tally.fail(failure(kind=f"{number}" + "x" * 10_000))
+    kinds = tally.figures().failures_by_kind
+    assert (len(kinds), kinds[OTHER_KINDS]) == (MOST_KINDS + 1, 50)
+    assert max(map(len, kinds)) <= 100
+
+
+@given(st.lists(st.floats(0.01, 100.0), min_size=1, max_size=50))
+def test_the_median_of_few_is_exact(values: list[float]) -> None:
+    found = Median()
+    for value in values:
+        found.add(value)
+    assert found.value() == median(values)
+
+
+@pytest.mark.parametrize("count", [Median.EXACT, Median.EXACT + 1, 20_000])
+def test_the_median_of_many_is_within_a_thousandth(count: int) -> None:
+    source = random.Random(count)
+    values = [source.lognormvariate(0.7, 0.5) for _ in range(count)]
+    found = Median()
+    for value in values:
+        found.add(value)
+    assert found.value() == pytest.approx(median(values), rel=0.001)
+
+
+def test_the_median_takes_no_more_memory_for_more_numbers() -> None:
+    found = Median()
+    for exponent in range(-40_000, 40_000):
+        found.add(2.0 ** (exponent / 40))
+    found.add(0.0)
+    assert sys.getsizeof(found._steps) < 1_000_000
+    assert found._kept == []
+    assert found.value() == pytest.approx(1.0, rel=0.02)
 
 
 def test_decode_speedup_is_per_token() -> None:
@@ -91,33 +170,9 @@ def outcome(**changes: Any) -> Outcome:
 
 
 def test_outcome_is_json() -> None:
-    plain = json.loads(json.dumps(outcome(figures=Figures(captions=2)).as_json()))
-    assert plain["schema"] == 1
+    plain = json.loads(
+        json.dumps(outcome(figures=Figures(captions=2, decode=Speedup(2.0, 2.1, 3))).as_json())
+    )
+    assert (plain["schema"], plain["exit_code"]) == (1, 0)
     assert plain["figures"]["captions"] == 2
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({}, "nothing to do: 2 done, 1 failed, 0 to do in out; --retry-failed tries"),
-        ({"found": 0}, "no videos found"),
-        ({"figures": Figures(), "wall_s": 61.0}, "in out, 1 min 01 s"),
-        ({"figures": Figures(), "stopped": "SIGTERM"}, "stopped by SIGTERM: 2 done"),
-    ],
-)
-def test_one_line_says_how_it_ended(changes: dict[str, Any], words: str) -> None:
-    assert words in ending(outcome(**changes))
-
-
-def test_progress_line_counts_and_measures() -> None:
-    meter = Meter(10)
-    assert meter.line() == "0/10 · 0 failed"
-    meter.tally.add(measured(1.0, 2.0))
-    meter.failed = 1
-    assert meter.line().startswith("2/10 · 1 failed · ")
-    assert meter.line().endswith("left · decode 2.00x")
-
-
-def test_times_and_counts_read_well() -> None:
-    assert [duration(one) for one in (3.4, 75, 3700)] == ["3 s", "1 min 15 s", "1 h 01 min"]
-    assert (counted(1, "video"), counted(2, "video")) == ("1 video", "2 videos")
+    assert plain["figures"]["decode"] == {"of_totals": 2.0, "median": 2.1, "captions": 3}

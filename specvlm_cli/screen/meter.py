@@ -1,0 +1,230 @@
+"""How far a start is: counts, pace, time left, speedup so far. Knows no terminal.
+
+The work tells it what ends, another thread asks how things stand. Neither takes longer the more there is.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from os import fsdecode
+from typing import NamedTuple
+
+from specvlm_cli.ledger import Claim, Failure, Row
+from specvlm_cli.results import LiveStatus, Running, Tally
+from specvlm_cli.screen.words import amount, duration, pace, rate
+
+WINDOW_S = 120.0
+FEWEST = 20  # videos in the window, however long they take
+ENOUGH = 5  # videos after which the time left is more than a guess
+
+
+class Last(NamedTuple):
+    """The newest caption, as the model wrote it."""
+
+    name: str
+    caption: str
+
+
+class _Mark(NamedTuple):
+    at_s: float
+    videos: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How far a start is at one moment.
+
+    Attributes:
+        todo: Videos to work on.
+        captioned: Of those, how many have a caption now.
+        failed: Of those, how many have failed.
+        elapsed_s: Time since the work began.
+        each_s: Time from the end of one video to the end of the next, lately; None: none has ended.
+        tokens_per_s: Tokens of captions in that time.
+        running: Speedup and accepted tokens so far.
+        kinds: Failures by kind, the most frequent first.
+        status: What is going on; None where nobody said.
+        last: The newest caption.
+    """
+
+    todo: int
+    captioned: int = 0
+    failed: int = 0
+    elapsed_s: float = 0.0
+    each_s: float | None = None
+    tokens_per_s: float | None = None
+    running: Running = field(default_factory=Running)
+    kinds: tuple[tuple[str, int], ...] = ()
+    status: LiveStatus | None = None
+    last: Last | None = None
+
+    @property
+    def ended(self) -> int:
+        return self.captioned + self.failed
+
+
+class Pace:
+    """How fast videos end: over two minutes, or over the last twenty where those took longer."""
+
+    def __init__(self, now_s: float) -> None:
+        self._latest = _Mark(now_s, 0, 0)
+        self._marks = deque([self._latest])  # at most one a second
+
+    def ended(self, now_s: float, videos: int, tokens: int) -> None:
+        """Take note of how many videos and tokens there are by now."""
+        self._latest = _Mark(now_s, videos, tokens)
+        if now_s - self._marks[-1].at_s >= 1.0:
+            self._marks.append(self._latest)
+        while len(self._marks) > 1 and self._is_enough_from(self._marks[1]):
+            self._marks.popleft()
+
+    def _is_enough_from(self, mark: _Mark) -> bool:
+        return self._latest.at_s - mark.at_s >= WINDOW_S and self._latest.videos - mark.videos >= FEWEST
+
+    def each_s(self, now_s: float) -> float | None:
+        """Return the time per video; None: none has ended.
+
+        Between two videos it is what it was at the end of the last one, until the next one takes longer than
+        the others did. So it tells of a run that stands still, and does not sway in one that does not.
+        """
+        first = self._marks[0]
+        videos = self._latest.videos - first.videos
+        if not videos:
+            return None
+        return max((self._latest.at_s - first.at_s) / videos, (now_s - first.at_s) / (videos + 1))
+
+    def tokens_per_s(self, now_s: float) -> float | None:
+        """Return the tokens per second of wall time; None: none came."""
+        each_s = self.each_s(now_s)
+        tokens = self._latest.tokens - self._marks[0].tokens
+        if not each_s or not tokens:
+            return None
+        return tokens / (each_s * (self._latest.videos - self._marks[0].videos))
+
+
+class Meter:
+    """Counts what ends, and says how things stand."""
+
+    def __init__(self, todo: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._lock = threading.RLock()  # a signal may come while it is held
+        self._todo = todo
+        self._captioned = 0
+        self._failed = 0
+        self._tally = Tally()
+        self._status: LiveStatus | None = None
+        self._last: Last | None = None
+        self._started_s = clock()
+        self._stopped_s: float | None = None
+        self._pace = Pace(self._started_s)
+
+    def captioned(self, claim: Claim, rows: Sequence[Row]) -> None:
+        """Count one video that has its captions."""
+        with self._lock:
+            self._captioned += 1
+            for row in rows:
+                self._tally.add(row)
+            if rows:
+                self._last = Last(name_of(claim), rows[-1]["caption"])
+            self._video_ended()
+
+    def failed(self, failure: Failure) -> None:
+        """Count one video that failed."""
+        with self._lock:
+            self._failed += 1
+            self._tally.fail(failure)
+            self._video_ended()
+
+    def _video_ended(self) -> None:
+        self._pace.ended(self._clock(), self._captioned + self._failed, self._tally.tokens)
+
+    def state(self, status: LiveStatus) -> None:
+        """Take note of what is going on."""
+        self._status = status
+
+    def stop(self) -> None:
+        """Say that the work is over: time stands still, and pace is of all the time that it took."""
+        self._status, self._stopped_s = None, self._clock()
+
+    def standing(self) -> Standing:
+        """Return how things stand now."""
+        with self._lock:
+            now_s = self._clock() if self._stopped_s is None else self._stopped_s
+            each_s, tokens_per_s = self._paces(now_s)
+            return Standing(
+                todo=self._todo,
+                captioned=self._captioned,
+                failed=self._failed,
+                elapsed_s=now_s - self._started_s,
+                each_s=each_s,
+                tokens_per_s=tokens_per_s,
+                running=self._tally.running(),
+                kinds=tuple(self._tally.failures.most_common()),
+                status=self._status,
+                last=self._last,
+            )
+
+    def _paces(self, now_s: float) -> tuple[float | None, float | None]:
+        """Return time per video and tokens per second."""
+        if self._stopped_s is None:
+            return self._pace.each_s(now_s), self._pace.tokens_per_s(now_s)
+        whole_s, ended = now_s - self._started_s, self._captioned + self._failed
+        tokens = self._tally.tokens
+        return whole_s / ended if ended else None, tokens / whole_s if tokens and whole_s else None
+
+
+def name_of(claim: Claim) -> str:
+    """Return the name of a video's file, or the id of a manifest's row that names none."""
+    return fsdecode(claim.item.path.rpartition(b"/")[2]) or claim.item.id
+
+
+def line(standing: Standing) -> str:
+    """Return counts, pace, time left, speedup and state as one line."""
+    return " · ".join([*progress(standing), *speed(standing), *state(standing)])
+
+
+def progress(standing: Standing) -> list[str]:
+    """Return how many of how many, how fast, and how long still."""
+    parts = [f"{standing.ended}/{standing.todo}", f"{standing.failed} failed"]
+    if standing.each_s is None:
+        return [*parts, "time left not known yet"] if standing.todo else parts
+    parts.append(pace(standing.each_s))
+    if standing.ended >= standing.todo:
+        return parts
+    about = "" if standing.ended >= ENOUGH else "about "
+    return [*parts, f"{about}{duration(standing.each_s * (standing.todo - standing.ended))} left"]
+
+
+def speed(standing: Standing) -> list[str]:
+    """Return the speedups so far, and what goes into them."""
+    running, parts = standing.running, []
+    estimated = " estimated" if running.estimated else ""
+    if running.decode is not None:
+        parts.append(f"decode {running.decode:.2f}x{estimated}")
+    if running.end_to_end is not None:
+        parts.append(f"end to end {running.end_to_end:.2f}x{estimated}")
+    if running.accepted is not None:
+        parts.append(f"{running.accepted:.2f} accepted/round")
+    if standing.tokens_per_s is not None:
+        parts.append(f"{rate(standing.tokens_per_s)} tokens/s")
+    return parts
+
+
+def state(standing: Standing) -> list[str]:
+    """Return what is going on."""
+    status = standing.status
+    if status is None:
+        return []
+    of = f" of {status.workers}" if status.workers > 1 else ""
+    frames = f" ({amount(status.ready_bytes)})" if status.ready else ""
+    parts = [
+        f"reading {status.reading}",
+        f"ready {status.ready}{frames}",
+        f"generating {status.generating}{of}",
+    ]
+    return [*parts, f"{status.retrying} to try again"] if status.retrying else parts

@@ -1,0 +1,165 @@
+"""How a start ended: one line, and a table to be pasted into a report. Knows no terminal.
+
+The table is Markdown, and aligned, so that it reads the same on a terminal, in a file and in a report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+import specvlm
+from specvlm_cli.results import STAGES, Figures, Outcome, Speedup
+from specvlm_cli.screen.words import counted, duration, rate, share
+from specvlm_cli.text import cells, clean
+
+KINDS_SHOWN = 5
+Line = tuple[str, str]  # what, and how much
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What the one who watched a start knows of it.
+
+    Attributes:
+        videos: Videos that ended, with captions or not.
+        seconds: Time from the first claim to the end of the last video.
+        kinds: Failures by kind, the most frequent first.
+    """
+
+    videos: int = 0
+    seconds: float = 0.0
+    kinds: tuple[tuple[str, int], ...] = ()
+
+
+def ending(outcome: Outcome, *, overwriting: bool = False) -> str:
+    """Return one line on how a start ended; one that was overwriting would begin again."""
+    counts = f"{outcome.done} done, {outcome.failed} failed, {outcome.pending} to do"
+    if outcome.figures is None:
+        what = "nothing to do" if outcome.found else "no videos found"
+        again = "; --retry-failed tries the failed ones again" if outcome.failed else ""
+        return f"{what}: {counts} in {outcome.out}{again}"
+    if outcome.stopped is not None:
+        command = "the same command without --overwrite" if overwriting else "the same command"
+        return f"stopped by {outcome.stopped}: {counts} in {outcome.out}; {command} goes on from here"
+    return f"{counts} in {outcome.out}, {duration(outcome.wall_s)}"
+
+
+def summary(outcome: Outcome, work: Work, width: int | None = None) -> str:
+    """Return the closing table; values are padded where it stays below `width` columns."""
+    assert outcome.figures is not None
+    figures = outcome.figures
+    heading = (f"specvlm {specvlm.__version__}", datetime.now().astimezone().isoformat(" ", "minutes"))
+    lines = [*_counts(outcome, figures), *_times(outcome, work), *_models(figures)]
+    if figures.captions:
+        lines += [*_tokens(figures, work), *_speedups(figures), *_stages(outcome, figures)]
+    lines += [*_failures(outcome, work), ("run folder", _code(outcome.out))]
+    return pipe_table(heading, lines, width)
+
+
+def _counts(outcome: Outcome, figures: Figures) -> Iterator[Line]:
+    yield (
+        "videos",
+        f"{outcome.found:,} found, {outcome.done:,} done, {outcome.failed:,} failed, {outcome.pending:,} to do",
+    )
+    failed = f", {counted(outcome.failed_now, 'video')} failed" if outcome.failed_now else ""
+    yield "this start", f"{counted(figures.captions, 'caption')}{failed}"
+
+
+def _times(outcome: Outcome, work: Work) -> Iterator[Line]:
+    yield "wall time", f"{duration(outcome.wall_s)}, captioning {duration(work.seconds)} of it"
+    if work.videos and work.seconds:
+        yield "videos per hour", f"{3600.0 * work.videos / work.seconds:,.0f} while captioning"
+
+
+def _models(figures: Figures) -> Iterator[Line]:
+    if figures.captions:
+        yield "target", ", ".join(figures.targets)
+        yield "draft", ", ".join(figures.drafts) or "none: plain decoding"
+        yield "device", ", ".join(figures.devices)
+
+
+def _tokens(figures: Figures, work: Work) -> Iterator[Line]:
+    parts = [f"{figures.completion_tokens:,}"]
+    if work.seconds:
+        parts.append(f"{rate(figures.completion_tokens / work.seconds)}/s while captioning")
+    if figures.tokens_per_s is not None:
+        parts.append(f"{rate(figures.tokens_per_s)}/s while decoding")
+    yield "tokens", ", ".join(parts)
+    if figures.mean_accepted_tokens is not None:
+        yield "accepted per round", f"{figures.mean_accepted_tokens:.2f} draft tokens"
+        yield "tokens per round", f"{figures.mean_acceptance_length:.2f}, the bonus token included"
+
+
+def _speedups(figures: Figures) -> Iterator[Line]:
+    if not figures.drafts:
+        return
+    yield from _speedup("decode speedup", figures.decode, figures.decode_estimated)
+    yield from _speedup("end-to-end speedup", figures.end_to_end, figures.end_to_end_estimated)
+    if figures.compared:
+        yield "identical to plain", f"{figures.identical:,}/{figures.compared:,} captions"
+
+
+def _speedup(name: str, measured: Speedup | None, estimated: Speedup | None) -> Iterator[Line]:
+    if measured is not None:
+        yield name, _ratio(measured)
+    if estimated is not None:
+        yield name, f"estimated: {_ratio(estimated)}"
+    if measured is None and estimated is None:
+        yield name, "not measured; --baseline-sample measures it"
+
+
+def _ratio(speedup: Speedup) -> str:
+    return (
+        f"{speedup.of_totals:.2f}x of totals, {speedup.median:.2f}x median, "
+        f"{counted(speedup.captions, 'caption')}"
+    )
+
+
+def _stages(outcome: Outcome, figures: Figures) -> Iterator[Line]:
+    whole = sum(figures.stages_s.values())
+    if not whole:
+        return
+    shares = [
+        f"{stage[:-2].replace('_', ' ')} {share(seconds, whole)}"
+        for stage in STAGES
+        if (seconds := figures.stages_s[stage])
+    ]
+    yield "time by stage", ", ".join(shares[:3])
+    if shares[3:]:
+        yield "", ", ".join(shares[3:])
+    reading_s = figures.stages_s["video_decode_s"]
+    if outcome.waited_s is not None and reading_s:
+        hidden_s = max(reading_s - outcome.waited_s, 0.0)
+        yield "reading", f"{share(hidden_s, reading_s)} hidden behind generation"
+
+
+def _failures(outcome: Outcome, work: Work) -> Iterator[Line]:
+    shown = [f"{number:,} {kind}" for kind, number in work.kinds[:KINDS_SHOWN]]
+    rest = sum(number for _, number in work.kinds[KINDS_SHOWN:])
+    if shown:
+        yield "failures by kind", ", ".join([*shown, f"{rest:,} of other kinds"] if rest else shown)
+    if outcome.failed:
+        yield "failures file", _code(outcome.failures_file or f"{outcome.out}/failures")
+
+
+def _code(path: str) -> str:
+    """Return a path that Markdown takes literally."""
+    return path if "`" in path else f"`{path}`"
+
+
+def pipe_table(heading: Line, lines: Iterable[Line], width: int | None = None) -> str:
+    """Return a Markdown table of two columns, below `width` columns where no single value is too long."""
+    rows = [tuple(clean(cell).replace("|", "\\|") for cell in line) for line in (heading, *lines)]
+    left = max(cells(row[0]) for row in rows)
+    right = max(cells(row[1]) for row in rows)
+    if width is not None:
+        right = min(right, max(width - left - 8, 3))
+    rows.insert(1, ("-" * left, "-" * right))
+    return "\n".join(_row(row, left, right) for row in rows)
+
+
+def _row(row: Sequence[str], left: int, right: int) -> str:
+    padded = [cell + " " * (size - cells(cell)) for cell, size in zip(row, (left, right), strict=True)]
+    return f"| {padded[0]} | {padded[1]} |"
