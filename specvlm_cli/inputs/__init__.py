@@ -1,1 +1,7 @@
 """INPUT arguments to items: folders, files, globs, stdin and manifests in, one item for each video out."""
+
+from specvlm_cli.inputs.item import Item, item_id
+from specvlm_cli.inputs.options import EXTENSIONS, InputOptions, Report
+from specvlm_cli.inputs.sources import Inputs
+
+__all__ = ["EXTENSIONS", "InputOptions", "Inputs", "Item", "Report", "item_id"]

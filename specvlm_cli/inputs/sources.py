@@ -1,0 +1,211 @@
+"""INPUT arguments to items: folders, files, globs, stdin and manifests in, one item for each video out.
+
+What can be checked before the first item is checked at once. Items are made as they are asked for, and none
+is held: the same video may come twice.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+import stat
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
+from typing import BinaryIO, Protocol
+
+from specvlm_cli.exits import UsageError
+from specvlm_cli.inputs.columns import asked_columns, refuse_names
+from specvlm_cli.inputs.csv_manifest import CsvManifest
+from specvlm_cli.inputs.folders import Folder, matches, shown, single, suffixes_of
+from specvlm_cli.inputs.item import Item
+from specvlm_cli.inputs.jsonl_manifest import JsonlManifest
+from specvlm_cli.inputs.options import InputOptions, Report
+from specvlm_cli.inputs.rows import ItemMaker, Root, Rows, refused_address
+from specvlm_cli.inputs.stdin import Lines
+from specvlm_cli.inputs.values import is_address
+from specvlm_cli.text import clean
+
+STDIN = "-"
+
+_MANIFESTS = (b".parquet", b".csv", b".jsonl")
+_NO_MANIFESTS = (b".tsv", b".json", b".ndjson", b".arrow", b".feather", b".xlsx")
+_PACKED = re.compile(rb"\.(parquet|csv|jsonl|json|tsv|ndjson)\.(gz|bz2|xz|zst|lz4|zip|Z)$", re.IGNORECASE)
+_DEFAULT = InputOptions()
+
+
+class Source(Protocol):
+    """What one argument names."""
+
+    def items(self, report: Report) -> Iterator[Item]:
+        """Yield its videos, once."""
+
+
+class RowReader(Protocol):
+    """One kind of manifest. Making one checks what can be checked from the file's beginning."""
+
+    unit: str  # what a row is called in messages
+    kept: Mapping[str, str]  # kept column -> bool, int64, float64 or string
+
+    def rows(self) -> Iterator[Rows]:
+        """Yield all rows, some at a time."""
+
+
+class Manifest:
+    """The videos that a manifest names; its folder is the root."""
+
+    def __init__(self, path: bytes, options: InputOptions) -> None:
+        """Open and check it.
+
+        Raises:
+            UsageError: It is not readable, or lacks a column that is needed.
+        """
+        self._reader = _reader(path, options)
+        folder, name = os.path.split(path)
+        self._maker = ItemMaker(name, self._reader.unit, Root(folder or b"."), tuple(self._reader.kept))
+        self.shown = shown(path)
+        self.kept = self._reader.kept
+
+    def items(self, report: Report) -> Iterator[Item]:
+        try:
+            for rows in self._reader.rows():
+                report.rows += len(rows.numbers)
+                yield from self._maker.items(rows)
+        except OSError as error:
+            raise _unreadable(self.shown, error) from error
+
+
+def _reader(path: bytes, options: InputOptions) -> RowReader:
+    name = shown(path)
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise UsageError(f"{name} is no file; give a manifest that is one, or paths on standard input")
+        suffix = os.path.splitext(path)[1].lower()
+        if suffix == b".csv":
+            return CsvManifest(path, name, options)
+        if suffix == b".jsonl":
+            return JsonlManifest(path, name, options)
+        from specvlm_cli.inputs.parquet_manifest import ParquetManifest  # brings pyarrow
+
+        return ParquetManifest(path, name, options)
+    except OSError as error:
+        raise _unreadable(name, error) from error
+
+
+def _unreadable(name: str, error: OSError) -> UsageError:
+    return UsageError(f"{name}: {clean(error.strerror or str(error))}; give a manifest that can be read")
+
+
+class Inputs:
+    """The videos that INPUT arguments name.
+
+    Attributes:
+        kept: Column that passes through from manifests -> `bool`, `int64`, `float64` or `string`.
+        report: What was seen beside the videos; filled while they are read.
+    """
+
+    def __init__(
+        self, given: Sequence[str], options: InputOptions = _DEFAULT, stdin: BinaryIO | None = None
+    ) -> None:
+        """Check what can be checked before the first video.
+
+        Args:
+            given: The arguments.
+            options: How they are read.
+            stdin: What `-` reads; None: standard input.
+
+        Raises:
+            UsageError: An argument names nothing, or a manifest cannot be used.
+        """
+        self._options = options
+        self._suffixes = suffixes_of(options.extensions)
+        self._stdin = stdin
+        self.report = Report()
+        refuse_names(options)
+        if given.count(STDIN) > 1:
+            raise UsageError(f"{STDIN} was given {given.count(STDIN)} times; standard input is read once")
+        self._sources = [self._source(one) for one in given]
+        manifests = [source for source in self._sources if isinstance(source, Manifest)]
+        _refuse_without_manifest(options, manifests)
+        self.kept: Mapping[str, str] = _one_type(manifests)
+
+    def _source(self, given: str) -> Source:
+        path = os.fsencode(given)
+        if given == STDIN:
+            return Lines(self._stdin or sys.stdin.buffer)
+        if os.path.isdir(path):
+            return Folder(path, self._options.recursive, self._suffixes)
+        if os.path.lexists(path):
+            return self._file(path)
+        if is_address(path):
+            raise UsageError(refused_address(given))
+        if glob.has_magic(path):
+            return matches(path, self._suffixes)
+        raise UsageError(
+            f"{clean(given) or repr(given)}: no such file or folder; give a video, a folder, a manifest or a "
+            "quoted glob"
+        )
+
+    def _file(self, path: bytes) -> Source:
+        if path.lower().endswith(_MANIFESTS):
+            return Manifest(path, self._options)
+        if _PACKED.search(path):
+            raise UsageError(
+                f"{shown(path)}: packed manifests are not read; unpack it, or write it as .parquet"
+            )
+        if path.lower().endswith(_NO_MANIFESTS):
+            raise UsageError(f"{shown(path)}: no manifest that is read; give it as .parquet, .csv or .jsonl")
+        return single(path)
+
+    def __iter__(self) -> Iterator[Item]:
+        """Yield every video, in the order of the arguments; once.
+
+        Raises:
+            UsageError: A manifest turns out to be damaged further on.
+        """
+        sources, self._sources = self._sources, []
+        items: Iterator[Item] = chain.from_iterable(source.items(self.report) for source in sources)
+        if self._options.shard.count > 1:
+            items = self._of_shard(items)
+        return self._old_enough(items) if self._options.min_age_s > 0 else items
+
+    def _of_shard(self, items: Iterable[Item]) -> Iterator[Item]:
+        for item in items:
+            if self._options.shard.holds(item.id):
+                yield item
+            else:
+                self.report.other_shards += 1
+
+    def _old_enough(self, items: Iterable[Item]) -> Iterator[Item]:
+        for item in items:
+            if item.problem is None and self._is_young(item.path):
+                self.report.too_young += 1
+            else:
+                yield item
+
+    def _is_young(self, path: bytes) -> bool:
+        try:
+            return time.time() - os.stat(path).st_mtime < self._options.min_age_s
+        except (OSError, ValueError):
+            return False  # whoever opens it will say what is wrong
+
+
+def _refuse_without_manifest(options: InputOptions, manifests: Sequence[Manifest]) -> None:
+    asked = asked_columns(options)
+    if asked and not manifests:
+        name, flag = next(iter(asked.items()))
+        raise UsageError(f"{flag} {clean(name)} has no manifest to go with; give one, or leave it out")
+
+
+def _one_type(manifests: Sequence[Manifest]) -> dict[str, str]:
+    kinds: dict[str, str] = {}
+    for manifest in manifests:
+        for name, kind in manifest.kept.items():
+            if kinds.setdefault(name, kind) != kind:
+                raise UsageError(
+                    f"--keep-columns {clean(name)} is {kind} in {manifest.shown} and {kinds[name]} in another "
+                    "manifest; give them one type, or caption them into separate -o folders"
+                )
+    return kinds

@@ -1,0 +1,58 @@
+"""Paths on standard input, one a line, or with a NUL behind each as `find -print0` writes them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import BinaryIO
+
+from specvlm_cli.exits import UsageError
+from specvlm_cli.inputs.item import Item
+from specvlm_cli.inputs.lines import LongLineError, pieces
+from specvlm_cli.inputs.options import Report
+from specvlm_cli.inputs.rows import ItemMaker, Root, Rows
+from specvlm_cli.inputs.values import MOST_PATH_BYTES
+
+_MOST_LINE_BYTES = 1 << 20
+_NAME = "standard input"
+
+
+class Lines:
+    """Reads paths from a stream, once; relative ones are relative to the current folder."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self._maker = ItemMaker(os.fsencode(_NAME), "line", Root(os.getcwdb()))
+
+    def items(self, report: Report) -> Iterator[Item]:
+        """Yield a video for each line that is not empty.
+
+        Raises:
+            UsageError: A line is longer than any list of paths has, or the stream cannot be read.
+        """
+        try:
+            for rows in self._rows():
+                yield from self._maker.items(rows)
+        except LongLineError as error:
+            raise UsageError(
+                f"{_NAME} line {error.line} is longer than {_MOST_LINE_BYTES} bytes; give paths, one a line"
+            ) from error
+        except OSError as error:
+            raise UsageError(f"{_NAME}: {error.strerror}; give paths, one a line") from error
+
+    def _rows(self) -> Iterator[Rows]:
+        begin = self._begin()
+        separator = b"\0" if b"\0" in begin else b"\n"
+        first = 1
+        for piece in pieces(self._stream, _MOST_LINE_BYTES, separator, begin):
+            lines = piece.split(separator)
+            full = [(number, line) for number, line in enumerate(lines, first) if line]
+            yield Rows([number for number, _ in full], [line for _, line in full])
+            first += len(lines) - 1
+
+    def _begin(self) -> bytes:
+        """Return the beginning, as long as a path may be: by then a NUL would have been seen."""
+        begin = b""
+        while len(begin) <= MOST_PATH_BYTES and (more := self._stream.read(MOST_PATH_BYTES + 1 - len(begin))):
+            begin += more
+        return begin
