@@ -91,6 +91,8 @@ class FakeFactory:
     revision: str = "r1"
     seen_gpus: int = 0
     error: Exception | None = None  # raised by loading
+    only_on: str | None = None  # the device where that happens; None: on all
+    dies_loading: bool = False
     number: int = 0  # of the settings that it was made for
 
     def gpus(self) -> int:
@@ -98,7 +100,9 @@ class FakeFactory:
 
     def load(self, device: str | None) -> FakeEngine:
         self.note("load", self.number)
-        if self.error is not None:
+        if self.dies_loading:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.error is not None and self.only_on in (None, device):
             raise self.error
         return FakeEngine(self, device or "fake")
 

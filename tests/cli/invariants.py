@@ -33,3 +33,11 @@ def check(out: Path, videos: Path, *, failed: int = 0) -> None:
     assert sorted(captioned) == sorted(wanted - {key for key, state in states.items() if state == "failed"})
     if failed:
         assert pq.read_table(out / "failures").num_rows == failed
+
+
+def check_ledger(out: Path, *, done: int, failed: int) -> None:
+    """So many videos are done and failed, and no other state is left."""
+    database = sqlite3.connect(out / ".specvlm" / "state-00000.db")
+    states = [state for (state,) in database.execute("SELECT state FROM item")]
+    database.close()
+    assert sorted(states) == ["done"] * done + ["failed"] * failed

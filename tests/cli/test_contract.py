@@ -197,7 +197,6 @@ def test_a_wrong_variable_is_named_with_its_value(
     assert not out.exists()
 
 
-
 def test_unknown_command(specvlm: Specvlm) -> None:
     assert specvlm("caption-all").code == 2
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import subprocess
 import time
 from pathlib import Path
 
@@ -256,3 +257,46 @@ def test_a_traceback_is_bounded(capsys: pytest.CaptureFixture[str]) -> None:
     error_trace("Traceback\n" + "line\n" * 100_000 + "ValueError: the end")
     lines = capsys.readouterr().err.splitlines()
     assert (len(lines), lines[-1]) == (100, "ValueError: the end")
+
+
+def write_to(descriptor: int, text: bytes) -> None:
+    subprocess.run(["sh", "-c", 'printf "$1" >&2', "sh", text], stderr=descriptor, check=True)
+
+
+def test_what_children_say_stands_above_the_display(forced: None, capsys: pytest.CaptureFixture[str]) -> None:
+    with Talk(progress="bar") as talk:
+        child = talk.child_stderr()
+        with talk.working(3):
+            write_to(
+                child,
+                rb"\033[33mUserWarning\033[0m: odd\n\n10%%\r20%%\r\nagain\nagain\n\033[2Jevil\377\nhalf",
+            )
+            time.sleep(0.6)
+    terminal = Terminal(80)
+    terminal.feed(capsys.readouterr().err.replace("\n", "\r\n"))
+    said = [one for one in terminal.lines if one]
+    assert said[:-1] == [
+        "worker: UserWarning: odd",
+        "worker: 20%",
+        "worker: again",
+        "worker: \\x1b[2Jevil\\xff",
+    ]
+
+
+def test_what_children_say_while_models_are_loaded_is_passed_on(
+    forced: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Talk() as talk:
+        write_to(talk.child_stderr(), rb"\rdownload 10%%\rdownload \303\244")
+    assert capsys.readouterr().err == "\rdownload 10%\rdownload ä"
+
+
+def test_what_children_say_is_for_the_log_alone_where_all_is_quiet(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with Talk(quiet=True, log_file=tmp_path / "log") as talk:
+        write_to(talk.child_stderr(), b"x" * 5000 + rb"\nlast words\n")
+    assert capsys.readouterr().err == ""
+    long, last = (tmp_path / "log").read_text().splitlines()
+    assert len(long) < 4100
+    assert last.endswith(" worker: last words")

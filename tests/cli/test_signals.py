@@ -15,10 +15,21 @@ import pytest
 from tests.cli import invariants
 
 
-def start(videos: Path, out: Path, delay_s: float) -> subprocess.Popen[str]:
+def start(videos: Path, out: Path, delay_s: float, *flags: str) -> subprocess.Popen[str]:
     """Start a run and wait until it has made its first caption."""
     running = subprocess.Popen(
-        [sys.executable, "-m", "tests.cli.drive", "run", "caption", str(videos), "-o", str(out), "-v"],
+        [
+            sys.executable,
+            "-m",
+            "tests.cli.drive",
+            "run",
+            "caption",
+            str(videos),
+            "-o",
+            str(out),
+            "-v",
+            *flags,
+        ],
         stderr=subprocess.PIPE,
         text=True,
         cwd=Path(__file__).parents[2],
@@ -69,6 +80,23 @@ def test_a_stop_that_ends_in_sigkill_is_no_crash(many: Path, out: Path) -> None:
         running.communicate(timeout=60)
         with closing(sqlite3.connect(out / ".specvlm" / "state-00000.db")) as database:
             assert database.execute("SELECT max(crashes) FROM item").fetchone() == (0,)
+
+
+def test_what_is_not_done_within_the_grace_goes_back(many: Path, out: Path) -> None:
+    """A video that is generated for longer than the grace is dropped; that is no crash of it."""
+    (many / "b.webm").write_text("hangs")
+    running = start(many, out, 0.1, "--grace", "1s")
+    time.sleep(0.5)  # into the second video
+    began = time.monotonic()
+    running.send_signal(signal.SIGTERM)
+    running.communicate(timeout=60)
+    assert running.returncode == 75
+    assert 0.9 < time.monotonic() - began < 6.0
+    with closing(sqlite3.connect(out / ".specvlm" / "state-00000.db")) as database:
+        found = database.execute(
+            "SELECT state, crashes, attempts FROM item WHERE path LIKE '%b.webm'"
+        ).fetchall()
+    assert found == [("pending", 0, 1)]
 
 
 def test_second_signal_ends_at_once(many: Path, out: Path) -> None:

@@ -1,0 +1,272 @@
+"""The coordinator and its workers: several GPUs, deaths, hangs, memory, NaN, retries, prompts, stopping."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from specvlm.errors import ConfigError, ModelLoadError
+from specvlm_cli import runner
+from specvlm_cli.generating import worker
+from tests.cli import invariants
+from tests.cli.conftest import Specvlm, rows
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "_FIRST_BACKOFF_S", 0.01)
+    monkeypatch.setattr(worker, "HARD_LIMIT_S", 0.3)
+
+
+def many(folder: Path, number: int) -> Path:
+    folder.mkdir(exist_ok=True)
+    for each in range(number):
+        (folder / f"many-{each:02d}.mp4").write_text(f"video {each}")
+    return folder
+
+
+def failure_of(out: Path, name: str) -> dict[str, object]:
+    (row,) = [row for row in rows(out, "failures") if str(row["path"]).endswith(name)]
+    return row
+
+
+def test_all_gpus_share_one_queue(specvlm: Specvlm, tmp_path: Path, out: Path) -> None:
+    folder = many(tmp_path / "many", 12)
+    specvlm.behave(seen_gpus=3, delay_s=0.15)
+    assert specvlm("caption", folder, "-o", out).code == 0
+    assert specvlm.engine.devices == {"fake", "cuda:1", "cuda:2"}
+    assert len(specvlm.engine.captioned) == 12
+    invariants.check(out, folder)
+
+
+def test_gpus_can_be_chosen(specvlm: Specvlm, tmp_path: Path, out: Path) -> None:
+    folder = many(tmp_path / "many", 6)
+    specvlm.behave(seen_gpus=8, delay_s=0.1)
+    assert specvlm("caption", folder, "-o", out, "--gpus", "0,3").code == 0
+    assert specvlm.engine.devices == {"cuda:0", "cuda:3"}
+
+
+def test_one_gpu_that_cannot_load_is_left_out(specvlm: Specvlm, videos: Path, out: Path) -> None:
+    specvlm.behave(seen_gpus=2, error=ModelLoadError("no room"), only_on="cuda:1", delay_s=0.3)
+    result = specvlm("caption", videos, "-o", out)
+    assert result.code == 0
+    assert "going on without cuda:1: no room" in result.err
+    invariants.check(out, videos)
+
+
+def test_a_setting_that_no_gpu_can_use_ends_the_run(specvlm: Specvlm, videos: Path, out: Path) -> None:
+    specvlm.behave(error=ConfigError("dtype is wrong; give another"))
+    result = specvlm("caption", videos, "-o", out)
+    assert (result.code, result.err.splitlines()[-1]) == (2, "specvlm: error: dtype is wrong; give another")
+
+
+@pytest.mark.parametrize(("retries", "attempts"), [(2, 3), (0, 1)])
+def test_a_video_that_kills_its_worker_fails_and_the_others_do_not(
+    specvlm: Specvlm, videos: Path, out: Path, retries: int, attempts: int
+) -> None:
+    (videos / "b.webm").write_text("dies")
+    assert specvlm("caption", videos, "-o", out, "--retries", retries).code == 3
+    row = failure_of(out, "b.webm")
+    assert (row["stage"], row["error_type"], row["attempts"]) == ("generate", "WorkerDied", attempts)
+    assert "Killed" in str(row["error"])
+    invariants.check(out, videos, failed=1)
+
+
+def test_workers_that_die_with_every_video_end_the_run(specvlm: Specvlm, tmp_path: Path, out: Path) -> None:
+    folder = many(tmp_path / "many", 8)
+    for path in folder.iterdir():
+        path.write_text("dies")
+    result = specvlm("caption", folder, "-o", out, "--retries", 0)
+    assert result.code == 1
+    assert "lost every worker" in result.err
+    assert len(rows(out, "failures")) <= 3
+    for path in folder.iterdir():
+        path.write_text("video")
+    assert specvlm("caption", folder, "-o", out, "--retry-failed").code == 0
+    invariants.check(out, folder)
+
+
+def test_workers_that_die_loading_end_the_run(specvlm: Specvlm, videos: Path, out: Path) -> None:
+    specvlm.behave(dies_loading=True)
+    result = specvlm("caption", videos, "-o", out)
+    assert result.code == 1
+    assert "lost every worker" in result.err
+    specvlm.behave(dies_loading=False)
+    assert specvlm("caption", videos, "-o", out).code == 0
+    invariants.check(out, videos)
+
+
+@pytest.mark.parametrize("text", ["hangs", "endless"])
+def test_a_video_that_takes_too_long_fails(specvlm: Specvlm, videos: Path, out: Path, text: str) -> None:
+    (videos / "b.webm").write_text(text)
+    began = time.monotonic()
+    assert specvlm("caption", videos, "-o", out, "--timeout", "1s").code == 3
+    assert time.monotonic() - began < 20
+    assert "Timeout" in str(failure_of(out, "b.webm")["error_type"])
+    invariants.check(out, videos, failed=1)
+
+
+def test_infinite_logits_are_no_caption_and_three_in_a_row_end_the_run(
+    specvlm: Specvlm, tmp_path: Path, out: Path
+) -> None:
+    folder = many(tmp_path / "many", 6)
+    for number in (1, 2, 4):
+        (folder / f"many-{number:02d}.mp4").write_text("nan")
+    assert specvlm("caption", folder, "-o", out).code == 3
+    assert {row["error_type"] for row in rows(out, "failures")} == {"NonFiniteLogitsError"}
+    invariants.check(out, folder, failed=3)
+    (folder / "many-03.mp4").write_text("nan")
+    result = specvlm("caption", folder, "-o", out, "--overwrite")
+    assert result.code == 1
+    assert "3 videos in a row gave NaN or infinite logits" in result.err
+
+
+def test_memory_that_runs_out_costs_one_video(specvlm: Specvlm, videos: Path, out: Path) -> None:
+    (videos / "b.webm").write_text("huge")
+    assert specvlm("caption", videos, "-o", out).code == 3
+    row = failure_of(out, "b.webm")
+    assert row["error_type"] == "MemoryError"
+    assert "memory ran out with 8 frames" in str(row["error"])
+    assert specvlm.engine.captioned.count(("huge", True)) == 2, "tried again once"
+    invariants.check(out, videos, failed=1)
+
+
+def test_fewer_frames_only_where_that_is_allowed_and_the_row_says_so(
+    specvlm: Specvlm, videos: Path, out: Path
+) -> None:
+    (videos / "b.webm").write_text("huge")
+    assert specvlm("caption", videos, "-o", out, "--on-oom", "reduce").code == 0
+    (row,) = [row for row in rows(out) if row["path"].endswith("b.webm")]
+    assert (row["flags"], row["num_frames"], row["frame_times_s"]) == (["reduced_frames"], 2, [0.0, 4.0])
+    assert all(row["flags"] == [] for row in rows(out) if not row["path"].endswith("b.webm"))
+
+
+def test_a_device_in_an_undefined_state_is_left(specvlm: Specvlm, videos: Path, out: Path) -> None:
+    (videos / "b.webm").write_text("poison")
+    assert specvlm("caption", videos, "-o", out).code == 3
+    row = failure_of(out, "b.webm")
+    assert "CUDA error" in str(row["error"])
+    assert row["attempts"] == 3
+    assert len(specvlm.loads) >= 3, "each time by a fresh process"
+    invariants.check(out, videos, failed=1)
+
+
+def test_a_fault_that_may_pass_is_tried_again(specvlm: Specvlm, videos: Path, out: Path) -> None:
+    (videos / "b.webm").write_text("stale")
+    assert specvlm("caption", videos, "-o", out, "--retries", 4).code == 3
+    row = failure_of(out, "b.webm")
+    assert (row["stage"], row["error_type"], row["attempts"]) == ("open", "VideoUnavailableError", 5)
+
+
+def test_a_broken_video_is_not_tried_again(specvlm: Specvlm, videos: Path, out: Path) -> None:
+    (videos / "b.webm").write_text("damaged")
+    assert specvlm("caption", videos, "-o", out).code == 3
+    row = failure_of(out, "b.webm")
+    assert (row["stage"], row["attempts"]) == ("decode", 1)
+
+
+def test_several_prompts_give_several_rows(specvlm: Specvlm, videos: Path, out: Path) -> None:
+    prompts = ["--prompt", "first question", "--prompt", "second question"]
+    assert specvlm("caption", videos, "-o", out, *prompts).code == 0
+    found = {(row["path"].rpartition("/")[2], row["prompt_index"]): row for row in rows(out)}
+    assert len(found) == 8
+    assert found["a.mp4", 0]["caption"] == "a caption of video a.mp4"
+    assert found["a.mp4", 1]["caption"] == "a caption of video a.mp4 (second)"
+    assert found["a.mp4", 1]["prompt"] == "second question"
+    again = specvlm("caption", videos, "-o", out, *prompts)
+    assert "nothing to do: 4 done" in again.err
+    assert specvlm("caption", videos, "-o", out, *prompts[:2]).code == 2, "another set of prompts is a change"
+
+
+def test_a_video_is_done_when_all_its_prompts_are(specvlm: Specvlm, videos: Path, out: Path) -> None:
+    (videos / "a.mp4").write_text("explodes")
+    specvlm("caption", videos, "-o", out, "--prompt", "one", "--prompt", "two")
+    assert not [row for row in rows(out) if row["path"].endswith("a.mp4")]
+    invariants.check_ledger(out, done=3, failed=1)
+
+
+def test_max_runtime_stops_and_the_next_start_goes_on(specvlm: Specvlm, tmp_path: Path, out: Path) -> None:
+    folder = many(tmp_path / "many", 30)
+    specvlm.behave(delay_s=0.2)
+    result = specvlm("caption", folder, "-o", out, "--max-runtime", "2s")
+    assert result.code == 75
+    assert "stopped by max-runtime" in result.err
+    assert 0 < len(rows(out)) < 30
+    specvlm.behave(delay_s=0.0)
+    assert specvlm("caption", folder, "-o", out).code == 0
+    invariants.check(out, folder)
+
+
+def test_a_second_start_fails_skips_or_waits(specvlm: Specvlm, videos: Path, out: Path) -> None:
+    specvlm("caption", videos, "-o", out, "--limit", 1)
+    locked = os.open(out / ".specvlm" / "state-00000.lock", os.O_RDWR)
+    fcntl.flock(locked, fcntl.LOCK_EX)
+    assert specvlm("caption", videos, "-o", out).code == 75
+    skipped = specvlm("caption", videos, "-o", out, "--if-locked", "skip", "-q")
+    assert (skipped.code, skipped.out, skipped.err) == (0, "", "")
+    waited = specvlm("caption", videos, "-o", out, "--if-locked", "wait", "--max-runtime", "1s")
+    assert waited.code == 75
+    os.close(locked)
+    assert specvlm("caption", videos, "-o", out, "--if-locked", "wait").code == 0
+    invariants.check(out, videos)
+
+
+def test_shards_together_are_the_run(specvlm: Specvlm, tmp_path: Path, out: Path) -> None:
+    folder = many(tmp_path / "many", 12)
+    codes = [specvlm("caption", folder, "-o", out, "--shard", f"{index}/3").code for index in range(3)]
+    assert codes == [0, 0, 0]
+    captions = [row["id"] for row in rows(out)]
+    assert len(captions) == len(set(captions)) == 12
+    assert {path.name[:10] for path in (out / "captions").iterdir()} == {
+        "part-00000",
+        "part-00001",
+        "part-00002",
+    }
+    refused = specvlm("caption", folder, "-o", out, "--shard", "0/4")
+    assert refused.code == 2
+    assert "was begun with 3 shards, this start has 4" in refused.err
+    assert specvlm("caption", folder, "-o", out, "--shard", "1/3", "--prompt", "Why?").code == 2
+    many(folder, 15)
+    assert specvlm("caption", folder, "-o", out, "--shard", "0/3", "--prompt", "Why?").code == 2
+
+
+def test_a_run_divided_anew_keeps_everything(specvlm: Specvlm, tmp_path: Path, out: Path) -> None:
+    folder = many(tmp_path / "many", 12)
+    (folder / "many-05.mp4").write_text("text")
+    for index in range(3):
+        specvlm("caption", folder, "-o", out, "--shard", f"{index}/3", "--limit", 3)
+    before = {row["id"]: row["created_at"] for row in rows(out)}
+    made = len(before)
+    assert specvlm("caption", folder, "-o", out, "--shard", "1/2", "--reshard", "--limit", 1).code in (0, 3)
+    after = {row["id"]: row["created_at"] for row in rows(out)}
+    assert before.items() <= after.items()
+    assert made <= len(after) <= made + 1
+    assert specvlm("caption", folder, "-o", out, "--shard", "1/3").code == 2
+    for index in range(2):
+        assert specvlm("caption", folder, "-o", out, "--shard", f"{index}/2").code in (0, 3)
+    assert len(rows(out)) == len({row["id"] for row in rows(out)}) == 11
+    assert len(rows(out, "failures")) == 1
+    assert specvlm("caption", folder, "-o", out, "--reshard").code in (0, 3)
+    invariants.check(out, folder, failed=1)
+
+
+def test_flags_can_stand_in_a_file(
+    specvlm: Specvlm, videos: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / "specvlm.toml"
+    config.write_text(
+        f'out = "{out}"\nprune-ratio = 0.7\ntree = "chain"\nfps = 1.5\nprompt = ["one", "two"]\nquiet = true\n'
+    )
+    monkeypatch.setenv("SPECVLM_TREE", "dynamic")
+    assert specvlm("caption", videos, "--config", config, "--fps", 3).code == 0
+    (settings,) = specvlm.loads
+    assert (settings.speculation.prune_ratio, settings.speculation.tree) == (0.7, "dynamic")
+    assert (settings.frames.fps, settings.prompts) == (3.0, ("one", "two"))
+    config.write_text("prune_ratio = 0.7\n")
+    refused = specvlm("caption", videos, "--config", config)
+    assert refused.code == 2
+    assert "'prune_ratio' is no flag" in refused.err
