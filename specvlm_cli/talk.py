@@ -22,6 +22,7 @@ from specvlm_cli.results import LiveStatus, Outcome
 from specvlm_cli.screen.live import REFRESH_S, Display, every
 from specvlm_cli.screen.log import LogFile
 from specvlm_cli.screen.meter import Meter, line, name_of
+from specvlm_cli.screen.overheard import Lines, Overheard
 from specvlm_cli.screen.report import Work, ending, summary
 from specvlm_cli.screen.words import counted
 from specvlm_cli.streams import Stderr
@@ -57,11 +58,17 @@ class Talk:
         self._log = _opened(log_file)
         self._meter = Meter(0)
         self._display: Display | None = None
+        self._overheard: Overheard | None = None
+        self._overheard_lines = Lines()
+        self._is_working = False
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._overheard is not None:
+            self._overheard.close()
+            self._tell_overheard("\n")  # ends a line that was not
         if self._log is not None:
             self._log.close()
 
@@ -104,10 +111,31 @@ class Talk:
         """Take note of what is going on; may be called as often as it changes."""
         self._meter.state(status)
 
+    def child_stderr(self) -> int:
+        """Return a descriptor for the stderr of child processes.
+
+        What they write is told as notes, line by line. Before the work begins, a terminal gets it as it
+        comes: then models are loaded, and a download shows how far it is.
+        """
+        if self._overheard is None:
+            self._overheard = Overheard(self._overhear)
+        return self._overheard.descriptor
+
+    def _overhear(self, text: str) -> None:
+        if self._console.is_terminal and not (self._quiet or self._is_working):
+            STDERR.write(text)
+            STDERR.flush()
+        else:
+            self._tell_overheard(text)
+
+    def _tell_overheard(self, text: str) -> None:
+        for said in self._overheard_lines.add(text):
+            self.note(f"worker: {said}")
+
     @contextmanager
     def working(self, todo: int) -> Iterator[None]:
         """Show progress while the block runs."""
-        self._meter = Meter(todo)
+        self._meter, self._is_working = Meter(todo), True
         try:
             with ExitStack() as stack:
                 if self._progress == "bar":

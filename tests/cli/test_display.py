@@ -275,12 +275,14 @@ def test_what_children_say_stands_above_the_display(forced: None, capsys: pytest
     terminal = Terminal(80)
     terminal.feed(capsys.readouterr().err.replace("\n", "\r\n"))
     said = [one for one in terminal.lines if one]
-    assert said[:-1] == [
+    assert said[:4] == [
         "worker: UserWarning: odd",
         "worker: 20%",
         "worker: again",
         "worker: \\x1b[2Jevil\\xff",
     ]
+    assert said[4].startswith("0/3 · 0 failed")
+    assert said[5:] == ["worker: half"]
 
 
 def test_what_children_say_while_models_are_loaded_is_passed_on(
