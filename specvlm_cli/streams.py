@@ -13,13 +13,15 @@ from typing import TextIO, cast
 def prepare() -> None:
     """Put the null device where a stream is closed, and have stdout escape what its encoding cannot say.
 
-    A closed stream's number would else go to the next file that is opened, and messages into that file.
+    A closed stream's number would else go to the next file that is opened, and messages into that file; here
+    and in child processes.
     """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+            os.set_inheritable(number, True)  # children would else have a closed stream again
     sys.stdout = sys.stdout or open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115  as long as we live
     sys.stderr = sys.stderr or open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     if isinstance(sys.stdout, TextIOWrapper):
