@@ -65,11 +65,13 @@ class Talk:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         if self._overheard is not None:
             self._overheard.close()
             self._tell_overheard("\n")  # ends a line that was not
         if self._log is not None:
+            if error is not None:  # on stderr it is told by who ends the command
+                self._log.line(short(f"error: {str(error) or type(error).__name__}", MOST_CHARACTERS))
             self._log.close()
 
     def note(self, message: str) -> None:

@@ -165,6 +165,18 @@ def test_a_warning_is_not_lost_when_the_work_ends_badly(
     assert line.startswith("0/3 · 0 failed")
 
 
+@pytest.mark.parametrize("no_color", ["", "1"])
+def test_colours_are_used_where_they_are_wanted(
+    forced: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], no_color: str
+) -> None:
+    monkeypatch.setenv("NO_COLOR", no_color)
+    with Talk(progress="bar") as talk, talk.working(2):
+        talk.captioned(claim(), [compared()])
+    shown = capsys.readouterr().err
+    assert "━" in shown
+    assert bool(re.search("\x1b\\[[0-9;]*3[0-9]m", shown)) == (not no_color)
+
+
 @pytest.mark.parametrize(
     ("progress", "variables", "has_bar"),
     [
