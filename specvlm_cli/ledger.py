@@ -76,6 +76,7 @@ class Ledger:
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._db = Database(connection, execute_plugins=False)
+        self._all_wanted = False  # what is wanted is all there is, which makes counting cheap
 
     @classmethod
     def open(cls, path: Path) -> Self:
@@ -169,34 +170,54 @@ class Ledger:
         self._db.execute("ATTACH DATABASE ? AS wanted", (str(wanted.path),))
         for setting in ("journal_mode = OFF", "synchronous = OFF", "cache_size = -65536"):
             self._db.execute(f"PRAGMA wanted.{setting}")
-        if not self._one("SELECT EXISTS (SELECT 1 FROM item)"):
-            return
+        if self._count_new():
+            self._keep_known_ids()
+        self._all_wanted = not self._count_new() and wanted.count == self._one("SELECT count(*) FROM item")
+        self._db.execute("DROP TABLE IF EXISTS wanted.differing")
         self._db.execute(
-            """UPDATE wanted.video AS video SET id = item.id FROM item
-               WHERE NOT video.own_id AND video.problem IS NULL
-               AND video.id NOT IN (SELECT id FROM item)
-               AND item.path = video.path AND item.start_s IS video.start_s AND item.end_s IS video.end_s
-               AND item.id NOT IN (SELECT id FROM wanted.video)"""
+            """CREATE TABLE wanted.differing AS
+               SELECT ordinal, place FROM wanted.video AS video JOIN item USING (id)
+               WHERE (item.path, item.prompts, item.kept) IS NOT (video.path, video.prompts, video.kept)"""
         )
+
+    def _count_new(self) -> int:
+        if not self._one("SELECT EXISTS (SELECT 1 FROM item)"):
+            return int(self._one("SELECT count(*) FROM wanted.video"))
+        return int(self._one("SELECT count(*) FROM wanted.video WHERE id NOT IN (SELECT id FROM item)"))
+
+    def _keep_known_ids(self) -> None:
+        if self._one("SELECT EXISTS (SELECT 1 FROM item)"):
+            self._db.execute(
+                """UPDATE wanted.video AS video SET id = item.id FROM item
+                   WHERE NOT video.own_id AND video.problem IS NULL
+                   AND video.id NOT IN (SELECT id FROM item)
+                   AND item.path = video.path AND item.start_s IS video.start_s AND item.end_s IS video.end_s
+                   AND item.id NOT IN (SELECT id FROM wanted.video)"""
+            )
 
     def moved(self) -> Iterator[Moved]:
         """Yield the wanted videos that the ledger knows by their id at another path."""
-        sql = """SELECT item.path, video.path FROM wanted.video AS video JOIN item USING (id)
+        sql = """SELECT item.path, video.path FROM wanted.differing
+                 JOIN item USING (ordinal) JOIN wanted.video AS video USING (place)
                  WHERE item.path != video.path"""
         return (Moved(bytes(then), bytes(now)) for then, now in self._db.execute(sql))
 
     def asked_differently(self) -> bytes | None:
         """Return the path of a video that has captions for other prompts of its own than it has now."""
-        sql = """SELECT item.path FROM wanted.video AS video JOIN item USING (id)
+        sql = """SELECT item.path FROM wanted.differing
+                 JOIN item USING (ordinal) JOIN wanted.video AS video USING (place)
                  WHERE item.prompts IS NOT video.prompts
-                 AND EXISTS (SELECT 1 FROM caption WHERE caption.item = item.ordinal) LIMIT 1"""
+                 AND EXISTS (SELECT 1 FROM caption WHERE caption.item = ordinal) LIMIT 1"""
         found = self._db.execute(sql).fetchone()
         return None if found is None else bytes(found[0])
 
     def counts(self) -> dict[str, int]:
         """Return how many wanted videos are pending (new ones included), running, done, failed."""
-        sql = """SELECT coalesce(item.state, iif(video.problem IS NULL, 'pending', 'failed')), count(*)
-                 FROM wanted.video AS video LEFT JOIN item USING (id) GROUP BY 1"""
+        if self._all_wanted:
+            sql = "SELECT state, count(*) FROM item GROUP BY 1"
+        else:
+            sql = """SELECT coalesce(item.state, iif(video.problem IS NULL, 'pending', 'failed')), count(*)
+                     FROM wanted.video AS video LEFT JOIN item USING (id) GROUP BY 1"""
         return {"pending": 0, "running": 0, "done": 0, "failed": 0} | dict(self._db.execute(sql).fetchall())
 
     def paths_to_do(self, overwrite: bool, retry_failed: bool, limit: int | None) -> Iterator[bytes]:
@@ -206,6 +227,9 @@ class Ledger:
 
     def count_to_do(self, overwrite: bool, retry_failed: bool, limit: int | None) -> int:
         """Return how many wanted videos a start would work on."""
+        if self._all_wanted and not (overwrite or retry_failed):
+            unlimited = int(self._one("SELECT count(*) FROM item WHERE state IN ('pending', 'running')"))
+            return unlimited if limit is None else min(limit, unlimited)
         sql, values = _to_do("id", overwrite, retry_failed, limit)
         return int(self._one(f"SELECT count(*) FROM ({sql})", *values))
 
@@ -222,34 +246,48 @@ class Ledger:
         failed like that just now.
         """
         with self.writing():
-            known = self._one("SELECT EXISTS (SELECT 1 FROM item)")
-            self._db.execute(
-                """INSERT INTO item (id, path, start_s, end_s, prompts, kept)
-                   SELECT id, path, start_s, end_s, prompts, kept FROM wanted.video AS video
-                   WHERE NOT EXISTS (SELECT 1 FROM item WHERE item.id = video.id) ORDER BY place"""
-            )
-            if known:
-                self._follow()
-            refused = self._db.execute(
-                f"""UPDATE item SET state = 'failed', stage = 'open', error_type = '{BAD_INPUT}',
-                    error = video.problem, at = ?, reported = 0 FROM wanted.video AS video
-                    WHERE video.problem IS NOT NULL AND video.id = item.id
-                    AND (state IN ('pending', 'running') OR state = 'failed' AND error IS NOT video.problem)""",
-                (_now(),),
-            )
-            return int(refused.rowcount)
+            self._follow()
+            if not self._all_wanted:
+                self._add_new()
+            return self._refuse_bad_rows()
 
     def _follow(self) -> None:
         self._db.execute(
             """UPDATE item SET path = video.path, prompts = video.prompts, kept = video.kept
-               FROM wanted.video AS video WHERE item.id = video.id
-               AND (item.path, item.prompts, item.kept) IS NOT (video.path, video.prompts, video.kept)"""
+               FROM wanted.differing JOIN wanted.video AS video USING (place)
+               WHERE item.ordinal = differing.ordinal"""
         )
+
+    def _add_new(self) -> None:
+        unknown = "WHERE video.id NOT IN (SELECT id FROM item)"
+        if not self._one("SELECT EXISTS (SELECT 1 FROM item)"):
+            self._all_wanted, unknown = True, ""
         self._db.execute(
-            f"""UPDATE item SET state = 'pending' FROM wanted.video AS video
-                WHERE item.id = video.id AND video.problem IS NULL
-                AND state = 'failed' AND error_type = '{BAD_INPUT}'"""
+            f"""INSERT INTO item (id, path, start_s, end_s, prompts, kept)
+                SELECT id, path, start_s, end_s, prompts, kept FROM wanted.video AS video {unknown}
+                ORDER BY place"""
         )
+
+    def _refuse_bad_rows(self) -> int:
+        """Fail the rows that name no video, and have those tried that name one by now."""
+        bad = "FROM wanted.video AS video WHERE video.id = item.id AND video.problem IS NOT NULL"
+        if self._one("SELECT EXISTS (SELECT 1 FROM item WHERE error_type = ?)", BAD_INPUT):
+            self._db.execute(
+                """UPDATE item SET state = 'pending' WHERE state = 'failed' AND error_type = ?
+                   AND id IN (SELECT id FROM wanted.video WHERE problem IS NULL)""",
+                (BAD_INPUT,),
+            )
+        if not self._one("SELECT EXISTS (SELECT 1 FROM wanted.video WHERE problem IS NOT NULL)"):
+            return 0
+        refused = self._db.execute(
+            f"""UPDATE item SET state = 'failed', stage = 'open', error_type = ?, at = ?, reported = 0,
+                    error = (SELECT video.problem {bad})
+                WHERE id IN (SELECT id FROM wanted.video WHERE problem IS NOT NULL)
+                AND (state IN ('pending', 'running')
+                     OR state = 'failed' AND error IS NOT (SELECT video.problem {bad}))""",
+            (BAD_INPUT, _now()),
+        )
+        return int(refused.rowcount)
 
     def captions_kept(self, overwrite: bool, limit: int | None) -> int:
         """Return how many captions are there, leaving out those that an overwriting run makes anew."""
@@ -528,7 +566,12 @@ def _connect(path: Path, mode: str) -> sqlite3.Connection:
 
 
 def _set_up(connection: sqlite3.Connection) -> None:
-    for setting in ("journal_mode = DELETE", "synchronous = FULL", "foreign_keys = ON"):
+    for setting in (
+        "journal_mode = DELETE",
+        "synchronous = FULL",
+        "foreign_keys = ON",
+        "cache_size = -65536",
+    ):
         connection.execute(f"PRAGMA {setting}")
 
 

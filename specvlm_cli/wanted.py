@@ -119,6 +119,8 @@ def _batches(rows: Iterable[tuple[Any, ...]]) -> Iterator[list[tuple[Any, ...]]]
 
 def _merge(database: sqlite3.Connection) -> None:
     """Keep the first row of each id; rows that ask something else about the same video add their prompts."""
+    if not database.execute(f"SELECT EXISTS {_DOUBLED}").fetchone()[0]:
+        return
     _refuse_same_id(database)
     for place, prompts in list(_asked_together(database)):
         database.execute("UPDATE video SET prompts = ? WHERE place = ?", (prompts, place))

@@ -94,7 +94,7 @@ def test_what_is_not_done_within_the_grace_goes_back(many: Path, out: Path) -> N
     assert 0.9 < time.monotonic() - began < 6.0
     with closing(sqlite3.connect(out / ".specvlm" / "state-00000.db")) as database:
         found = database.execute(
-            "SELECT state, crashes, attempts FROM item WHERE path LIKE '%b.webm'"
+            "SELECT state, crashes, attempts FROM item WHERE CAST(path AS TEXT) LIKE '%b.webm'"
         ).fetchall()
     assert found == [("pending", 0, 1)]
 
