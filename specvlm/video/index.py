@@ -1,7 +1,8 @@
 """The packet index: every frame's time and where to begin decoding for it, read without decoding anything.
 
 Headers lie about durations and frame counts; packets do not. Both readers lean on this index, and on nothing
-in the headers but the frame size. It knows no pixels and no choice of frames.
+in the headers but the frame size. What demuxing shows of damage stands here too. It knows no pixels and no
+choice of frames.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import av
 import numpy as np
@@ -20,11 +21,16 @@ from av.packet import Packet
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
-from specvlm.errors import NotAVideoError, VideoDecodeError
+from specvlm.errors import NotAVideoError, VideoDecodeError, VideoError
+from specvlm.video import ffmpeg_log
+from specvlm.video.contents import Contents, ends_early
 from specvlm.video.opening import VideoFile
 from specvlm.video.sampling import mean_gap_s
 
+Clock = Literal["pts", "dts", "count"]
+
 MAX_PIXELS = 8192 * 8192
+_BUFFER_BYTES = 1 << 16
 _UNKNOWN = -(1 << 63)
 _KEY, _DISCARD, _CORRUPT, _HIDDEN = 1, 2, 4, 8
 # Old, common, fuzzed decoders. What else FFmpeg carries has no place in front of untrusted files.
@@ -35,6 +41,9 @@ _CODECS = frozenset({
     "mjpeg", "png", "gif", "prores", "dnxhd", "ffv1", "huffyuv", "ffvhuff", "rawvideo",
 })
 # fmt: on
+# Entropy-coded to the last byte, by decoders that take zeros for pictures: a lost disk block shows here alone.
+_DENSE = frozenset({"vp8", "vp9", "hevc"})
+_HOLE = bytes(256)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +52,13 @@ class PacketIndex:
 
     Attributes:
         times_s: [T] presentation times in seconds from the first frame.
-        labels: [T] what a decoded frame is known by: its pts, or its rank where `by_count`.
+        labels: [T] what a decoded frame is known by: its time on `clock`, increasing.
         numbers: [T] number of the frame's own packet, in file order.
         starts: [T] number of the packet from which decoding must begin for this frame.
-        by_count: The container has no presentation times of its own (AVI): frames are counted as they come.
+        clock: Where times come from: `pts`; `dts` where there are no others (AVI), and frames come in the order
+            of their packets; `count` where they do not: the n-th frame that comes out has the n-th time.
+        losses: [K] where data are missing or corrupt, increasing: n is packet n, n - 0.5 lies before it.
+        truncated: The file ends before its container says, or demuxing it ended in an error.
         duration_s: Length of the video; the last frame is taken to last as long as the mean one.
         fps: Mean frame rate; 0 where a single frame does not tell.
         width: Coded width from the header, before rotation.
@@ -62,7 +74,9 @@ class PacketIndex:
     labels: NDArray[np.int64]
     numbers: NDArray[np.int64]
     starts: NDArray[np.int64]
-    by_count: bool
+    clock: Clock
+    losses: NDArray[np.float64]
+    truncated: bool
     duration_s: float
     fps: float
     width: int
@@ -80,20 +94,30 @@ def open_container(file: VideoFile) -> Iterator[tuple[InputContainer, VideoStrea
     Raises:
         NotAVideoError: There is no video stream in it.
         VideoDecodeError: The container cannot be read, or its codec or frame size is not accepted.
+        VideoUnavailableError: The system failed to read the file.
     """
+    contents = Contents(file)
+    try:
+        with _demuxer(contents, file) as container:
+            stream = _video_stream(container, file)
+            stream.codec_context.thread_count = 1
+            stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # frames may grow in mid-stream
+            yield container, stream
+    except VideoError:
+        contents.require_read()  # says more than what it made the demuxer say
+        raise
+    contents.require_read()
+
+
+def _demuxer(contents: Contents, file: VideoFile) -> InputContainer:
     try:
         # The container is fixed by the signature, and these demuxers open no second file or URL: no playlist,
         # no `concat`, and mov's external references are off unless asked for.
-        container = av.open(file.location, format=file.container)
+        return av.open(contents, "r", format=file.container, buffer_size=_BUFFER_BYTES)
     except (av.error.FFmpegError, OSError, ValueError):
         raise VideoDecodeError(
             file.label, f"its {file.container} container is cut short or damaged; copy or download it again"
         ) from None
-    with container:
-        stream = _video_stream(container, file)
-        stream.codec_context.thread_count = 1
-        stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # frames may grow in mid-stream
-        yield container, stream
 
 
 def _video_stream(container: InputContainer, file: VideoFile) -> VideoStream:
@@ -131,6 +155,7 @@ class _Packets:
     pts: array[int]
     dts: array[int]
     flags: array[int]  # _KEY, _DISCARD, _CORRUPT, _HIDDEN: shows no frame of its own
+    gaps: array[int]  # packets before which the demuxer lost its way
     last_duration: int = 0
     ended_early: bool = False
 
@@ -138,28 +163,35 @@ class _Packets:
 def _flags(packet: Packet[VideoStream], codec: str) -> int:
     # VP8's alternate references are packets with a time of their own that are never shown (RFC 6386, 9.1).
     hidden = codec == "vp8" and not bytes(packet)[0] >> 4 & 1
-    return (
-        _KEY * packet.is_keyframe
-        | _DISCARD * packet.is_discard
-        | _CORRUPT * packet.is_corrupt
-        | _HIDDEN * hidden
-    )
+    corrupt = packet.is_corrupt or (codec in _DENSE and _HOLE in bytes(packet).rstrip(b"\0"))
+    return _KEY * packet.is_keyframe | _DISCARD * packet.is_discard | _CORRUPT * corrupt | _HIDDEN * hidden
 
 
 def _demux(container: InputContainer, stream: VideoStream) -> _Packets:
-    packets = _Packets(array("q"), array("q"), array("B"))
-    codec = _codec_name(stream)
+    packets = _Packets(array("q"), array("q"), array("B"), array("q"))
     try:
-        for packet in container.demux(stream):
-            if packet.size == 0:
-                continue
-            packets.pts.append(_UNKNOWN if packet.pts is None else packet.pts)
-            packets.dts.append(_UNKNOWN if packet.dts is None else packet.dts)
-            packets.flags.append(_flags(packet, codec))
-            packets.last_duration = packet.duration or 0
+        with ffmpeg_log.errors() as errors:
+            _note_packets(container, stream, packets, errors)
     except (av.error.FFmpegError, OSError):
         packets.ended_early = True
     return packets
+
+
+def _note_packets(
+    container: InputContainer, stream: VideoStream, packets: _Packets, errors: list[tuple[int, str, str]]
+) -> None:
+    codec, seen = _codec_name(stream), 0
+    for packet in container.demux(stream):
+        if len(errors) > seen:
+            if any(container.format.name in who.split(",") for _, who, _ in errors[seen:]):
+                packets.gaps.append(len(packets.pts))
+            seen = len(errors)
+        if packet.size == 0:
+            continue
+        packets.pts.append(_UNKNOWN if packet.pts is None else packet.pts)
+        packets.dts.append(_UNKNOWN if packet.dts is None else packet.dts)
+        packets.flags.append(_flags(packet, codec))
+        packets.last_duration = packet.duration or 0
 
 
 def read_index(file: VideoFile) -> PacketIndex:
@@ -168,6 +200,7 @@ def read_index(file: VideoFile) -> PacketIndex:
     Raises:
         NotAVideoError: There is no video stream in it.
         VideoDecodeError: Not one frame with a known time is in it, or the file cannot be demuxed.
+        VideoUnavailableError: The system failed to read the file.
     """
     with open_container(file) as (container, stream):
         packets = _demux(container, stream)
@@ -179,20 +212,26 @@ def _build(container: InputContainer, stream: VideoStream, packets: _Packets, fi
         raise _no_frame(file)
     flags = np.array(packets.flags, np.uint8)
     pts, dts = np.array(packets.pts, np.int64), np.array(packets.dts, np.int64)
-    by_count = file.container == "avi" or 2 * int((pts != _UNKNOWN).sum()) < len(pts)
-    ticks, labels, numbers, starts = _by_count(pts, dts, flags) if by_count else _by_pts(pts, flags)
+    clock = _clock(stream, file, pts)
+    if clock == "count":
+        ticks, labels, numbers, starts = _by_count(pts, dts, flags)
+    else:
+        ticks, labels, numbers, starts = _by_time(pts if clock == "pts" else dts, flags)
     if len(ticks) == 0:
         raise _no_frame(file)
     base = stream.time_base or Fraction(1)
     times_s = (ticks - ticks[0]).astype(np.float64) * base.numerator / base.denominator
     gap_s = mean_gap_s(times_s)
+    truncated = packets.ended_early or ends_early(file)
     context = stream.codec_context
     return PacketIndex(
         times_s=times_s,
         labels=labels,
         numbers=numbers,
         starts=starts,
-        by_count=by_count,
+        clock=clock,
+        losses=_losses(packets, flags),
+        truncated=truncated,
         duration_s=float(times_s[-1]) + (gap_s or float(packets.last_duration * base)),
         fps=1.0 / gap_s if gap_s else float(stream.average_rate or 0),
         width=context.width,
@@ -200,8 +239,19 @@ def _build(container: InputContainer, stream: VideoStream, packets: _Packets, fi
         pixel_format=context.format.name if context.format else "unknown",
         container=file.container,
         codec=_codec_name(stream),
-        doubts=tuple(_doubts(container, stream, packets, pts, flags)),
+        doubts=("it is cut short",) * truncated + tuple(_doubts(container, stream, packets, pts, flags)),
     )
+
+
+def _clock(stream: VideoStream, file: VideoFile, pts: NDArray[np.int64]) -> Clock:
+    if file.container != "avi" and 2 * int((pts != _UNKNOWN).sum()) >= len(pts):
+        return "pts"
+    return "count" if stream.codec_context.has_b_frames else "dts"
+
+
+def _losses(packets: _Packets, flags: NDArray[np.uint8]) -> NDArray[np.float64]:
+    gaps = np.array(packets.gaps, np.float64) - 0.5
+    return np.sort(np.concatenate([gaps, np.flatnonzero(flags & _CORRUPT).astype(np.float64)]))
 
 
 def _no_frame(file: VideoFile) -> VideoDecodeError:
@@ -215,8 +265,8 @@ class _Order(NamedTuple):
     starts: NDArray[np.int64]
 
 
-def _by_pts(pts: NDArray[np.int64], flags: NDArray[np.uint8]) -> _Order:
-    """Frames known by their pts. Nothing before the first key frame, in either order, can be decoded."""
+def _by_time(pts: NDArray[np.int64], flags: NDArray[np.uint8]) -> _Order:
+    """Frames known by their time. Nothing before the first key frame, in either order, can be decoded."""
     keys = np.flatnonzero((flags & (_KEY | _CORRUPT) == _KEY) & (pts != _UNKNOWN))
     shown = (pts != _UNKNOWN) & (flags & (_DISCARD | _CORRUPT | _HIDDEN) == 0)
     if len(keys):
@@ -259,7 +309,7 @@ def _doubts(
     known = pts[pts != _UNKNOWN]
     if len(_real_streams(container)) > 1:
         yield "several video streams"
-    if packets.ended_early or (flags & _CORRUPT).any():
+    if packets.gaps or (flags & _CORRUPT).any():
         yield "damaged packets"
     if not flags[0] & _KEY:
         yield "it does not begin with a key frame"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,13 +13,22 @@ from numpy.typing import NDArray
 
 from specvlm.config import FrameSettings
 
+# Gives the memory that frames are put into, for a shape [F, height, width, 3]; asked once a video.
+Memory = Callable[[tuple[int, int, int, int]], NDArray[np.uint8]]
+
+
+def own_memory(shape: tuple[int, int, int, int]) -> NDArray[np.uint8]:
+    """Memory of this process."""
+    return np.empty(shape, np.uint8)
+
 
 class Decoded(NamedTuple):
     """What a reader hands back."""
 
-    pixels: NDArray[np.uint8]  # [F, height, width, 3], RGB, upright, scaled
+    pixels: NDArray[np.uint8]  # [K, height, width, 3], RGB, upright, scaled
     width: int  # upright, before scaling
     height: int
+    places: NDArray[np.int64]  # [K], increasing: which of the chosen frames these are
 
 
 def pixel_limit(settings: FrameSettings, frames: int) -> int | None:
@@ -48,10 +58,11 @@ class FrameStore:
     differs between the FFmpeg releases that the readers carry, while these agree to the bit.
     """
 
-    def __init__(self, frames: int, limit: int | None) -> None:
+    def __init__(self, frames: int, limit: int | None, memory: Memory = own_memory) -> None:
         """Room for `frames` frames of at most `limit` pixels; the first one stored decides their size."""
         self._frames = frames
         self._limit = limit
+        self._memory = memory
         self._pixels: NDArray[np.uint8] | None = None
         self._full_size = (0, 0)
         self._to_rgb = VideoReformatter()
@@ -65,16 +76,19 @@ class FrameStore:
         if self._pixels is None:
             self._full_size = rgb.width, rgb.height
             width, height = fit(*self._full_size, self._limit)
-            self._pixels = np.empty((self._frames, height, width, 3), np.uint8)
+            self._pixels = self._memory((self._frames, height, width, 3))
         height, width = self._pixels.shape[1:3]
         if (rgb.width, rgb.height) != (width, height):
             rgb = self._scale.reformat(rgb, width, height, "rgb24", interpolation=Interpolation.AREA)
         self._pixels[place] = rgb.to_ndarray()
 
-    def result(self) -> Decoded:
-        """Everything stored. Valid once all frames were put."""
+    def result(self, places: Sequence[int]) -> Decoded:
+        """What was stored at `places`, which increase and are not empty; the rest is given up."""
         assert self._pixels is not None, "no frame was put"
-        return Decoded(self._pixels, *self._full_size)
+        for target, place in enumerate(places):
+            if target != place:
+                self._pixels[target] = self._pixels[place]
+        return Decoded(self._pixels[: len(places)], *self._full_size, np.array(places, np.int64))
 
 
 def _turned(rgb: VideoFrame, quarters: int) -> VideoFrame:
