@@ -16,6 +16,7 @@ from specvlm.errors import ConfigError, IncompatibleDraftError, PromptError, Spe
 from specvlm_cli import streams
 from specvlm_cli.commands.caption import caption
 from specvlm_cli.commands.caption_flags import CaptionFlags
+from specvlm_cli.commands.export import export
 from specvlm_cli.commands.options import command, variable
 from specvlm_cli.commands.slurm import SlurmFlags, slurm
 from specvlm_cli.commands.status import status
@@ -32,6 +33,7 @@ app = typer.Typer(
 app.command(name="caption")(command(CaptionFlags, caption))
 app.command(name="slurm")(command(SlurmFlags, slurm))
 app.command(name="status")(status)
+app.command(name="export")(export)
 
 
 def _print_version(wanted: bool) -> None:

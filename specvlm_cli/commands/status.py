@@ -1,0 +1,210 @@
+"""`specvlm status OUT`: how far a run is, whether its files are in order, which shards are left. Read-only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from specvlm_cli.exits import ExitCode, UsageError
+from specvlm_cli.text import short
+
+if TYPE_CHECKING:
+    from specvlm_cli.holder import Holder
+    from specvlm_cli.results import Figures, Speedup
+    from specvlm_cli.run_view import RunView
+    from specvlm_cli.status import RunStatus, ShardStatus
+
+
+def status(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Run folder of specvlm caption.")],
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify",
+            help="Hold ledgers and parts against each other; print what is wrong, a line each, and exit 1.",
+        ),
+    ] = False,
+    only_missing: Annotated[
+        bool,
+        typer.Option(
+            "--only-missing",
+            help="Print the shards with work left as Slurm's --array takes them, e.g. 0,3-5; nothing if none.",
+        ),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> int:
+    """Tell how far a run is. Touches no file, and works while the run goes on.
+
+    Exit code 0, also where videos failed; 1 where --verify finds something wrong; 2 where OUT is no run folder.
+    """
+    from specvlm_cli.run_view import view
+
+    if verify and only_missing:
+        raise UsageError("--verify and --only-missing answer different questions; give one of them")
+    run = view(out)
+    if verify:
+        return _verify(run, as_json)
+    if only_missing:
+        return _only_missing(run, as_json)
+    return _status(run, as_json)
+
+
+def _status(run: RunView, as_json: bool) -> int:
+    from specvlm_cli import show
+    from specvlm_cli.status import status as read
+
+    found = read(run)
+    if as_json:
+        show.as_json(found.as_json())
+    else:
+        _show(found)
+    return ExitCode.OK
+
+
+def _only_missing(run: RunView, as_json: bool) -> int:
+    from specvlm_cli import show
+    from specvlm_cli.status import SCHEMA, array_expression, missing_shards
+
+    missing = missing_shards(run)
+    expression = array_expression(missing)
+    if as_json:
+        show.as_json({"schema": SCHEMA, "missing_shards": list(missing), "array": expression})
+    elif expression:
+        show.line(expression)
+    return ExitCode.OK
+
+
+def _verify(run: RunView, as_json: bool) -> int:
+    from specvlm_cli import show
+    from specvlm_cli.status import SCHEMA
+    from specvlm_cli.talk import STDERR
+    from specvlm_cli.verify import verify
+
+    wrong: list[str] = []
+    notes: list[str] = []
+    for finding in verify(run):
+        (wrong if finding.wrong else notes).append(finding.text)
+        if not as_json and finding.wrong:
+            show.line(finding.text)
+        elif not as_json:
+            print(f"note: {finding.text}", file=STDERR)
+    if as_json:
+        show.as_json({"schema": SCHEMA, "ok": not wrong, "problems": wrong, "notes": notes})
+    elif not wrong:
+        print(f"{short(str(run.root), 200)}: nothing wrong", file=STDERR)
+    return ExitCode.FATAL if wrong else ExitCode.OK
+
+
+# How it looks
+
+
+def _show(found: RunStatus) -> None:
+    from specvlm_cli import show
+
+    show.pairs(list(_lines(found)))
+    if found.errors:
+        show.line("")
+        lines = [
+            (f"{kind.count:,}", kind.stage, kind.error_type, short(kind.error, 160)) for kind in found.errors
+        ]
+        show.table(("failures", "stage", "kind", "for example"), lines, right={0})
+    if len(found.shards) > 1:
+        show.line("")
+        show.table(_SHARDS, [_shard(one) for one in found.shards], right=set(range(6)))
+
+
+def _lines(found: RunStatus) -> Iterator[tuple[str, str]]:
+    from specvlm_cli.screen.words import amount, counted
+
+    shards = f" ({len(found.shards)} shards)" if len(found.shards) > 1 else ""
+    yield "run folder", f"{found.out}{shards}"
+    if found.problem is not None:
+        yield "problem", found.problem
+    yield from (("problem", one.problem) for one in found.shards[:1] if one.problem and not shards)
+    counts = found.counts
+    ended = f"{counts.done:,} done, {counts.failed:,} failed"
+    yield "videos", f"{counts.total:,}: {ended}, {counts.running:,} running, {counts.pending:,} pending"
+    yield "captions", f"{counted(found.captions, 'caption')}{_ago(found)}"
+    yield "pace", _pace(found)
+    yield from _speculation(found.figures)
+    yield "at work", _holders(found)
+    yield "disk", f"{amount(found.free_bytes)} free"
+
+
+def _ago(found: RunStatus) -> str:
+    from specvlm_cli.screen.words import duration
+
+    if found.last_caption_at is None:
+        return ""
+    age = datetime.fromisoformat(found.at) - datetime.fromisoformat(found.last_caption_at)
+    return f", the latest {duration(max(age.total_seconds(), 0.0))} ago"
+
+
+def _pace(found: RunStatus) -> str:
+    from specvlm_cli.screen.words import duration, pace
+
+    if not found.per_s:
+        return "not known yet"
+    running = any(one.running for one in found.shards)
+    rate = pace(1.0 / found.per_s)
+    if found.eta_s is not None:
+        return f"{rate}, about {duration(found.eta_s)} left"
+    left = found.counts.pending + found.counts.running
+    return rate if running or not left else f"{rate} when it last ran"
+
+
+def _speculation(figures: Figures) -> Iterator[tuple[str, str]]:
+    from specvlm_cli.screen.words import counted
+
+    if figures.mean_accepted_tokens is not None:
+        tokens = f"{figures.mean_accepted_tokens:.2f} draft tokens a round"
+        yield "accepted", f"{tokens}, over the latest {counted(figures.captions, 'caption')}"
+    for name, decode, end_to_end in (
+        ("speedup", figures.decode, figures.end_to_end),
+        ("estimated", figures.decode_estimated, figures.end_to_end_estimated),
+    ):
+        if decode is not None or end_to_end is not None:
+            yield name, f"decode {_speedup(decode)}; end to end {_speedup(end_to_end)}"
+    if figures.compared:
+        yield "identical", f"{figures.identical:,} of {figures.compared:,} compared with plain decoding"
+
+
+def _speedup(speedup: Speedup | None) -> str:
+    if speedup is None:
+        return "not known"
+    return f"{speedup.of_totals:.2f}x of totals, {speedup.median:.2f}x median ({speedup.captions})"
+
+
+def _holders(found: RunStatus) -> str:
+    """Tell who works; with several shards each is named in the table."""
+    running = [one for one in found.shards if one.running]
+    if len(found.shards) == 1:
+        return _holder(found.shards[0].holder)
+    return f"{len(running)} of {len(found.shards)} shards" if running else "nobody"
+
+
+def _holder(holder: Holder | None) -> str:
+    if holder is None:
+        return "nobody"
+    since = f" since {holder.since}" if holder.since else ""
+    who = f"process {holder.pid} on {holder.host}{since}"
+    if holder.alive is None:
+        return f"{who}, as far as can be told from here"
+    return who if holder.alive else f"nobody; {who} died, the next start goes on from there"
+
+
+_SHARDS = ("shard", "done", "failed", "running", "pending", "left", "at work")
+
+
+def _shard(one: ShardStatus) -> tuple[str, ...]:
+    from specvlm_cli.screen.words import duration
+
+    counts = one.counts
+    numbers = (counts.done, counts.failed, counts.running, counts.pending)
+    left = "" if one.eta_s is None else duration(one.eta_s)
+    shown = [""] * 4 if one.problem else [f"{number:,}" for number in numbers]
+    return str(one.shard), *shown, left, one.problem or _holder(one.holder)

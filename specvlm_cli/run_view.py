@@ -1,0 +1,104 @@
+"""A run folder as a bystander may see it: which shards it has, and where their files are. Touches no file.
+
+Where `run.json` is gone or damaged, the names of files tell the shards; what is wrong with it is kept as text.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from specvlm_cli.exits import FatalError, UsageError
+from specvlm_cli.ledger_view import LedgerView
+from specvlm_cli.run_folder import RunFile, RunFolder
+from specvlm_cli.text import clean
+
+_LEDGER = re.compile(r"state-(\d{5})\.db")
+_PART = re.compile(r"part-(\d{5})(?:-\d{5,})?\.parquet")
+
+
+@dataclass(frozen=True, slots=True)
+class RunView:
+    """A run folder.
+
+    Attributes:
+        root: The folder.
+        shards: How many shards the run has, by `run.json`, or by the files where that is gone.
+        settings: What captions depend on; empty where `run.json` is gone.
+        config_hash: Hash of the settings.
+        kept: Columns that pass through from a manifest, and their kinds.
+        problem: What is wrong with `run.json`; None: nothing.
+    """
+
+    root: Path
+    shards: int
+    settings: dict[str, Any] = field(default_factory=dict)
+    config_hash: str = ""
+    kept: dict[str, str] = field(default_factory=dict)
+    problem: str | None = None
+
+    def ledger(self, shard: int) -> Path:
+        """Return where the ledger of a shard is."""
+        return self.root / ".specvlm" / f"state-{shard:05d}.db"
+
+    def lock(self, shard: int) -> Path:
+        """Return where the lock of a shard is."""
+        return self.root / ".specvlm" / f"state-{shard:05d}.lock"
+
+    def open(self, shard: int) -> LedgerView:
+        """Open the ledger of a shard; see `LedgerView.open`."""
+        return LedgerView.open(self.ledger(shard))
+
+    def files(self, folder: str) -> list[Path]:
+        """Return what lies in `captions` or `failures`, by name."""
+        return listed(self.root / folder)
+
+    def parts(self, shard: int) -> list[Path]:
+        """Return the files in `captions` that have the name of a part of this shard."""
+        return [path for path in self.files("captions") if shard_of_part(path.name) == shard]
+
+
+def listed(folder: Path) -> list[Path]:
+    """Return what lies in a folder, by name; nothing where there is no such folder."""
+    try:
+        return sorted(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def shard_of_part(name: str) -> int | None:
+    """Return the shard that a file's name says it is a part of; None: it is no part's name."""
+    found = _PART.fullmatch(name)
+    return int(found.group(1)) if found else None
+
+
+def view(root: Path) -> RunView:
+    """Look at a run folder.
+
+    Raises:
+        UsageError: It is none, or one of a newer version.
+    """
+    names = {path.name for path in listed(root / ".specvlm")}
+    ledgers = {int(found.group(1)) for name in names if (found := _LEDGER.fullmatch(name))}
+    parts = {shard_of_part(path.name) for path in listed(root / "captions")}
+    shards = ledgers | {shard for shard in parts if shard is not None}
+    if "run.json" not in names and not shards:
+        what = "not a run folder" if root.is_dir() else "there is no such folder"
+        raise UsageError(f"{clean(str(root))}: {what}; give the folder that specvlm caption -o was given")
+    known, problem = _settings(root)
+    by_files = max(shards, default=0) + 1
+    if known is None:
+        return RunView(root, by_files, problem=problem)
+    shards_known = max(known.shards, by_files)
+    return RunView(root, shards_known, known.settings, known.config_hash, known.kept, problem)
+
+
+def _settings(root: Path) -> tuple[RunFile | None, str | None]:
+    try:
+        known = RunFolder(root).read()
+    except FatalError as error:
+        return None, str(error)
+    path = clean(str(root / ".specvlm" / "run.json"))
+    return known, None if known else f"{path}: is gone; the next start of specvlm caption writes it again"

@@ -1,0 +1,76 @@
+"""Results on stdout: tables on a terminal, aligned text elsewhere. Knows nothing of what they say.
+
+Text from outside is cleaned here, and never read as markup. Colours are rich's decision (NO_COLOR, no terminal).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from specvlm_cli.text import cells, clean
+
+Line = Sequence[str]
+
+
+def console() -> Console:
+    """Return stdout of this moment, where nothing is read as markup and no line is broken."""
+    return Console(file=sys.stdout, markup=False, highlight=False, emoji=False, soft_wrap=True)
+
+
+def line(text: str, style: str = "") -> None:
+    """Print one line."""
+    console().print(Text(clean(text), style))
+
+
+def as_json(value: dict[str, Any]) -> None:
+    """Print one JSON object."""
+    print(json.dumps(value, indent=2, allow_nan=False))
+
+
+def pairs(lines: Sequence[tuple[str, str]]) -> None:
+    """Print names and values, the values below each other."""
+    for text in aligned(lines):
+        line(text)
+
+
+def table(header: Line, lines: Sequence[Line], right: Collection[int] = ()) -> None:
+    """Print a table; the columns named in `right` hold numbers."""
+    if sys.stdout.isatty():
+        console().print(_rich(header, lines, right))
+        return
+    for text in aligned([header, *lines], right):
+        line(text)
+
+
+def _rich(header: Line, lines: Sequence[Line], right: Collection[int]) -> Table:
+    shown = Table()
+    for number, name in enumerate(header):
+        shown.add_column(name, justify="right" if number in right else "left", overflow="fold")
+    for one in lines:
+        shown.add_row(*(Text(clean(cell)) for cell in one))
+    return shown
+
+
+def aligned(lines: Sequence[Line], right: Collection[int] = ()) -> list[str]:
+    """Return lines whose cells stand below each other, two spaces apart."""
+    cleaned = [[clean(cell) for cell in one] for one in lines]
+    widths = [max(map(cells, column)) for column in zip(*cleaned, strict=True)]
+    return [
+        "  ".join(
+            _padded(cell, width, number in right)
+            for number, (cell, width) in enumerate(zip(one, widths, strict=True))
+        ).rstrip()
+        for one in cleaned
+    ]
+
+
+def _padded(cell: str, width: int, right: bool) -> str:
+    room = " " * (width - cells(cell))
+    return room + cell if right else cell + room
