@@ -276,6 +276,8 @@ class _Start:
             failed_now=runner.failed + self.refused,
             figures=runner.tally.figures() if todo else None,
             stopped=runner.stopped or (self.stop.reason if outcome.pending else None),
+            waited_s=runner.waited_s if todo else None,
+            failures_file=str(self.folder.root / self.folder.parts.failures_name) if outcome.failed else None,
         )
 
     def _exit_code(self, runner: Runner, outcome: Outcome, todo: int) -> ExitCode:

@@ -55,6 +55,8 @@ class Reporter(Protocol):
 
     def state(self, status: LiveStatus) -> None: ...
 
+    def child_stderr(self) -> int: ...
+
     def warn(self, message: str) -> None: ...
 
 
@@ -108,6 +110,7 @@ class Runner:
         tally: The captions made so far.
         failed: How many videos failed so far.
         stopped: Why it stopped early; None where it did not.
+        waited_s: Time in which workers waited for frames, summed over workers.
     """
 
     def __init__(
@@ -117,11 +120,12 @@ class Runner:
         self.failed = 0
         self.captioned = 0
         self.stopped: str | None = None
+        self.waited_s = 0.0
         self._ledger = ledger
         self._parts = parts
         self._policy = policy
         self._reporter = reporter
-        self._crew = Crew(factory, policy)
+        self._crew = Crew(factory, policy, reporter.child_stderr())
         self._queue = Queue(ledger, policy)
         self._provenance: Provenance | None = None
         self._not_finite = 0
@@ -188,7 +192,10 @@ class Runner:
         self._reporter.state(self._status(pool))
         limits = (pool.next_deadline_s(), self._crew.overdue_in_s(), self._queue.due_in_s(), stop.due_in_s())
         soonest = min((limit for limit in limits if limit is not None), default=_LOOK_EVERY_S)
+        began = time.monotonic()
         wait([*self._crew.waitables(), *pool.descriptors()], min(max(soonest, 0.0), _LOOK_EVERY_S))
+        if len(pool):
+            self.waited_s += len(self._crew.idle()) * (time.monotonic() - began)
 
     def _status(self, pool: DecodingPool) -> LiveStatus:
         ready, ready_bytes = self._queue.ready()
@@ -323,6 +330,7 @@ class Runner:
     def _fail(self, claim: Claim, failure: Failure, trace: str = "") -> None:
         self._ledger.fail(claim, failure)
         self.failed += 1
+        self.tally.fail(failure)
         self._reporter.failed(claim, failure, trace)
 
     def _stop_if_never_finite(self, failure: Failure) -> None:
@@ -484,10 +492,11 @@ class Crew:
         models: What the first worker that was ready has loaded; None before that.
     """
 
-    def __init__(self, factory: EngineFactory, policy: Policy) -> None:
+    def __init__(self, factory: EngineFactory, policy: Policy, stderr: int) -> None:
         self.models: Models | None = None
         self._factory = factory
         self._policy = policy
+        self._stderr = stderr
         self._workers: list[Worker] = []
         self._claims: dict[Worker, Claim] = {}
 
@@ -497,13 +506,16 @@ class Crew:
     def start(self) -> None:
         """Start the workers that are known to be needed."""
         for device in self._policy.devices:
-            self._workers.append(Worker(self._factory, device))
+            self._workers.append(self._new(device))
 
     def grow(self, gpus: int) -> None:
         """Start one worker for each further GPU, where all are to be used."""
         if self._policy.all_gpus:
             for number in range(len(self._workers), gpus):
-                self._workers.append(Worker(self._factory, f"cuda:{number}"))
+                self._workers.append(self._new(f"cuda:{number}"))
+
+    def _new(self, device: str | None) -> Worker:
+        return Worker(self._factory, device, self._stderr)
 
     def welcome(self, worker: Worker, models: Models) -> None:
         """Take in a worker that has loaded its models.
@@ -566,7 +578,7 @@ class Crew:
             worker.kill()
         how = "killed" if overdue else worker.bury()
         self._claims.pop(worker, None)
-        self._workers[self._workers.index(worker)] = Worker(self._factory, worker.device)
+        self._workers[self._workers.index(worker)] = self._new(worker.device)
         return how
 
     def remove(self, worker: Worker) -> None:

@@ -28,7 +28,8 @@ class Worker:
         connection: Readable when it has something to say, or is dead.
     """
 
-    def __init__(self, factory: EngineFactory, device: str | None) -> None:
+    def __init__(self, factory: EngineFactory, device: str | None, stderr: int) -> None:
+        """Start it; `stderr` is a descriptor for what it prints."""
         self.models: Models | None = None
         self.task: Task | None = None
         self._device = device
@@ -38,7 +39,10 @@ class Worker:
                 f"from specvlm_cli.generating.child import main; main({theirs.fileno()}, {os.getpid()})"
             )
             self._process = subprocess.Popen(
-                python_command(statement), stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()]
+                python_command(statement),
+                stdin=subprocess.DEVNULL,
+                stderr=stderr,
+                pass_fds=[theirs.fileno()],
             )
         self.connection = Connection(ours.detach())
         self._deadline_s: float | None = None
