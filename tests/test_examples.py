@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
-from specvlm_cli import app
+from specvlm_cli import app, lock
+from specvlm_cli.inputs.item import item_id
+from specvlm_cli.shard import shard_of
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -51,3 +56,86 @@ def test_demo_and_read_captions(tmp_path: Path, capfd: pytest.CaptureFixture[str
     table = run("read_captions.py", out)
     assert table.count("yes") == count
     assert max(map(len, table.splitlines())) <= 80
+
+
+# Scripts of the shell
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    """An active environment, as far as scripts can tell: `specvlm` is a command. Captions are cut short."""
+    command = tmp_path / "bin" / "specvlm"
+    command.parent.mkdir()
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m specvlm_cli "$@"\n')
+    command.chmod(0o755)
+    return {
+        "PATH": f"{command.parent}:/usr/bin:/bin",
+        "HOME": str(tmp_path),
+        "PYTHONPATH": str(EXAMPLES.parent),
+        "SPECVLM_MAX_NEW_TOKENS": "16",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+@pytest.fixture
+def two_videos(tmp_path: Path) -> Path:
+    """Two clips of long ago, in a folder with a space in its name."""
+    folder = tmp_path / "two videos"
+    folder.mkdir()
+    for name in ("one-grows.mp4", "two-still-and-rising-vp9.webm"):
+        shutil.copyfile(EXAMPLES / "videos" / name, folder / name)
+        os.utime(folder / name, (0, 0))
+    return folder
+
+
+def shell(name: str, *arguments: Path, environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run a script as its own first line says, without a terminal."""
+    return subprocess.run(
+        [EXAMPLES / name, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        cwd=environment["HOME"],
+    )
+
+
+def captioned(out: Path) -> list[str]:
+    """Return the names of the videos that have a caption."""
+    tables = [pq.read_table(path, columns=["path"]) for path in (out / "captions").glob("*.parquet")]
+    return sorted(Path(path).name for table in tables for path in table["path"].to_pylist())
+
+
+def test_cron(two_videos: Path, tmp_path: Path, environment: dict[str, str]) -> None:
+    """It says nothing, leaves a file that may still be on its way, and stands back where another start is at work."""
+    out = tmp_path / "captions of today"
+    (two_videos / "two-still-and-rising-vp9.webm").touch()
+    done = shell("cron.sh", two_videos, out, environment=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert captioned(out) == ["one-grows.mp4"]
+    assert "1 done" in (out / "cron.log").read_text()
+    os.utime(two_videos / "two-still-and-rising-vp9.webm", (0, 0))
+    with lock.take(out / ".specvlm" / "state-00000.lock", "another"):
+        done = shell("cron.sh", two_videos, out, environment=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert captioned(out) == ["one-grows.mp4"]
+
+
+def test_multi_gpu(two_videos: Path, tmp_path: Path, environment: dict[str, str]) -> None:
+    done = shell("multi_gpu.sh", two_videos, tmp_path / "out", environment=environment)
+    assert done.returncode == 0, done.stderr
+    assert captioned(tmp_path / "out") == ["one-grows.mp4", "two-still-and-rising-vp9.webm"]
+
+
+def test_slurm_array(two_videos: Path, tmp_path: Path, environment: dict[str, str]) -> None:
+    """One task, told what Slurm would tell it; tests/slurm has a real one."""
+    mine = shard_of(item_id(b"one-grows.mp4"), 4)
+    assert mine != shard_of(item_id(b"two-still-and-rising-vp9.webm"), 4)
+    task = {"ID": mine, "COUNT": 4, "MIN": 0, "MAX": 3, "STEP": 1}
+    variables = {f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in task.items()}
+    variables |= {"SLURM_ARRAY_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "1"}
+    done = shell("slurm_array.sbatch", two_videos, tmp_path / "out", environment=environment | variables)
+    assert done.returncode == 0, done.stderr
+    assert captioned(tmp_path / "out") == ["one-grows.mp4"]
