@@ -214,3 +214,19 @@ def test_layers_behind_accelerate_hooks(captioner: Captioner) -> None:
     expected = captioner.caption(video, max_new_tokens=12).token_ids
     assert hooked.caption(video, max_new_tokens=12).token_ids == expected
     assert all(hasattr(layer, "_hf_hook") for layer in hooked.target.model.model.language_model.layers)
+
+
+def test_a_time_limit_ends_a_caption_between_rounds(captioner: Captioner) -> None:
+    frames = random_frames(1)
+    with pytest.raises(specvlm.GenerationTimeoutError, match="was not done after 0 s"):
+        captioner.caption(frames, "Tell me.", max_new_tokens=40, time_limit_s=0.0)
+    assert captioner.caption(frames, "Tell me.", max_new_tokens=5, time_limit_s=600.0).token_ids
+
+
+def test_frames_that_were_read_elsewhere_keep_their_reading_time(captioner: Captioner) -> None:
+    source = specvlm.VideoSource(2.0, 25.0, 64, 48, "elsewhere", decode_s=7.0)
+    frames = random_frames(1)._replace(source=source)
+    caption = captioner.caption(frames, "Tell me.", max_new_tokens=3)
+    assert caption.stats.video_decode_s == 7.0
+    assert caption.stats.total_s > 7.0
+    assert caption.source == source
