@@ -123,7 +123,7 @@ def missing(shown: str, flag: str, name: str, names: Sequence[str]) -> str:
 
 def listed(names: Sequence[str]) -> str:
     """Return the names of columns as they may stand in a message."""
-    return short(", ".join(names[:100]), 300) or "those it has: none"
+    return short(", ".join(dict.fromkeys(names[:100])), 300) or "those it has: none"
 
 
 def _separated(names: Sequence[str]) -> str:

@@ -21,15 +21,16 @@ MOST_FOOTER_BYTES = 32 << 20
 MOST_FOOTER_MEMORY = 256 << 20
 MOST_PAGE_BYTES = 128 << 20  # of all columns that are read at a time, unpacked
 MOST_LIST_VALUES = 8 << 20  # of one column in one row group
-BATCH_BYTES = 96 << 20
+BATCH_BYTES = 32 << 20
 BATCH_ROWS = 8192
 
 _MAGIC = b"PAR1"
-_SMALL_FOOTER = 256 << 10
+_SMALL_FOOTER = 1 << 20  # which cannot take more memory than there may be
 # What a reader allocates for a list element, by depth: row groups and columns' names, then column chunks.
-_ELEMENT_BYTES = {1: 400, 2: 800}
+_ELEMENT_BYTES = {1: 400, 3: 800}
 _INNER_ELEMENT_BYTES = 64
 
+_CODECS = {"LZ4": "lz4_raw"}  # what pyarrow calls otherwise than Parquet does
 _LENGTH = struct.Struct("<I")  # before each text of a dictionary
 _ENTRY_BYTES = 16  # of a dictionary, beside its text
 
@@ -204,7 +205,8 @@ def _longest(file: int, column: Any, page: _Page) -> int:
     data = os.pread(file, page.packed, page.position)
     if column.compression != "UNCOMPRESSED":
         try:
-            data = pa.decompress(data, page.size, column.compression.lower(), asbytes=True)
+            codec = _CODECS.get(column.compression, column.compression.lower())
+            data = pa.decompress(data, page.size, codec, asbytes=True)
         except (pa.ArrowException, OSError, ValueError):  # another LZ4, or damage that its reader will find
             return page.size
     longest = at = 0

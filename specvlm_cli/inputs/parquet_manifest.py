@@ -25,6 +25,8 @@ _BUFFER_BYTES = 1 << 20
 _GROUP_ROWS = 1 << 17  # row groups are taken together until they have as many
 _SLICE_BYTES = 16 << 20  # of cells that become Python objects at a time
 
+# What pyarrow raises for a file that is damaged, or uses what it cannot read.
+_DAMAGE = (pa.ArrowException, OSError, ValueError, LookupError, ArithmeticError, MemoryError)
 _is = pa.types
 
 
@@ -73,16 +75,18 @@ class ParquetManifest:
     @contextmanager
     def _opened(self) -> Iterator[tuple[pq.ParquetFile, BinaryIO]]:
         """Open the file; whatever goes wrong while it is read becomes one line."""
-        try:
-            with open(self._path, "rb") as headers:
+        with open(self._path, "rb") as headers:
+            try:
                 check_footer(headers.fileno())
                 with pa.OSFile(self._path) as source, _parquet(source) as file:
                     yield file, headers
-        except PagesError as error:
-            raise UsageError(f"{self._shown}: {error}") from error
-        except (pa.ArrowException, OSError, ValueError, LookupError, ArithmeticError, MemoryError) as error:
-            reason = short(" ".join(str(error).split()) or type(error).__name__, 200)
-            raise UsageError(f"{self._shown}: not readable as Parquet ({reason}); write it anew") from error
+            except PagesError as error:
+                raise UsageError(f"{self._shown}: {error}") from error
+            except _DAMAGE as error:
+                reason = short(" ".join(str(error).split()) or type(error).__name__, 200)
+                raise UsageError(
+                    f"{self._shown}: not readable as Parquet ({reason}); write it anew"
+                ) from error
 
     def rows(self) -> Iterator[Rows]:
         """Yield all rows, some at a time.
