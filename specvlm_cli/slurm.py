@@ -4,8 +4,8 @@ The script is of two parts: directives and variables, made here for this job, an
 every job. It is bash, not sh: only bash can write any file name on one line. All words from outside stand
 quoted in variables, and the body never evaluates them.
 
-The child runs in the background so that the shell can hear Slurm meanwhile. No `srun`: its own answer to
-SIGTERM is to kill the task, and one process needs no step of its own.
+The child runs in the background so that the shell can hear Slurm meanwhile. No `srun`: one process needs no step,
+and srun, where it is told to end, forces the end of its task.
 """
 
 from __future__ import annotations

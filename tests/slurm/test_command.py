@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from tests.cli.conftest import Result, Specvlm, snapshot, specvlm
+from tests.test_docs import commands
 
 __all__ = ["specvlm"]  # the fixture
 
@@ -164,3 +166,10 @@ def test_nothing_is_made_but_the_folder_of_the_logs(specvlm: Specvlm, out: Path)
     specvlm("slurm", out, "--logs", out.parent / "logs", *CAPTION)
     assert snapshot(out / ".specvlm") == before
     assert sorted(path.name for path in out.parent.iterdir()) == ["logs", "out"]
+
+
+def test_every_flag_is_documented_with_its_meaning() -> None:
+    table = (Path(__file__).parents[2] / "docs" / "slurm.md").read_text()
+    rows = "\n".join(line.split("|")[1] for line in table.splitlines() if line.startswith("| `-"))
+    documented = set(re.findall(r"(?<![\w-])(--[a-z][a-z-]*)", rows))
+    assert documented == commands()["slurm"] - {"out", "words"}
