@@ -23,11 +23,12 @@ from specvlm_cli.engine import EngineFactory, Models
 from specvlm_cli.exits import BusyError, ExitCode, UsageError
 from specvlm_cli.ledger import Ledger, is_damage
 from specvlm_cli.lock import Lock
+from specvlm_cli.policy import Policy
 from specvlm_cli.resharding import is_unfinished, reshard
 from specvlm_cli.results import Outcome
 from specvlm_cli.rows import Provenance
 from specvlm_cli.run_folder import RunFile, RunFolder
-from specvlm_cli.runner import TOO_MANY, Policy, Reporter, Runner
+from specvlm_cli.runner import TOO_MANY, Reporter, Runner
 from specvlm_cli.settings import CaptionSettings, Plain, config_hash, differences
 from specvlm_cli.shard import Shard
 from specvlm_cli.stopping import Stop, listening

@@ -12,38 +12,32 @@ settings of models.
 
 from __future__ import annotations
 
-import heapq
 import sqlite3
 import time
-from collections import deque
-from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from itertools import count
 from multiprocessing.connection import wait
 from typing import Protocol
 
-from specvlm.config import FrameSettings
 from specvlm_cli import baseline
-from specvlm_cli.decoding import DecodingPool, Limits, ReadFailure, ReadJob, ReadVideo
+from specvlm_cli.decoding import DecodingPool, ReadFailure, ReadVideo
 from specvlm_cli.engine import EngineFactory, Models
 from specvlm_cli.exits import FatalError
 from specvlm_cli.failure import Failure
-from specvlm_cli.generating.messages import Broken, Failed, FromWorker, Hello, Made, OnOom, Ready, Task
+from specvlm_cli.generating.crew import Crew
+from specvlm_cli.generating.messages import Broken, Failed, FromWorker, Hello, Made, Ready, Task
 from specvlm_cli.generating.worker import Worker
 from specvlm_cli.ledger import NO_FILE, Claim, FileStamp, Ledger, Row
 from specvlm_cli.parts import Parts
+from specvlm_cli.policy import Policy
+from specvlm_cli.read_ahead import Queue
 from specvlm_cli.results import LiveStatus, Tally
 from specvlm_cli.rows import Provenance, caption_row
 from specvlm_cli.stopping import Stop
 
 TOO_MANY = "max-failures"  # why a run stopped, where that was the reason
-_FETCH = 64  # claims taken from the ledger at a time
 _LOOK_EVERY_S = 0.5  # at stop requests and limits, where nothing else wakes us
-_FIRST_BACKOFF_S, _LONGEST_BACKOFF_S = 1.0, 60.0
 _NOT_FINITE, _NOT_FINITE_IN_A_ROW = "NonFiniteLogitsError", 3
 _LOST_IN_A_ROW = 3  # deaths while loading, or videos that kill their workers, with no caption in between
-_MOST_READ = 32  # videos that may wait for a worker, however small they are: each holds a descriptor
 
 
 class Reporter(Protocol):
@@ -58,49 +52,6 @@ class Reporter(Protocol):
     def child_stderr(self) -> int: ...
 
     def warn(self, message: str) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Policy:
-    """How a start works through its videos.
-
-    Attributes:
-        frames: Which frames to read of each video.
-        prompts: What to ask about a video that brings no prompts of its own.
-        baseline_sample: Share of videos that are also decoded plainly, 0..1.
-        limit: Most videos to work on; None: all.
-        max_failures: Stop once this many videos have failed in this start; None: never.
-        retries: Further tries of a video after a fault that may pass.
-        timeout_s: Most time to generate all captions of one video; None: no limit.
-        grace_s: Most time to finish the videos in hand once stopping was asked for.
-        on_oom: Whether a video may be captioned from fewer frames where memory runs out.
-        devices: Where workers load their models, one each; None: where the settings say, or all GPUs.
-        all_gpus: One worker for each GPU that the first worker sees.
-        decode_workers: Videos that are read at the same time.
-        limits: What reading one video may take.
-        root: Nothing outside this folder is read; None: anything.
-        ahead_bytes: Frames that may wait for a worker.
-        part_rows: Captions in a part.
-        part_s: Close a part at the latest after this time.
-    """
-
-    frames: FrameSettings
-    prompts: tuple[str, ...]
-    baseline_sample: float = 0.0
-    limit: int | None = None
-    max_failures: int | None = None
-    retries: int = 2
-    timeout_s: float | None = 600.0
-    grace_s: float = 60.0
-    on_oom: OnOom = "fail"
-    devices: tuple[str | None, ...] = (None,)
-    all_gpus: bool = False
-    decode_workers: int = 1
-    limits: Limits = field(default_factory=Limits)
-    root: bytes | None = None
-    ahead_bytes: int = 2 << 30
-    part_rows: int = 1000
-    part_s: float = 600.0
 
 
 class Runner:
@@ -366,232 +317,3 @@ class RemoteError(Exception):
 
     def __str__(self) -> str:
         return f"\n{self.args[0]}"
-
-
-class Queue:
-    """Videos on their way to the workers: still to come, being read, read, and waiting for another try."""
-
-    def __init__(self, ledger: Ledger, policy: Policy) -> None:
-        self._ledger = ledger
-        self._policy = policy
-        self._pool: DecodingPool | None = None
-        self._frame_multiple = 1
-        self._last = -1  # ordinal of the last claim that was fetched
-        self._coming: deque[Claim] = deque()
-        self._exhausted = False
-        self._started = 0
-        self._reading: dict[int, Claim] = {}
-        self._read: deque[tuple[Claim, ReadVideo]] = deque()
-        self._largest_bytes = 0
-        self._tries: dict[int, int] = {}
-        self._again: list[tuple[float, int, Claim]] = []  # a heap of (when, tie break, claim)
-        self._tie = count()
-
-    def begin(self, pool: DecodingPool, frame_multiple: int) -> None:
-        """Read with this pool from now on."""
-        self._pool, self._frame_multiple = pool, frame_multiple
-
-    def __bool__(self) -> bool:
-        """Whether anything is still to come."""
-        return bool(self._reading or self._read or self._again or self._peek())
-
-    def ready(self) -> tuple[int, int]:
-        """Return how many videos wait for a worker, and the bytes of their frames."""
-        return len(self._read), sum(video.size_bytes for _, video in self._read)
-
-    def retrying(self) -> int:
-        """Return how many videos wait for another try."""
-        return len(self._again)
-
-    def due_in_s(self) -> float | None:
-        """Return in how many seconds a video is to be tried again; None: none is waiting for that."""
-        return self._again[0][0] - time.monotonic() if self._again else None
-
-    def read_ahead(self) -> None:
-        """Have videos read as long as there is room for their frames and a process to read them."""
-        assert self._pool is not None
-        while len(self._pool) < self._policy.decode_workers and self._has_room():
-            claim = self._next()
-            if claim is None:
-                return
-            self._reading[claim.ordinal] = claim
-            self._pool.submit(self._job(claim))
-
-    def _has_room(self) -> bool:
-        """Say whether one more video may be read; each is taken to be as large as the largest so far."""
-        if not (self._read or self._reading):
-            return True
-        waiting_bytes = self.ready()[1] + self._largest_bytes * (len(self._reading) + 1)
-        return waiting_bytes <= self._policy.ahead_bytes and len(self._read) < _MOST_READ
-
-    def _next(self) -> Claim | None:
-        if self._again and self._again[0][0] <= time.monotonic():
-            return heapq.heappop(self._again)[2]
-        return self._coming.popleft() if self._peek() else None
-
-    def _peek(self) -> bool:
-        """Say whether there is a video that was not begun yet, fetching more from the ledger where needed."""
-        if self._coming or self._exhausted:
-            return bool(self._coming)
-        limit = self._policy.limit
-        most = _FETCH if limit is None else min(_FETCH, limit - self._started)
-        self._coming.extend(self._ledger.pending(self._last, most) if most > 0 else ())
-        self._exhausted = not self._coming
-        self._started += len(self._coming)
-        if self._coming:
-            self._last = self._coming[-1].ordinal
-        return bool(self._coming)
-
-    def _job(self, claim: Claim) -> ReadJob:
-        item, frames = claim.item, self._policy.frames
-        if item.start_s is not None or item.end_s is not None:
-            frames = replace(frames, start_s=item.start_s or 0.0, end_s=item.end_s)
-        return ReadJob(claim.ordinal, item.path, frames, self._frame_multiple, self._policy.root)
-
-    def collect(self) -> Iterator[tuple[Claim, ReadFailure]]:
-        """Take what was read; yield what could not be."""
-        assert self._pool is not None
-        for outcome in self._pool.collect() if self._reading else ():
-            claim = self._reading.pop(outcome.key)
-            if isinstance(outcome, ReadFailure):
-                yield claim, outcome
-            else:
-                self._largest_bytes = max(self._largest_bytes, outcome.size_bytes)
-                self._read.append((claim, outcome))
-
-    def take(self) -> tuple[Claim, ReadVideo] | None:
-        """Return the next video that is read."""
-        return self._read.popleft() if self._read else None
-
-    def try_again(self, claim: Claim) -> bool:
-        """Have a video tried again after a while; False: it was tried often enough."""
-        tries = self._tries[claim.ordinal] = self._tries.get(claim.ordinal, 0) + 1
-        if tries > self._policy.retries:
-            return False
-        delay_s = min(_FIRST_BACKOFF_S * 2 ** (tries - 1), _LONGEST_BACKOFF_S)
-        again = replace(claim, attempts=claim.attempts + 1)
-        heapq.heappush(self._again, (time.monotonic() + delay_s, next(self._tie), again))
-        return True
-
-    def drop(self) -> None:
-        """Forget everything; nothing of it was claimed, so the next start finds it pending."""
-        if self._pool is not None:
-            self._pool.cancel()
-        while self._read:
-            self._read.popleft()[1].close()
-        self._reading.clear()
-        self._coming.clear()
-        self._again.clear()
-        self._exhausted = True
-
-
-class Crew:
-    """The worker processes, and who works on what.
-
-    Attributes:
-        models: What the first worker that was ready has loaded; None before that.
-    """
-
-    def __init__(self, factory: EngineFactory, policy: Policy, stderr: int) -> None:
-        self.models: Models | None = None
-        self._factory = factory
-        self._policy = policy
-        self._stderr = stderr
-        self._workers: list[Worker] = []
-        self._claims: dict[Worker, Claim] = {}
-
-    def __len__(self) -> int:
-        return len(self._workers)
-
-    def start(self) -> None:
-        """Start the workers that are known to be needed."""
-        for device in self._policy.devices:
-            self._workers.append(self._new(device))
-
-    def grow(self, gpus: int) -> None:
-        """Start one worker for each further GPU, where all are to be used."""
-        if self._policy.all_gpus:
-            for number in range(len(self._workers), gpus):
-                self._workers.append(self._new(f"cuda:{number}"))
-
-    def _new(self, device: str | None) -> Worker:
-        return Worker(self._factory, device, self._stderr)
-
-    def welcome(self, worker: Worker, models: Models) -> None:
-        """Take in a worker that has loaded its models.
-
-        Raises:
-            FatalError: They are not those of the others.
-        """
-        if self.models is None:
-            self.models = models
-        elif (self.models.target_revision, self.models.resolved) != (models.target_revision, models.resolved):
-            raise FatalError(
-                f"{worker.device} loaded another version of the target than the first worker; its files changed "
-                "meanwhile, start again"
-            )
-
-    def waitables(self) -> list[object]:
-        """Return what becomes readable when a worker says something or dies."""
-        return [worker.connection for worker in self._workers]
-
-    def hear(self) -> Iterator[tuple[Worker, FromWorker | None]]:
-        """Yield what workers have to say; None: that one is dead."""
-        for worker in list(self._workers):
-            if worker.connection.closed or not worker.connection.poll():
-                continue
-            yield worker, worker.hear()
-
-    def idle(self) -> list[Worker]:
-        return [worker for worker in self._workers if worker.is_idle()]
-
-    def busy(self) -> list[Worker]:
-        return list(self._claims)
-
-    def give(self, worker: Worker, claim: Claim, video: ReadVideo, task: Task) -> None:
-        """Have a worker caption a video."""
-        self._claims[worker] = claim
-        worker.give(task, video.handle()[0])
-
-    def claim_of(self, worker: Worker) -> Claim:
-        """Return what a worker works on."""
-        return self._claims[worker]
-
-    def claim_done(self, worker: Worker) -> Claim:
-        """Return what a worker worked on, and forget it."""
-        return self._claims.pop(worker)
-
-    def overdue_in_s(self) -> float | None:
-        """Return in how many seconds a worker will have to be killed; None: never."""
-        return min(
-            (left for worker in self._claims if (left := worker.overdue_in_s()) is not None), default=None
-        )
-
-    def overdue(self) -> list[Worker]:
-        """Return the workers that do not answer though their time is over."""
-        return [worker for worker in self.busy() if (left := worker.overdue_in_s()) is not None and left <= 0]
-
-    def replace(self, worker: Worker) -> str:
-        """Put a fresh worker in the place of one that is dead or has to go; say how that one ended."""
-        overdue = (left := worker.overdue_in_s()) is not None and left <= 0
-        if overdue:
-            worker.kill()
-        how = "killed" if overdue else worker.bury()
-        self._claims.pop(worker, None)
-        self._workers[self._workers.index(worker)] = self._new(worker.device)
-        return how
-
-    def remove(self, worker: Worker) -> None:
-        """Go on without a worker that is of no use."""
-        worker.kill()
-        self._workers.remove(worker)
-
-    def close(self) -> None:
-        """End all workers: those at work at once, the others by hanging up."""
-        for worker in self._workers:
-            if worker in self._claims or worker.models is None:
-                worker.kill()
-            else:
-                worker.dismiss()
-        self._workers.clear()
-        self._claims.clear()

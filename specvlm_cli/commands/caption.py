@@ -21,8 +21,8 @@ from specvlm_cli.durations import seconds
 from specvlm_cli.exits import ExitCode, UsageError
 from specvlm_cli.inputs import InputOptions, Inputs
 from specvlm_cli.job import Request
+from specvlm_cli.policy import Policy
 from specvlm_cli.results import Outcome
-from specvlm_cli.runner import Policy
 from specvlm_cli.settings import CaptionSettings, ModelChoice
 from specvlm_cli.shard import Shard, parse_shard
 from specvlm_cli.talk import Talk, counted

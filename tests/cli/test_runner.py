@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from specvlm.errors import ConfigError, ModelLoadError
-from specvlm_cli import runner
+from specvlm_cli import read_ahead
 from specvlm_cli.generating import worker
 from tests.cli import invariants
 from tests.cli.conftest import Specvlm, rows
@@ -18,7 +18,7 @@ from tests.cli.conftest import Specvlm, rows
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "_FIRST_BACKOFF_S", 0.01)
+    monkeypatch.setattr(read_ahead, "_FIRST_BACKOFF_S", 0.01)
     monkeypatch.setattr(worker, "HARD_LIMIT_S", 0.3)
 
 

@@ -1,0 +1,110 @@
+"""Measure what the batch tool costs beside the models: `specvlm caption` over clips drawn for it.
+
+    python benchmarks/job_layer.py --clips 200 --preset demo
+
+One run of the real command in this process, with its real worker and reader processes. The worker measures its
+own stages of every video (they stand in the rows); whatever of the captioning time is not in them is the job
+layer's: waiting for frames, handing them over, the ledger, the parts, the screen. Prints Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+import specvlm
+from specvlm.demo.clips import render, scene_for, seed_for
+from specvlm.demo.examples import frame_times, write_video
+from specvlm_cli import app, runner
+
+_STAGES = ("preprocess_s", "vision_s", "target_prefill_s", "draft_prefill_s", "decode_s")
+
+
+class _Watch:
+    """Takes the wall and CPU time of the captioning itself, from loaded models to closed parts."""
+
+    def __init__(self) -> None:
+        self.wall_s = self.cpu_s = self.waited_s = 0.0
+        self._run = runner.Runner.run
+        runner.Runner.run = lambda *given: self._timed(*given)  # type: ignore[method-assign]
+
+    def _timed(self, one: runner.Runner, *given: Any) -> None:
+        began, used = time.perf_counter(), _own_cpu_s()
+        self._run(one, *given)
+        self.wall_s, self.cpu_s = time.perf_counter() - began, _own_cpu_s() - used
+        self.waited_s = one.waited_s
+
+
+def _own_cpu_s() -> float:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
+def write_clips(folder: Path, number: int) -> None:
+    """Draw clips of four seconds that no model was trained on."""
+    times = frame_times(False)
+    for index in range(number):
+        scene = scene_for(seed_for("held-out", index))
+        write_video(folder / f"clip-{index:04d}.mp4", render(scene, times, 168, 224), times)
+
+
+def main() -> None:
+    """Draw, caption, print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--clips", type=int, default=200)
+    parser.add_argument("--preset", default="demo")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="specvlm-job-") as folder:
+        videos, out = Path(folder, "videos"), Path(folder, "out")
+        videos.mkdir()
+        write_clips(videos, arguments.clips)
+        watch = _Watch()
+        code = app.main(["caption", str(videos), "-o", str(out), "--preset", arguments.preset, "-q"])
+        assert code == 0, f"exit code {code}"
+        rows = pq.read_table(out / "captions").to_pylist()
+        assert len(rows) == arguments.clips
+        settings = json.loads((out / ".specvlm" / "run.json").read_text())
+    report(rows, watch, settings)
+
+
+def report(rows: list[dict[str, Any]], watch: _Watch, settings: dict[str, Any]) -> None:
+    """Print the shares, and where they come from."""
+    stages_s = sum(row[stage] for row in rows for stage in _STAGES)
+    own_s = sum(row["total_s"] - row["video_decode_s"] for row in rows)
+    decode_s = sum(row["video_decode_s"] for row in rows)
+    per_video_ms = 1000 * (watch.wall_s - own_s) / len(rows)
+    print(
+        f"{platform.machine()}, {os.cpu_count()} cores, specvlm {specvlm.__version__}, numpy {np.__version__},"
+    )
+    print(f"{len(rows)} clips, target {settings['settings']['target']}, load {os.getloadavg()[0]:.1f}\n")
+    print("| | seconds | share of captioning |\n|---|---:|---:|")
+    for name, seconds in (
+        ("captioning, wall time", watch.wall_s),
+        ("the worker's own time for the videos", own_s),
+        ("of that, the stages in the rows", stages_s),
+        ("everything else: the job layer", watch.wall_s - own_s),
+        ("of that, workers waiting for frames", watch.waited_s),
+        ("CPU time of the coordinator", watch.cpu_s),
+        ("reading, in other processes meanwhile", decode_s),
+    ):
+        print(f"| {name} | {seconds:.2f} | {100 * seconds / watch.wall_s:.2f} % |")
+    hidden = 1 - min(watch.waited_s / decode_s, 1.0)
+    print(
+        f"\nJob layer: {per_video_ms:.1f} ms a video. Reading hidden behind generation: {100 * hidden:.1f} %."
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""How a start works through its videos: limits, retries, devices. Plain values; knows neither flags nor videos."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from specvlm.config import FrameSettings
+from specvlm_cli.decoding import Limits
+from specvlm_cli.generating.messages import OnOom
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """How a start works through its videos.
+
+    Attributes:
+        frames: Which frames to read of each video.
+        prompts: What to ask about a video that brings no prompts of its own.
+        baseline_sample: Share of videos that are also decoded plainly, 0..1.
+        limit: Most videos to work on; None: all.
+        max_failures: Stop once this many videos have failed in this start; None: never.
+        retries: Further tries of a video after a fault that may pass.
+        timeout_s: Most time to generate all captions of one video; None: no limit.
+        grace_s: Most time to finish the videos in hand once stopping was asked for.
+        on_oom: Whether a video may be captioned from fewer frames where memory runs out.
+        devices: Where workers load their models, one each; None: where the settings say, or all GPUs.
+        all_gpus: One worker for each GPU that the first worker sees.
+        decode_workers: Videos that are read at the same time.
+        limits: What reading one video may take.
+        root: Nothing outside this folder is read; None: anything.
+        ahead_bytes: Frames that may wait for a worker.
+        part_rows: Captions in a part.
+        part_s: Close a part at the latest after this time.
+    """
+
+    frames: FrameSettings
+    prompts: tuple[str, ...]
+    baseline_sample: float = 0.0
+    limit: int | None = None
+    max_failures: int | None = None
+    retries: int = 2
+    timeout_s: float | None = 600.0
+    grace_s: float = 60.0
+    on_oom: OnOom = "fail"
+    devices: tuple[str | None, ...] = (None,)
+    all_gpus: bool = False
+    decode_workers: int = 1
+    limits: Limits = field(default_factory=Limits)
+    root: bytes | None = None
+    ahead_bytes: int = 2 << 30
+    part_rows: int = 1000
+    part_s: float = 600.0

@@ -1,0 +1,138 @@
+"""Videos on their way to the workers: read ahead of them, a bounded number of bytes. Knows no model.
+
+Nothing of it is claimed in the ledger, so a crash finds these videos pending, and suspects none of them.
+"""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import count
+
+from specvlm_cli.decoding import DecodingPool, ReadFailure, ReadJob, ReadVideo
+from specvlm_cli.ledger import Claim, Ledger
+from specvlm_cli.policy import Policy
+
+_FETCH = 64  # claims taken from the ledger at a time
+_MOST_READ = 32  # videos that may wait for a worker, however small they are: each holds a descriptor
+_FIRST_BACKOFF_S, _LONGEST_BACKOFF_S = 1.0, 60.0
+
+
+class Queue:
+    """Videos on their way to the workers: still to come, being read, read, and waiting for another try."""
+
+    def __init__(self, ledger: Ledger, policy: Policy) -> None:
+        self._ledger = ledger
+        self._policy = policy
+        self._pool: DecodingPool | None = None
+        self._frame_multiple = 1
+        self._last = -1  # ordinal of the last claim that was fetched
+        self._coming: deque[Claim] = deque()
+        self._exhausted = False
+        self._started = 0
+        self._reading: dict[int, Claim] = {}
+        self._read: deque[tuple[Claim, ReadVideo]] = deque()
+        self._largest_bytes = 0
+        self._tries: dict[int, int] = {}
+        self._again: list[tuple[float, int, Claim]] = []  # a heap of (when, tie break, claim)
+        self._tie = count()
+
+    def begin(self, pool: DecodingPool, frame_multiple: int) -> None:
+        """Read with this pool from now on."""
+        self._pool, self._frame_multiple = pool, frame_multiple
+
+    def __bool__(self) -> bool:
+        """Whether anything is still to come."""
+        return bool(self._reading or self._read or self._again or self._peek())
+
+    def ready(self) -> tuple[int, int]:
+        """Return how many videos wait for a worker, and the bytes of their frames."""
+        return len(self._read), sum(video.size_bytes for _, video in self._read)
+
+    def retrying(self) -> int:
+        """Return how many videos wait for another try."""
+        return len(self._again)
+
+    def due_in_s(self) -> float | None:
+        """Return in how many seconds a video is to be tried again; None: none is waiting for that."""
+        return self._again[0][0] - time.monotonic() if self._again else None
+
+    def read_ahead(self) -> None:
+        """Have videos read as long as there is room for their frames and a process to read them."""
+        assert self._pool is not None
+        while len(self._pool) < self._policy.decode_workers and self._has_room():
+            claim = self._next()
+            if claim is None:
+                return
+            self._reading[claim.ordinal] = claim
+            self._pool.submit(self._job(claim))
+
+    def _has_room(self) -> bool:
+        """Say whether one more video may be read; each is taken to be as large as the largest so far."""
+        if not (self._read or self._reading):
+            return True
+        waiting_bytes = self.ready()[1] + self._largest_bytes * (len(self._reading) + 1)
+        return waiting_bytes <= self._policy.ahead_bytes and len(self._read) < _MOST_READ
+
+    def _next(self) -> Claim | None:
+        if self._again and self._again[0][0] <= time.monotonic():
+            return heapq.heappop(self._again)[2]
+        return self._coming.popleft() if self._peek() else None
+
+    def _peek(self) -> bool:
+        """Say whether there is a video that was not begun yet, fetching more from the ledger where needed."""
+        if self._coming or self._exhausted:
+            return bool(self._coming)
+        limit = self._policy.limit
+        most = _FETCH if limit is None else min(_FETCH, limit - self._started)
+        self._coming.extend(self._ledger.pending(self._last, most) if most > 0 else ())
+        self._exhausted = not self._coming
+        self._started += len(self._coming)
+        if self._coming:
+            self._last = self._coming[-1].ordinal
+        return bool(self._coming)
+
+    def _job(self, claim: Claim) -> ReadJob:
+        item, frames = claim.item, self._policy.frames
+        if item.start_s is not None or item.end_s is not None:
+            frames = replace(frames, start_s=item.start_s or 0.0, end_s=item.end_s)
+        return ReadJob(claim.ordinal, item.path, frames, self._frame_multiple, self._policy.root)
+
+    def collect(self) -> Iterator[tuple[Claim, ReadFailure]]:
+        """Take what was read; yield what could not be."""
+        assert self._pool is not None
+        for outcome in self._pool.collect() if self._reading else ():
+            claim = self._reading.pop(outcome.key)
+            if isinstance(outcome, ReadFailure):
+                yield claim, outcome
+            else:
+                self._largest_bytes = max(self._largest_bytes, outcome.size_bytes)
+                self._read.append((claim, outcome))
+
+    def take(self) -> tuple[Claim, ReadVideo] | None:
+        """Return the next video that is read."""
+        return self._read.popleft() if self._read else None
+
+    def try_again(self, claim: Claim) -> bool:
+        """Have a video tried again after a while; False: it was tried often enough."""
+        tries = self._tries[claim.ordinal] = self._tries.get(claim.ordinal, 0) + 1
+        if tries > self._policy.retries:
+            return False
+        delay_s = min(_FIRST_BACKOFF_S * 2 ** (tries - 1), _LONGEST_BACKOFF_S)
+        again = replace(claim, attempts=claim.attempts + 1)
+        heapq.heappush(self._again, (time.monotonic() + delay_s, next(self._tie), again))
+        return True
+
+    def drop(self) -> None:
+        """Forget everything; nothing of it was claimed, so the next start finds it pending."""
+        if self._pool is not None:
+            self._pool.cancel()
+        while self._read:
+            self._read.popleft()[1].close()
+        self._reading.clear()
+        self._coming.clear()
+        self._again.clear()
+        self._exhausted = True

@@ -1,0 +1,67 @@
+"""What one start is about: each video once, prompts put together, ids that would be mistaken refused."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from contextlib import closing
+from typing import Any
+
+import pytest
+
+from specvlm_cli.exits import UsageError
+from specvlm_cli.inputs.item import Item
+from specvlm_cli.wanted import MOST_PROMPTS, Wanted
+
+
+def stored(wanted: Wanted) -> list[tuple[Any, ...]]:
+    with closing(sqlite3.connect(wanted.path)) as database:
+        return database.execute("SELECT id, path, prompts FROM video ORDER BY place").fetchall()
+
+
+def test_the_first_of_equal_rows_is_kept_and_the_others_are_counted() -> None:
+    items = [Item("a", b"/a"), Item("b", b"/b"), Item("a", b"/a"), Item("a", b"/a")]
+    with Wanted.gather(items) as wanted:
+        assert stored(wanted) == [("a", b"/a", None), ("b", b"/b", None)]
+        assert (wanted.count, wanted.doubles) == (2, 2)
+        place = wanted.path
+    assert not place.exists()
+
+
+def test_rows_that_ask_different_things_about_one_video_go_together() -> None:
+    items = [Item("a", b"/a", prompts=(text,)) for text in ("one", "two", "one")]
+    with Wanted.gather([*items, Item("b", b"/b", prompts=("three",))]) as wanted:
+        assert [json.loads(prompts) for *_, prompts in stored(wanted)] == [["one", "two"], ["three"]]
+
+
+def test_a_file_through_two_inputs_is_one_video_but_not_where_the_manifest_says_so() -> None:
+    through_two = [Item("a", b"/x"), Item("b", b"/x"), Item("c", b"/x", 1.0, 2.0)]
+    with Wanted.gather(through_two) as wanted:
+        assert [identity for identity, *_ in stored(wanted)] == ["a", "c"]
+    meant = [Item("a", b"/x", own_id=True), Item("b", b"/x", own_id=True)]
+    with Wanted.gather(meant) as wanted:
+        assert wanted.count == 2
+
+
+@pytest.mark.parametrize(
+    ("items", "words"),
+    [
+        ([Item("a", b"/x/a"), Item("a", b"/y/a")], "/x/a and /y/a have one path below their inputs"),
+        (
+            [Item("a", b"/x", own_id=True), Item("a", b"/y", own_id=True)],
+            "have the same id 'a' in the manifest",
+        ),
+        (
+            [Item("a", b"/x", 0.0, 1.0, own_id=True), Item("a", b"/x", 1.0, 2.0, own_id=True)],
+            "the same id 'a'",
+        ),
+        ([Item("a", b"/x", prompts=("one",)), Item("a", b"/x")], "with a prompt and without"),
+        (
+            [Item("a", b"/x", prompts=(str(number),)) for number in range(MOST_PROMPTS + 1)],
+            f"more than {MOST_PROMPTS} prompts",
+        ),
+    ],
+)
+def test_what_would_be_mistaken_for_something_else_is_refused(items: list[Item], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        Wanted.gather(items)
