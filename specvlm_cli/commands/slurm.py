@@ -127,9 +127,8 @@ def slurm(flags: SlurmFlags) -> int:
         return ExitCode.OK
     _make_logs(job.logs)
     sys.stdout.flush()
-    sys.stdout.buffer.write(
-        text.encode()
-    )  # UTF-8 whatever the terminal's encoding is, because it names files
+    # It names files, so it is UTF-8 whatever the terminal's encoding is.
+    sys.stdout.buffer.write(text.encode())
     sys.stdout.buffer.flush()
     return ExitCode.OK
 
@@ -140,7 +139,7 @@ def _job(flags: SlurmFlags) -> ArrayJob:
     shards = _shard_count(out, flags.shards)
     return ArrayJob(
         program=_program(),
-        folder=Path.cwd(),
+        folder=_here(),
         out=out,
         logs=out / "logs" if flags.logs is None else _folder("--logs", flags.logs),
         shards=shards,
@@ -174,7 +173,16 @@ def _program() -> list[str]:
 def _folder(name: str, text: str) -> Path:
     if not text:
         raise UsageError(f"{name} is empty; give a folder")
-    return Path(os.path.abspath(text))
+    return _here() / text
+
+
+def _here() -> Path:
+    """Return where we are by the shell's name for it: what it really is may be called otherwise on a node."""
+    named = os.environ.get("PWD", "")
+    try:
+        return Path(named) if os.path.isabs(named) and os.path.samefile(named, ".") else Path.cwd()
+    except OSError:
+        return Path.cwd()
 
 
 def _shard_count(out: Path, given: int | None) -> int:

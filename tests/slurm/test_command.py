@@ -99,6 +99,21 @@ def test_overwrite_is_for_the_first_start_alone(specvlm: Specvlm, out: Path) -> 
     assert "--prompt\n    '--overwrite?'\n    -v\n" in script
 
 
+def test_folders_have_the_names_that_the_shell_has_for_them(
+    specvlm: Specvlm, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """/home/me may be /mnt/disk7/me on this machine alone."""
+    (out.parent / "real").mkdir()
+    (out.parent / "home").symlink_to("real")
+    monkeypatch.chdir(out.parent / "home")
+    monkeypatch.setenv("PWD", str(out.parent / "home"))
+    said = specvlm("slurm", "out", "--shards", 2, *CAPTION).out
+    assert f"cd -- {out.parent}/home || exit 1\nout={out.parent}/home/out\n" in said
+    monkeypatch.setenv("PWD", "/nowhere")
+    said = specvlm("slurm", "out", "--shards", 2, *CAPTION).out
+    assert f"cd -- {out.parent}/real || exit 1\n" in said
+
+
 REFUSED = {
     "--nope": (("--nope",), "No such option: --nope"),
     "no number": (("--limit", "many"), "--limit"),
