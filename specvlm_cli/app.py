@@ -16,8 +16,10 @@ from specvlm.errors import ConfigError, IncompatibleDraftError, PromptError, Spe
 from specvlm_cli import streams
 from specvlm_cli.commands.caption import caption
 from specvlm_cli.commands.caption_flags import CaptionFlags
+from specvlm_cli.commands.doctor import doctor
 from specvlm_cli.commands.export import export
 from specvlm_cli.commands.options import command, variable
+from specvlm_cli.commands.presets import presets
 from specvlm_cli.commands.slurm import SlurmFlags, slurm
 from specvlm_cli.commands.status import status
 from specvlm_cli.exits import CommandError, ExitCode
@@ -34,6 +36,8 @@ app.command(name="caption")(command(CaptionFlags, caption))
 app.command(name="slurm")(command(SlurmFlags, slurm))
 app.command(name="status")(status)
 app.command(name="export")(export)
+app.command(name="presets")(presets)
+app.command(name="doctor")(doctor)
 
 
 def _print_version(wanted: bool) -> None:

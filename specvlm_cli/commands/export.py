@@ -101,11 +101,10 @@ def _tell(found: Exported) -> None:
 
     for note in found.notes:
         print(f"note: {clean(note)}", file=STDERR)
-    what = [counted(found.captions, "caption")] * (found.captions > 0 or not found.failures)
-    what += [counted(found.failures, "failure")] * (found.failures > 0)
+    failures = f" and {counted(found.failures, 'failure')}" if found.failures else ""
     doubles = f", {counted(found.doubles, 'double')} left out" if found.doubles else ""
     where = f"{clean(found.destination)} ({found.format}, {counted(found.files, 'file')})"
-    print(f"{' and '.join(what)} in {where}{doubles}", file=STDERR)
+    print(f"{counted(found.captions, 'caption')}{failures} in {where}{doubles}", file=STDERR)
 
 
 @contextmanager

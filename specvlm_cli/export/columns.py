@@ -70,5 +70,10 @@ def _column(values: list[Any], kind: pa.DataType) -> pa.Array:
     if pa.types.is_timestamp(kind):
         values = [value and datetime.fromisoformat(value) for value in values]
     elif pa.types.is_string(kind):
-        values = [value if value is None else storable(str(value)) for value in values]
+        values = [value if value is None else _text(value) for value in values]
     return pa.array(values, kind)
+
+
+def _text(value: Any) -> str:
+    text = str(value)
+    return text if text.isascii() else storable(text)

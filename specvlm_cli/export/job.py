@@ -28,6 +28,7 @@ from specvlm_cli.ledger import Ledger
 from specvlm_cli.ledger_view import LedgerView, Row
 from specvlm_cli.parts import Parts
 from specvlm_cli.run_view import RunView
+from specvlm_cli.screen.words import counted
 from specvlm_cli.text import clean, path_text
 
 SCHEMA = 1
@@ -198,7 +199,8 @@ class _Export:
                 manifest.counts = self._counts(captions, failures)
             files, size = manifest.files, manifest.size_bytes
             if missing:
-                notes.append(f"{missing} videos are not where they were and are left out, e.g. {example}")
+                gone = counted(missing, "video")
+                notes.append(f"{gone} left out, not where captioned any more, e.g. {example}")
         return self._exported(captions, failures, files, size, missing, notes)
 
     def _exported(
@@ -206,7 +208,7 @@ class _Export:
     ) -> Exported:
         merged = self._merged
         if merged.pending:
-            notes.append(f"{merged.pending} videos are still to do")
+            notes.append(f"{counted(merged.pending, 'video')} still to do")
         return Exported(
             destination=path_text(os.path.abspath(bytes(self._request.destination))),
             format=self._request.format,

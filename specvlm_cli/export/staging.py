@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from specvlm_cli.durable import sync
@@ -110,17 +111,15 @@ def _remove(path: Path) -> None:
 
 
 def _publish(data: Path, destination: Path, refusal: Refusal | None) -> None:
-    _check(destination, refusal)
-    if not os.path.lexists(destination):
-        os.rename(data, destination)
-    elif data.is_dir():
+    if refusal is not None and destination.is_dir() and data.is_dir():
         _replace_folder(data, destination, refusal)
     else:
+        _check(destination, refusal)
         os.replace(data, destination)
     sync(destination.parent)
 
 
-def _replace_folder(data: Path, destination: Path, refusal: Refusal | None) -> None:
+def _replace_folder(data: Path, destination: Path, refusal: Refusal) -> None:
     """Put an export in the place of an earlier one, in one step where the system can do that."""
     aside = data.with_name("before")
     _exchange(data, destination, aside)
@@ -154,12 +153,15 @@ def _sync_all(data: Path) -> None:
     if not data.is_dir():
         sync(data)
         return
-    found = [Path(root, name) for root, _, names in os.walk(data) for name in names]
-    if len(found) > _MOST_SYNCED:
+    if len(list(islice(_files(data), _MOST_SYNCED + 1))) > _MOST_SYNCED:
         os.sync()
         return
-    for path in found:
+    for path in _files(data):
         if not path.is_symlink():
             sync(path)
     for root, _, _ in os.walk(data, topdown=False):
         sync(Path(root))
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (Path(root, name) for root, _, names in os.walk(folder) for name in names)

@@ -1,0 +1,177 @@
+"""What the presets' checkpoints need: memory by arithmetic, and whether they are on disk already.
+
+    weights = 2 bytes x (parameters of target + draft)
+    cache of a token = 2 (key, value) x layers x key heads x head size x 2 bytes
+    caches = target's x (video tokens + 1024) + draft's x (video tokens it keeps + 1024)
+
+in bf16, for the longest video that the preset reads, 1024 tokens of prompt and caption, nine video tokens in ten
+pruned for the draft. Working memory of the vision towers and of the prefill comes on top and is not in here.
+Asks no network and imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from specvlm.config import SpeculationSettings
+from specvlm.preset import Preset, presets
+from specvlm_cli.engine import public_name
+
+OnDisk = Literal["yes", "partly", "no"]
+
+_BYTES = 2  # of one number in bf16
+_TEXT_TOKENS = 1024
+_INDEX, _WEIGHTS = "model.safetensors.index.json", "model.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """The sizes of one checkpoint that its memory depends on."""
+
+    parameters: int
+    layers: int
+    key_heads: int
+    head_size: int
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the keys and values of one token."""
+        return 2 * self.layers * self.key_heads * self.head_size * _BYTES
+
+
+# Parameters as the architectures in transformers count them with these checkpoints' configurations.
+_KNOWN = {
+    "Qwen/Qwen2.5-VL-3B-Instruct": Checkpoint(3_754_622_976, 36, 2, 128),
+    "Qwen/Qwen2.5-VL-7B-Instruct": Checkpoint(8_292_166_656, 28, 4, 128),
+    "Qwen/Qwen2.5-VL-32B-Instruct": Checkpoint(33_452_718_336, 64, 8, 128),
+    "Qwen/Qwen2.5-VL-72B-Instruct": Checkpoint(73_410_777_344, 80, 8, 128),
+    "llava-hf/llava-onevision-qwen2-0.5b-ov-hf": Checkpoint(893_675_552, 24, 2, 64),
+    "llava-hf/llava-onevision-qwen2-7b-ov-hf": Checkpoint(8_029_890_080, 28, 4, 128),
+    "llava-hf/llava-onevision-qwen2-72b-ov-hf": Checkpoint(73_179_473_440, 80, 8, 128),
+}
+# Video tokens of one frame: (pixels of a token, frames that share it), or a fixed number.
+_QWEN_PIXELS, _QWEN_FRAMES, _LLAVA_TOKENS = 28 * 28, 2, 196
+
+
+@dataclass(frozen=True, slots=True)
+class PresetView:
+    """One preset, and what it takes to run it.
+
+    Attributes:
+        name: What the user types.
+        target: Hub id of the target; of one that ships with the package its public name.
+        draft: The same of the draft.
+        family: As `model_type` in config.json.
+        frames: Which frames are read, in words.
+        notes: One line, or nothing.
+        video_tokens: Most video tokens of one video; None for the tiny pairs, as is the next one.
+        weights_bytes: Weights of both in bf16; of the tiny pairs, as they are on disk.
+        caches_bytes: Keys and values of both for that video.
+        target_on_disk: All files of the weights are there, some, or none.
+        draft_on_disk: The same of the draft.
+    """
+
+    name: str
+    target: str
+    draft: str
+    family: str
+    frames: str
+    notes: str
+    video_tokens: int | None
+    weights_bytes: int
+    caches_bytes: int | None
+    target_on_disk: OnDisk
+    draft_on_disk: OnDisk
+
+    @property
+    def memory_bytes(self) -> int:
+        return self.weights_bytes + (self.caches_bytes or 0)
+
+
+def preset_views() -> list[PresetView]:
+    """Return all presets with what they need."""
+    return [_view(one) for one in presets()]
+
+
+def _view(preset: Preset) -> PresetView:
+    tokens, weights_bytes, caches_bytes = _memory(preset)
+    return PresetView(
+        name=preset.name,
+        target=public_name(preset.target),
+        draft=public_name(preset.draft),
+        family=preset.family,
+        frames=_frames(preset),
+        notes=preset.notes,
+        video_tokens=tokens,
+        weights_bytes=weights_bytes,
+        caches_bytes=caches_bytes,
+        target_on_disk=on_disk(preset.target),
+        draft_on_disk=on_disk(preset.draft),
+    )
+
+
+def _memory(preset: Preset) -> tuple[int | None, int, int | None]:
+    """Return (video tokens, bytes of the weights, bytes of the caches)."""
+    if preset.target not in _KNOWN:
+        files = [
+            path for model in (preset.target, preset.draft) for path in Path(model).glob("*.safetensors")
+        ]
+        return None, sum(path.stat().st_size for path in files), None
+    target, draft = _KNOWN[preset.target], _KNOWN[preset.draft]
+    tokens = _video_tokens(preset)
+    kept = round(tokens * (1.0 - SpeculationSettings().prune_ratio))
+    caches = target.cache_bytes * (tokens + _TEXT_TOKENS) + draft.cache_bytes * (kept + _TEXT_TOKENS)
+    return tokens, _BYTES * (target.parameters + draft.parameters), caches
+
+
+def _video_tokens(preset: Preset) -> int:
+    frames = preset.frames.num_frames or preset.frames.max_frames
+    if preset.family != "qwen2_5_vl":
+        return frames * _LLAVA_TOKENS + 1
+    pixels = preset.frames.max_pixels or _QWEN_PIXELS
+    return -(-frames // _QWEN_FRAMES) * (pixels // _QWEN_PIXELS)
+
+
+def _frames(preset: Preset) -> str:
+    frames = preset.frames
+    if frames.num_frames:
+        return f"{frames.num_frames} frames"
+    return f"{frames.fps:g} per second, at most {frames.max_frames}"
+
+
+def on_disk(model: str) -> OnDisk:
+    """Say whether a model's weights are on disk: a folder, or in the cache of the hub. Asks no network."""
+    if Path(model).is_dir():
+        return _of(
+            [path.is_file() for path in map(Path(model).joinpath, _needed(_read(Path(model) / _INDEX)))]
+        )
+    index = _cached(model, _INDEX)
+    found = [_cached(model, name) is not None for name in _needed(_read(index) if index else None)]
+    return "partly" if not any(found) and _cached(model, "config.json") else _of(found)
+
+
+def _needed(index: dict[str, Any] | None) -> Sequence[str]:
+    """Return the files that hold the weights, from the index of their parts where there is one."""
+    return sorted(set(index["weight_map"].values())) if index else [_WEIGHTS]
+
+
+def _of(found: list[bool]) -> OnDisk:
+    return "yes" if all(found) else "partly" if any(found) else "no"
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+
+
+def _cached(model: str, name: str) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(model, name)
+    return Path(found) if isinstance(found, str) else None

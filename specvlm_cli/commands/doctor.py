@@ -1,0 +1,52 @@
+"""`specvlm doctor [OUT]`: what is wrong with this machine, and how to mend it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from specvlm.preset import find_preset, presets
+from specvlm_cli.exits import ExitCode, UsageError
+from specvlm_cli.text import clean
+
+if TYPE_CHECKING:
+    from specvlm_cli.doctor.checks import Finding
+
+_STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
+
+
+def doctor(
+    out: Annotated[
+        Path, typer.Argument(metavar="[OUT]", help="Where captions will go; default: this folder.")
+    ] = Path(),
+    preset: Annotated[
+        str, typer.Option("--preset", help="The pair to generate with; nothing is downloaded.")
+    ] = "demo",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> int:
+    """Look at this machine: packages, devices, readers, disks, limits. Exit code 1 where something fails.
+
+    Takes about half a minute. What it writes for a test it removes again.
+    """
+    from specvlm_cli import show
+    from specvlm_cli.doctor.examination import examination
+
+    if find_preset(preset) is None:
+        known = ", ".join(one.name for one in presets())
+        raise UsageError(f"--preset {clean(preset)}: there is no such preset; give one of {known}")
+    found = examination(out, preset, (lambda finding: None) if as_json else _tell)
+    if as_json:
+        show.as_json(found.as_json())
+    return ExitCode.OK if found.ok else ExitCode.FATAL
+
+
+def _tell(finding: Finding) -> None:
+    from rich.text import Text
+
+    from specvlm_cli import show
+
+    fix = f" -> {finding.fix}" if finding.fix else ""
+    rest = clean(f"{finding.name:<14} {finding.detail}{fix}")
+    show.console().print(Text.assemble((f"{finding.status:<5}", _STYLES[finding.status]), rest))

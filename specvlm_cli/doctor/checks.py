@@ -1,0 +1,92 @@
+"""Checks, one at a time: whatever one does (raise, hang), it ends as a finding and the next one runs.
+
+A check that hangs is left to itself in a thread that ends with the process. It knows nothing of what is checked.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+Status = Literal["ok", "warn", "fail"]
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a check found.
+
+    Attributes:
+        status: In order; works, but not well, or not everything; does not work.
+        detail: What was found, in a few words.
+        fix: How to mend it; nothing where there is nothing to mend.
+    """
+
+    status: Status
+    detail: str
+    fix: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing to look at.
+
+    Attributes:
+        name: One or two words.
+        look: Does it.
+        limit_s: How long that may take.
+    """
+
+    name: str
+    look: Callable[[], Verdict]
+    limit_s: float = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A check's verdict, with its name and the time that it took."""
+
+    name: str
+    status: Status
+    detail: str
+    fix: str
+    seconds: float
+
+
+def ok(detail: str) -> Verdict:
+    """Return that something is in order."""
+    return Verdict("ok", detail)
+
+
+def warn(detail: str, fix: str) -> Verdict:
+    """Return that something works, but not well."""
+    return Verdict("warn", detail, fix)
+
+
+def fail(detail: str, fix: str) -> Verdict:
+    """Return that something does not work."""
+    return Verdict("fail", detail, fix)
+
+
+def examine(check: Check) -> Finding:
+    """Do one check, within its time limit."""
+    found: list[Verdict] = []
+    began = time.monotonic()
+    thread = threading.Thread(target=lambda: found.append(_looked(check)), daemon=True, name=check.name)
+    thread.start()
+    thread.join(check.limit_s)
+    late = fail(f"no answer within {check.limit_s:g} s", "something hangs: a disk, a driver or a device")
+    verdict = found[0] if found else late
+    return Finding(
+        check.name, verdict.status, verdict.detail, verdict.fix, round(time.monotonic() - began, 3)
+    )
+
+
+def _looked(check: Check) -> Verdict:
+    try:
+        return check.look()
+    except Exception as error:  # a check that fails must not take the others with it
+        reason = " ".join(str(error).split()) or "no message"
+        return fail(f"{type(error).__name__}: {reason}"[:400], "mend that, or report it with these words")

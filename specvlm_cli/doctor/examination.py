@@ -1,0 +1,62 @@
+"""Which checks there are, in which order. What they find is told as it is found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from specvlm_cli.doctor import machine, reading, storage
+from specvlm_cli.doctor.checks import Check, Finding, examine
+from specvlm_cli.doctor.models import DEVICES_S, GENERATION_S, Probe
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Examined:
+    """All findings."""
+
+    findings: tuple[Finding, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Nothing failed; there may be warnings."""
+        return all(finding.status != "fail" for finding in self.findings)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the object that `--json` prints; `schema` grows when a name in it changes its meaning."""
+        return {"schema": SCHEMA, "ok": self.ok, "checks": [asdict(finding) for finding in self.findings]}
+
+
+def examination(out: Path, preset: str, tell: Callable[[Finding], None]) -> Examined:
+    """Do all checks, telling each finding as it comes."""
+    found = []
+    with ExitStack() as stack:
+        for check in _checks(out, stack.enter_context(Probe(preset))):
+            found.append(examine(check))
+            tell(found[-1])
+    return Examined(tuple(found))
+
+
+def _checks(out: Path, probe: Probe) -> Iterator[Check]:
+    yield Check("python", machine.python)
+    yield Check("packages", machine.packages)
+    yield Check("processors", machine.processors)
+    yield Check("memory", machine.memory)
+    yield Check("shared memory", machine.shared_memory)
+    yield Check("limits", machine.limits)
+    yield Check("job", machine.job)
+    yield Check("model hub", storage.hub, 20.0)
+    yield Check("model cache", storage.model_cache)
+    yield Check("output folder", partial(storage.file_system, out))
+    yield Check("writing", partial(storage.writing, out), 30.0)
+    yield Check("locks", partial(storage.locking, out), 30.0)
+    yield Check("ledger", partial(storage.committing, out), 60.0)
+    yield Check("reader pyav", reading.pyav, 60.0)
+    yield Check("reader decord", reading.decord, 60.0)
+    yield Check("devices", probe.devices, 2 * DEVICES_S)
+    yield Check("generation", probe.generation, 2 * GENERATION_S)

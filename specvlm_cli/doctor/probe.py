@@ -1,0 +1,102 @@
+"""What is asked of torch, in a process of its own: devices, then a tiny generation. One JSON object a line.
+
+    python -m specvlm_cli.doctor.probe PRESET
+
+A driver that hangs or crashes takes this process with it and not the one that tells of it (`models.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import warnings
+from typing import Any
+
+TOKENS = 32
+_FRAMES, _SIDE = 8, 96
+
+
+def devices() -> dict[str, Any]:
+    """Return what torch was built for, and each accelerator that it can use."""
+    import torch
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = (
+            [_cuda(index) for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+        )
+    if torch.backends.mps.is_available():
+        found.append({"name": "mps", "bf16": True})
+    return {
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "rocm": torch.version.hip,
+        "devices": found,
+        "threads": torch.get_num_threads(),
+        "said": [" ".join(str(one.message).split()) for one in caught],
+    }
+
+
+def _cuda(index: int) -> dict[str, Any]:
+    """Return one device, having calculated on it; where that fails, why."""
+    import torch
+
+    name = f"cuda:{index} {torch.cuda.get_device_name(index)}"
+    try:
+        with torch.cuda.device(index):
+            assert torch.ones(8, device=f"cuda:{index}").sum().item() == 8.0
+            free, total = torch.cuda.mem_get_info(index)
+            return {"name": name, "free": free, "total": total, "bf16": torch.cuda.is_bf16_supported()}
+    except (RuntimeError, AssertionError) as error:
+        return {"name": name, "error": " ".join(str(error).split())[:300]}
+
+
+def generation(preset: str) -> dict[str, Any]:
+    """Caption a few drawn frames, plainly and with the draft; return tokens and times of both."""
+    import numpy as np
+
+    import specvlm
+
+    pixels = np.full((_FRAMES, _SIDE, _SIDE, 3), 235, np.uint8)
+    for index in range(_FRAMES):
+        left = 8 + index * 7
+        pixels[index, 32:56, left : left + 24] = (220, 40, 40)
+    began = time.perf_counter()
+    captioner = specvlm.load(preset, local_files_only=True)
+    loaded_s = time.perf_counter() - began
+    prepared = captioner.prepare(
+        specvlm.Frames(pixels, np.arange(_FRAMES) / 2.0), "Describe the video in detail."
+    )
+    for speculate in (False, True):  # first use costs more
+        captioner.caption(prepared, speculate=speculate, max_new_tokens=TOKENS)
+    plain, ours = (
+        captioner.caption(prepared, speculate=speculate, max_new_tokens=TOKENS) for speculate in (False, True)
+    )
+    return {
+        "device": captioner.info.device,
+        "loaded_s": loaded_s,
+        "tokens": plain.stats.completion_tokens,
+        "same": plain.token_ids == ours.token_ids,
+        "plain_s": plain.stats.decode_s,
+        "ours_s": ours.stats.decode_s,
+        "accepted": ours.stats.mean_accepted_tokens,
+    }
+
+
+def main(preset: str) -> int:
+    """Say everything, a line each, on what was stdout; nothing else may write there."""
+    said = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for what in (devices, lambda: generation(preset)):
+        try:
+            answer = what()
+        except Exception as error:
+            answer = {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]}
+        print(json.dumps(answer), file=said, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
