@@ -45,7 +45,7 @@ def find_columns(names: Sequence[str], options: InputOptions) -> Columns:
         start=_chosen(names, options.start_column, start),
         end=_chosen(names, options.end_column, end),
         prompt=_chosen(names, options.prompt_column, _usual(names, PROMPTS)),
-        kept=tuple(name for name in options.keep_columns if name in names),
+        kept=tuple(name for name in dict.fromkeys(options.keep_columns) if name in names),
     )
 
 

@@ -27,6 +27,8 @@ from specvlm_cli.inputs.values import MOST_ROW_BYTES, CellError, Fault, json_tex
 _HEAD_ROWS = 100  # in which some row must have a path
 _MOST_FORMS = 64  # sets of keys that are remembered
 _MARK = b"\xef\xbb\xbf"
+_BLANKS = " \t\r\n"
+_decode = json.JSONDecoder().raw_decode  # json.loads looks for blanks at each end, which takes as long again
 _NOTHING = Columns(None, None, None, None, None, ())
 
 Row = dict[Any, Any]
@@ -136,8 +138,11 @@ def _numbered(file: BinaryIO) -> Iterator[tuple[list[int], list[bytes]]]:
 
 
 def _parsed(line: bytes) -> Row | Fault:
+    text = line.decode("utf-8", "surrogateescape").strip(_BLANKS)
     try:
-        row = json.loads(line.decode("utf-8", "surrogateescape"))
+        row, end = _decode(text)
+        if end != len(text):
+            raise json.JSONDecodeError("Extra data", text, end)
     except json.JSONDecodeError as error:
         return Fault(f"no JSON object ({error.msg} at character {error.pos + 1}); write one object a line")
     except (ValueError, RecursionError):

@@ -37,7 +37,9 @@ _ENTRY_BYTES = 16  # of a dictionary, beside its text
 _HEADER_SIZES = (1 << 10, 64 << 10, 4 << 20)  # how much is read for a page's header, until it is whole
 
 _DATA, _DICTIONARY, _DATA_V2 = 0, 2, 3
-_PLAIN_DICTIONARY, _DELTA_TEXT, _RLE_DICTIONARY = 2, 7, 8
+_PLAIN_DICTIONARY, _DELTA_LENGTHS, _DELTA_TEXT, _RLE_DICTIONARY = 2, 6, 7, 8
+_DELTAS = (_DELTA_LENGTHS, _DELTA_TEXT)  # whose lengths are unpacked for a whole page
+_DELTA_ENTRY_BYTES = 8
 # Kind of page -> which field has its details, and which of those is the encoding.
 _DETAILS = {_DATA: (5, 2), _DICTIONARY: (7, 2), _DATA_V2: (8, 4)}
 _FIXED_BYTES = 16  # most bytes of a value that is a number
@@ -157,7 +159,8 @@ def _survey(file: int, column: Any, leaf: Leaf) -> Chunk:
             shared = _longest(file, column, page) if leaf.text else 0
         else:
             values += page.values
-            largest = max(largest, page.size)
+            lengths = _DELTA_ENTRY_BYTES * page.values if page.encoding in _DELTAS else 0
+            largest = max(largest, page.size + lengths)
             value_bytes = max(value_bytes, _value_bytes(page, shared))
     if not leaf.text:
         value_bytes = max(leaf.width, _FIXED_BYTES)

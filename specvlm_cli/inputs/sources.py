@@ -126,15 +126,16 @@ class Inputs:
         refuse_names(options)
         if given.count(STDIN) > 1:
             raise UsageError(f"{STDIN} was given {given.count(STDIN)} times; standard input is read once")
-        self._sources = [self._source(one) for one in given]
-        manifests = [source for source in self._sources if isinstance(source, Manifest)]
+        sources = [self._source(one) for one in given]
+        self._sources: list[Source] | None = sources
+        manifests = [source for source in sources if isinstance(source, Manifest)]
         _refuse_without_manifest(options, manifests)
         self.kept: Mapping[str, str] = _one_type(manifests)
 
     def _source(self, given: str) -> Source:
         path = os.fsencode(given)
         if given == STDIN:
-            return Lines(self._stdin or sys.stdin.buffer)
+            return Lines(self._stdin or _standard_input())
         if os.path.isdir(path):
             return Folder(path, self._options.recursive, self._suffixes)
         if os.path.lexists(path):
@@ -165,7 +166,8 @@ class Inputs:
         Raises:
             UsageError: A manifest turns out to be damaged further on.
         """
-        sources, self._sources = self._sources, []
+        assert self._sources is not None, "inputs are read once"
+        sources, self._sources = self._sources, None
         items: Iterator[Item] = chain.from_iterable(source.items(self.report) for source in sources)
         if self._options.shard.count > 1:
             items = self._of_shard(items)
@@ -190,6 +192,12 @@ class Inputs:
             return time.time() - os.stat(path).st_mtime < self._options.min_age_s
         except (OSError, ValueError):
             return False  # whoever opens it will say what is wrong
+
+
+def _standard_input() -> BinaryIO:
+    if sys.stdin is None:
+        raise UsageError(f"{STDIN}: standard input is closed; give paths there, or other inputs")
+    return sys.stdin.buffer
 
 
 def _refuse_without_manifest(options: InputOptions, manifests: Sequence[Manifest]) -> None:

@@ -81,8 +81,6 @@ def own_id(value: object) -> str | None:
     """
     if value is None or value == "":
         return None
-    if isinstance(value, bytes):
-        value = value.decode("utf-8", "surrogateescape")
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str):

@@ -39,12 +39,33 @@ class Case:
 
 
 _USUAL = (*PATHS, *IDS, *(name for pair in TIMES for name in pair), *PROMPTS)
-_NAMES = st.sampled_from((*_USUAL, "Path", "START", "score", "a.b", "", "é", "x\ny", "caption", "tags"))
+_OTHERS = ("score", "speaker", "tags", "a.b", "é", "x\ny", "Path", "START", "", "caption")
+_NAMES = st.one_of(st.sampled_from(_USUAL), st.sampled_from(_OTHERS))
+_CAPTIONS = {"id", "path", "start", "end", "prompt", "caption"}  # which are not kept
+_GOOD = {
+    **dict.fromkeys(PATHS, st.integers(0, 99).map("clips/{}.mp4".format)),
+    **dict.fromkeys(IDS, st.integers(0, 10**6).map(str)),
+    **dict.fromkeys((start for start, _ in TIMES), st.sampled_from(("0", "1.5", "0:01:02.5", "01:02"))),
+    **dict.fromkeys((end for _, end in TIMES), st.sampled_from(("100", "1e3", "1:00:00"))),
+    **dict.fromkeys(PROMPTS, st.sampled_from(("What happens?", "Who?\nWhere?", "Was gibt es? é"))),
+}
 _TEXT = st.one_of(
-    st.sampled_from(("a.mp4", "b.mp4", "../c.mp4", "/d.mp4", "./a.mp4", "", "http://x/v.mp4", "x\0y")),
     st.sampled_from(
-        ("1", "0:01:02.5", "01:02", "nan", "-1", "1e400", "1:99", "\x1b[31m", "a\r\nb", "=1+1", '"', "'")
+        (
+            "a.mp4",
+            "b.mp4",
+            "../c.mp4",
+            "/d.mp4",
+            "./a.mp4",
+            "",
+            "http://x/v.mp4",
+            "x\0y",
+            "nan",
+            "-1",
+            "1e400",
+        )
     ),
+    st.sampled_from(("1:99", "\x1b[31m", "a\r\nb", "=1+1", '"', "'")),
     st.text(max_size=12),
     st.integers(4090, 5000).map("x".__mul__),
 )
@@ -102,20 +123,35 @@ def _mostly(chance: int) -> st.SearchStrategy[bool]:
 
 
 @st.composite
-def _column(draw: st.DrawFn, rows: int, usual: bool) -> pa.Array:
-    kind = pa.string() if usual and draw(_mostly(3)) else draw(st.sampled_from(list(_TYPES)))
-    values = draw(st.lists(st.one_of(st.none(), _TYPES[kind]), min_size=rows, max_size=rows))
-    return pa.array(values, kind)
+def _cell(draw: st.DrawFn, name: str, other: st.SearchStrategy[Any]) -> Any:
+    """Return what a column of this name may well hold, or something else."""
+    return draw(_GOOD.get(name, other) if draw(_mostly(6)) else other)
 
 
 @st.composite
-def _parquet(draw: st.DrawFn) -> bytes:
+def _column(draw: st.DrawFn, name: str, rows: int) -> pa.Array:
+    if name in _GOOD and draw(_mostly(4)):
+        kind, values = pa.string(), _cell(name, _TEXT)
+    else:
+        kind = draw(st.sampled_from(list(_TYPES)))
+        values = _TYPES[kind]
+    nulls = draw(_mostly(2))
+    return pa.array([draw(values) if not nulls or draw(_mostly(4)) else None for _ in range(rows)], kind)
+
+
+@st.composite
+def _names(draw: st.DrawFn) -> list[str]:
+    """Return the names of columns, most often with a path among them, and each once."""
+    names = draw(st.lists(_NAMES, max_size=5, unique=draw(_mostly(8))))
+    if draw(_mostly(8)) and not set(names) & set(PATHS):
+        names.append(draw(st.sampled_from(PATHS)))
+    return names or ["path"]
+
+
+@st.composite
+def _parquet(draw: st.DrawFn, names: list[str]) -> bytes:
     rows = draw(st.integers(0, 6))
-    names = draw(st.lists(_NAMES, min_size=1, max_size=6, unique=draw(st.booleans())))
-    paths = pa.array(draw(st.lists(st.one_of(st.none(), _TEXT), min_size=rows, max_size=rows)), pa.string())
-    columns = [draw(_column(rows, name in _USUAL)) for name in names]
-    if draw(_mostly(4)):
-        names, columns = [*names, draw(st.sampled_from(PATHS))], [*columns, paths]
+    columns = [draw(_column(name, rows)) for name in names]
     sink = io.BytesIO()
     pq.write_table(
         pa.Table.from_arrays(columns, names=names),
@@ -131,29 +167,30 @@ def _parquet(draw: st.DrawFn) -> bytes:
 
 
 @st.composite
-def _csv(draw: st.DrawFn) -> bytes:
-    names = draw(st.lists(_NAMES, min_size=0, max_size=6))
-    rows = draw(st.lists(st.lists(_ANY_TEXT, max_size=7), max_size=6))
+def _csv(draw: st.DrawFn, names: list[str]) -> bytes:
+    rows = [
+        [draw(_cell(name, _ANY_TEXT)) for name in names][: None if draw(_mostly(8)) else 1]
+        for _ in range(draw(st.integers(0, 6)))
+    ]
     sink = io.StringIO()
-    writer = csv.writer(sink, lineterminator=draw(st.sampled_from(("\n", "\n", "\r\n", "\r"))))
-    if draw(_mostly(4)):
-        names = ["path", *names]
-    writer.writerows([names, *rows])
-    if draw(st.integers(0, 3)) == 0:
+    line_end = "\n" if draw(_mostly(3)) else draw(st.sampled_from(("\r\n", "\r")))
+    csv.writer(sink, lineterminator=line_end).writerows([names, *rows])
+    if not draw(_mostly(6)):
         sink.write(draw(_ANY_TEXT))
-    return draw(st.sampled_from((b"", b"", b"", b"\xef\xbb\xbf", b"\xff\xfe"))) + sink.getvalue().encode(
-        "utf-8", "surrogatepass"
-    )
+    mark = b"" if draw(_mostly(4)) else draw(st.sampled_from((b"\xef\xbb\xbf", b"\xff\xfe")))
+    return mark + sink.getvalue().encode("utf-8", "surrogatepass")
 
 
 @st.composite
-def _jsonl(draw: st.DrawFn) -> bytes:
-    names = st.one_of(_NAMES, _ANY_TEXT)
-    rows = draw(st.lists(st.one_of(st.dictionaries(names, _JSON, max_size=5), _JSON), max_size=6))
-    if draw(_mostly(4)):
-        rows.insert(0, {draw(st.sampled_from(PATHS)): draw(_TEXT)})
+def _jsonl(draw: st.DrawFn, names: list[str]) -> bytes:
+    rows: list[Any] = [
+        {name: draw(_cell(name, _JSON)) for name in names if draw(_mostly(8))}
+        for _ in range(draw(st.integers(0, 6)))
+    ]
+    if not draw(_mostly(6)):
+        rows.append(draw(_JSON))
     lines = [json.dumps(row, ensure_ascii=draw(st.booleans())) for row in rows]
-    if draw(st.integers(0, 3)) == 0:
+    if not draw(_mostly(6)):
         lines.append(draw(_ANY_TEXT))
     return "\n".join(lines).encode("utf-8", "surrogatepass")
 
@@ -178,32 +215,31 @@ def _mutated(draw: st.DrawFn, content: bytes) -> bytes:
     return bytes(data)
 
 
-def _asked(*usual: str) -> st.SearchStrategy[str | None]:
-    return st.one_of(st.none(), st.none(), st.just(""), st.sampled_from(usual), _NAMES)
-
-
-_OPTIONS = st.one_of(
-    st.just(InputOptions()),
-    st.builds(InputOptions, keep_columns=st.lists(_NAMES, max_size=2).map(tuple)),
-    st.builds(
-        InputOptions,
-        path_column=_asked(*PATHS),
-        id_column=_asked(*IDS),
-        start_column=_asked("start"),
-        end_column=_asked("end"),
-        prompt_column=_asked(*PROMPTS),
-    ),
-)
+@st.composite
+def _options(draw: st.DrawFn, names: list[str]) -> InputOptions:
+    """Return options that ask for columns, of which some are not there."""
+    flags = ("path_column", "id_column", "start_column", "end_column", "prompt_column")
+    asked = draw(st.lists(st.sampled_from(flags), max_size=2))
+    there = st.sampled_from(names)
+    own = [name for name in names if name not in _CAPTIONS]
+    kept = (
+        draw(st.lists(st.sampled_from(own), max_size=2))
+        if own and draw(_mostly(5))
+        else draw(st.lists(_NAMES, max_size=2))
+    )
+    columns = {flag: draw(there if draw(_mostly(3)) else st.one_of(st.just(""), _NAMES)) for flag in asked}
+    return InputOptions(**columns, keep_columns=tuple(kept))
 
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    """Return a manifest of any format, a third of them damaged."""
-    suffix, made = draw(st.sampled_from(((".parquet", _parquet()), (".csv", _csv()), (".jsonl", _jsonl()))))
-    content = draw(made)
-    if draw(st.integers(0, 2)) == 0:
+    """Return a manifest of any format, some of them damaged."""
+    names = draw(_names())
+    suffix, made = draw(st.sampled_from(((".parquet", _parquet), (".csv", _csv), (".jsonl", _jsonl))))
+    content = draw(made(names))
+    if not draw(_mostly(4)):
         content = draw(_mutated(content))
-    return Case(suffix, content, draw(_OPTIONS))
+    return Case(suffix, content, draw(_options(names)) if draw(st.booleans()) else InputOptions())
 
 
 def flags(options: InputOptions) -> list[str]:

@@ -123,6 +123,12 @@ def test_stdin_is_read_once() -> None:
         Inputs(["-", "a.mp4", "-"])
 
 
+def test_stdin_that_is_closed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(UsageError, match="standard input is closed"):
+        Inputs(["-"])
+
+
 class Broken(io.BytesIO):
     """A stream whose device has gone."""
 

@@ -12,7 +12,6 @@ import argparse
 import io
 import json
 import random
-import resource
 import subprocess
 import sys
 import tempfile
@@ -29,9 +28,9 @@ import pyarrow.parquet as pq
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from specvlm_cli import app
-from specvlm_cli.exits import UsageError
-from specvlm_cli.inputs import InputOptions, Inputs
+from specvlm_cli.inputs import InputOptions
 from tests.cli import manifest_cases
+from tests.faults.read_manifest import peak_mb
 
 MOST_RSS_MB = 500
 MOST_SECONDS = 20.0  # for a million rows
@@ -50,16 +49,7 @@ class Line:
 
     def __str__(self) -> str:
         mark = f"  VIOLATION: {self.violation}" if self.violation else ""
-        return f"{self.what:<34} {self.seconds:8.2f} s {self.rss_mb:5d} MB  {self.outcome}{mark}"
-
-
-def peak_mb() -> int:
-    """Return the most memory that this process has had; `getrusage` would count what its parent had, too."""
-    try:
-        status = Path("/proc/self/status").read_text()
-    except FileNotFoundError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-    return int(status.partition("VmHWM:")[2].split()[0]) >> 10
+        return f"{self.what:<46} {self.seconds:8.2f} s {self.rss_mb:5d} MB  {self.outcome}{mark}"
 
 
 # Through the command line, in this process
@@ -174,36 +164,24 @@ def _damaged(content: bytes, dice: random.Random) -> bytes:
 # In a process of its own, whose memory is its own
 
 
-def measure(what: str, path: Path, keep: str = "", most_seconds: float | None = None) -> Line:
-    """Read a manifest to its end in a child process."""
-    command = [sys.executable, "-m", "tests.faults.manifests", "--read", str(path), "--keep", keep]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def measure(
+    what: str, path: Path, keep: str = "", *, start: bool = False, most_seconds: float | None = None
+) -> Line:
+    """Read a manifest to its end in a child process, or make a whole dry run of it there."""
+    command = [sys.executable, "-m", "tests.faults.read_manifest", str(path), "--keep", keep]
+    done = subprocess.run(command + ["--start"] * start, capture_output=True, text=True, check=False)
     if done.returncode:
         return Line(what, "died", 0.0, 0, f"exit {done.returncode}: {done.stderr[-300:]}")
     found = json.loads(done.stdout)
-    size = path.stat().st_size
-    outcome = found["error"] or f"{found['items']} items, {found['problems']} with a problem"
+    name = f"{what}, {path.suffix} ({path.stat().st_size / 1e6:.2f} MB)"
+    outcome = "a whole start" if start else f"{found['items']} items, {found['problems']} with a problem"
     violation = ""
     if found["rss_mb"] > MOST_RSS_MB:
         violation = f"more than {MOST_RSS_MB} MB"
     elif most_seconds is not None and (found["error"] or found["seconds"] > most_seconds):
         violation = f"not read within {most_seconds:.0f} s"
-    return Line(f"{what} ({size / 1e6:.2f} MB)", outcome[:150], found["seconds"], found["rss_mb"], violation)
-
-
-def read(path: Path, keep: str) -> None:
-    """Read one manifest here, and print what it took."""
-    began = time.monotonic()
-    items = problems = 0
-    error = None
-    try:
-        for item in Inputs([str(path)], InputOptions(keep_columns=(keep,) if keep else ())):
-            items += 1
-            problems += item.problem is not None
-    except UsageError as refused:
-        error = str(refused)
-    found = {"items": items, "problems": problems, "error": error, "rss_mb": peak_mb()}
-    print(json.dumps(found | {"seconds": time.monotonic() - began}))
+    outcome = found["error"].removeprefix(f"{path.parent}/")[:150] if found["error"] else outcome
+    return Line(name, outcome, found["seconds"], found["rss_mb"], violation)
 
 
 def large(rows: int, folder: Path) -> Iterator[Line]:
@@ -213,7 +191,8 @@ def large(rows: int, folder: Path) -> Iterator[Line]:
     del table
     most_seconds = MOST_SECONDS * max(rows, 100_000) / _MILLION
     for path in paths:
-        yield measure(f"{rows} rows, {path.suffix}", path, most_seconds=most_seconds)
+        yield measure(f"{rows} rows", path, most_seconds=most_seconds)
+        yield measure(f"{rows} rows", path, start=True, most_seconds=most_seconds)
         path.unlink()
 
 
@@ -319,12 +298,7 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=3000, help="made-up manifests")
     parser.add_argument("--mutants", type=int, default=1200, help="damaged manifests")
     parser.add_argument("--rows", type=int, default=_MILLION, help="rows of the large manifest")
-    parser.add_argument("--read", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--keep", default="", help=argparse.SUPPRESS)
     asked = parser.parse_args()
-    if asked.read is not None:
-        read(asked.read, asked.keep)
-        return 0
     with tempfile.TemporaryDirectory(prefix="specvlm-manifests-") as name:
         folder = Path(name)
         broken = 0
