@@ -170,9 +170,10 @@ class Ledger:
         self._db.execute("ATTACH DATABASE ? AS wanted", (str(wanted.path),))
         for setting in ("journal_mode = OFF", "synchronous = OFF", "cache_size = -65536"):
             self._db.execute(f"PRAGMA wanted.{setting}")
-        if self._count_new():
-            self._keep_known_ids()
-        self._all_wanted = not self._count_new() and wanted.count == self._one("SELECT count(*) FROM item")
+        new = self._count_new()
+        if new and self._keep_known_ids():
+            new = self._count_new()
+        self._all_wanted = not new and wanted.count == self._one("SELECT count(*) FROM item")
         self._db.execute("DROP TABLE IF EXISTS wanted.differing")
         self._db.execute(
             """CREATE TABLE wanted.differing AS
@@ -185,15 +186,18 @@ class Ledger:
             return int(self._one("SELECT count(*) FROM wanted.video"))
         return int(self._one("SELECT count(*) FROM wanted.video WHERE id NOT IN (SELECT id FROM item)"))
 
-    def _keep_known_ids(self) -> None:
-        if self._one("SELECT EXISTS (SELECT 1 FROM item)"):
-            self._db.execute(
-                """UPDATE wanted.video AS video SET id = item.id FROM item
-                   WHERE NOT video.own_id AND video.problem IS NULL
-                   AND video.id NOT IN (SELECT id FROM item)
-                   AND item.path = video.path AND item.start_s IS video.start_s AND item.end_s IS video.end_s
-                   AND item.id NOT IN (SELECT id FROM wanted.video)"""
-            )
+    def _keep_known_ids(self) -> int:
+        """Give wanted videos that are known by another id that one; return how many."""
+        if not self._one("SELECT EXISTS (SELECT 1 FROM item)"):
+            return 0
+        known = self._db.execute(
+            """UPDATE wanted.video AS video SET id = item.id FROM item
+               WHERE NOT video.own_id AND video.problem IS NULL
+               AND video.id NOT IN (SELECT id FROM item)
+               AND item.path = video.path AND item.start_s IS video.start_s AND item.end_s IS video.end_s
+               AND item.id NOT IN (SELECT id FROM wanted.video)"""
+        )
+        return int(known.rowcount)
 
     def moved(self) -> Iterator[Moved]:
         """Yield the wanted videos that the ledger knows by their id at another path."""
