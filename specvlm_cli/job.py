@@ -253,7 +253,7 @@ class _Start:
         self.ledger.want(self.request.wanted)
         _refuse_changes(self.request, self.folder, self.ledger)
         self.ledger.recover(crashed=after_crash)
-        self.refused = self.ledger.register()
+        self.refused = self.ledger.register(reuse=self.request.on_config_change == "reuse")
         for done in self.folder.parts.repair(self.ledger):
             self.display.note(done)
 

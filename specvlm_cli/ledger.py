@@ -207,13 +207,20 @@ class Ledger:
         return (Moved(bytes(then), bytes(now)) for then, now in self._db.execute(sql))
 
     def asked_differently(self) -> bytes | None:
-        """Return the path of a video that has captions for other prompts of its own than it has now."""
-        sql = """SELECT item.path FROM wanted.differing
-                 JOIN item USING (ordinal) JOIN wanted.video AS video USING (place)
-                 WHERE item.prompts IS NOT video.prompts
-                 AND EXISTS (SELECT 1 FROM caption WHERE caption.item = ordinal) LIMIT 1"""
-        found = self._db.execute(sql).fetchone()
-        return None if found is None else bytes(found[0])
+        """Return the path of a video whose captions are for other prompts of its own than it has now.
+
+        What the captions say counts: a ledger that was rebuilt from its parts knows no other prompts.
+        """
+        sql = """SELECT item.path, video.prompts,
+                   (SELECT json_group_array(prompt) FROM (
+                      SELECT json_extract(row, '$.prompt') AS prompt FROM caption
+                      WHERE caption.item = ordinal ORDER BY prompt_index))
+                 FROM wanted.differing JOIN item USING (ordinal) JOIN wanted.video AS video USING (place)
+                 WHERE item.prompts IS NOT video.prompts AND item.state = 'done'"""
+        for path, now, then in self._db.execute(sql):
+            if now is None or json.loads(now) != json.loads(then):
+                return bytes(path)
+        return None
 
     def counts(self) -> dict[str, int]:
         """Return how many wanted videos are pending (new ones included), running, done, failed."""
@@ -238,28 +245,34 @@ class Ledger:
         return int(self._one(f"SELECT count(*) FROM ({sql})", *values))
 
     def has_news(self) -> bool:
-        """Say whether a wanted row names no video and has not failed for that yet."""
-        sql = """SELECT EXISTS (SELECT 1 FROM wanted.video AS video WHERE problem IS NOT NULL
-                                AND NOT EXISTS (SELECT 1 FROM item WHERE item.id = video.id))"""
-        return bool(self._one(sql))
+        """Say whether a wanted row that names no video has not failed for that yet, or one that did names one now."""
+        sql = """SELECT EXISTS (SELECT 1 FROM wanted.video WHERE problem IS NOT NULL
+                                AND id NOT IN (SELECT id FROM item))
+                     OR EXISTS (SELECT 1 FROM item WHERE state = 'failed' AND error_type = ?
+                                AND id IN (SELECT id FROM wanted.video WHERE problem IS NULL))"""
+        return bool(self._one(sql, BAD_INPUT))
 
-    def register(self) -> int:
+    def register(self, *, reuse: bool = False) -> int:
         """Add the wanted videos that are new, and follow those that moved or bring along something else.
+
+        What is done keeps the prompts that it was captioned with, but where that is to be so (`reuse`).
 
         A row that names no video has failed at once; it is pending again once it names one. Returns how many
         failed like that just now.
         """
         with self.writing():
-            self._follow()
+            self._follow(reuse)
             if not self._all_wanted:
                 self._add_new()
             return self._refuse_bad_rows()
 
-    def _follow(self) -> None:
+    def _follow(self, reuse: bool) -> None:
         self._db.execute(
-            """UPDATE item SET path = video.path, prompts = video.prompts, kept = video.kept
+            """UPDATE item SET path = video.path, kept = video.kept,
+                   prompts = iif(state != 'done' OR ?, video.prompts, item.prompts)
                FROM wanted.differing JOIN wanted.video AS video USING (place)
-               WHERE item.ordinal = differing.ordinal"""
+               WHERE item.ordinal = differing.ordinal""",
+            (reuse,),
         )
 
     def _add_new(self) -> None:
@@ -399,6 +412,11 @@ class Ledger:
                 f"""UPDATE item SET state = 'pending', crashes = 0, attempts = iif(?, 0, attempts)
                     WHERE state IN ('done', 'failed') AND id IN ({anew})""",
                 (overwrite, *values),
+            )
+            self._db.execute(
+                """UPDATE item SET prompts = video.prompts
+                   FROM wanted.differing JOIN wanted.video AS video USING (place)
+                   WHERE item.ordinal = differing.ordinal AND state = 'pending'"""
             )
 
     # Parts: files that are derived from the rows
