@@ -150,8 +150,8 @@ class LedgerView:
         self.close()
 
     @contextmanager
-    def _moment(self) -> Iterator[None]:
-        """Have the queries of a block see one state of the ledger. For blocks of milliseconds."""
+    def moment(self) -> Iterator[None]:
+        """Have the queries of a block see one state of the ledger, which costs one lock. For short blocks."""
         self._all("BEGIN")
         try:
             yield
@@ -234,7 +234,7 @@ class LedgerView:
         keys = """SELECT item, prompt_index, coalesce(json_extract(row, '$.created_at'), ''),
                   coalesce(json_extract(row, '$.config_hash'), '') FROM caption
                   WHERE item > ? AND item <= ? ORDER BY item, prompt_index"""
-        with self._moment():
+        with self.moment():
             found = self._all(sql, (after, PAGE))
             items = tuple(ItemView(ordinal, name, bytes(path), *rest) for ordinal, name, path, *rest in found)
             last = items[-1].ordinal if items else after

@@ -186,7 +186,8 @@ def _shard(run: RunView, shard: int, now: datetime, sums: _Sums | None) -> Shard
     holder = holder_of(run.lock(shard))
     try:
         with run.open(shard) as ledger:
-            found = _read(ledger, shard, holder, now)
+            with ledger.moment():
+                found = _read(ledger, shard, holder, now)
             if sums is not None:
                 sums.add(ledger)
             return found
