@@ -10,6 +10,7 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -132,10 +133,7 @@ def running(root: Path) -> Iterator[Cluster]:
         _wait_until_idle(cluster, daemons, root)
         yield cluster
     finally:
-        with suppress(AssertionError, subprocess.SubprocessError):
-            cluster.call("scancel", "--user=root", check=False)
-        _stop(daemons)
-        _kill_leftovers(root)
+        _kill(root, daemons)
 
 
 def _program(name: str) -> str | None:
@@ -212,24 +210,28 @@ def _logs(root: Path) -> list[Path]:
     return sorted([*root.glob("*.out"), *root.glob("*.log")])
 
 
-def _stop(daemons: list[subprocess.Popen[bytes]]) -> None:
-    """End slurmd first, so that nobody starts what the others no longer know."""
-    for daemon in reversed(daemons):
-        daemon.terminate()
-        try:
-            daemon.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            daemon.kill()
-            daemon.wait()
-
-
-def _kill_leftovers(root: Path) -> None:
-    """End what slurmd left behind: its helpers and the jobs, known by the configuration they were started with."""
+def processes(root: Path) -> list[int]:
+    """Return what still runs of a cluster, its jobs included, known by the configuration that it was started with."""
     mark = f"SLURM_CONF={root}/slurm.conf".encode()
+    found = []
     for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            if mark in (process / "environ").read_bytes().split(b"\0") and int(process.name) != os.getpid():
-                os.kill(int(process.name), 9)
+        with suppress(OSError):  # it has ended meanwhile
+            if mark in (process / "environ").read_bytes().split(b"\0"):
+                found.append(int(process.name))
+    return found
+
+
+def _kill(root: Path, daemons: list[subprocess.Popen[bytes]]) -> None:
+    """End the daemons, slurmd first, then its helpers and jobs. Nothing of theirs is needed any more."""
+    for daemon in reversed(daemons):
+        daemon.kill()
+        daemon.wait()
+    deadline = time.monotonic() + 10
+    while (left := processes(root)) and time.monotonic() < deadline:
+        for process in left:
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        time.sleep(0.05)
 
 
 def _task(line: str) -> Task:

@@ -11,7 +11,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,14 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     raise AssertionError
 
 
+def wait_for(true: Callable[[], bool], problem: str) -> None:
+    """Wait until something is true, but not for ever."""
+    deadline = time.monotonic() + END_S
+    while not true():
+        assert time.monotonic() < deadline, problem
+        time.sleep(0.02)
+
+
 class Run:
     """One run folder, and the arrays that work on it."""
 
@@ -84,10 +92,7 @@ class Run:
 
     def wait_for_a_caption(self, shard: int) -> None:
         """Wait until a task is in the middle of its work."""
-        deadline = time.monotonic() + END_S
-        while not self._count(shard, "done"):
-            assert time.monotonic() < deadline, f"task {shard} makes no caption"
-            time.sleep(0.02)
+        wait_for(lambda: self._count(shard, "done") > 0, f"task {shard} makes no caption")
         assert self._count(shard, "pending")
 
     def _count(self, shard: int, state: str) -> int:
@@ -182,3 +187,13 @@ def test_slurm_accepts_what_is_asked_for(slurm: Cluster, videos: Path, tmp_path:
 
 def test_slurm_accepts_the_example(slurm: Cluster) -> None:
     slurm.call("sbatch", "--test-only", str(ROOT / "examples" / "slurm_array.sbatch"))
+
+
+def test_a_cluster_leaves_no_process_behind(tmp_path: Path) -> None:
+    """Neither a daemon nor a job, and be it one that does not listen."""
+    root, begun = tmp_path / "cluster", tmp_path / "begun"
+    with cluster.running(root) as one:
+        one.submit(f"#!/bin/bash\n#SBATCH --output=/dev/null\ntrap '' TERM\ntouch {begun}\nsleep 300")
+        wait_for(begun.exists, "the job does not begin")
+        assert len(cluster.processes(root)) > len(cluster.DAEMONS)
+    assert cluster.processes(root) == []
