@@ -25,6 +25,9 @@ def doctor(
         str, typer.Option("--preset", help="The pair to generate with; nothing is downloaded.")
     ] = "demo",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    verbose: Annotated[  # the app looks for it, see app.py
+        bool, typer.Option("--verbose", "-v", help="Show the traceback of an error.")
+    ] = False,
 ) -> int:
     """Look at this machine: packages, devices, readers, disks, limits. Exit code 1 where something fails.
 

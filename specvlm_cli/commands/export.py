@@ -67,6 +67,10 @@ def export(
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="Say nothing unless it fails.", rich_help_panel="Talking")
     ] = False,
+    verbose: Annotated[  # the app looks for it, see app.py
+        bool,
+        typer.Option("--verbose", "-v", help="Show the traceback of an error.", rich_help_panel="Talking"),
+    ] = False,
 ) -> int:
     """Write the captions of all shards as one dataset, each caption once. Works while the run goes on.
 

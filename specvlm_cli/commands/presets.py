@@ -18,6 +18,9 @@ _HEADER = ("preset", "target", "draft", "frames", "memory", "on disk")
 
 def presets(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    verbose: Annotated[  # the app looks for it, see app.py
+        bool, typer.Option("--verbose", "-v", help="Show the traceback of an error.")
+    ] = False,
 ) -> int:
     """List the named pairs of target and draft, and whether they are on disk already. Asks no network.
 

@@ -36,6 +36,9 @@ def status(
         ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    verbose: Annotated[  # the app looks for it, see app.py
+        bool, typer.Option("--verbose", "-v", help="Show the traceback of an error.")
+    ] = False,
 ) -> int:
     """Tell how far a run is. Touches no file, and works while the run goes on.
 

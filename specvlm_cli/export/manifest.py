@@ -166,7 +166,8 @@ def _columns(path: Path, kind: str) -> list[str]:
         return _parquet_columns(path)
     with path.open(encoding="utf-8", newline="") as file:
         if kind == "csv":
-            return next(csv.reader([file.readline(100_000)]), [])
+            header = next(csv.reader([file.readline(100_000)]), [])
+            return [name.removeprefix("'") for name in header]
         found = json.loads(file.readline(100_000_000))
         return list(found) if isinstance(found, dict) else []
 
