@@ -32,7 +32,7 @@ from specvlm_cli.runner import TOO_MANY, Reporter, Runner
 from specvlm_cli.settings import CaptionSettings, Plain, config_hash, differences
 from specvlm_cli.shard import Shard
 from specvlm_cli.stopping import Stop, listening
-from specvlm_cli.text import clean
+from specvlm_cli.text import clean, short
 from specvlm_cli.wanted import Wanted
 
 ChangePolicy = Literal["error", "reuse", "new"]
@@ -403,12 +403,18 @@ def _captions_kept(request: Request, folder: RunFolder, ledger: Ledger) -> int:
 
 def _refuse_other_video(ledger: Ledger) -> None:
     """A video that moved keeps its caption; where the old path is still there, it is another video."""
-    for then, now in ledger.moved():
-        if lexists(then):
+    for moved in ledger.moved():
+        if not lexists(moved.then):
+            continue
+        now, then = clean(fsdecode(moved.now)), clean(fsdecode(moved.then))
+        if moved.own_id:
             raise UsageError(
-                f"{clean(fsdecode(now))} would have the id of {clean(fsdecode(then))}, known already; "
-                "give the folder above both, or another -o folder"
+                f"id {short(moved.identity, 60)!r} named {then} in an earlier start and names {now} now, and both are "
+                "there; give the new video an id of its own, or another -o folder"
             )
+        raise UsageError(
+            f"{now} would have the id of {then}, known already; give the folder above both, or another -o folder"
+        )
 
 
 def _shown(folder: RunFolder) -> str:

@@ -57,6 +57,8 @@ NO_FILE = FileStamp(None, None)
 class Moved(NamedTuple):
     """A wanted video that the ledger knows by its id, at another path."""
 
+    identity: str
+    own_id: bool  # the id is the manifest's
     then: bytes
     now: bytes
 
@@ -201,10 +203,11 @@ class Ledger:
 
     def moved(self) -> Iterator[Moved]:
         """Yield the wanted videos that the ledger knows by their id at another path."""
-        sql = """SELECT item.path, video.path FROM wanted.differing
+        sql = """SELECT video.id, video.own_id, item.path, video.path FROM wanted.differing
                  JOIN item USING (ordinal) JOIN wanted.video AS video USING (place)
-                 WHERE item.path != video.path"""
-        return (Moved(bytes(then), bytes(now)) for then, now in self._db.execute(sql))
+                 WHERE item.path != video.path AND video.problem IS NULL"""
+        rows = self._db.execute(sql)
+        return (Moved(identity, bool(own), bytes(then), bytes(now)) for identity, own, then, now in rows)
 
     def asked_differently(self) -> bytes | None:
         """Return the path of a video whose captions are for other prompts of its own than it has now.

@@ -25,6 +25,7 @@ from specvlm_cli.policy import Policy
 from specvlm_cli.results import Outcome
 from specvlm_cli.settings import CaptionSettings, ModelChoice
 from specvlm_cli.shard import Shard, parse_shard
+from specvlm_cli.stopping import until_listening
 from specvlm_cli.talk import Talk, counted
 from specvlm_cli.text import clean, short
 from specvlm_cli.wanted import MOST_PROMPTS, Wanted
@@ -46,7 +47,7 @@ def caption(flags: CaptionFlags) -> int:
     policy = _policy(flags, settings)
     shard = Shard() if flags.shard is None else parse_shard(flags.shard)
     _refuse_pointless_baseline(settings, pair, flags.baseline_sample)
-    with _talk(flags) as talk:
+    with until_listening(), _talk(flags) as talk:
         inputs = Inputs(flags.inputs, _input_options(flags, shard))
         if flags.preset is None and flags.target is None:
             talk.note(
@@ -57,6 +58,19 @@ def caption(flags: CaptionFlags) -> int:
             _tell_what_was_left_out(inputs, wanted, talk)
             request = _request(flags, inputs, wanted, settings, policy, shard)
             return _show_plan(request, talk, flags) if flags.dry_run else _run(request, talk, flags)
+
+
+def check(flags: CaptionFlags) -> tuple[CaptionSettings, Policy]:
+    """Work out what the flags mean, reading no input.
+
+    Raises:
+        UsageError: They make no sense, or contradict each other.
+        ConfigError: A setting is out of range.
+    """
+    pair = _pair(flags.preset, flags.target)
+    settings = _settings(flags, pair)
+    _refuse_pointless_baseline(settings, pair, flags.baseline_sample)
+    return settings, _policy(flags, settings)
 
 
 def _talk(flags: CaptionFlags) -> Talk:

@@ -19,7 +19,7 @@ import typer
 
 import specvlm
 from specvlm_cli import durations
-from specvlm_cli.commands.caption import caption
+from specvlm_cli.commands.caption import caption, check
 from specvlm_cli.commands.caption_flags import CaptionFlags
 from specvlm_cli.commands.options import command, flag
 from specvlm_cli.exits import ExitCode, UsageError
@@ -223,6 +223,7 @@ def _caption_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
         raise UsageError(f"{clean(name)}: only caption runs in shards; write -- caption INPUT... [flags]")
     asked = _parsed(given)
     _refuse_what_goes_against_shards(asked)
+    check(CaptionFlags(**asked.params))
     once = [word for field, word in _ONCE.items() if asked.params[field]]
     always = [word for word in given if word not in once]
     if once and not _only_these_are_out(asked, always, once):
