@@ -25,6 +25,7 @@ from specvlm_cli.inputs import InputOptions, Inputs, Item, item_id
 from specvlm_cli.inputs import parquet_manifest as parquet
 from specvlm_cli.inputs.pages import BATCH_BYTES
 from tests.cli import manifest_cases
+from tests.faults import manifests as faults
 
 FORMATS = ("parquet", "csv", "jsonl")
 
@@ -704,7 +705,7 @@ def test_usual_files_are_read_in_large_batches(tmp_path: Path) -> None:
 @pytest.mark.parametrize("encoding", [None, "PLAIN", "DELTA_BYTE_ARRAY", "DELTA_LENGTH_BYTE_ARRAY"])
 @pytest.mark.parametrize("version", ["1.0", "2.0"])
 def test_large_values_are_read_few_at_a_time(tmp_path: Path, encoding: str | None, version: str) -> None:
-    table = pa.table({"path": ["a.mp4"] * 200, "prompt": ["x" * (1 << 20)] * 200})
+    table = pa.table({"path": ["a.mp4"] * 80, "prompt": ["x" * (1 << 20)] * 80})
     pq.write_table(
         table,
         tmp_path / "x.parquet",
@@ -782,3 +783,15 @@ def test_any_manifest_gives_items_or_one_line(
 ) -> None:
     path = case.write(tmp_path_factory.getbasetemp())
     manifest_cases.read(path, case.options)
+
+
+def test_any_manifest_ends_the_command_with_a_code_and_one_line(tmp_path: Path) -> None:
+    assert faults.made(60, tmp_path).violation == ""
+    assert faults.mutated(60, tmp_path).violation == ""
+
+
+def test_small_files_that_hold_many_rows_take_little_memory(tmp_path: Path) -> None:
+    faults.equal_rows(tmp_path / "x.parquet", 100_000, "x" * 3000 + ".mp4", most=10_000)
+    line = faults.measure("equal rows", tmp_path / "x.parquet", most_seconds=60.0)
+    assert line.violation == ""
+    assert line.rss_mb < 300

@@ -112,14 +112,14 @@ def mutated(mutants: int, folder: Path) -> Line:
 
 
 def _timed(what: str, check: Callable[[], None], codes: Counter[int]) -> Line:
-    began = time.monotonic()
+    began, before_mb = time.monotonic(), peak_mb()
     violation = ""
     try:
         check()
     except Exception as error:
         violation = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
     rss = peak_mb()
-    if rss > MOST_RSS_MB:
+    if rss - before_mb > MOST_RSS_MB:
         violation = violation or f"more than {MOST_RSS_MB} MB"
     outcome = ", ".join(f"exit {code}: {count}" for code, count in sorted(codes.items()))
     return Line(what, outcome, time.monotonic() - began, rss, violation)
@@ -199,7 +199,7 @@ def large(rows: int, folder: Path) -> Iterator[Line]:
 def bombs(rows: int, folder: Path) -> Iterator[Line]:
     """Read small files that hold much."""
     path = folder / "bomb.parquet"
-    _equal_rows(path, 30 * rows, "x" * 100 + ".mp4")
+    equal_rows(path, 30 * rows, "x" * 100 + ".mp4")
     yield measure(f"{30 * rows} equal rows", path)
     _large_pages(path)
     yield measure("one page of 400 MB", path)
@@ -224,9 +224,9 @@ def bombs(rows: int, folder: Path) -> Iterator[Line]:
     yield measure("a line of 300 MB", path)
 
 
-def _equal_rows(path: Path, rows: int, name: str) -> None:
-    """Write equal rows without ever holding them: each row group is a dictionary of one."""
-    most = min(rows, _MILLION)
+def equal_rows(path: Path, rows: int, name: str, most: int = _MILLION) -> None:
+    """Write equal rows, so many to a row group, each of which is a dictionary of one."""
+    most = min(rows, most)
     equal = pa.table({"path": pa.array([name] * most)})
     with pq.ParquetWriter(path, equal.schema, compression="zstd", store_schema=False) as writer:
         for _ in range(rows // most):
