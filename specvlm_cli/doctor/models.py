@@ -20,7 +20,7 @@ from specvlm_cli.screen.words import amount
 from specvlm_cli.text import clean
 
 _NVIDIA, _AMD = Path("/proc/driver/nvidia/version"), Path("/dev/kfd")
-DEVICES_S, GENERATION_S = 120.0, 600.0
+DEVICES_S, GENERATION_S, _FAREWELL_S = 120.0, 600.0, 2.0
 _REPORT = "run it with the same arguments in a fresh environment; report it if it is the same there"
 
 
@@ -29,9 +29,11 @@ class Probe:
 
     def __init__(self, preset: str) -> None:
         self._preset = preset
+        self._command = [sys.executable, "-m", "specvlm_cli.doctor.probe", preset]
         self._process: subprocess.Popen[str] | None = None
         self._answers: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._words: list[str] = []
+        self._threads: list[threading.Thread] = []
 
     def __enter__(self) -> Self:
         return self
@@ -40,7 +42,9 @@ class Probe:
         if self._process is not None:
             self._process.kill()
             with suppress(subprocess.TimeoutExpired):  # it hangs in the kernel, and dies when that lets it
-                self._process.wait(2.0)
+                self._process.wait(_FAREWELL_S)
+        for thread in self._threads:
+            thread.join(_FAREWELL_S)
 
     def answer(self, limit_s: float) -> dict[str, Any]:
         """Return its next answer; it is started by the first call.
@@ -63,7 +67,7 @@ class Probe:
 
     def _start(self) -> subprocess.Popen[str]:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "specvlm_cli.doctor.probe", self._preset],
+            self._command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -71,20 +75,24 @@ class Probe:
             errors="replace",
         )
         for target in (self._hear, self._overhear):
-            threading.Thread(target=target, args=(self._process,), daemon=True, name="probe").start()
+            thread = threading.Thread(target=target, args=(self._process,), daemon=True, name="probe")
+            thread.start()
+            self._threads.append(thread)
         return self._process
 
     def _hear(self, process: subprocess.Popen[str]) -> None:
         assert process.stdout is not None
-        for line in process.stdout:
-            self._answers.put(json.loads(line))
+        with process.stdout as lines:
+            for line in lines:
+                self._answers.put(json.loads(line))
         process.wait()
         self._answers.put(None)
 
     def _overhear(self, process: subprocess.Popen[str]) -> None:
         assert process.stderr is not None
-        for line in process.stderr:
-            self._words = [*self._words[-4:], line.strip()]
+        with process.stderr as lines:
+            for line in lines:
+                self._words = [*self._words[-4:], line.strip()]
 
     def _death(self, process: subprocess.Popen[str]) -> str:
         code = process.wait()
@@ -113,7 +121,7 @@ class Probe:
             fix = (
                 f"specvlm caption --preset {self._preset} downloads it; specvlm presets tells how large it is"
             )
-            return fail(f"{missing} is not on disk", fix)
+            return fail(f"not on disk: {missing}", fix)
         try:
             found = self.answer(GENERATION_S)
         except RuntimeError as error:
@@ -131,7 +139,7 @@ def _missing(preset: str) -> str:
     """Return the models of a preset that are not, or not wholly, on disk; nothing: they are."""
     pair = find_preset(preset)
     assert pair is not None
-    return " and ".join(model for model in (pair.target, pair.draft) if on_disk(model) != "yes")
+    return ", ".join(model for model in (pair.target, pair.draft) if on_disk(model) != "yes")
 
 
 def _usable(built: str, devices: list[dict[str, Any]]) -> Verdict:

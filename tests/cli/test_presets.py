@@ -1,0 +1,139 @@
+"""`specvlm presets`: arithmetic that agrees with the architectures, and what the cache on disk holds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from specvlm.preset import presets
+from specvlm_cli import checkpoints
+from tests.cli.conftest import Specvlm
+
+MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of the hub."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def put(cache: Path, model: str, **files: object) -> None:
+    """Put files of a model into the cache, as the hub's client lays them out."""
+    folder = cache / f"models--{model.replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True, exist_ok=True)
+    (folder / "refs/main").write_text("c0ffee")
+    snapshot = folder / "snapshots/c0ffee"
+    snapshot.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (snapshot / name.replace("__", ".")).write_text(json.dumps(content))
+
+
+INDEX = {"weight_map": {"a": "one.safetensors", "b": "two.safetensors", "c": "two.safetensors"}}
+
+
+@pytest.mark.parametrize(
+    ("files", "state"),
+    [
+        ({}, "no"),
+        ({"config__json": {}}, "partly"),
+        ({"config__json": {}, "model__safetensors": 1}, "yes"),
+        ({"config__json": {}, "model__safetensors__index__json": INDEX}, "partly"),
+        ({"model__safetensors__index__json": INDEX, "one__safetensors": 1}, "partly"),
+        ({"model__safetensors__index__json": INDEX, "one__safetensors": 1, "two__safetensors": 1}, "yes"),
+    ],
+)
+def test_a_model_is_on_disk_when_all_its_weights_are(cache: Path, files: dict[str, Any], state: str) -> None:
+    if files:
+        put(cache, MODEL, **files)
+    assert checkpoints.on_disk(MODEL) == state
+
+
+def test_a_download_that_broke_off_is_not_on_disk(cache: Path) -> None:
+    put(cache, MODEL, model__safetensors__index__json=INDEX, one__safetensors=1)
+    snapshot = cache / "models--Qwen--Qwen2.5-VL-3B-Instruct/snapshots/c0ffee"
+    (snapshot / "two.safetensors").symlink_to("../../blobs/missing.incomplete")
+    assert checkpoints.on_disk(MODEL) == "partly"
+
+
+def test_packaged_pairs_are_always_there_and_others_are_looked_for(specvlm: Specvlm, cache: Path) -> None:
+    put(cache, MODEL, model__safetensors=1)
+    found = {one["name"]: one for one in specvlm("presets", "--json").json["presets"]}
+    assert list(found) == [one.name for one in presets()]
+    assert found["demo"]["target_on_disk"] == found["demo-llava"]["draft_on_disk"] == "yes"
+    assert (found["qwen2.5-vl-7b"]["target_on_disk"], found["qwen2.5-vl-7b"]["draft_on_disk"]) == (
+        "no",
+        "yes",
+    )
+    assert found["demo"]["target"] == "specvlm-demo/qwen-target"
+    assert found["demo"]["memory_bytes"] < 100e6
+
+
+def test_table_has_a_line_for_each_and_no_colour_off_a_terminal(specvlm: Specvlm, cache: Path) -> None:
+    told = specvlm("presets")
+    lines = told.out.splitlines()
+    assert (told.code, told.err) == (0, "")
+    assert len(lines) == 1 + len(presets())
+    assert lines[0].split() == ["preset", "target", "draft", "frames", "memory", "on", "disk"]
+    assert len({line.index(one.target.rpartition("/")[2]) - len(one.target.rpartition("/")[0]) for line, one in zip(
+        lines[3:], presets()[2:], strict=True)}) == 1  # fmt: skip
+    assert "\x1b" not in told.out
+    assert "25.3 GB" in next(line for line in lines if line.startswith("qwen2.5-vl-7b"))
+
+
+def test_memory_is_weights_and_caches() -> None:
+    found = {one.name: one for one in checkpoints.preset_views()}["qwen2.5-vl-7b"]
+    tokens = 64 * (360 * 640 // 784)
+    assert found.video_tokens == tokens
+    assert found.weights_bytes == 2 * (8_292_166_656 + 3_754_622_976)
+    target, draft = 2 * 28 * 4 * 128 * 2, 2 * 36 * 2 * 128 * 2
+    assert found.caches_bytes == target * (tokens + 1024) + draft * (round(tokens * 0.1) + 1024)
+
+
+def test_parameters_are_those_of_the_architectures() -> None:
+    import torch
+    from transformers import (
+        LlavaOnevisionConfig,
+        LlavaOnevisionForConditionalGeneration,
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2Config,
+        SiglipVisionConfig,
+    )
+
+    text = {"hidden_size": 2048, "num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 2}
+    text |= {"intermediate_size": 11008, "vocab_size": 151936, "tie_word_embeddings": True}
+    vision = {
+        "depth": 32,
+        "hidden_size": 1280,
+        "intermediate_size": 3420,
+        "num_heads": 16,
+        "out_hidden_size": 2048,
+    }
+    qwen = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True)
+    small = Qwen2Config(
+        hidden_size=896, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
+        intermediate_size=4864, vocab_size=152000, tie_word_embeddings=True,
+    )  # fmt: skip
+    siglip = SiglipVisionConfig(
+        hidden_size=1152, intermediate_size=4304, num_hidden_layers=26, num_attention_heads=16,
+        image_size=384, patch_size=14, vision_use_head=False,
+    )  # fmt: skip
+    llava = LlavaOnevisionConfig(text_config=small, vision_config=siglip, tie_word_embeddings=True)
+    with torch.device("meta"):
+        models = Qwen2_5_VLForConditionalGeneration(qwen), LlavaOnevisionForConditionalGeneration(llava)
+    for model in models:
+        model.tie_weights()
+    counted = [sum(weights.numel() for weights in model.parameters()) for model in models]
+    known = [checkpoints._KNOWN[name] for name in (MODEL, "llava-hf/llava-onevision-qwen2-0.5b-ov-hf")]
+    assert counted == [one.parameters for one in known]
+    for model, one in zip(models, known, strict=True):
+        settings = model.config.text_config
+        assert (settings.num_hidden_layers, settings.num_key_value_heads) == (one.layers, one.key_heads)
+        assert settings.hidden_size // settings.num_attention_heads == one.head_size
