@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any, Self
 
 from specvlm_cli.exits import UsageError
-from specvlm_cli.inputs.item import Item
-from specvlm_cli.text import clean
+from specvlm_cli.inputs import MOST_PROMPTS, Item
+from specvlm_cli.text import clean, short
 
-MOST_PROMPTS = 100  # of one video
 _BATCH = 10_000
 
-_DOUBLED = "(SELECT id, min(place) AS place FROM video GROUP BY id HAVING count(*) > 1)"
+# The row that stands for each id that comes several times: the first one that names a video.
+_DOUBLED = """(SELECT id, coalesce(min(iif(problem IS NULL, place, NULL)), min(place)) AS place
+               FROM video GROUP BY id HAVING count(*) > 1)"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,7 @@ class Wanted:
     Attributes:
         path: The SQLite file, with one table `video`.
         count: How many videos it holds.
-        doubles: How many rows were left out because they said the same as an earlier one.
+        doubles: How many rows were put together with an earlier one of the same video.
     """
 
     path: Path
@@ -150,33 +151,35 @@ def _refuse_same_id(database: sqlite3.Connection) -> None:
     found = database.execute(
         f"""SELECT first.path, video.path, video.id, video.own_id FROM video
             JOIN {_DOUBLED} AS doubled USING (id) JOIN video AS first ON first.place = doubled.place
-            WHERE video.path != first.path OR video.start_s IS NOT first.start_s
-            OR video.end_s IS NOT first.end_s LIMIT 1"""
+            WHERE video.problem IS NULL AND (video.path != first.path
+            OR video.start_s IS NOT first.start_s OR video.end_s IS NOT first.end_s) LIMIT 1"""
     ).fetchone()
-    if found is None:
-        return
-    one, other, identity, own_id = found
-    names = f"{clean(fsdecode(one))} and {clean(fsdecode(other))}"
-    if own_id:
-        raise UsageError(
-            f"{names} have the same id {clean(identity)!r} in the manifest; give each video its own"
-        )
-    raise UsageError(
-        f"{names} have one path below their inputs, so one id; "
-        "give the folder above both, or caption them into separate -o folders"
-    )
+    if found is not None:
+        raise UsageError(_same_id(*found))
+
+
+def _same_id(first: bytes, second: bytes, identity: str, own_id: bool) -> str:
+    one, other, shown = clean(fsdecode(first)), clean(fsdecode(second)), repr(short(identity, 60))
+    if not own_id:
+        fix = "give the folder above both, or caption them into separate -o folders"
+        return f"{one} and {other} have one path below their inputs, so one id; {fix}"
+    made = '--id-column "" makes ids of paths and times'
+    if one == other:
+        return f"several parts of {one} have the id {shown} in the manifest; give each its own, or {made}"
+    return f"{one} and {other} have the same id {shown} in the manifest; give each video its own, or {made}"
 
 
 def _asked_together(database: sqlite3.Connection) -> Iterator[tuple[int, str]]:
     """Yield (place of the first row, all prompts) of videos that several rows ask different things about."""
     differing = database.execute(
         f"""SELECT DISTINCT doubled.place, doubled.id FROM video JOIN {_DOUBLED} AS doubled USING (id)
-            JOIN video AS first ON first.place = doubled.place WHERE video.prompts IS NOT first.prompts"""
+            JOIN video AS first ON first.place = doubled.place
+            WHERE video.prompts IS NOT first.prompts AND video.problem IS NULL"""
     ).fetchall()
     for place, identity in differing:
         prompts: dict[str, None] = {}
         for path, text in database.execute(
-            "SELECT path, prompts FROM video WHERE id = ? ORDER BY place", (identity,)
+            "SELECT path, prompts FROM video WHERE id = ? AND problem IS NULL ORDER BY place", (identity,)
         ):
             if text is None:
                 raise UsageError(

@@ -19,7 +19,7 @@ from specvlm_cli.commands.options import variable
 from specvlm_cli.decoding import Limits
 from specvlm_cli.durations import seconds
 from specvlm_cli.exits import ExitCode, UsageError
-from specvlm_cli.inputs import InputOptions, Inputs
+from specvlm_cli.inputs import MOST_PROMPTS, InputOptions, Inputs
 from specvlm_cli.job import Request
 from specvlm_cli.policy import Policy
 from specvlm_cli.results import Outcome
@@ -28,7 +28,7 @@ from specvlm_cli.shard import Shard, parse_shard
 from specvlm_cli.stopping import until_listening
 from specvlm_cli.talk import Talk, counted
 from specvlm_cli.text import clean, short
-from specvlm_cli.wanted import MOST_PROMPTS, Wanted
+from specvlm_cli.wanted import Wanted
 
 DEFAULT_PRESET = "demo"
 _MOST_DECODE_WORKERS = 4  # where the flag does not say
@@ -145,7 +145,7 @@ def _request(
         shard=shard,
         reshard=flags.reshard,
         kept=dict(inputs.kept),
-        unreadable=len(inputs.report.unreadable),
+        unreadable=len(inputs.report.unreadable) + inputs.report.more_unreadable,
         overwrite=flags.overwrite,
         retry_failed=flags.retry_failed,
         on_config_change=flags.on_config_change,
@@ -175,8 +175,10 @@ def _tell_what_was_left_out(inputs: Inputs, wanted: Wanted, talk: Talk) -> None:
     report = inputs.report
     for folder in report.unreadable:
         talk.warn(f"left out, not readable: {folder}")
+    if report.more_unreadable:
+        talk.warn(f"left out, not readable: {counted(report.more_unreadable, 'more folder')}")
     if wanted.doubles:
-        talk.note(f"{counted(wanted.doubles, 'row')} left out: the same video was named before")
+        talk.note(f"{counted(wanted.doubles, 'row')} put together with earlier ones of the same video")
     if report.too_young:
         talk.note(f"{counted(report.too_young, 'file')} left for the next start: younger than --min-age")
 

@@ -3,5 +3,6 @@
 from specvlm_cli.inputs.item import Item, item_id
 from specvlm_cli.inputs.options import EXTENSIONS, InputOptions, Report
 from specvlm_cli.inputs.sources import Inputs
+from specvlm_cli.inputs.values import MOST_PROMPTS
 
-__all__ = ["EXTENSIONS", "InputOptions", "Inputs", "Item", "Report", "item_id"]
+__all__ = ["EXTENSIONS", "MOST_PROMPTS", "InputOptions", "Inputs", "Item", "Report", "item_id"]

@@ -43,6 +43,14 @@ def test_a_file_through_two_inputs_is_one_video_but_not_where_the_manifest_says_
         assert wanted.count == 2
 
 
+def test_a_row_that_names_no_video_takes_the_place_of_none() -> None:
+    bad = Item("a", b"", problem="no path", own_id=True)
+    with Wanted.gather([bad, Item("a", b"/a", own_id=True), bad]) as wanted:
+        assert stored(wanted) == [("a", b"/a", None)]
+    with Wanted.gather([bad, bad]) as wanted:
+        assert (wanted.count, wanted.doubles) == (1, 1)
+
+
 @pytest.mark.parametrize(
     ("items", "words"),
     [
@@ -53,7 +61,7 @@ def test_a_file_through_two_inputs_is_one_video_but_not_where_the_manifest_says_
         ),
         (
             [Item("a", b"/x", 0.0, 1.0, own_id=True), Item("a", b"/x", 1.0, 2.0, own_id=True)],
-            "the same id 'a'",
+            "several parts of /x have the id 'a'",
         ),
         ([Item("a", b"/x", prompts=("one",)), Item("a", b"/x")], "with a prompt and without"),
         (
