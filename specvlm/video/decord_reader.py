@@ -79,7 +79,7 @@ def decode(
         VideoError: `memory` has none for this video.
     """
     try:
-        decord = _quiet_decord()
+        decord = load()
         with decord_log.listening() as complaints:
             reader = decord.VideoReader(
                 file.location, ctx=decord.cpu(0), num_threads=1, fault_tol=_NO_STAND_INS
@@ -94,7 +94,8 @@ def decode(
         raise DecordFailedError(f"it failed ({type(error).__name__})") from None
 
 
-def _quiet_decord() -> Any:
+def load() -> Any:
+    """Import decord, and keep it quiet."""
     decord: Any = importlib.import_module("decord")  # untyped
     decord.logging.set_level(decord.logging.QUIET)
     return decord

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
+import av
 import numpy as np
+from av.video.frame import VideoFrame
 from numpy.typing import NDArray
 
 from specvlm.config import FrameSettings
 from specvlm.errors import ConfigError, VideoDecodeError, VideoRangeError
 from specvlm.records import Frames, VideoSource
-from specvlm.video import decord_reader, ffmpeg_log, pyav_reader
+from specvlm.video import decord_log, decord_reader, ffmpeg_log, pyav_reader
 from specvlm.video.index import PacketIndex, read_index
 from specvlm.video.opening import VideoFile, open_video
 from specvlm.video.pixels import Decoded, Memory, own_memory, pixel_limit
@@ -142,3 +146,26 @@ def _flags(index: PacketIndex, chosen: NDArray[np.int64], decoded: Decoded, fell
         yield "partial"
     if fell_back:
         yield "fallback"
+
+
+def preload() -> None:
+    """Load the decoders now and read once, so that processes forked from this one start warm."""
+    with suppress(Exception):  # each read will say what is wrong with it
+        if decord_reader.is_installed():
+            decord_reader.load()
+            with decord_log.listening():
+                pass
+        _read_something()
+
+
+def _read_something() -> None:
+    """Read a clip of one black picture: first use costs more than the imports."""
+    with tempfile.NamedTemporaryFile(suffix=".mp4") as file:
+        with av.open(file, "w", format="mp4") as container:
+            stream = container.add_stream("mpeg4", rate=1)
+            stream.width = stream.height = 16
+            stream.pix_fmt = "yuv420p"
+            container.mux(stream.encode(VideoFrame(16, 16, "yuv420p")))
+            container.mux(stream.encode(None))
+        file.flush()
+        read(file.name, FrameSettings(num_frames=1, backend="pyav"))

@@ -197,7 +197,7 @@ def test_hidden_vp8_packets_are_no_frames(make: Make, tmp_path: Path) -> None:
 
 @needs_decord
 def test_decord_with_other_times_falls_back(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    decord = decord_reader._quiet_decord()
+    decord = decord_reader.load()
     stamps = decord.VideoReader.get_frame_timestamp
     monkeypatch.setattr(
         decord.VideoReader, "get_frame_timestamp", lambda self, chosen: 1.01 * stamps(self, chosen)
@@ -215,7 +215,7 @@ def test_decord_failure_falls_back(make: Make, monkeypatch: pytest.MonkeyPatch) 
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("first line\nsecond line")
 
-    monkeypatch.setattr(decord_reader._quiet_decord(), "VideoReader", fail)
+    monkeypatch.setattr(decord_reader.load(), "VideoReader", fail)
     assert_right(read_video(make("h264"), FrameSettings(num_frames=7)), kind_times_s("h264"))
     with pytest.raises(VideoDecodeError, match=r"it failed \(RuntimeError\)"):
         read_video(make("h264"), FrameSettings(backend="decord"))

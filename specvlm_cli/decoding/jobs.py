@@ -1,0 +1,70 @@
+"""What is asked of the reading processes, within which limits, and what it is when they give no frames."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from specvlm.config import FrameSettings
+
+DEFAULT_READER = "specvlm.video.reading:read"
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What reading one video may take.
+
+    Attributes:
+        timeout_s: Wall time of one attempt: of one reader.
+        cpu_s: Processor time of one attempt, in all its threads; None: twice `timeout_s`.
+        address_space_bytes: Memory that its process may map, the frames and the libraries included.
+        frames_bytes: Frames of one video; no file that its process writes can be larger either.
+    """
+
+    timeout_s: float = 60.0
+    cpu_s: float | None = None
+    address_space_bytes: int = 4 << 30
+    frames_bytes: int = 2 << 30
+
+    def whole_cpu_s(self) -> int:
+        """Return the limit on processor time as the kernel takes it."""
+        return max(1, math.ceil(2 * self.timeout_s if self.cpu_s is None else self.cpu_s))
+
+
+@dataclass(frozen=True, slots=True)
+class ReadJob:
+    """One video to read.
+
+    Attributes:
+        key: Comes back with the outcome.
+        path: The file.
+        settings: Which frames, how large, by which reader.
+        frame_multiple: The number of frames is a multiple of this where the part holds that many.
+        root: Nothing outside this folder is read; None: anything.
+    """
+
+    key: int
+    path: bytes
+    settings: FrameSettings
+    frame_multiple: int
+    root: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ReadFailure:
+    """Why a video gives no frames.
+
+    Attributes:
+        key: The job's.
+        stage: `"open"` (the file) or `"decode"` (its frames).
+        error_type: Name of the library's exception, or `DecodeTimeout`, `DecoderCrashed`, `DecoderOutOfMemory`,
+            `DecoderMisreported` (what its process said made no sense).
+        error: One line, without the path.
+        transient: Another try may work.
+    """
+
+    key: int
+    stage: str
+    error_type: str
+    error: str
+    transient: bool
