@@ -33,14 +33,25 @@ def _grid(height: int, width: int) -> Iterator[tuple[slice, slice]]:
         )
 
 
-def draw(number: int, width: int, height: int) -> NDArray[np.uint8]:
-    """[height, width, 3]: `number` as black and white blocks, with a coloured ramp along the lower edge."""
+def draw(number: int, width: int, height: int, noise: int = 0) -> NDArray[np.uint8]:
+    """[height, width, 3]: `number` as black and white blocks, with a coloured ramp along the lower edge.
+
+    With `noise`, a moving texture of that amplitude lies over it, so that packets hold more than headers.
+    """
     picture = np.zeros((height, width, 3), np.uint8)
     for bit, (rows, columns) in enumerate(_grid(height * 3 // 4, width)):
         picture[rows, columns] = 235 if number >> (_BITS - 1 - bit) & 1 else 16
     ramp = np.linspace(0, 255, width).astype(np.uint8)
     picture[height * 3 // 4 :] = np.stack([ramp, ramp[::-1], np.full_like(ramp, number * 5 % 256)], -1)
-    return picture
+    return _with_texture(picture, number, noise) if noise else picture
+
+
+def _with_texture(picture: NDArray[np.uint8], number: int, amplitude: int) -> NDArray[np.uint8]:
+    height, width = picture.shape[:2]
+    texture = np.random.default_rng(7).integers(-amplitude, amplitude + 1, (2 * height, 2 * width, 3))
+    down, across = 3 * number % height, 2 * number % width
+    moved = texture[down : down + height, across : across + width]
+    return np.clip(picture + moved, 0, 255).astype(np.uint8)
 
 
 def number_of(picture: NDArray[np.uint8]) -> int:
@@ -73,6 +84,7 @@ def write_video(
     options: Mapping[str, str] | None = None,
     container_options: Mapping[str, str] | None = None,
     container_format: str | None = None,
+    noise: int = 0,
 ) -> Path:
     """Write frames 0, 1, 2, ... at 30 a second, or at `times_ms`; shown turned by `rotation` degrees."""
     base = Fraction(1, RATE) if times_ms is None else Fraction(1, 1000)
@@ -84,7 +96,7 @@ def write_video(
         if rotation:
             stream.set_display_rotation(rotation)
         for number in range(frames if times_ms is None else len(times_ms)):
-            picture = np.ascontiguousarray(np.rot90(draw(number, width, height), -rotation // 90))
+            picture = np.ascontiguousarray(np.rot90(draw(number, width, height, noise), -rotation // 90))
             frame = av.VideoFrame.from_ndarray(picture)
             frame.pts = number if times_ms is None else times_ms[number]
             frame.time_base = base
@@ -154,6 +166,12 @@ def blank_packets(source: Path, target: Path, first: int, last: int) -> Path:
                 data[packet.pos : packet.pos + packet.size] = b"\xff" * packet.size
     target.write_bytes(data)
     return target
+
+
+def packet_spans(path: Path) -> list[tuple[int, int]]:
+    """(position, size) of each packet in the file, in file order."""
+    with av.open(str(path)) as reader:
+        return [(packet.pos, packet.size) for packet in reader.demux(video=0) if packet.pos is not None]
 
 
 _GOP = f"keyint=12:min-keyint=12:scenecut=0:{_QUIET}"
@@ -249,12 +267,62 @@ def kind_times_s(kind: str) -> list[float]:
     return [n / RATE for n in range(wanted.get("frames", 60))]
 
 
+# Files to damage: a few hundred kilobytes, groups of 12 frames.
+_BITS_PER_S = {"b": "1M", "g": "12"}
+_LONG_GOP = f"keyint=24:min-keyint=24:scenecut=0:{_QUIET}"
+NOISY: dict[str, tuple[str, dict[str, Any]]] = {
+    "h264": ("noisy.mp4", {"options": {"x264-params": _LONG_GOP, "preset": "veryfast"}}),
+    "front": (
+        "front.mp4",
+        {
+            "options": {"x264-params": _LONG_GOP, "preset": "veryfast"},
+            "container_options": {"movflags": "faststart"},
+        },
+    ),
+    "fragments": (
+        "fragments.mp4",
+        {
+            "options": {"x264-params": _LONG_GOP, "preset": "veryfast"},
+            "container_options": {"movflags": "frag_keyframe+empty_moov"},
+        },
+    ),
+    "mkv": ("noisy.mkv", {"options": {"x264-params": _LONG_GOP, "preset": "veryfast"}}),
+    "hevc": (
+        "hevc.mkv",
+        {
+            "codec": "libx265",
+            "options": {
+                "preset": "ultrafast",
+                "crf": "20",
+                "x265-params": f"keyint=24:bframes=3:open-gop=0:{_QUIET}",
+            },
+        },
+    ),
+    "vp9": ("vp9.webm", {"codec": "libvpx-vp9", "options": {**_FAST_VPX, **_BITS_PER_S}}),
+    "vp8": ("vp8.webm", {"codec": "libvpx", "options": {**_FAST_VPX, **_BITS_PER_S}}),
+    "ts": ("noisy.ts", {"options": {"x264-params": _LONG_GOP, "preset": "veryfast"}}),
+    "mpeg2": ("mpeg2.ts", {"codec": "mpeg2video", "options": {**_BITS_PER_S, "bf": "2"}}),
+    "avi": ("noisy.avi", {"codec": "mpeg4", "options": _BITS_PER_S}),
+}
+_NOISY_SHAPE = {"width": 160, "height": 128, "noise": 24}
+
+
 def maker(folder: Path) -> Callable[[str], Path]:
     """A function that gives the file of a kind, written at its first use."""
+    return _maker(folder, KINDS, {})
 
+
+def noisy_maker(folder: Path) -> Callable[[str], Path]:
+    """The same for `NOISY`."""
+    return _maker(folder, NOISY, _NOISY_SHAPE)
+
+
+def _maker(
+    folder: Path, kinds: Mapping[str, tuple[str, dict[str, Any]]], common: Mapping[str, Any]
+) -> Callable[[str], Path]:
     def make(kind: str) -> Path:
-        name, wanted = KINDS[kind]
+        name, wanted = kinds[kind]
         path = folder / name
-        return path if path.exists() else write_video(path, **wanted)
+        return path if path.exists() else write_video(path, **common, **wanted)
 
     return make

@@ -80,9 +80,11 @@ def _ends_of_boxes(descriptor: int, size: int) -> Iterator[int]:
     for _ in range(_MANY_PARTS):
         head = read_at(descriptor, 16, start)
         length = int.from_bytes(head[:4], "big")
-        if len(head) < 8 or head[4:8] not in _BOXES or length == 0:
+        if length == 1:
+            length = int.from_bytes(head[8:16], "big")
+        if len(head) < 8 or head[4:8] not in _BOXES or length < 8:  # 0: up to the end of the file
             return
-        start += int.from_bytes(head[8:16], "big") if length == 1 else max(length, 8)
+        start += length
         yield start
         if start >= size:
             return

@@ -44,6 +44,7 @@ _CODECS = frozenset({
 # Entropy-coded to the last byte, by decoders that take zeros for pictures: a lost disk block shows here alone.
 _DENSE = frozenset({"vp8", "vp9", "hevc"})
 _HOLE = bytes(256)
+_BROADCAST = frozenset({"mpegts", "mpeg"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,7 @@ class PacketIndex:
         starts: [T] number of the packet from which decoding must begin for this frame.
         clock: Where times come from: `pts`; `dts` where there are no others (AVI), and frames come in the order
             of their packets; `count` where they do not: the n-th frame that comes out has the n-th time.
-        losses: [K] where data are missing or corrupt, increasing: n is packet n, n - 0.5 lies before it.
+        losses: [K] numbers of packets that are corrupt, or behind which data are missing; increasing.
         truncated: The file ends before its container says, or demuxing it ended in an error.
         duration_s: Length of the video; the last frame is taken to last as long as the mean one.
         fps: Mean frame rate; 0 where a single frame does not tell.
@@ -75,7 +76,7 @@ class PacketIndex:
     numbers: NDArray[np.int64]
     starts: NDArray[np.int64]
     clock: Clock
-    losses: NDArray[np.float64]
+    losses: NDArray[np.int64]
     truncated: bool
     duration_s: float
     fps: float
@@ -230,7 +231,7 @@ def _build(container: InputContainer, stream: VideoStream, packets: _Packets, fi
         numbers=numbers,
         starts=starts,
         clock=clock,
-        losses=_losses(packets, flags),
+        losses=_losses(file, packets, flags),
         truncated=truncated,
         duration_s=float(times_s[-1]) + (gap_s or float(packets.last_duration * base)),
         fps=1.0 / gap_s if gap_s else float(stream.average_rate or 0),
@@ -249,9 +250,14 @@ def _clock(stream: VideoStream, file: VideoFile, pts: NDArray[np.int64]) -> Cloc
     return "count" if stream.codec_context.has_b_frames else "dts"
 
 
-def _losses(packets: _Packets, flags: NDArray[np.uint8]) -> NDArray[np.float64]:
-    gaps = np.array(packets.gaps, np.float64) - 0.5
-    return np.sort(np.concatenate([gaps, np.flatnonzero(flags & _CORRUPT).astype(np.float64)]))
+def _losses(file: VideoFile, packets: _Packets, flags: NDArray[np.uint8]) -> NDArray[np.int64]:
+    # Where the demuxer loses its way, the packet before may have had the wrong length, and so the wrong end.
+    before_gaps = np.array(packets.gaps, np.int64) - 1
+    corrupt = np.flatnonzero(flags & _CORRUPT)
+    keys = np.flatnonzero(flags & _KEY)
+    # Broadcasts may be recorded from anywhere on; other files begin with a key frame, unless it is lost.
+    headless = np.arange(keys[0] if len(keys) and file.container not in _BROADCAST else 0)
+    return np.union1d(np.union1d(before_gaps, corrupt), headless).astype(np.int64)
 
 
 def _no_frame(file: VideoFile) -> VideoDecodeError:

@@ -104,7 +104,7 @@ def _earlier(index: PacketIndex, chosen: NDArray[np.int64]) -> NDArray[np.int64]
 
 
 def _any_between(
-    losses: NDArray[np.float64], first: NDArray[np.int64], last: NDArray[np.int64]
+    losses: NDArray[np.int64], first: NDArray[np.int64], last: NDArray[np.int64]
 ) -> NDArray[np.bool_]:
     """For each span of packets whether a loss lies in it."""
     return np.searchsorted(losses, first, side="left") < np.searchsorted(losses, last, side="right")
@@ -160,10 +160,9 @@ class _Record:
         self.shown: set[int] = set()
         self.failed: set[int] = set()
 
-    def losses(self, index: PacketIndex) -> NDArray[np.float64]:
-        """All of the index, packets that failed, and packets that silently gave no picture; sorted."""
-        bad = np.array(sorted(self.failed | self._silent(index)), np.float64)
-        return np.sort(np.concatenate([index.losses, bad]))
+    def losses(self, index: PacketIndex) -> NDArray[np.int64]:
+        """All of the index, packets that failed, and packets that silently gave no picture; increasing."""
+        return np.union1d(index.losses, np.array([*self.failed, *self._silent(index)], np.int64))
 
     def _silent(self, index: PacketIndex) -> set[int]:
         if not self.fed or (index.codec in _MAY_GIVE_NONE and index.clock != "count"):
