@@ -23,6 +23,7 @@ from specvlm_cli.commands.presets import presets
 from specvlm_cli.commands.slurm import SlurmFlags, slurm
 from specvlm_cli.commands.status import status
 from specvlm_cli.exits import CommandError, ExitCode
+from specvlm_cli.stopping import NotBegunError
 from specvlm_cli.talk import error_line, error_trace
 from specvlm_cli.text import short
 
@@ -66,6 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = int(app(args=given, prog_name="specvlm", standalone_mode=False) or 0)
         sys.stdout.flush()  # here, where a reader that has gone can still be dealt with
         return code
+    except NotBegunError as error:
+        error_line(f"stopped by {error}; start again to go on")
+        return ExitCode.STOPPED
     except KeyboardInterrupt:
         return ExitCode.INTERRUPTED
     except BrokenPipeError:  # the reader of our output has gone; there is nobody to tell

@@ -15,6 +15,10 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal
 MAX_RUNTIME = "max-runtime"
 
 
+class NotBegunError(BaseException):
+    """A signal asked to stop while there was nothing yet that could be stopped in order."""
+
+
 class Stop:
     """Whether, why and since when to stop."""
 
@@ -62,13 +66,33 @@ class Stop:
 
 
 @contextmanager
+def until_listening() -> Iterator[None]:
+    """Have a signal end the block with NotBegunError, but for the time in which somebody is `listening`.
+
+    A manifest of millions of rows takes a while to read, and its temporary files are to be removed.
+    """
+
+    def end(number: int, _: FrameType | None) -> None:
+        raise NotBegunError(signal.Signals(number).name)
+
+    with _handled(end):
+        yield
+
+
+@contextmanager
 def listening() -> Iterator[Stop]:
     """Turn signals into a request while the block runs, then give them back. SIGHUP stays ignored under nohup."""
     stop = Stop()
-    ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
-    before = {number: signal.signal(number, stop.on_signal) for number in _SIGNALS if number not in ignored}
-    try:
+    with _handled(stop.on_signal):
         yield stop
+
+
+@contextmanager
+def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
+    before = {number: signal.signal(number, handler) for number in _SIGNALS if number not in ignored}
+    try:
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
