@@ -10,6 +10,7 @@ OUT/.specvlm/state-SSSSS.lock           its kernel lock, with the holder's name 
 
 from __future__ import annotations
 
+import errno
 import json
 import sqlite3
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ from specvlm_cli.shard import Shard
 from specvlm_cli.text import clean
 
 _FORMAT = 1
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # what was asked for is not to blame
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +84,7 @@ class RunFolder:
 
         Raises:
             UsageError: The folder cannot be made or written.
+            FatalError: Its disk is full or does not work.
             BusyError: Another run holds it.
         """
         with ExitStack() as held:
@@ -91,6 +94,8 @@ class RunFolder:
                 ours = held.enter_context(lock.take(self._ledger.with_suffix(".lock"), run_id))
             except OSError as error:
                 reason = f"{clean(str(self.root))}: cannot be used as the output folder ({error.strerror})"
+                if error.errno in _OF_THE_DISK:
+                    raise FatalError(f"{reason}; start again once this is mended") from error
                 raise UsageError(f"{reason}; give another -o folder") from error
             yield ours
 
