@@ -1,15 +1,17 @@
-"""Runs `specvlm` with a fake engine in a process of its own, to be killed there.
+"""Runs `specvlm` with a fake engine in processes of their own, to be killed or hindered there.
 
-    python -m tests.cli.drive run ARGUMENTS...          one run, as the shell would do it
-    python -m tests.cli.drive kill PLAN.json            many runs, each in a fork, killed where the plan says
+    python -m tests.cli.drive run ARGUMENTS...    one run, as the shell would do it
+    python -m tests.cli.drive serve               starts in forks, as orders on stdin say; see `Order`
 
-A plan is a list of trials. Each trial names a run folder and the kills of its starts, one after another; then
-comes a start that is not killed, unless "finish" is false. Kills are installed from here, by wrapping
-functions: the product knows none of it.
+Kills and input/output faults are installed from here, by wrapping functions and by a shim (`iofault.c`): the
+product knows none of it. The environment says how the fakes behave: DRIVE_DELAY_S for each caption, DRIVE_LOAD_S
+to load, DRIVE_PART_ROWS in a part, DRIVE_JOURNAL for what the engines note, DRIVE_WORDS to make captions long,
+DRIVE_BUSY_S for how long a ledger that others hold is waited for.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
 import json
@@ -18,98 +20,250 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from specvlm_cli.decoding import DecodingPool
-
-import specvlm_cli.parts  # noqa: F401  imported before forking, so that a trial costs milliseconds
-from specvlm_cli import app, engine, runner
+import specvlm_cli.parts
+import specvlm_cli.resharding  # noqa: F401  all imported before forking, so that a start costs milliseconds
+from specvlm_cli import app, engine, ledger, runner
 from specvlm_cli.commands import caption
-from specvlm_cli.runner import Policy
+from specvlm_cli.decoding import DecodingPool
+from specvlm_cli.export import job as export_job  # noqa: F401
+from specvlm_cli.policy import Policy
+from tests.cli import family
 from tests.cli.conftest import READER
 from tests.cli.fake import FakeFactory
 
+Victim = Literal["parent", "group", "worker", "nursery", "reader"]
+
 POINTS = {
+    "lock": "specvlm_cli.lock:take",
+    "share": "specvlm_cli.lock:share",
+    "sign_off": "specvlm_cli.lock:Lock.sign_off",
+    "register": "specvlm_cli.ledger:Ledger.register",
+    "recover": "specvlm_cli.ledger:Ledger.recover",
+    "pending": "specvlm_cli.ledger:Ledger.pending",
     "claim": "specvlm_cli.ledger:Ledger.claim",
     "finish": "specvlm_cli.ledger:Ledger.finish",
     "fail": "specvlm_cli.ledger:Ledger.fail",
     "store": "specvlm_cli.ledger:Ledger._store",
-    "register": "specvlm_cli.ledger:Ledger.register",
+    "commit": "sqlite_utils:Database.commit",
+    "reopen": "specvlm_cli.ledger:Ledger.reopen",
+    "take_out": "specvlm_cli.ledger:Ledger._take_out",
+    "outdate": "specvlm_cli.ledger:Ledger._outdate",
+    "adopt": "specvlm_cli.ledger:Ledger.adopt",
+    "adopt_failures": "specvlm_cli.ledger:Ledger.adopt_failures",
     "number": "specvlm_cli.ledger:Ledger.take_part_number",
-    "write": "pyarrow.parquet:write_table",
-    "check": "specvlm_cli.parts:_check",
-    "fsync": "os:fsync",
-    "rename": "os:replace",
     "add_part": "specvlm_cli.ledger:Ledger.add_part",
     "insert_part": "specvlm_cli.ledger:Ledger._insert_part",
-    "mark_failures": "specvlm_cli.ledger:Ledger.mark_failures",
-    "adopt": "specvlm_cli.ledger:Ledger.adopt",
-    "outdate": "specvlm_cli.ledger:Ledger._outdate",
-    "repair": "specvlm_cli.parts:Parts.repair",
-    "reopen": "specvlm_cli.ledger:Ledger.reopen",
     "renew_part": "specvlm_cli.ledger:Ledger.renew_part",
+    "mark_failures": "specvlm_cli.ledger:Ledger.mark_failures",
+    "repair": "specvlm_cli.parts:Parts.repair",
+    "write": "pyarrow.parquet:write_table",
+    "check": "specvlm_cli.parts:_check",
+    "describe": "specvlm_cli.parts:_described",
+    "fsync": "os:fsync",
+    "rename": "os:replace",
+    "sync": "specvlm_cli.durable:sync",
+    "run_file": "specvlm_cli.run_folder:RunFolder.write",
+    "start_worker": "specvlm_cli.generating.worker:Worker.__init__",
+    "give": "specvlm_cli.generating.worker:Worker.give",
+    "hear": "specvlm_cli.generating.worker:Worker.hear",
+    "submit": "specvlm_cli.decoding:DecodingPool.submit",
+    "collect": "specvlm_cli.decoding:DecodingPool.collect",
+    "divide": "specvlm_cli.resharding:_divide",
+    "deal_out": "specvlm_cli.resharding:_deal_out",
+    "complete": "pathlib:Path.rename",
+    "take_over": "specvlm_cli.resharding:_take_over",
+    "unlink": "pathlib:Path.unlink",
+    "write_parts": "specvlm_cli.resharding:_write_parts",
+    "rmtree": "shutil:rmtree",
+    "export_table": "pyarrow.parquet:ParquetWriter.write_table",
+    "export_rename": "os:rename",
+    "export_write": "specvlm_cli.export.job:_Export.write",
+    "export_sync": "specvlm_cli.export.staging:_sync_all",
+    "export_publish": "specvlm_cli.export.staging:_publish",
 }
+KINDS = {"write": 1, "sync": 2, "rename": 4, "create": 8, "truncate": 16, "unlink": 32}  # as in iofault.c
 
 
-def _die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+@dataclass(frozen=True)
+class Kill:
+    """Who dies, and when: before or after the nth call of a point."""
+
+    point: str
+    when: Literal["before", "after"]
+    nth: int
+    victim: Victim = "parent"
 
 
-def install_kill(point: str, when: str, nth: int) -> None:
-    """Die before or after the nth call of a function."""
-    module_name, _, path = POINTS[point].partition(":")
+@dataclass(frozen=True)
+class Fault:
+    """What fails below a folder, in the coordinator alone: the nth operation of some kinds, or all from there."""
+
+    below: str
+    kinds: tuple[str, ...]
+    errno: int
+    nth: int
+    for_ever: bool = False
+    report: str = os.devnull  # gets how many such operations there were
+
+
+@dataclass(frozen=True)
+class Order:
+    """One start. It works in `folder`, where its stderr is added to a file."""
+
+    arguments: tuple[str, ...]
+    folder: str
+    stderr: str = "stderr"
+    environment: dict[str, str] = field(default_factory=dict)
+    kill: Kill | None = None
+    fault: Fault | None = None
+
+    def line(self) -> str:
+        """Return what `serve` reads."""
+        return json.dumps({"start": asdict(self)})
+
+    @classmethod
+    def of(cls, said: dict[str, Any]) -> Order:
+        """Undo `line`."""
+        kill = said.pop("kill")
+        fault = said.pop("fault")
+        return cls(**said, kill=kill and Kill(**kill), fault=fault and Fault(**fault))
+
+
+def _strike(victim: Victim) -> None:
+    if victim == "parent":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if victim == "group":
+        os.killpg(0, signal.SIGKILL)
+    assert victim not in ("parent", "group")
+    for process in family.members(os.getpid(), victim):
+        os.kill(process, signal.SIGKILL)
+
+
+def install_kill(kill: Kill) -> None:
+    """Wrap the function of a point, so that its nth call kills. What it raises passes, and counts as a call."""
+    module_name, _, path = POINTS[kill.point].partition(":")
     *owners, name = path.split(".")
     owner: Any = functools.reduce(getattr, owners, importlib.import_module(module_name))
     original: Callable[..., Any] = getattr(owner, name)
     calls = 0
 
     @functools.wraps(original)
-    def dying(*arguments: Any, **options: Any) -> Any:
+    def killing(*arguments: Any, **options: Any) -> Any:
         nonlocal calls
         calls += 1
-        if calls == nth and when == "before":
-            _die()
+        number = calls
+        if number == kill.nth and kill.when == "before":
+            _strike(kill.victim)
         result = original(*arguments, **options)
-        if calls == nth and when == "after":
-            _die()
+        if number == kill.nth and kill.when == "after":
+            _strike(kill.victim)
         return result
 
-    setattr(owner, name, dying)
+    setattr(owner, name, killing)
+    if kill.point in ("lock", "share", "sync"):  # imported by name elsewhere
+        _replace_everywhere(original, killing)
 
 
-def prepare(delay_s: float, part_rows: int) -> None:
-    """Put the fake engine in place, and make parts small."""
-    engine.Factory = lambda settings, *, quiet: FakeFactory(os.devnull, delay_s)  # type: ignore[assignment,misc]
-    caption.Policy = functools.partial(Policy, part_rows=part_rows)  # type: ignore[misc,assignment]
+def _replace_everywhere(original: object, other: object) -> None:
+    for module in [module for name, module in sys.modules.items() if name.startswith("specvlm_cli")]:
+        for name, value in list(vars(module).items()):
+            if value is original:
+                setattr(module, name, other)
+
+
+def prepare() -> None:
+    """Put the fake engine in place, and make parts small, as the environment says."""
+    factory = FakeFactory(
+        os.environ.get("DRIVE_JOURNAL", os.devnull),
+        float(os.environ.get("DRIVE_DELAY_S", "0")),
+        load_s=float(os.environ.get("DRIVE_LOAD_S", "0")),
+        words=int(os.environ.get("DRIVE_WORDS", "0")),
+    )
+    rows = int(os.environ.get("DRIVE_PART_ROWS", "3"))
+    ledger.BUSY_TIMEOUT_S = float(os.environ.get("DRIVE_BUSY_S", "60"))
+    engine.Factory = lambda settings, *, quiet: factory  # type: ignore[assignment,misc]
+    caption.Policy = functools.partial(Policy, part_rows=rows)  # type: ignore[misc,assignment]
     runner.DecodingPool = functools.partial(DecodingPool, reader=READER)  # type: ignore[misc,assignment]
 
 
-def _start(arguments: list[str], kill: dict[str, Any] | None) -> int:
-    """Make one start in a fork; return its exit code, or minus the signal that ended it."""
+def _start(order: Order) -> int:
+    """Make one start in a fork with a session of its own; return its process id."""
     child = os.fork()
-    if child == 0:
-        if kill and "point" in kill:
-            install_kill(kill["point"], kill["when"], kill["nth"])
-        os._exit(app.main(arguments))
-    if kill and "after_s" in kill:
-        time.sleep(kill["after_s"])
-        os.kill(child, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if child:
+        return child
+    code = 70
+    try:
+        os.setsid()
+        os.chdir(order.folder)
+        _redirect(Path(order.stderr))
+        for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.environ.update(order.environment)
+        prepare()
+        if order.kill is not None:
+            install_kill(order.kill)
+        if order.fault is not None:
+            _arm(order.fault)
+        code = app.main(list(order.arguments))
+        if order.fault is not None:
+            Path(order.fault.report).write_text(str(ctypes.CDLL(None).iofault_count()))
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _redirect(stderr: Path) -> None:
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    os.dup2(nowhere, 0)
+    os.dup2(nowhere, 1)
+    file = os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    os.dup2(file, 2)
+    os.close(nowhere)
+    os.close(file)
+
+
+def _arm(fault: Fault) -> None:
+    """Tell the shim, which was loaded with this interpreter, what to let fail from now on."""
+    kinds = sum(KINDS[kind] for kind in fault.kinds)
+    ctypes.CDLL(None).iofault_arm(
+        os.fsencode(fault.below), kinds, ctypes.c_long(fault.nth), fault.errno, int(fault.for_ever)
+    )
+
+
+def _wait(process: int, most_s: float) -> int | None:
+    """Return the exit code of a start, or minus the signal that ended it; None: it still runs."""
+    end_s = time.monotonic() + most_s
+    while True:
+        found, status = os.waitpid(process, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() >= end_s:
+            return None
+        time.sleep(0.004)
+
+
+def _serve() -> None:
+    for line in sys.stdin:
+        said = json.loads(line)
+        if "start" in said:
+            answer: int | None = _start(Order.of(said["start"]))
+        else:
+            answer = _wait(said["wait"], said["most_s"])
+        print(json.dumps(answer), flush=True)
 
 
 def main(arguments: list[str]) -> int:
     """Do what the command line of this file says."""
-    prepare(float(os.environ.get("DRIVE_DELAY_S", "0")), int(os.environ.get("DRIVE_PART_ROWS", "3")))
     verb, *rest = arguments
     if verb == "run":
+        prepare()
         return app.main(rest)
-    trials = json.loads(Path(rest[0]).read_text())
-    codes = []
-    for trial in trials:
-        kills = trial["kills"] + [None] * trial.get("finish", True)
-        codes.append([_start(trial["arguments"], kill) for kill in kills])
-    print(json.dumps(codes))
+    _serve()
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -72,6 +73,8 @@ def read(
         raise VideoDecodeError(name, "no frame can be decoded")
     if text.startswith("stale"):
         raise VideoUnavailableError(name, "stale file handle")
+    if text.startswith(("slow", "stuck")):
+        time.sleep(0.1 if text.startswith("slow") else 600.0)
     pixels = np.frombuffer(text.encode(), np.uint8).repeat(3).reshape(1, 1, -1, 3)
     source = VideoSource(2.0, 25.0, 64, 48, "fake 1", 0.1, size_bytes=len(text), mtime_ns=1)
     return Frames(pixels.repeat(8, axis=0), np.arange(8.0), source)
@@ -94,12 +97,15 @@ class FakeFactory:
     only_on: str | None = None  # the device where that happens; None: on all
     dies_loading: bool = False
     number: int = 0  # of the settings that it was made for
+    load_s: float = 0.0
+    words: int = 0  # that every caption has more
 
     def gpus(self) -> int:
         return self.seen_gpus
 
     def load(self, device: str | None) -> FakeEngine:
         self.note("load", self.number)
+        time.sleep(self.load_s)
         if self.dies_loading:
             os.kill(os.getpid(), signal.SIGKILL)
         if self.error is not None and self.only_on in (None, device):
@@ -143,11 +149,16 @@ class FakeEngine:
         time.sleep(self._factory.delay_s)
         self._factory.note("captioned", text, speculate, self._device)
         _misbehave(text, number, time_limit_s)
-        words = "" if text.startswith("empty") else f"a caption of {text}"
+        words = "" if text.startswith("empty") else f"a caption of {text}" + self._more(text)
         if prompt.startswith("second"):
             words += " (second)"
         ids = (1, 2, 3) if not (text.startswith("differs") and not speculate) else (1, 2, 4)
         return Caption(words, ids, "stop", stats(plain=not speculate, frames=number), source)
+
+    def _more(self, text: str) -> str:
+        """Return words that no compression makes short, and that are the same each time."""
+        numbers = range(self._factory.words)
+        return "".join(f" {hashlib.sha256(f'{text} {number}'.encode()).hexdigest()}" for number in numbers)
 
     def warm_up(self, prepared: object) -> None:
         self._factory.note("warm_up")

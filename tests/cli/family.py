@@ -1,0 +1,68 @@
+"""The processes of a start: who descends from whom, who is what, and who is left. Linux only, by /proc."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+Role = Literal["worker", "nursery", "reader"]
+
+_WORDS = {"worker": b"generating.child", "nursery": b"decoding import nursery"}
+
+
+def children(parent: int) -> list[int]:
+    """Return the children of a process; none where it is gone."""
+    found = []
+    try:
+        for task in os.listdir(f"/proc/{parent}/task"):
+            with open(f"/proc/{parent}/task/{task}/children", encoding="ascii") as file:
+                found += [int(word) for word in file.read().split()]
+    except OSError:
+        pass
+    return found
+
+
+def members(coordinator: int, role: Role) -> list[int]:
+    """Return the processes of one kind that work for a coordinator."""
+    if role != "reader":
+        return [child for child in children(coordinator) if _WORDS[role] in _command(child)]
+    nurseries = [child for child in children(coordinator) if _WORDS["nursery"] in _command(child)]
+    return [child for nursery in nurseries for child in children(nursery)]
+
+
+def _command(process: int) -> bytes:
+    try:
+        return Path(f"/proc/{process}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def living_in(folder: Path) -> dict[int, str]:
+    """Return the live processes whose working directory is this folder, and what each is."""
+    return {process: _name(process) for process in _processes() if _lives_in(process, str(folder))}
+
+
+def _processes() -> Iterator[int]:
+    return (int(name) for name in os.listdir("/proc") if name.isdigit())
+
+
+def _lives_in(process: int, folder: str) -> bool:
+    try:
+        return os.readlink(f"/proc/{process}/cwd") == folder
+    except OSError:  # gone, or a zombie
+        return False
+
+
+def _name(process: int) -> str:
+    return _command(process).replace(b"\0", b" ").decode(errors="replace")[-120:]
+
+
+def wait_until_gone(folder: Path, most_s: float) -> dict[int, str]:
+    """Wait until no process works in this folder any more; return those that are left after `most_s`."""
+    end_s = time.monotonic() + most_s
+    while (left := living_in(folder)) and time.monotonic() < end_s:
+        time.sleep(0.02)
+    return left
