@@ -12,10 +12,14 @@ from typing import Any
 
 from specvlm_cli.exits import FatalError, UsageError
 from specvlm_cli.ledger_view import LedgerView
+from specvlm_cli.resharding import is_unfinished
 from specvlm_cli.run_folder import RunFile, RunFolder
 from specvlm_cli.text import clean
 
 _LEDGER = re.compile(r"state-(\d{5})\.db")
+_DIVIDING = (
+    "its shard count is being changed, or that was cut short; the next start of specvlm caption finishes it"
+)
 _PART = re.compile(r"part-(\d{5})(?:-\d{5,})?\.parquet")
 
 
@@ -29,7 +33,8 @@ class RunView:
         settings: What captions depend on; empty where `run.json` is gone.
         config_hash: Hash of the settings.
         kept: Columns that pass through from a manifest, and their kinds.
-        problem: What is wrong with `run.json`; None: nothing.
+        problem: What is wrong with `run.json`, or with the folder as a whole; None: nothing.
+        dividing: Its shard count is being changed, or that was cut short; ledgers are not complete.
     """
 
     root: Path
@@ -38,6 +43,7 @@ class RunView:
     config_hash: str = ""
     kept: dict[str, str] = field(default_factory=dict)
     problem: str | None = None
+    dividing: bool = False
 
     def ledger(self, shard: int) -> Path:
         """Return where the ledger of a shard is."""
@@ -89,10 +95,12 @@ def view(root: Path) -> RunView:
         raise UsageError(f"{clean(str(root))}: {what}; give the folder that specvlm caption -o was given")
     known, problem = _settings(root)
     by_files = max(shards, default=0) + 1
+    if dividing := is_unfinished(root):
+        problem = f"{clean(str(root))}: {_DIVIDING}"
     if known is None:
-        return RunView(root, by_files, problem=problem)
-    shards_known = max(known.shards, by_files)
-    return RunView(root, shards_known, known.settings, known.config_hash, known.kept, problem)
+        return RunView(root, by_files, problem=problem, dividing=dividing)
+    count = max(known.shards, by_files)
+    return RunView(root, count, known.settings, known.config_hash, known.kept, problem, dividing)
 
 
 def _settings(root: Path) -> tuple[RunFile | None, str | None]:

@@ -187,7 +187,7 @@ def _shard(run: RunView, shard: int, now: datetime, sums: _Sums | None) -> Shard
     try:
         with run.open(shard) as ledger:
             with ledger.moment():
-                found = _read(ledger, shard, holder, now)
+                found = _read(ledger, shard, holder, now, dividing=run.dividing)
             if sums is not None:
                 sums.add(ledger)
             return found
@@ -198,7 +198,9 @@ def _shard(run: RunView, shard: int, now: datetime, sums: _Sums | None) -> Shard
         return ShardStatus(shard, problem=str(error), holder=holder)
 
 
-def _read(ledger: LedgerView, shard: int, holder: Holder | None, now: datetime) -> ShardStatus:
+def _read(
+    ledger: LedgerView, shard: int, holder: Holder | None, now: datetime, *, dividing: bool
+) -> ShardStatus:
     counts = ledger.counts()
     found = pace(ledger.finishes(MOST_FINISHES), holder, now)
     to_do = counts.pending + counts.running
@@ -206,7 +208,7 @@ def _read(ledger: LedgerView, shard: int, holder: Holder | None, now: datetime) 
         shard,
         counts,
         ledger.captions(),
-        unfinished=bool(to_do or (holder and not counts.total)) or _unwritten(ledger),
+        unfinished=dividing or bool(to_do or (holder and not counts.total)) or _unwritten(ledger),
         holder=holder,
         pace=found,
         last_caption_at=ledger.last_caption(),

@@ -27,7 +27,7 @@ from specvlm_cli.export.videofolder import COLUMNS, FILE_NAME, METADATA, VIDEOS,
 from specvlm_cli.ledger import Ledger
 from specvlm_cli.ledger_view import LedgerView, Row
 from specvlm_cli.parts import Parts
-from specvlm_cli.run_view import RunView
+from specvlm_cli.run_view import RunView, view
 from specvlm_cli.screen.words import counted
 from specvlm_cli.text import clean, path_text
 
@@ -84,12 +84,22 @@ def export(
         FatalError: A ledger cannot be read, or the destination not be written.
     """
     _check(run, request)
+    _require_whole(run)
     with _explained(request.destination), staged(request.destination, _refusal(run, request)) as staging:
         sources, notes = _sources(run, staging.work)
         with Index(staging.work / "index.db", lambda shard: LedgerView.open(sources[shard])) as index:
             for shard in sources:
                 index.add(shard)
+            _require_whole(run)
             return _Export(run, request, index, staging, tick).write(notes)
+
+
+def _require_whole(run: RunView) -> None:
+    """Refuse a run whose ledgers are being changed into those of another number of shards."""
+    now = view(run.root)
+    if now.dividing or now.shards != run.shards:
+        reason = now.problem or f"{clean(str(run.root))}: its shard count has just changed; export it again"
+        raise FatalError(reason)
 
 
 def _check(run: RunView, request: Request) -> None:

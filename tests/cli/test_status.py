@@ -315,6 +315,16 @@ def test_a_journal_that_a_crash_left_is_told_and_not_touched(specvlm: Specvlm, c
     assert not crashed.with_name("dest.csv").exists()
 
 
+def test_a_change_of_the_shard_count_that_was_cut_short(specvlm: Specvlm, out: Path) -> None:
+    make_run(out, [videos(3), videos(3, first=3)])
+    (out / ".specvlm/resharded").mkdir()
+    assert "shard count is being changed" in specvlm("status", out).out
+    assert specvlm("status", out, "--only-missing").out == "0-1\n"
+    assert specvlm("status", out, "--verify").out.count("\n") == 1
+    refused = specvlm("export", out, out.with_name("dest"))
+    assert (refused.code, refused.err.count("\n"), out.with_name("dest").exists()) == (1, 1, False)
+
+
 @pytest.mark.parametrize("steps", range(1, len(STEPS) + 1))
 def test_ledgers_of_earlier_versions_are_read_as_they_are(out: Path, steps: int) -> None:
     make_run(out, [[]])
