@@ -48,7 +48,6 @@ SHARDS = 3
 MOST_REDONE = 16  # captions that are made again for each kill
 FLAGS = ("flags",)  # they say "fallback" where the first reader was killed
 _KILLED = -signal.SIGKILL
-_NO_NURSERY = "the reading processes cannot be started"
 _DELAY_S = 0.04  # of a caption, in random trials
 _HITS_OF_CHILDREN = 4  # whether a point was passed shows only where the coordinator dies
 
@@ -219,7 +218,7 @@ def _one_named(ground: Ground, scene: Scene, kill: Kill) -> Tally:
         _note_kill(trial, code, tally, kill.point)
         after = _look(trial, code)
     else:
-        _check_survived(trial, kill.victim, code, tally)
+        _check_survived(trial, code)
         tally.counts.update({f"reached {kill.point}": 1, "children": 1})
         after = invariants.Known({}, {}, {}, {})
     finish(trial, scene)
@@ -236,12 +235,8 @@ def _note_kill(trial: Trial, code: int, tally: Tally, point: str) -> None:
     tally.counts[f"reached {point}"] += code == _KILLED
 
 
-def _check_survived(trial: Trial, victim: Victim, code: int, tally: Tally) -> None:
-    """The loss of a child costs no run, but that of a nursery before it has said a word."""
-    said = trial.said()
-    early = victim == "nursery" and code == 1 and _NO_NURSERY in said
-    tally.counts["ended with 1"] += early
-    assert early or code in (0, 3), f"exit code {code}: {said}"
+def _check_survived(trial: Trial, code: int) -> None:
+    assert code in (0, 3), f"the loss of a child cost the run: exit code {code}: {trial.said()}"
 
 
 def _look(trial: Trial, code: int) -> invariants.Known:
@@ -312,7 +307,7 @@ def run_at_random(ground: Ground, what: AtRandom) -> Tally:
         if victim in ("parent", "group"):
             assert code in (_KILLED, 0, 3), f"exit code {code}: {trial.said()}"
         else:
-            _check_survived(trial, victim, code, tally)
+            _check_survived(trial, code)
         _check_kept(after, now := _look(trial, code))
         after = now
     finish(trial, "first")
@@ -434,7 +429,6 @@ def show(tallies: dict[str, Tally]) -> None:
             tally.counts["kills"],
             tally.counts["children"],
             tally.counts["not reached"],
-            tally.counts["ended with 1"],
             int(tally.most.get("redone", 0)),
             len(tally.violations),
         )
