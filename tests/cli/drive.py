@@ -6,7 +6,8 @@
 Kills and input/output faults are installed from here, by wrapping functions and by a shim (`iofault.c`): the
 product knows none of it. The environment says how the fakes behave: DRIVE_DELAY_S for each caption, DRIVE_LOAD_S
 to load, DRIVE_PART_ROWS in a part, DRIVE_JOURNAL for what the engines note, DRIVE_WORDS to make captions long,
-DRIVE_BUSY_S for how long a ledger that others hold is waited for.
+DRIVE_BUSY_S for how long a ledger that others hold is waited for. With DRIVE_FORK the coordinator's children are
+forked from it instead of started as interpreters of their own, which saves most of what a start costs.
 """
 
 from __future__ import annotations
@@ -17,19 +18,26 @@ import importlib
 import json
 import os
 import signal
+import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any, Literal
 
+import specvlm_cli.decoding.nursery
+import specvlm_cli.generating.child
 import specvlm_cli.parts
 import specvlm_cli.resharding  # noqa: F401  all imported before forking, so that a start costs milliseconds
 from specvlm_cli import app, engine, ledger, runner
 from specvlm_cli.commands import caption
-from specvlm_cli.decoding import DecodingPool
+from specvlm_cli.decoding import DecodingPool, keeper
 from specvlm_cli.export import job as export_job  # noqa: F401
+from specvlm_cli.generating import worker
 from specvlm_cli.policy import Policy
 from tests.cli import family
 from tests.cli.conftest import READER
@@ -133,14 +141,59 @@ class Order:
         return cls(**said, kill=kill and Kill(**kill), fault=fault and Fault(**fault))
 
 
+class Forked(subprocess.Popen[bytes]):
+    """A child as `subprocess.Popen` would start it, but for the interpreter: it runs the statement in a fork."""
+
+    def __init__(
+        self,
+        command: list[str],
+        *,
+        stdin: int,
+        stderr: Any,
+        pass_fds: Sequence[int],
+        stdout: int | None = None,
+        env: dict[str, str] | None = None,
+        start_new_session: bool = False,
+    ) -> None:
+        self.returncode: int | None = None
+        self.stdin = self.stdout = self.stderr = None
+        self.args, self._child_created = command, True
+        self._waitpid_lock = threading.Lock()
+        self.pid = os.fork()
+        if self.pid:
+            return
+        try:
+            for number in range(1, signal.NSIG):
+                with suppress(OSError, ValueError):
+                    signal.signal(number, signal.SIG_DFL)
+            error = stderr if isinstance(stderr, int) else stderr.fileno()
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            os.dup2(error, 2)
+            for stream in (0, 1) if stdout == subprocess.DEVNULL else (0,):
+                os.dup2(nowhere, stream)
+            kept = sorted(pass_fds)
+            for low, high in zip([2, *kept], [*kept, os.sysconf("SC_OPEN_MAX")], strict=True):
+                os.closerange(low + 1, high)
+            if start_new_session:
+                os.setsid()
+            if env is not None:
+                os.environ.clear()
+                os.environ.update(env)
+            statement = command[-1].partition("; ")[2]
+            family.name_me("nursery" if "nursery" in statement else "worker")
+            exec(statement.partition("; ")[2], {})
+        finally:
+            os._exit(0)
+
+
 def _strike(victim: Victim) -> None:
     if victim == "parent":
         os.kill(os.getpid(), signal.SIGKILL)
-    if victim == "group":
+    elif victim == "group":
         os.killpg(0, signal.SIGKILL)
-    assert victim not in ("parent", "group")
-    for process in family.members(os.getpid(), victim):
-        os.kill(process, signal.SIGKILL)
+    else:
+        for process in family.members(os.getpid(), victim):
+            os.kill(process, signal.SIGKILL)
 
 
 def install_kill(kill: Kill) -> None:
@@ -149,11 +202,13 @@ def install_kill(kill: Kill) -> None:
     *owners, name = path.split(".")
     owner: Any = functools.reduce(getattr, owners, importlib.import_module(module_name))
     original: Callable[..., Any] = getattr(owner, name)
-    calls = 0
+    calls, ours = 0, os.getpid()
 
     @functools.wraps(original)
     def killing(*arguments: Any, **options: Any) -> Any:
         nonlocal calls
+        if os.getpid() != ours:  # in a child that was forked
+            return original(*arguments, **options)
         calls += 1
         number = calls
         if number == kill.nth and kill.when == "before":
@@ -185,9 +240,18 @@ def prepare() -> None:
     )
     rows = int(os.environ.get("DRIVE_PART_ROWS", "3"))
     ledger.BUSY_TIMEOUT_S = float(os.environ.get("DRIVE_BUSY_S", "60"))
-    engine.Factory = lambda settings, *, quiet: factory  # type: ignore[assignment,misc]
-    caption.Policy = functools.partial(Policy, part_rows=rows)  # type: ignore[misc,assignment]
-    runner.DecodingPool = functools.partial(DecodingPool, reader=READER)  # type: ignore[misc,assignment]
+    _put(engine, "Factory", lambda settings, *, quiet: factory)
+    _put(caption, "Policy", functools.partial(Policy, part_rows=rows))
+    _put(runner, "DecodingPool", functools.partial(DecodingPool, reader=READER))
+    if "DRIVE_FORK" in os.environ:
+        names = {name: getattr(subprocess, name) for name in ("DEVNULL", "TimeoutExpired")}
+        for module in (worker, keeper):
+            _put(module, "subprocess", SimpleNamespace(Popen=Forked, **names))
+
+
+def _put(module: ModuleType, name: str, value: object) -> None:
+    assert hasattr(module, name), f"{module.__name__} has no {name} any more"
+    setattr(module, name, value)
 
 
 def _start(order: Order) -> int:

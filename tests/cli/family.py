@@ -28,14 +28,23 @@ def children(parent: int) -> list[int]:
 def members(coordinator: int, role: Role) -> list[int]:
     """Return the processes of one kind that work for a coordinator."""
     if role != "reader":
-        return [child for child in children(coordinator) if _WORDS[role] in _command(child)]
-    nurseries = [child for child in children(coordinator) if _WORDS["nursery"] in _command(child)]
+        return [child for child in children(coordinator) if _is(child, role)]
+    nurseries = [child for child in children(coordinator) if _is(child, "nursery")]
     return [child for nursery in nurseries for child in children(nursery)]
 
 
-def _command(process: int) -> bytes:
+def name_me(role: Role) -> None:
+    """Have this process, a fork, taken for what it is."""
+    Path("/proc/self/comm").write_text(f"specvlm-{role}")
+
+
+def _is(process: int, role: Role) -> bool:
+    return _WORDS[role] in _read(process, "cmdline") or _read(process, "comm") == f"specvlm-{role}\n".encode()
+
+
+def _read(process: int, name: str) -> bytes:
     try:
-        return Path(f"/proc/{process}/cmdline").read_bytes()
+        return Path(f"/proc/{process}/{name}").read_bytes()
     except OSError:
         return b""
 
@@ -57,7 +66,11 @@ def _lives_in(process: int, folder: str) -> bool:
 
 
 def _name(process: int) -> str:
-    return _command(process).replace(b"\0", b" ").decode(errors="replace")[-120:]
+    return (
+        (_read(process, "comm") + _read(process, "cmdline"))
+        .replace(b"\0", b" ")
+        .decode(errors="replace")[-120:]
+    )
 
 
 def wait_until_gone(folder: Path, most_s: float) -> dict[int, str]:

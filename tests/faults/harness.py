@@ -32,6 +32,7 @@ ROOT = Path(__file__).parents[2]
 CHILDREN_END_S = 5.0  # after their parent was killed
 LONGEST_START_S = 90.0
 VOLATILE = ("created_at", "run_id", "attempts")  # columns that differ between two runs of the same videos
+FORK = {"DRIVE_FORK": "1"}  # see `tests.cli.drive`
 BAD = {"text": 3, "damaged": 9}  # videos that fail, by their number
 
 Given = TypeVar("Given")
@@ -70,7 +71,7 @@ class Driver:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={"PATH": os.defpath, "PYTHONPATH": str(ROOT), **environment},
+            env={"PATH": os.defpath, "PYTHONPATH": str(ROOT), **FORK, **environment},
         )
 
     def __enter__(self) -> Self:

@@ -1,0 +1,15 @@
+"""Many starts at once on one run folder. Full size: `tests.faults.starts`."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.faults import starts
+from tests.faults.harness import Driver, Tally, place
+from tests.faults.starts import Ground
+
+
+@pytest.mark.parametrize("kind", starts.ROUNDS)
+def test_at_the_same_moment(kind: str) -> None:
+    with place() as folder, Driver() as driver:
+        starts.ROUNDS[kind](Ground(folder, driver, 8), Tally())
