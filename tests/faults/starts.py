@@ -26,7 +26,7 @@ from tests.faults.harness import Driver, Tally, Trial, conclude, make_videos, pl
 
 VIDEOS = 16
 BUSY = 75
-_HELD = re.compile(r"specvlm: error: .* is in use by process (\d+) on .+ since .+; wait for it to end\n")
+_HELD = re.compile(r"specvlm: error: .* is in use by process (\d+) on .+ since .+; wait for it to end.*\n")
 _DIVIDED = re.compile(
     r"specvlm: error: .*(its shard count is being changed|a start of it is at work|is in use by).*\n"
 )
