@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from specvlm_cli.checkpoints import PresetView
 
 SCHEMA = 1
-_HEADER = ("preset", "target", "draft", "frames", "memory", "on disk")
+_HEADER = ("preset", "target", "draft", "family", "frames", "memory", "on disk")
 
 
 def presets(
@@ -35,14 +35,14 @@ def presets(
         plain = [{**asdict(one), "memory_bytes": one.memory_bytes} for one in found]
         show.as_json({"schema": SCHEMA, "presets": plain})
     else:
-        show.table(_HEADER, [_line(one) for one in found], right={4})
+        show.table(_HEADER, [_line(one) for one in found], right={5})
     return ExitCode.OK
 
 
 def _line(one: PresetView) -> tuple[str, ...]:
     from specvlm_cli.screen.words import amount
 
-    return one.name, one.target, one.draft, one.frames, amount(one.memory_bytes), _disk(one)
+    return one.name, one.target, one.draft, one.family, one.frames, amount(one.memory_bytes), _disk(one)
 
 
 def _disk(one: PresetView) -> str:

@@ -88,19 +88,23 @@ def _held(folder: Path) -> Iterator[None]:
     folder.mkdir(exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not folder.exists():  # the export that held it has removed it at its end
-            raise BlockingIOError
+        _lock(descriptor, folder)
         for name in os.listdir(descriptor):
             _remove(folder / name)
         yield
-    except BlockingIOError as error:
-        where = clean(str(folder.parent))
-        raise BusyError(
-            f"another export to the same place in {where} is at work; wait for it to end"
-        ) from error
     finally:
         os.close(descriptor)
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if folder.exists():  # else the export that held it has just removed it, at its end
+            return
+    except BlockingIOError:
+        pass
+    where = clean(str(folder.parent))
+    raise BusyError(f"another export to the same place in {where} is at work; wait for it to end")
 
 
 def _remove(path: Path) -> None:

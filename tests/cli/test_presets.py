@@ -80,7 +80,7 @@ def test_table_has_a_line_for_each_and_no_colour_off_a_terminal(specvlm: Specvlm
     lines = told.out.splitlines()
     assert (told.code, told.err) == (0, "")
     assert len(lines) == 1 + len(presets())
-    assert lines[0].split() == ["preset", "target", "draft", "frames", "memory", "on", "disk"]
+    assert lines[0].split() == ["preset", "target", "draft", "family", "frames", "memory", "on", "disk"]
     assert len({line.index(one.target.rpartition("/")[2]) - len(one.target.rpartition("/")[0]) for line, one in zip(
         lines[3:], presets()[2:], strict=True)}) == 1  # fmt: skip
     assert "\x1b" not in told.out
