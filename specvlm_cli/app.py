@@ -100,13 +100,31 @@ def _with_source(message: str, given: Sequence[str]) -> str:
     return message
 
 
+def _plainly(message: str) -> str:
+    """Return a message of the command-line library without its own words, and with a way out."""
+    if message.startswith("Missing argument 'INPUT...'"):
+        return (
+            "nothing to caption: give a folder, a video, a quoted glob, a manifest, or - for standard input"
+        )
+    return message.replace("Value error, ", "")
+
+
+def _as_flags(message: str) -> str:
+    """Return a message about a setting with the setting named as people typed it."""
+    return re.sub(
+        r"\b([a-z]+(?:_[a-z]+)*)=(?=[\d.'-])", lambda found: f"--{found[1].replace('_', '-')} ", message
+    )
+
+
 def _explained(error: Exception) -> tuple[str, ExitCode]:
     """Return the one line and the exit code for an error that ended a command."""
     if isinstance(error, CommandError):
         return str(error), error.code
     if isinstance(error, typer.TyperException):
-        return error.format_message(), ExitCode.USAGE
-    if isinstance(error, (ConfigError, IncompatibleDraftError, PromptError)):
+        return _plainly(error.format_message()), ExitCode.USAGE
+    if isinstance(error, ConfigError):
+        return _as_flags(str(error)), ExitCode.USAGE
+    if isinstance(error, (IncompatibleDraftError, PromptError)):
         return str(error), ExitCode.USAGE
     if isinstance(error, SpecvlmError):
         return str(error), ExitCode.FATAL

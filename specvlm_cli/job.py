@@ -11,24 +11,23 @@ import math
 import sqlite3
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
 from os import fsdecode
 from os.path import lexists
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
 from specvlm_cli.engine import EngineFactory, Models
 from specvlm_cli.exits import BusyError, ExitCode, UsageError
-from specvlm_cli.ledger import Ledger, is_damage
-from specvlm_cli.lock import Lock
+from specvlm_cli.ledger import Ledger, Planned, is_damage
 from specvlm_cli.policy import Policy
-from specvlm_cli.resharding import is_unfinished, reshard
+from specvlm_cli.resharding import finish, is_unfinished, reshard
 from specvlm_cli.results import Outcome
 from specvlm_cli.rows import Provenance
 from specvlm_cli.run_folder import RunFile, RunFolder
-from specvlm_cli.runner import TOO_MANY, Reporter, Runner
+from specvlm_cli.runner import Reporter, Runner
 from specvlm_cli.settings import CaptionSettings, Plain, config_hash, differences
 from specvlm_cli.shard import Shard
 from specvlm_cli.stopping import Stop, listening
@@ -38,7 +37,10 @@ from specvlm_cli.wanted import Wanted
 ChangePolicy = Literal["error", "reuse", "new"]
 LockedPolicy = Literal["fail", "skip", "wait"]
 
+T = TypeVar("T")
+
 _LOOK_EVERY_S = 1.0  # at a lock that others hold
+_MOST_TOLD = 20  # rows that name no video; the others stand in the failures file
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,50 +102,60 @@ def run(request: Request, factory: EngineFactory, display: Display) -> Outcome:
         CommandError: The start could not be made, or could not go on.
     """
     started = time.monotonic()
-    if request.reshard and reshard(request.out, request.shard.count):
-        display.note(f"{clean(str(request.out))} is divided into {request.shard.count} shards now")
-    folder = choose_folder(request)
-    if str(folder.root) != str(request.out):
-        display.note(f"settings changed: captions go to {clean(str(folder.root))}")
-    if (outcome := _nothing_to_do(request, folder)) is not None:
-        return outcome
-    run_id = uuid.uuid4().hex
     with listening() as stop:
         if request.max_runtime_s is not None:
             stop.end_after(request.max_runtime_s)
-        with _held(request, folder, run_id, stop, display) as lock:
-            if lock is None:
-                return _not_begun(request, folder, stop)
-            stop.tell(lock.sign_off)
-            with folder.open() as ledger:
-                start = _Start(request, folder, ledger, run_id, display, stop)
-                start.settle(lock.after_crash)
-                outcome = start.work(factory)
+        outcome = _run(request, factory, display, stop)
     return replace(outcome, wall_s=time.monotonic() - started)
 
 
-@contextmanager
-def _held(
-    request: Request, folder: RunFolder, run_id: str, stop: Stop, display: Display
-) -> Iterator[Lock | None]:
-    """Hold the shard's lock; None where another start holds it and that is a reason to skip, or to stop."""
-    told = False
+def _run(request: Request, factory: EngineFactory, display: Display, stop: Stop) -> Outcome:
+    folder = choose_folder(request)
+    if str(folder.root) != str(request.out):
+        display.note(f"settings changed: captions go to {clean(str(folder.root))}")
+    if (request.reshard or is_unfinished(folder.root)) and not _when_free(
+        request, stop, display, lambda: _divide(request, folder, display)
+    ):
+        return _not_begun(request, folder, stop)
+    _agree(request, folder)
+    if (outcome := _nothing_to_do(request, folder)) is not None:
+        return outcome
+    run_id = uuid.uuid4().hex
     with ExitStack() as held:
-        while stop.reason is None:
-            try:
-                yield held.enter_context(folder.locked(run_id))
-                return
-            except BusyError as error:
-                if request.if_locked == "fail":
-                    raise
-                if request.if_locked == "skip":
-                    display.note(str(error))
-                    break
-                if not told:
-                    display.note(f"waiting: {error}")
-                told = True
-                time.sleep(_LOOK_EVERY_S)
-        yield None
+        lock = _when_free(request, stop, display, lambda: held.enter_context(folder.locked(run_id)))
+        if lock is None:
+            return _not_begun(request, folder, stop)
+        stop.tell(lock.sign_off)
+        with folder.open() as ledger:
+            start = _Start(request, folder, ledger, run_id, display, stop)
+            start.settle(lock.after_crash)
+            return start.work(factory)
+
+
+def _when_free(request: Request, stop: Stop, display: Display, enter: Callable[[], T]) -> T | None:
+    """Do what needs the folder; None where another start holds it and that is a reason to skip, or to stop."""
+    told = False
+    while stop.reason is None:
+        try:
+            return enter()
+        except BusyError as error:
+            if request.if_locked == "fail":
+                raise
+            if not told:
+                display.note(str(error) if request.if_locked == "skip" else f"waiting: {error}")
+            if request.if_locked == "skip":
+                break
+            told = True
+            time.sleep(_LOOK_EVERY_S)
+    return None
+
+
+def _divide(request: Request, folder: RunFolder, display: Display) -> bool:
+    """Finish a division into shards that was cut short, and divide anew where that was asked for."""
+    finish(folder.root)
+    if request.reshard and reshard(folder.root, request.shard.count):
+        display.note(f"{_shown(folder)} is divided into {request.shard.count} shards now")
+    return True
 
 
 def _not_begun(request: Request, folder: RunFolder, stop: Stop) -> Outcome:
@@ -159,22 +171,42 @@ def _not_begun(request: Request, folder: RunFolder, stop: Stop) -> Outcome:
     )
 
 
-def plan(request: Request, show: Callable[[bytes], None]) -> tuple[Outcome, int]:
-    """Show the path of each video that a start would work on, touching nothing; say how things stand, and how many.
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a start would do.
+
+    Attributes:
+        outcome: How things stand.
+        videos: How many videos it would work on.
+        bad_rows: Rows of manifests that name no video, and will fail.
+        problems: What is wrong with the first of them.
+    """
+
+    outcome: Outcome
+    videos: int
+    bad_rows: int
+    problems: Sequence[str]
+
+
+def plan(request: Request, show: Callable[[Planned], None]) -> Plan:
+    """Show each video that a start would work on, touching nothing; say how things stand.
 
     Raises:
         CommandError: The start would fail.
     """
     folder = choose_folder(request)
+    if is_unfinished(folder.root):
+        raise UsageError(f"{_shown(folder)}: its division into shards was cut short; start once without -n")
+    _agree(request, folder)
     try:
         with folder.preview() as ledger:
             ledger.want(request.wanted)
             _refuse_changes(request, folder, ledger)
             number = 0
-            for path in ledger.paths_to_do(request.overwrite, request.retry_failed, request.policy.limit):
-                show(path)
+            for planned in ledger.to_do(request.overwrite, request.retry_failed, request.policy.limit):
+                show(planned)
                 number += 1
-            return _outcome(request, folder, ledger), number
+            return Plan(_outcome(request, folder, ledger), number, *ledger.problems(_MOST_TOLD))
     except sqlite3.DatabaseError as error:
         raise folder.damaged(error) if is_damage(error) else error from error
 
@@ -182,22 +214,26 @@ def plan(request: Request, show: Callable[[bytes], None]) -> tuple[Outcome, int]
 def choose_folder(request: Request) -> RunFolder:
     """Return the run folder: OUT, or with `--on-config-change new` a sibling named after the new settings."""
     folder = RunFolder(request.out, request.shard)
-    if is_unfinished(request.out):
-        reshard(request.out, request.shard.count)
     known = folder.read()
     fingerprint = request.settings.fingerprint()
-    if known is not None and known.settings != fingerprint and request.on_config_change == "new":
-        out = request.out.absolute()
-        folder = RunFolder(out.with_name(f"{out.name}-{config_hash(fingerprint)[:8]}"), request.shard)
-        known = folder.read()
-    folder.parts.kept = _kept(request, folder, known)
-    return folder
+    if known is None or known.settings in ({}, fingerprint) or request.on_config_change != "new":
+        return folder
+    out = request.out.absolute()
+    return RunFolder(out.with_name(f"{out.name}-{config_hash(fingerprint)[:8]}"), request.shard)
 
 
-def _kept(request: Request, folder: RunFolder, known: RunFile | None) -> Mapping[str, str]:
+def _agree(request: Request, folder: RunFolder) -> None:
+    """Refuse another number of shards than the run has; take its columns that pass through.
+
+    Raises:
+        UsageError: This start does not fit the run.
+    """
+    known = folder.read() or folder.recall()
+    folder.parts.kept = request.kept if known is None else _kept(request, folder, known)
+
+
+def _kept(request: Request, folder: RunFolder, known: RunFile) -> Mapping[str, str]:
     """Return the columns that pass through: those of the run, which a start may not add to."""
-    if known is None:
-        return request.kept
     if known.shards != request.shard.count:
         raise UsageError(
             f"{_shown(folder)} was begun with {known.shards} shards, this start has {request.shard.count}; give "
@@ -250,20 +286,36 @@ class _Start:
 
     def settle(self, after_crash: bool) -> None:
         """Bring ledger and files into the state from which work can begin."""
-        self.ledger.want(self.request.wanted)
-        _refuse_changes(self.request, self.folder, self.ledger)
+        request, folder = self.request, self.folder
+        with folder.settling():  # what was seen before the lock may have changed
+            _agree(request, folder)
+            if folder.read() is None:
+                folder.write(RunFile({}, "", {}, request.shard.count, dict(folder.parts.kept)))
+        self.ledger.want(request.wanted)
+        _refuse_changes(request, folder, self.ledger)
+        if folder.was_rebuilt:
+            self.ledger.reopen_incomplete(len(request.settings.prompts))
         self.ledger.recover(crashed=after_crash)
         self.refused = self.ledger.register(reuse=self.request.on_config_change == "reuse")
+        self._tell_bad_rows()
         for done in self.folder.parts.repair(self.ledger):
             self.display.note(done)
+
+    def _tell_bad_rows(self) -> None:
+        if not self.refused:
+            return
+        for claim, failure in self.ledger.bad_rows(_MOST_TOLD):
+            self.display.failed(claim, failure, "")
+        if self.refused > _MOST_TOLD:
+            self.display.warn(f"failed: {self.refused - _MOST_TOLD} more rows that name no video")
 
     def work(self, factory: EngineFactory) -> Outcome:
         """Caption what is to be captioned."""
         request = self.request
         todo = self.ledger.count_to_do(request.overwrite, request.retry_failed, request.policy.limit)
         policy = replace(request.policy, max_failures=_most_failures(request, todo))
-        runner = Runner(self.ledger, self.folder.parts, factory, policy, self.display)
-        if todo and self.stop.reason is None:
+        runner = Runner(self.ledger, self.folder.parts, factory, policy, self.display, refused=self.refused)
+        if todo and self.stop.reason is None and not runner.too_many_failed():
             self._caption(runner, todo)
         else:
             runner.close_parts()
@@ -274,8 +326,8 @@ class _Start:
         return replace(
             outcome,
             exit_code=self._exit_code(runner, outcome, todo),
-            failed_now=runner.failed + self.refused,
-            figures=runner.tally.figures() if todo else None,
+            failed_now=runner.failed,
+            figures=runner.tally.figures() if todo or self.refused else None,
             stopped=runner.stopped or (self.stop.reason if outcome.pending else None),
             waited_s=runner.waited_s if todo else None,
             failures_file=str(self.folder.root / self.folder.parts.failures_name) if outcome.failed else None,
@@ -284,7 +336,7 @@ class _Start:
     def _exit_code(self, runner: Runner, outcome: Outcome, todo: int) -> ExitCode:
         if self.stop.reason is not None and outcome.pending:
             return ExitCode.STOPPED
-        if runner.stopped == TOO_MANY:
+        if runner.too_many_failed():
             return ExitCode.TOO_MANY_FAILED
         failed = outcome.failed if todo else self.refused
         return ExitCode.SOME_FAILED if failed and not self.request.exit_zero else outcome.exit_code
@@ -321,7 +373,7 @@ class _Start:
 
     def _refuse_other_target(self, resolved: Plain) -> None:
         known = self.folder.read()
-        changes = differences(known.resolved, resolved) if known is not None else []
+        changes = differences(known.resolved, resolved) if known is not None and known.settings else []
         if not changes or self.request.on_config_change == "reuse":
             return
         if _captions_kept(self.request, self.folder, self.ledger):
@@ -370,6 +422,8 @@ def _refuse_changes(request: Request, folder: RunFolder, ledger: Ledger) -> None
     _refuse_other_video(ledger)
     fingerprint = request.settings.fingerprint()
     known = folder.read()
+    if known is not None and not known.settings:  # begun, or recalled, but no model was loaded since
+        known = None
     if request.on_config_change == "reuse":
         return
     _refuse_other_prompts(request, ledger)
@@ -377,7 +431,7 @@ def _refuse_changes(request: Request, folder: RunFolder, ledger: Ledger) -> None
         return
     if not _captions_kept(request, folder, ledger):
         return
-    if known is None and ledger.config_hashes() == {config_hash(fingerprint)}:
+    if known is None and _hashes(folder, ledger) == {config_hash(fingerprint)}:
         return
     changes = "; ".join(differences(known.settings, fingerprint)) if known else "its run.json is gone"
     raise UsageError(
@@ -387,12 +441,24 @@ def _refuse_changes(request: Request, folder: RunFolder, ledger: Ledger) -> None
 
 
 def _refuse_other_prompts(request: Request, ledger: Ledger) -> None:
+    """A row of a manifest that asks something else now, or about another part, has no caption for that."""
+    ways_out = "--overwrite, or --on-config-change reuse (keep such captions)"
     path = None if request.overwrite else ledger.asked_differently()
     if path is not None:
         raise UsageError(
             f"{clean(fsdecode(path))} has another prompt in the manifest than its caption was made with; give "
-            "the old one, --overwrite, or --on-config-change reuse (keep such captions)"
+            f"the old one, {ways_out}"
         )
+    identity = None if request.overwrite else ledger.cut_differently()
+    if identity is not None:
+        raise UsageError(
+            f"id {short(identity, 60)!r} has another start or end in the manifest than its caption was made with; "
+            f"give the new part an id of its own, {ways_out}"
+        )
+
+
+def _hashes(folder: RunFolder, ledger: Ledger) -> set[str]:
+    return ledger.config_hashes().union(*(other.config_hashes() for other in folder.other_ledgers()))
 
 
 def _captions_kept(request: Request, folder: RunFolder, ledger: Ledger) -> int:

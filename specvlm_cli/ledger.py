@@ -54,6 +54,14 @@ class FileStamp(NamedTuple):
 NO_FILE = FileStamp(None, None)
 
 
+class Planned(NamedTuple):
+    """A video, or a part of it, that a start would work on."""
+
+    path: bytes
+    start_s: float | None
+    end_s: float | None
+
+
 class Moved(NamedTuple):
     """A wanted video that the ledger knows by its id, at another path."""
 
@@ -180,7 +188,9 @@ class Ledger:
         self._db.execute(
             """CREATE TABLE wanted.differing AS
                SELECT ordinal, place FROM wanted.video AS video JOIN item USING (id)
-               WHERE (item.path, item.prompts, item.kept) IS NOT (video.path, video.prompts, video.kept)"""
+               WHERE (item.path, item.prompts, item.kept, item.start_s, item.end_s)
+                 IS NOT (video.path, video.prompts, video.kept, video.start_s, video.end_s)
+               AND video.problem IS NULL"""
         )
 
     def _count_new(self) -> int:
@@ -225,6 +235,19 @@ class Ledger:
                 return bytes(path)
         return None
 
+    def cut_differently(self) -> str | None:
+        """Return the id of a video that has a caption for another part than is wanted now."""
+        sql = """SELECT item.id FROM wanted.differing
+                 JOIN item USING (ordinal) JOIN wanted.video AS video USING (place)
+                 WHERE (item.start_s, item.end_s) IS NOT (video.start_s, video.end_s) AND item.state = 'done'
+                 LIMIT 1"""
+        found = self._db.execute(sql).fetchone()
+        return None if found is None else str(found[0])
+
+    def some_ids(self) -> list[str]:
+        """Return a hundred ids, or all."""
+        return [identity for (identity,) in self._db.execute("SELECT id FROM item LIMIT 100")]
+
     def counts(self) -> dict[str, int]:
         """Return how many wanted videos are pending (new ones included), running, done, failed."""
         if self._all_wanted:
@@ -234,10 +257,11 @@ class Ledger:
                      FROM wanted.video AS video LEFT JOIN item USING (id) GROUP BY 1"""
         return {"pending": 0, "running": 0, "done": 0, "failed": 0} | dict(self._db.execute(sql).fetchall())
 
-    def paths_to_do(self, overwrite: bool, retry_failed: bool, limit: int | None) -> Iterator[bytes]:
-        """Yield the paths of the wanted videos that a start would work on, in order."""
-        sql, values = _to_do("path", overwrite, retry_failed, limit)
-        return (bytes(path) for (path,) in self._db.execute(sql, values))
+    def to_do(self, overwrite: bool, retry_failed: bool, limit: int | None) -> Iterator[Planned]:
+        """Yield the wanted videos that a start would work on, in order."""
+        sql, values = _to_do("path, video.start_s, video.end_s", overwrite, retry_failed, limit)
+        rows = self._db.execute(sql, values)
+        return (Planned(bytes(path), start_s, end_s) for path, start_s, end_s in rows)
 
     def count_to_do(self, overwrite: bool, retry_failed: bool, limit: int | None) -> int:
         """Return how many wanted videos a start would work on."""
@@ -249,8 +273,8 @@ class Ledger:
 
     def has_news(self) -> bool:
         """Say whether a wanted row that names no video has not failed for that yet, or one that did names one now."""
-        sql = """SELECT EXISTS (SELECT 1 FROM wanted.video WHERE problem IS NOT NULL
-                                AND id NOT IN (SELECT id FROM item))
+        sql = """SELECT EXISTS (SELECT 1 FROM wanted.video WHERE problem IS NOT NULL AND id NOT IN (
+                                  SELECT id FROM item WHERE state NOT IN ('pending', 'running')))
                      OR EXISTS (SELECT 1 FROM item WHERE state = 'failed' AND error_type = ?
                                 AND id IN (SELECT id FROM wanted.video WHERE problem IS NULL))"""
         return bool(self._one(sql, BAD_INPUT))
@@ -264,6 +288,7 @@ class Ledger:
         failed like that just now.
         """
         with self.writing():
+            self._db.execute("INSERT OR REPLACE INTO counter (name, value) VALUES ('registered', 1)")
             self._follow(reuse)
             if not self._all_wanted:
                 self._add_new()
@@ -272,7 +297,9 @@ class Ledger:
     def _follow(self, reuse: bool) -> None:
         self._db.execute(
             """UPDATE item SET path = video.path, kept = video.kept,
-                   prompts = iif(state != 'done' OR ?, video.prompts, item.prompts)
+                   prompts = iif(state != 'done' OR ?1, video.prompts, item.prompts),
+                   start_s = iif(state != 'done' OR ?1, video.start_s, item.start_s),
+                   end_s = iif(state != 'done' OR ?1, video.end_s, item.end_s)
                FROM wanted.differing JOIN wanted.video AS video USING (place)
                WHERE item.ordinal = differing.ordinal""",
             (reuse,),
@@ -308,6 +335,19 @@ class Ledger:
             (BAD_INPUT, _now()),
         )
         return int(refused.rowcount)
+
+    def bad_rows(self, limit: int) -> list[tuple[Claim, Failure]]:
+        """Return rows of a manifest that failed because they name no video, and stand in no failures file yet."""
+        sql = """SELECT ordinal, id, path, start_s, end_s, prompts, kept, attempts, stage, error_type, error
+                 FROM item WHERE error_type = ? AND state = 'failed' AND NOT reported ORDER BY ordinal LIMIT ?"""
+        found = self._db.execute(sql, (BAD_INPUT, limit)).fetchall()
+        return [(_claim(*row[:8]), Failure(*row[8:])) for row in found]
+
+    def problems(self, limit: int) -> tuple[int, list[str]]:
+        """Return how many wanted rows name no video, and what is wrong with the first of them."""
+        number = int(self._one("SELECT count(*) FROM wanted.video WHERE problem IS NOT NULL"))
+        sql = "SELECT problem FROM wanted.video WHERE problem IS NOT NULL ORDER BY place LIMIT ?"
+        return number, [problem for (problem,) in self._db.execute(sql, (limit,))]
 
     def captions_kept(self, overwrite: bool, limit: int | None) -> int:
         """Return how many captions are there, leaving out those that an overwriting run makes anew."""
@@ -408,7 +448,7 @@ class Ledger:
             )
 
     def reopen(self, overwrite: bool, retry_failed: bool, limit: int | None) -> None:
-        """Make pending what `paths_to_do` names; captions stay until others take their place."""
+        """Make pending what `to_do` names; captions stay until others take their place."""
         anew, values = _to_do("id", overwrite, retry_failed, limit)
         with self.writing():
             self._db.execute(
@@ -417,9 +457,23 @@ class Ledger:
                 (overwrite, *values),
             )
             self._db.execute(
-                """UPDATE item SET prompts = video.prompts
+                """UPDATE item SET prompts = video.prompts, start_s = video.start_s, end_s = video.end_s
                    FROM wanted.differing JOIN wanted.video AS video USING (place)
                    WHERE item.ordinal = differing.ordinal AND state = 'pending'"""
+            )
+
+    def reopen_incomplete(self, prompts: int) -> None:
+        """After a rebuild, make pending what lacks captions: a part that held some of them is gone.
+
+        `prompts`: how many a video has that brings none of its own.
+        """
+        with self.writing():
+            self._db.execute(
+                """UPDATE item SET state = 'pending' FROM wanted.video AS video
+                   WHERE state = 'done' AND video.id = item.id
+                   AND (SELECT count(*) FROM caption WHERE item = ordinal)
+                       < coalesce(json_array_length(video.prompts), ?)""",
+                (prompts,),
             )
 
     # Parts: files that are derived from the rows
@@ -446,12 +500,15 @@ class Ledger:
         return bool(self._one(sql, row["id"], row["prompt_index"], row["created_at"]))
 
     def rows_without_part(self, limit: int) -> list[tuple[int, int, Row]]:
-        """Return (item, prompt index, row) of the oldest captions that stand in no part yet."""
-        sql = """SELECT item, prompt_index, row FROM caption WHERE part IS NULL
-                 ORDER BY item, prompt_index LIMIT ?"""
-        return [
-            (item, index, json.loads(row)) for item, index, row in self._db.execute(sql, (limit,)).fetchall()
-        ]
+        """Return (item, prompt index, row) of the oldest captions that stand in no part yet.
+
+        About `limit` of them: the captions of one video stay together.
+        """
+        last = """SELECT item FROM caption WHERE part IS NULL ORDER BY item, prompt_index LIMIT 1 OFFSET ?"""
+        sql = f"""SELECT item, prompt_index, row FROM caption
+                  WHERE part IS NULL AND item <= coalesce(({last}), item) ORDER BY item, prompt_index"""
+        found = self._db.execute(sql, (limit - 1,)).fetchall()
+        return [(item, index, json.loads(row)) for item, index, row in found]
 
     def count_without_part(self) -> int:
         return int(self._one("SELECT count(*) FROM caption WHERE part IS NULL"))
@@ -577,7 +634,7 @@ def _claim(
 def _to_do(
     column: str, overwrite: bool, retry_failed: bool, limit: int | None
 ) -> tuple[str, tuple[Any, ...]]:
-    """Return a query, and its values, for one column of the wanted videos that a start would work on."""
+    """Return a query, and its values, for columns of the wanted videos that a start would work on."""
     states = "pending running" + " failed" * (retry_failed or overwrite) + " done" * overwrite
     sql = f"""SELECT video.{column} FROM wanted.video AS video LEFT JOIN item USING (id)
               WHERE video.problem IS NULL AND instr(?, coalesce(item.state, 'pending'))

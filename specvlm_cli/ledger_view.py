@@ -170,6 +170,10 @@ class LedgerView:
         """Return how many captions there are."""
         return int(self._one("SELECT count(*) FROM caption"))
 
+    def is_registered(self) -> bool:
+        """Say whether a start has gone through its inputs since this ledger was made, or made anew."""
+        return bool(self._one("SELECT EXISTS (SELECT 1 FROM counter WHERE name = 'registered')"))
+
     def unwritten(self) -> int:
         """Return how many captions stand in no finished part yet."""
         return int(self._one("SELECT count(*) FROM caption WHERE part IS NULL"))

@@ -57,7 +57,9 @@ def take(path: Path, run_id: str) -> Lock:
     except BlockingIOError:
         file.close()
         folder = clean(str(path.parent.parent))
-        raise BusyError(f"{folder} is in use by {_holder(path)}; wait for it to end") from None
+        raise BusyError(
+            f"{folder} is in use by {_holder(path)}; wait for it to end, or give --if-locked wait or skip"
+        ) from None
     except BaseException:
         file.close()
         raise

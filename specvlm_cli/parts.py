@@ -13,6 +13,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,8 @@ FAILURE_SCHEMA = _declared(
 
 
 _KEPT = {"bool": pa.bool_(), "int64": pa.int64(), "float64": pa.float64(), "string": pa.string()}
+_ANY_PART = re.compile(r"part-(\d{5})-\d{5,}\.parquet")
+_SOME_ROWS = 100
 _NEEDED = ("id", "path", "prompt_index", "caption")  # without these columns a file is no part
 
 
@@ -264,6 +267,32 @@ class Parts:
         if failures.exists():
             rows = _read(failures, FAILURE_SCHEMA)
             ledger.adopt_failures(rows, [path_bytes(row["path"]) for row in rows])
+
+
+def ids_in_parts(root: Path) -> Iterator[tuple[int, list[str]]]:
+    """Yield (shard, some of its ids) of one readable part of each shard."""
+    told: set[int] = set()
+    for path in _listed(root / CAPTIONS):
+        found = _ANY_PART.fullmatch(path.name)
+        if found and int(found.group(1)) not in told:
+            with suppress(pa.ArrowException, OSError, StopIteration), pq.ParquetFile(path) as file:
+                batch = next(file.iter_batches(batch_size=_SOME_ROWS, columns=["id"]))
+                told.add(int(found.group(1)))
+                yield int(found.group(1)), batch.column(0).to_pylist()
+
+
+def kept_in_parts(root: Path) -> dict[str, str]:
+    """Return the columns that pass through, and their kinds, as a readable part has them."""
+    kinds = {kind: name for name, kind in _KEPT.items()}
+    for path in _listed(root / CAPTIONS):
+        if _ANY_PART.fullmatch(path.name):
+            with suppress(pa.ArrowException, OSError):
+                schema = pq.read_schema(path)
+                ours = set(CAPTION_SCHEMA.names)
+                return {
+                    one.name: kinds[one.type] for one in schema if one.name not in ours and one.type in kinds
+                }
+    return {}
 
 
 def _listed(folder: Path) -> list[Path]:

@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import count
 
+from specvlm.errors import ConfigError
 from specvlm_cli.decoding import DecodingPool, ReadFailure, ReadJob, ReadVideo
-from specvlm_cli.ledger import Claim, Ledger
+from specvlm_cli.ledger import BAD_INPUT, Claim, Ledger
 from specvlm_cli.policy import Policy
 
 _FETCH = 64  # claims taken from the ledger at a time
@@ -35,6 +36,7 @@ class Queue:
         self._started = 0
         self._reading: dict[int, Claim] = {}
         self._read: deque[tuple[Claim, ReadVideo]] = deque()
+        self._impossible: deque[tuple[Claim, ReadFailure]] = deque()
         self._largest_bytes = 0
         self._tries: dict[int, int] = {}
         self._again: list[tuple[float, int, Claim]] = []  # a heap of (when, tie break, claim)
@@ -46,7 +48,7 @@ class Queue:
 
     def __bool__(self) -> bool:
         """Whether anything is still to come."""
-        return bool(self._reading or self._read or self._again or self._peek())
+        return bool(self._reading or self._read or self._again or self._impossible or self._peek())
 
     def ready(self) -> tuple[int, int]:
         """Return how many videos wait for a worker, and the bytes of their frames."""
@@ -67,8 +69,14 @@ class Queue:
             claim = self._next()
             if claim is None:
                 return
+            try:
+                job = self._job(claim)
+            except ConfigError as error:  # its own start and end are impossible
+                failure = ReadFailure(claim.ordinal, "open", BAD_INPUT, str(error), transient=False)
+                self._impossible.append((claim, failure))
+                continue
             self._reading[claim.ordinal] = claim
-            self._pool.submit(self._job(claim))
+            self._pool.submit(job)
 
     def _has_room(self) -> bool:
         """Say whether one more video may be read; each is taken to be as large as the largest so far."""
@@ -104,6 +112,8 @@ class Queue:
     def collect(self) -> Iterator[tuple[Claim, ReadFailure]]:
         """Take what was read; yield what could not be."""
         assert self._pool is not None
+        while self._impossible:
+            yield self._impossible.popleft()
         for outcome in self._pool.collect() if self._reading else ():
             claim = self._reading.pop(outcome.key)
             if isinstance(outcome, ReadFailure):
@@ -135,4 +145,5 @@ class Queue:
         self._reading.clear()
         self._coming.clear()
         self._again.clear()
+        self._impossible.clear()
         self._exhausted = True

@@ -9,6 +9,7 @@ whole run folder for itself.
 
 from __future__ import annotations
 
+import re
 import shutil
 import sqlite3
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from specvlm_cli.text import clean
 _BUILDING, _COMPLETE = ".resharding", "resharded"
 _NOTE = "shards"  # in that folder: their new number
 _PART_ROWS = 1000
+_PART = re.compile(r"\.?part-(\d{5})(?:-\d{5,})?\.parquet")
 _COLUMNS = (
     "id, path, start_s, end_s, state, attempts, crashes, stage, error_type, error, at, prompts, kept, size_bytes, "
     "mtime_ns"
@@ -37,22 +39,31 @@ def is_unfinished(root: Path) -> bool:
     return (root / ".specvlm" / _COMPLETE).is_dir()
 
 
+def finish(root: Path) -> None:
+    """Finish a division that was cut short, if there is one.
+
+    Raises:
+        BusyError: A start is at work in the folder.
+    """
+    if is_unfinished(root):
+        with RunFolder(root).alone():
+            if is_unfinished(root):
+                _take_over(root)
+
+
 def reshard(root: Path, count: int) -> bool:
-    """Divide a run folder into `count` shards, or first finish what was begun; say whether anything was done.
+    """Divide a run folder into `count` shards; False: it has that number, or there is no run yet.
 
     Raises:
         BusyError: A start is at work in it.
-        FatalError: A ledger is damaged.
+        FatalError: A ledger is damaged, or a part is none of its own.
     """
     if not (root / ".specvlm").is_dir():
         return False
     with RunFolder(root).alone():
-        finished = is_unfinished(root)
-        if finished:
-            _take_over(root)
         known = RunFolder(root).read()
         if known is None or known.shards == count:
-            return finished
+            return False
         _divide(root, known, count)
         _take_over(root)
     return True
@@ -69,8 +80,12 @@ def _divide(root: Path, known: RunFile, count: int) -> None:
     for index in range(known.shards):
         folder = RunFolder(root, Shard(index, known.shards))
         if folder.ledger_path(index).exists() or folder.parts.exist():
+            folder.parts.kept = known.kept
             with folder.open() as ledger:  # rolls back what a crash left, or rebuilds it from its parts
                 ledger.recover(crashed=False)
+                folder.parts.repair(
+                    ledger
+                )  # refuses parts that are none of ours, which would be deleted below
             _deal_out(folder.ledger_path(index), building, count)
     (building / _NOTE).write_text(str(count))
     for path in (*building.iterdir(), building):
@@ -87,7 +102,9 @@ def _deal_out(old: Path, building: Path, count: int) -> None:
     """Give each video of an old ledger, with its captions, to the new ledger of its id."""
     for index in range(count):
         with closing(sqlite3.connect(building / _name(index), isolation_level=None)) as database:
-            database.create_function("shard_of", 1, lambda identity: shard_of(identity, count), deterministic=True)
+            database.create_function(
+                "shard_of", 1, lambda identity: shard_of(identity, count), deterministic=True
+            )
             database.execute("ATTACH DATABASE ? AS old", (str(old),))
             database.execute("BEGIN")
             database.execute(
@@ -109,9 +126,11 @@ def _take_over(root: Path) -> None:
     complete = root / ".specvlm" / _COMPLETE
     known = RunFolder(root).read()
     if known is None:
-        raise FatalError(f"{clean(str(root))}: its run.json is gone while it was divided; put it back from a copy")
+        raise FatalError(
+            f"{clean(str(root))}: its run.json is gone while it was divided; put it back from a copy"
+        )
     count = _count(complete, known)
-    for path in _parts(root):
+    for path in _parts(root, max(known.shards, count)):
         path.unlink()
     for path in sorted(complete.glob("state-*.db")):
         publish(path, complete.with_name(path.name))
@@ -130,9 +149,13 @@ def _count(complete: Path, known: RunFile) -> int:
     return int(note.read_text()) if note.exists() else known.shards
 
 
-def _parts(root: Path) -> Iterator[Path]:
+def _parts(root: Path, shards: int) -> Iterator[Path]:
+    """Yield the parts and failures files, finished or not, of so many shards."""
     for folder in ("captions", "failures"):
-        yield from (root / folder).glob("*part-*.parquet")
+        for path in (root / folder).glob("*.parquet"):
+            found = _PART.fullmatch(path.name)
+            if found and int(found.group(1)) < shards:
+                yield path
 
 
 def _write_parts(folder: RunFolder, known: RunFile) -> None:

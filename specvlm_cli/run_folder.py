@@ -23,8 +23,8 @@ from specvlm_cli import lock
 from specvlm_cli.durable import publish
 from specvlm_cli.exits import FatalError, UsageError
 from specvlm_cli.ledger import Ledger, refused
-from specvlm_cli.parts import Parts
-from specvlm_cli.shard import Shard
+from specvlm_cli.parts import Parts, ids_in_parts, kept_in_parts
+from specvlm_cli.shard import Shard, shard_of
 from specvlm_cli.text import clean
 
 _FORMAT = 1
@@ -64,7 +64,11 @@ class RunFile:
 
 
 class RunFolder:
-    """The files of one shard of a run."""
+    """The files of one shard of a run.
+
+    Attributes:
+        was_rebuilt: `open` made the ledger anew from the parts.
+    """
 
     def __init__(self, root: Path, shard: Shard = Shard()) -> None:  # noqa: B008  frozen
         self.root = root
@@ -73,6 +77,7 @@ class RunFolder:
         self._state = root / ".specvlm"
         self._run_file = self._state / "run.json"
         self._ledger = self.ledger_path(shard.index)
+        self.was_rebuilt = False
 
     def ledger_path(self, shard: int) -> Path:
         """Return where the ledger of a shard is."""
@@ -130,13 +135,36 @@ class RunFolder:
             )
         return known
 
+    def recall(self) -> RunFile | None:
+        """Return what ledgers and parts tell of a run whose `run.json` is gone; None where there are none.
+
+        Raises:
+            UsageError: They are not those of as many shards as this start has.
+        """
+        seen = [found for found in (*self._ids_in_ledgers(), *ids_in_parts(self.root)) if found[1]]
+        count = self.shard.count
+        for shard, ids in seen:
+            if shard >= count or any(shard_of(identity, count) != shard for identity in ids):
+                raise UsageError(
+                    f"{clean(str(self.root))}: its run.json is gone, and what is there is not of {count} shards; "
+                    "give --shard I/N with the number that the run had"
+                )
+        return RunFile({}, "", {}, count, kept_in_parts(self.root)) if seen else None
+
+    def _ids_in_ledgers(self) -> Iterator[tuple[int, list[str]]]:
+        for path in sorted(self._state.glob("state-[0-9]*.db")):
+            ledger = Ledger.peek(path)
+            if ledger is not None:
+                with ledger:
+                    yield int(path.stem.removeprefix("state-")), ledger.some_ids()
+
     def write(self, run: RunFile) -> None:
         """Replace `run.json`, all of it or nothing."""
         if self.read() == run:
             return
         temporary = self._run_file.with_name(f".run-{self.shard.index:05d}.json")
         with temporary.open("w", encoding="utf-8") as file:
-            json.dump(asdict(run), file, indent=2, sort_keys=True)
+            json.dump(asdict(run), file, indent=2)
         publish(temporary, self._run_file)
 
     @contextmanager
@@ -191,6 +219,7 @@ class RunFolder:
         with Ledger.create(temporary) as ledger:
             self.parts.rebuild(ledger)
         publish(temporary, self._ledger)
+        self.was_rebuilt = True
 
 
 def _journal(ledger: Path) -> Path:

@@ -26,7 +26,7 @@ from specvlm_cli.failure import Failure
 from specvlm_cli.generating.crew import Crew
 from specvlm_cli.generating.messages import Broken, Failed, FromWorker, Hello, Made, Ready, Task
 from specvlm_cli.generating.worker import Worker
-from specvlm_cli.ledger import NO_FILE, Claim, FileStamp, Ledger, Row
+from specvlm_cli.ledger import BAD_INPUT, NO_FILE, Claim, FileStamp, Ledger, Row
 from specvlm_cli.parts import Parts
 from specvlm_cli.policy import Policy
 from specvlm_cli.read_ahead import Queue
@@ -34,7 +34,7 @@ from specvlm_cli.results import LiveStatus, Tally
 from specvlm_cli.rows import Provenance, caption_row
 from specvlm_cli.stopping import Stop
 
-TOO_MANY = "max-failures"  # why a run stopped, where that was the reason
+_TOO_MANY = "max-failures"  # why a run stopped, where that was the reason
 _LOOK_EVERY_S = 0.5  # at stop requests and limits, where nothing else wakes us
 _NOT_FINITE, _NOT_FINITE_IN_A_ROW = "NonFiniteLogitsError", 3
 _LOST_IN_A_ROW = 3  # deaths while loading, or videos that kill their workers, with no caption in between
@@ -65,10 +65,20 @@ class Runner:
     """
 
     def __init__(
-        self, ledger: Ledger, parts: Parts, factory: EngineFactory, policy: Policy, reporter: Reporter
+        self,
+        ledger: Ledger,
+        parts: Parts,
+        factory: EngineFactory,
+        policy: Policy,
+        reporter: Reporter,
+        *,
+        refused: int = 0,
     ) -> None:
+        """`refused`: rows that failed in this start before, because they name no video."""
         self.tally = Tally()
-        self.failed = 0
+        self.failed = refused
+        for _ in range(refused):
+            self.tally.fail(Failure("open", BAD_INPUT, ""))
         self.captioned = 0
         self.stopped: str | None = None
         self.waited_s = 0.0
@@ -132,12 +142,16 @@ class Runner:
         self._part_started = time.monotonic()
 
     def _goes_on(self, stop: Stop) -> bool:
-        most = self._policy.max_failures
         if stop.reason is not None:
             self.stopped = stop.reason
-        elif most is not None and self.failed >= most:
-            self.stopped = TOO_MANY
+        elif self.too_many_failed():
+            self.stopped = _TOO_MANY
         return self.stopped is None
+
+    def too_many_failed(self) -> bool:
+        """Say whether as many videos have failed as may fail."""
+        most = self._policy.max_failures
+        return most is not None and self.failed >= most
 
     def _wait(self, pool: DecodingPool, stop: Stop) -> None:
         self._reporter.state(self._status(pool))
@@ -169,8 +183,10 @@ class Runner:
         """Give a video that is read and claimed to a worker that waits for one."""
         if claimed is not None:
             claim, video = claimed
-            self._crew.give(worker, claim, video, self._task(claim, video))
+            taken = self._crew.give(worker, claim, video, self._task(claim, video))
             video.close()
+            if not taken:
+                self._on_death(worker)
 
     def _task(self, claim: Claim, video: ReadVideo) -> Task:
         own = claim.item.prompts

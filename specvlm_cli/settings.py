@@ -15,6 +15,8 @@ from specvlm.config import FrameSettings, GenerationSettings, SpeculationSetting
 
 Plain = dict[str, Any]
 
+_FIRST_TOLD = ("target", "revision", "prompt", "system")  # settings that bring others along with them
+
 
 @dataclass(frozen=True, slots=True)
 class ModelChoice:
@@ -94,7 +96,7 @@ def differences(before: Plain, now: Plain) -> list[str]:
     """Name each setting that changed, with both values."""
     return [
         f"{name} was {_shown(before.get(name))}, is now {_shown(now.get(name))}"
-        for name in sorted(before.keys() | now.keys())
+        for name in sorted(before.keys() | now.keys(), key=lambda name: (name not in _FIRST_TOLD, name))
         if before.get(name) != now.get(name)
     ]
 

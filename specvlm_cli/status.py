@@ -208,7 +208,7 @@ def _read(
         shard,
         counts,
         ledger.captions(),
-        unfinished=dividing or bool(to_do or (holder and not counts.total)) or _unwritten(ledger),
+        unfinished=dividing or bool(to_do) or not ledger.is_registered() or _unwritten(ledger),
         holder=holder,
         pace=found,
         last_caption_at=ledger.last_caption(),

@@ -21,6 +21,7 @@ from specvlm_cli.durations import seconds
 from specvlm_cli.exits import ExitCode, UsageError
 from specvlm_cli.inputs import MOST_PROMPTS, InputOptions, Inputs
 from specvlm_cli.job import Request
+from specvlm_cli.ledger import Planned
 from specvlm_cli.policy import Policy
 from specvlm_cli.results import Outcome
 from specvlm_cli.settings import CaptionSettings, ModelChoice
@@ -42,11 +43,10 @@ def caption(flags: CaptionFlags) -> int:
     Each flag can also be set by an environment variable, e.g. SPECVLM_PRUNE_RATIO for --prune-ratio, or in a
     TOML file given with --config. Flags go over the environment, and that over the file.
     """
-    pair = _pair(flags.preset, flags.target)
-    settings = _settings(flags, pair)
-    policy = _policy(flags, settings)
+    if flags.dry_run and flags.reshard:
+        raise UsageError("--dry-run touches nothing, and --reshard divides the run folder; give one of them")
+    settings, policy = check(flags)
     shard = Shard() if flags.shard is None else parse_shard(flags.shard)
-    _refuse_pointless_baseline(settings, pair, flags.baseline_sample)
     with until_listening(), _talk(flags) as talk:
         inputs = Inputs(flags.inputs, _input_options(flags, shard))
         if flags.preset is None and flags.target is None:
@@ -193,19 +193,27 @@ def _run(request: Request, talk: Talk, flags: CaptionFlags) -> int:
 
 
 def _show_plan(request: Request, talk: Talk, flags: CaptionFlags) -> int:
-    names: list[str] = []
-
-    def show(path: bytes) -> None:
-        if flags.json_output:
-            names.append(clean(os.fsdecode(path)))
-        else:
-            print(clean(os.fsdecode(path)))
-
-    outcome, number = job.plan(request, show)
+    lines: list[str] = []
+    planned = job.plan(
+        request, lambda one: lines.append(_planned(one)) if flags.json_output else print(_planned(one))
+    )
     if flags.json_output:
-        _print_json(outcome, would_caption=names)
-    talk.note(f"{counted(number, 'video')} would be captioned into {outcome.out}; {outcome.done} are done")
+        _print_json(planned.outcome, would_caption=lines)
+    for problem in planned.problems:
+        talk.warn(f"would fail: {problem}")
+    if planned.bad_rows > len(planned.problems):
+        talk.warn(f"would fail: {planned.bad_rows - len(planned.problems)} more rows that name no video")
+    videos, outcome = counted(planned.videos, "video"), planned.outcome
+    talk.note(f"{videos} would be captioned into {outcome.out}; {outcome.done} are done")
     return ExitCode.OK
+
+
+def _planned(one: Planned) -> str:
+    """Return the path, and for a part of a video its times behind tabs."""
+    path = clean(os.fsdecode(one.path))
+    if one.start_s is None and one.end_s is None:
+        return path
+    return "\t".join((path, f"{one.start_s or 0.0:g}", "" if one.end_s is None else f"{one.end_s:g}"))
 
 
 def _print_json(outcome: Outcome, **more: Any) -> None:

@@ -37,7 +37,11 @@ _GENERATION = GenerationSettings()
 _FRAMES = FrameSettings()
 
 _INPUT, _MODELS, _GUESSING, _READING = "Input and output", "Models", "Speculation", "Frames"
-_WRITING, _RESUME, _TALKING = "Generation", "Resume, failures and stopping", "Talking"
+_WRITING, _RESUME, _TALKING = (
+    "Generation",
+    "Resume, failures and stopping",
+    "Messages, measuring and configuration",
+)
 
 
 def _folder(text: str | Path) -> Path:
@@ -50,7 +54,13 @@ def _folder(text: str | Path) -> Path:
 class InputFlags:
     """What to caption, and where to."""
 
-    inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help="Folders, videos or quoted globs.")]
+    inputs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="INPUT...",
+            help="Folders, videos, quoted globs, manifests (.parquet, .csv, .jsonl), or - for paths on standard input.",
+        ),
+    ]
     out: Annotated[
         Path, flag(_INPUT, "--out -o", "Run folder for captions, failures and progress.", parser=_folder)
     ] = DEFAULT_OUT

@@ -78,6 +78,8 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
             f"{shown}: {clean(unknown[0])!r} is no flag; give names like those of --help, without --"
         )
     chosen = {names[key]: _checked(shown, key, value) for key, value in found.items()}
+    if isinstance(chosen.get("prompt"), str):
+        chosen["prompt"] = [chosen["prompt"]]
     if os.environ.get(variable("--prompt")):  # read by ourselves, because a prompt holds spaces
         chosen.pop("prompt", None)
     context.default_map = {**(context.default_map or {}), **chosen}

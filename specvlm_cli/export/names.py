@@ -1,6 +1,6 @@
 """From paths of videos to names of files that stay inside the destination, each name given once.
 
-Folders below the common root of all videos are kept. Names depend on all videos that the run knows, not only on
+Folders below the input folder, or the common root of several, are kept. Names depend on all videos that the run knows, not only on
 those that have captions, so a later export of the same run gives the same names. Whatever a path says ("..", an
 absolute path, a NUL, a name of a thousand bytes), the result is a relative path of ordinary components.
 """
@@ -8,9 +8,12 @@ absolute path, a NUL, a name of a thousand bytes), the result is a relative path
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import sqlite3
 from collections.abc import Iterator
+
+from specvlm_cli.inputs.item import item_id
 
 _MOST_BYTES = 255  # of one component
 _MOST_PATH_BYTES = 3000  # of a whole name; below it, whatever the destination is called
@@ -40,13 +43,14 @@ class Names:
         self._look_at_all()
 
     def _common_root(self) -> bytes:
-        """Return the part before the last slash that all paths begin with, the slash included."""
-        sql = "SELECT min(path), max(path) FROM video WHERE path != x''"
-        first, last = self._db.execute(sql).fetchone()
-        if first is None:
+        """Return the folder, with its slash, below which all videos are: that of the inputs where ids tell it."""
+        sql = """SELECT path, id, start, "end" FROM video WHERE path != x'' ORDER BY path {} LIMIT 1"""
+        ends = [self._db.execute(sql.format(order)).fetchone() for order in ("ASC", "DESC")]
+        if None in ends:
             return b""
-        alike = next((n for n, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
-        return bytes(first[: first[:alike].rfind(b"/") + 1])
+        begins = [begin for path, *rest in ends for begin in (bytes(path), _input_root(bytes(path), *rest))]
+        alike = os.path.commonprefix(begins)
+        return alike[: alike.rfind(b"/") + 1]
 
     def _look_at_all(self) -> None:
         """Take the folders' names, and count the videos that would share a name."""
@@ -105,6 +109,16 @@ class Names:
             if self._db.execute("INSERT OR IGNORE INTO used VALUES (?)", (taken,)).rowcount:
                 return taken
         raise AssertionError(f"no name left for {path!r}")
+
+
+def _input_root(path: bytes, identity: str, start_s: float | None, end_s: float | None) -> bytes:
+    """Return the folder, with its slash, that a video was found below: its id is made of the rest of its path.
+
+    Where the id is a manifest's own, that is not known, and it is the folder that the video is in.
+    """
+    slashes = [index + 1 for index, byte in enumerate(path) if byte == ord("/")]
+    found = (path[:begin] for begin in slashes if item_id(path[begin:], start_s, end_s) == identity)
+    return next(found, path[: path.rfind(b"/") + 1])
 
 
 def _split(name: bytes) -> tuple[bytes, bytes]:

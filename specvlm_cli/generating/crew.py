@@ -28,6 +28,7 @@ class Crew:
         self._stderr = stderr
         self._workers: list[Worker] = []
         self._claims: dict[Worker, Claim] = {}
+        self._grown = False
 
     def __len__(self) -> int:
         return len(self._workers)
@@ -39,8 +40,9 @@ class Crew:
 
     def grow(self, gpus: int) -> None:
         """Start one worker for each further GPU, where all are to be used."""
-        if self._policy.all_gpus:
-            for number in range(len(self._workers), gpus):
+        if self._policy.all_gpus and not self._grown:
+            self._grown = True
+            for number in range(1, gpus):
                 self._workers.append(self._new(f"cuda:{number}"))
 
     def _new(self, device: str | None) -> Worker:
@@ -77,10 +79,10 @@ class Crew:
     def busy(self) -> list[Worker]:
         return list(self._claims)
 
-    def give(self, worker: Worker, claim: Claim, video: ReadVideo, task: Task) -> None:
-        """Have a worker caption a video."""
+    def give(self, worker: Worker, claim: Claim, video: ReadVideo, task: Task) -> bool:
+        """Have a worker caption a video; False: it does not take it."""
         self._claims[worker] = claim
-        worker.give(task, video.handle()[0])
+        return worker.give(task, video.handle()[0])
 
     def claim_of(self, worker: Worker) -> Claim:
         """Return what a worker works on."""

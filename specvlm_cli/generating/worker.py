@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import struct
 import subprocess
 import time
 from contextlib import suppress
@@ -17,6 +18,7 @@ from specvlm_cli.process import python_command
 
 HARD_LIMIT_S = 5.0  # a worker that does not answer this long after its time limit is killed
 _GOODBYE_S = 2.0
+_TALK_S = 5  # a message passes in less, or the other side does not run
 
 
 class Worker:
@@ -44,9 +46,11 @@ class Worker:
                 stderr=stderr,
                 pass_fds=[theirs.fileno()],
             )
+        for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):  # one that was stopped must not stop us
+            ours.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", _TALK_S, 0))
         self.connection = Connection(ours.detach())
         self._deadline_s: float | None = None
-        with suppress(ConnectionError):  # it is dead already, and the connection will say so
+        with suppress(OSError):  # it is dead already, and the connection will say so
             self.connection.send(Setup(factory, device))
 
     @property
@@ -58,15 +62,21 @@ class Worker:
         """Say whether it can be given a video."""
         return self.models is not None and self.task is None
 
-    def give(self, task: Task, descriptor: int) -> None:
-        """Have it caption a video; the descriptor of the frames may be closed afterwards."""
+    def give(self, task: Task, descriptor: int) -> bool:
+        """Have it caption a video; the descriptor of the frames may be closed afterwards.
+
+        False: it does not take it, because it is dead or stopped.
+        """
         assert self.is_idle()
         self.task = task
         if task.time_limit_s is not None:
             self._deadline_s = time.monotonic() + task.time_limit_s + HARD_LIMIT_S
-        with suppress(ConnectionError):
+        try:
             self.connection.send(task)
             send_handle(self.connection, descriptor, self._process.pid)
+        except OSError:
+            return False
+        return True
 
     def hear(self) -> FromWorker | None:
         """Return what it says; None: it is dead. Call it when the connection is readable."""

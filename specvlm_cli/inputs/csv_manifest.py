@@ -110,7 +110,9 @@ class CsvManifest:
             self._cells(batch, columns.start),
             self._cells(batch, columns.end),
             self._cells(batch, columns.prompt),
-            zip(*(self._cells(batch, name) for name in columns.kept), strict=True) if columns.kept else NONE,
+            zip(*(self._kept_cells(batch, name) for name in columns.kept), strict=True)
+            if columns.kept
+            else NONE,
         )
 
     def _square(self, batch: list[list[str]]) -> dict[int, Fault]:
@@ -122,6 +124,9 @@ class CsvManifest:
                 faults[index] = Fault(f"{len(record)} cells, the header has {width}; quote cells with commas")
                 batch[index] = [""] * width
         return faults
+
+    def _kept_cells(self, batch: list[list[str]], name: str) -> list[object]:
+        return [cell or None for cell in self._cells(batch, name)]
 
     def _cells(self, batch: list[list[str]], name: str | None) -> Cells:
         if name is None:

@@ -14,6 +14,7 @@ MOST_CELL_BYTES = 1 << 20
 MOST_ROW_BYTES = 4 << 20  # of text formats
 MOST_PATH_BYTES = 4096
 MOST_ID_CHARACTERS = 1024
+MOST_SECONDS = 1e9  # a time further into a video is a mistake of units
 MOST_PROMPTS = 100  # of one row
 
 _ADDRESS = re.compile(rb"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -110,8 +111,10 @@ def _seconds(name: str, value: object) -> float | None:
     found = value if value.__class__ is float else _time(value)
     if found is None:
         raise CellError(f"{name} {_quoted(value)} is no time; give seconds or H:MM:SS.mmm")
-    if not 0.0 <= found < math.inf:
-        raise CellError(f"{name} {_quoted(value)} is no time of a video; give seconds from 0")
+    if not 0.0 <= found <= MOST_SECONDS:
+        raise CellError(
+            f"{name} {_quoted(value)} is no time of a video; give seconds from 0 to {MOST_SECONDS:g}"
+        )
     return found + 0.0  # not -0.0, which would make another id
 
 

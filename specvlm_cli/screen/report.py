@@ -36,6 +36,8 @@ class Work:
 def ending(outcome: Outcome, *, overwriting: bool = False) -> str:
     """Return one line on how a start ended; one that was overwriting would begin again."""
     counts = f"{outcome.done} done, {outcome.failed} failed, {outcome.pending} to do"
+    if outcome.figures is None and outcome.stopped == "locked":
+        return f"left alone: another start is at work in {outcome.out}"
     if outcome.figures is None:
         what = "nothing to do" if outcome.found else "no videos found"
         again = "; --retry-failed tries the failed ones again" if outcome.failed else ""

@@ -117,7 +117,7 @@ def test_prompt_from_a_file(specvlm: Specvlm, videos: Path, out: Path, tmp_path:
         (["nowhere.mp4"], "nowhere.mp4: no such file or folder"),
         ([".", "--preset", "nope"], "--preset nope is unknown; choose demo, demo-llava"),
         ([".", "--preset", "demo", "--target", "a/b"], "exclude each other"),
-        ([".", "--prune-ratio", "1.5"], "prune_ratio=1.5 is out of range"),
+        ([".", "--prune-ratio", "1.5"], "--prune-ratio 1.5 is out of range"),
         ([".", "--fps", "2", "--num-frames", "8"], "exclude each other"),
         ([".", "--max-frames", "2"], "--max-frames 2 goes against --min-frames 4, which the preset demo"),
         (
@@ -154,7 +154,7 @@ def test_prompt_from_a_file(specvlm: Specvlm, videos: Path, out: Path, tmp_path:
         ([".", "--timeout", "soon"], "--timeout soon is no span of time"),
         ([".", "--decode-timeout", "0s"], "--decode-timeout 0s leaves no time"),
         ([".", "--root", "nowhere"], "--root nowhere: no such folder"),
-        ([".", "--min-decoded", "2"], "min_decoded=2.0 is out of range"),
+        ([".", "--min-decoded", "2"], "--min-decoded 2.0 is out of range"),
         ([".", "--on-oom", "pray"], "--on-oom"),
         ([".", "--config", "nowhere.toml"], "--config nowhere.toml: No such file"),
         (["."], "--video-backend"),

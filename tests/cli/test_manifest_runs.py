@@ -156,3 +156,57 @@ def test_files_that_are_still_being_written_wait(specvlm: Specvlm, videos: Path,
     assert "4 files left for the next start" in result.err
     assert specvlm("caption", videos, "-o", out).code == 0
     invariants.check(out, videos)
+
+
+def test_times_that_were_corrected_are_followed_or_refused(specvlm: Specvlm, videos: Path, out: Path) -> None:
+    clips = videos / "clips.csv"
+    clips.write_text("id,path,start,end\none,a.mp4,0,1\ntwo,b.webm,0,1\n")
+    specvlm("caption", clips, "-o", out, "--limit", 1)
+    clips.write_text("id,path,start,end\none,a.mp4,0,1\ntwo,b.webm,1,2\n")
+    assert specvlm("caption", clips, "-o", out).code == 0
+    assert {row["id"]: (row["start"], row["end"]) for row in rows(out)} == {"one": (0, 1), "two": (1, 2)}
+    clips.write_text("id,path,start,end\none,a.mp4,1,2\ntwo,b.webm,1,2\n")
+    refused = specvlm("caption", clips, "-o", out)
+    assert (refused.code, "id 'one' has another start or end" in refused.err) == (2, True)
+    assert specvlm("caption", clips, "-o", out, "--overwrite").code == 0
+    assert {row["id"]: (row["start"], row["end"]) for row in rows(out)} == {"one": (1, 2), "two": (1, 2)}
+
+
+def test_an_impossible_time_fails_its_row_alone(specvlm: Specvlm, videos: Path, out: Path) -> None:
+    clips = videos / "clips.csv"
+    clips.write_text("path,start\na.mp4,\nb.webm,1200000000\n")
+    assert specvlm("caption", clips, "-o", out).code == 3
+    (row,) = rows(out, "failures")
+    assert row["error_type"] == "BadInput"
+    assert len(rows(out)) == 1
+
+
+def test_a_row_that_was_spoilt_meanwhile_fails(specvlm: Specvlm, videos: Path, out: Path) -> None:
+    clips = write(
+        videos / "clips.jsonl", [{"id": name, "video": "a.mp4"} for name in ("one", "two", "three")]
+    )
+    specvlm("caption", clips, "-o", out, "--limit", 1)
+    write(clips, [{"id": "one", "video": "a.mp4"}, {"id": "two", "video": ""}])
+    result = specvlm("caption", clips, "-o", out)
+    assert (result.code, "1 done, 1 failed, 0 to do" in result.err) == (3, True)
+
+
+def test_bad_rows_are_told_and_count_as_failures(specvlm: Specvlm, manifest: Path, out: Path) -> None:
+    planned = specvlm("caption", manifest, "-o", out, "-n")
+    assert planned.out.splitlines()[1].endswith("a.mp4\t1\t2")
+    assert planned.err.count("would fail: clips.jsonl line") == 2
+    stopped = specvlm("caption", manifest, "-o", out, "--fail-fast", "--json")
+    assert stopped.code == 4
+    assert stopped.json["figures"]["failures_by_kind"] == {"open:BadInput": 2}
+    assert stopped.err.count("failed: ") >= 2
+
+
+def test_kept_columns_stay_in_their_order_and_empty_cells_are_null(
+    specvlm: Specvlm, videos: Path, out: Path
+) -> None:
+    clips = videos / "clips.csv"
+    clips.write_text("path,zeta,alpha\na.mp4,1,\n")
+    specvlm("caption", clips, "-o", out, "--keep-columns", "zeta,alpha")
+    table = pq.read_table(out / "captions")
+    assert table.column_names[-2:] == ["zeta", "alpha"]
+    assert (rows(out)[0]["zeta"], rows(out)[0]["alpha"]) == ("1", None)

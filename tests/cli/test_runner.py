@@ -5,15 +5,20 @@ from __future__ import annotations
 import fcntl
 import os
 import time
+from functools import partial
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from specvlm.errors import ConfigError, ModelLoadError
-from specvlm_cli import read_ahead
+from specvlm_cli import job, read_ahead, resharding
 from specvlm_cli.generating import worker
+from specvlm_cli.policy import Policy
+from specvlm_cli.resharding import reshard
+from specvlm_cli.run_folder import RunFolder
 from tests.cli import invariants
-from tests.cli.conftest import Specvlm, rows
+from tests.cli.conftest import Specvlm, rows, snapshot
 
 
 @pytest.fixture(autouse=True)
@@ -190,12 +195,12 @@ def test_a_video_is_done_when_all_its_prompts_are(specvlm: Specvlm, videos: Path
 
 
 def test_max_runtime_stops_and_the_next_start_goes_on(specvlm: Specvlm, tmp_path: Path, out: Path) -> None:
-    folder = many(tmp_path / "many", 30)
+    folder = many(tmp_path / "many", 60)
     specvlm.behave(delay_s=0.2)
-    result = specvlm("caption", folder, "-o", out, "--max-runtime", "2s")
+    result = specvlm("caption", folder, "-o", out, "--max-runtime", "6s")
     assert result.code == 75
     assert "stopped by max-runtime" in result.err
-    assert 0 < len(rows(out)) < 30
+    assert 0 < len(rows(out)) < 60
     specvlm.behave(delay_s=0.0)
     assert specvlm("caption", folder, "-o", out).code == 0
     invariants.check(out, folder)
@@ -270,3 +275,119 @@ def test_flags_can_stand_in_a_file(
     refused = specvlm("caption", videos, "--config", config)
     assert refused.code == 2
     assert "'prune_ratio' is no flag" in refused.err
+
+
+def test_a_start_that_waited_sees_what_changed_meanwhile(
+    specvlm: Specvlm, tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While it waited, the run was divided anew: its own number of shards is no longer that of the run."""
+    folder = many(tmp_path / "many", 8)
+    specvlm("caption", folder, "-o", out, "--shard", "0/2", "--limit", 1)
+    before = job._agree
+
+    def divided_behind_our_back(request: job.Request, one: RunFolder) -> None:
+        before(request, one)
+        monkeypatch.setattr(job, "_agree", before)
+        reshard(out, 3)
+
+    monkeypatch.setattr(job, "_agree", divided_behind_our_back)
+    result = specvlm("caption", folder, "-o", out, "--shard", "0/2")
+    assert result.code == 2
+    assert "was begun with 3 shards, this start has 2" in result.err
+    for index in range(3):
+        assert specvlm("caption", folder, "-o", out, "--shard", f"{index}/3").code == 0
+    assert len(rows(out)) == len({row["id"] for row in rows(out)}) == 8
+
+
+def test_the_first_start_fixes_the_shards_before_it_loads(specvlm: Specvlm, videos: Path, out: Path) -> None:
+    specvlm.behave(error=ModelLoadError("no"))
+    assert specvlm("caption", videos, "-o", out, "--shard", "0/2").code == 1
+    specvlm.behave(error=None)
+    assert specvlm("caption", videos, "-o", out, "--shard", "0/3").code == 2
+    assert specvlm("caption", videos, "-o", out, "--shard", "0/2", "--prompt", "Another?").code == 0
+
+
+def test_a_run_without_its_settings_file_knows_its_shards(
+    specvlm: Specvlm, tmp_path: Path, out: Path
+) -> None:
+    folder = many(tmp_path / "many", 12)
+    for index in range(3):
+        specvlm("caption", folder, "-o", out, "--shard", f"{index}/3")
+    (out / ".specvlm" / "run.json").unlink()
+    refused = specvlm("caption", folder, "-o", out, "--shard", "0/2")
+    assert (refused.code, "its run.json is gone, and what is there is not of 2 shards" in refused.err) == (
+        2,
+        True,
+    )
+    assert specvlm("caption", folder, "-o", out).code == 2
+    for path in (out / ".specvlm").glob("state-*.db"):
+        path.unlink()
+    assert specvlm("caption", folder, "-o", out, "--shard", "0/2").code == 2, "the parts tell it too"
+    for index in range(3):
+        assert specvlm("caption", folder, "-o", out, "--shard", f"{index}/3").code == 0
+    assert len(rows(out)) == 12
+
+
+def test_dividing_anew_deletes_nobody_elses_parts(specvlm: Specvlm, tmp_path: Path, out: Path) -> None:
+    folder = many(tmp_path / "many", 6)
+    specvlm("caption", folder, "-o", out)
+    specvlm("caption", many(tmp_path / "others", 2), "-o", tmp_path / "other", "--prompt", "Another?")
+    (part,) = (tmp_path / "other" / "captions").iterdir()
+    foreign, unlike = (
+        out / "captions" / "part-00000-00077.parquet",
+        out / "captions" / "counterpart-1.parquet",
+    )
+    for path in (foreign, unlike):
+        path.write_bytes(part.read_bytes())
+    refused = specvlm("caption", folder, "-o", out, "--reshard", "--shard", "0/2")
+    assert refused.code == 1
+    assert "holds captions that this run did not make" in refused.err
+    foreign.unlink()
+    assert specvlm("caption", folder, "-o", out, "--reshard", "--shard", "0/2").code == 0
+    assert unlike.exists()
+
+
+def test_a_division_that_was_cut_short_is_finished_but_not_by_looking(
+    specvlm: Specvlm, tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = many(tmp_path / "many", 8)
+    for index in range(2):
+        specvlm("caption", folder, "-o", out, "--shard", f"{index}/2")
+    with monkeypatch.context() as patch:
+        patch.setattr(resharding, "_take_over", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            reshard(out, 4)
+    before = snapshot(out)
+    assert specvlm("caption", folder, "-o", out, "-n", "--shard", "0/4").code == 2
+    assert snapshot(out) == before
+    refused = specvlm("caption", folder, "-o", out, "--shard", "0/2")
+    assert (refused.code, "was begun with 4 shards" in refused.err) == (2, True)
+    for index in range(4):
+        assert specvlm("caption", folder, "-o", out, "--shard", f"{index}/4").code == 0
+    assert len(rows(out)) == len({row["id"] for row in rows(out)}) == 8
+
+
+def test_captions_of_one_video_stay_in_one_part_and_a_lost_part_is_made_anew(
+    specvlm: Specvlm, tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = many(tmp_path / "many", 4)
+    monkeypatch.setattr("specvlm_cli.commands.caption.Policy", partial(Policy, part_rows=3))
+    prompts = ["--prompt", "one", "--prompt", "two"]
+    specvlm("caption", folder, "-o", out, *prompts)
+    parts = sorted((out / "captions").iterdir())
+    assert [pq.read_metadata(path).num_rows for path in parts] == [4, 4]
+    row = pq.read_table(parts[1]).slice(0, 3)
+    pq.write_table(row, parts[1])
+    (out / ".specvlm" / "state-00000.db").unlink()
+    assert specvlm("caption", folder, "-o", out, *prompts).code == 0
+    assert len({(row["id"], row["prompt_index"]) for row in rows(out)}) == len(rows(out)) == 8
+
+
+def test_each_gpu_gets_one_worker_also_where_one_is_left_out(
+    specvlm: Specvlm, tmp_path: Path, out: Path
+) -> None:
+    folder = many(tmp_path / "many", 12)
+    specvlm.behave(seen_gpus=4, error=ModelLoadError("no room"), only_on="cuda:1", delay_s=0.3)
+    assert specvlm("caption", folder, "-o", out).code == 0
+    assert len(specvlm.engine.loads) == 4
+    assert specvlm.engine.devices <= {"fake", "cuda:2", "cuda:3"}
