@@ -6,21 +6,27 @@ has nothing to do touches no file there. It lies where Python's `tempfile` puts 
 
 from __future__ import annotations
 
+import fcntl
 import json
+import shutil
 import sqlite3
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from os import fsdecode
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 from specvlm_cli.exits import UsageError
 from specvlm_cli.inputs import MOST_PROMPTS, Item
 from specvlm_cli.text import clean, short
 
 _BATCH = 10_000
+_PREFIX, _ALIVE = "specvlm-wanted-", "alive"
+_YOUNG_S = 60.0  # a folder that was made just now may not be locked yet
 
 # The row that stands for each id that comes several times: the first one that names a video.
 _DOUBLED = """(SELECT id, coalesce(min(iif(problem IS NULL, place, NULL)), min(place)) AS place
@@ -41,6 +47,7 @@ class Wanted:
     count: int
     doubles: int
     _folder: tempfile.TemporaryDirectory[str]
+    _alive: BinaryIO  # locked as long as we live
 
     @classmethod
     def gather(cls, items: Iterable[Item], *, overlapping: bool = True) -> Self:
@@ -53,20 +60,34 @@ class Wanted:
         Raises:
             UsageError: Two different videos have the same id.
         """
-        folder = tempfile.TemporaryDirectory(prefix="specvlm-")
+        _sweep(Path(tempfile.gettempdir()))
+        folder = tempfile.TemporaryDirectory(prefix=_PREFIX)
+        alive = Path(folder.name, _ALIVE).open("wb")
         try:
+            fcntl.flock(alive, fcntl.LOCK_EX)
             path = Path(folder.name, "wanted.db")
             count, doubles = _fill(path, items, overlapping)
         except BaseException:
+            alive.close()
             folder.cleanup()
             raise
-        return cls(path, count, doubles, folder)
+        return cls(path, count, doubles, folder, alive)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._alive.close()
         self._folder.cleanup()
+
+
+def _sweep(place: Path) -> None:
+    """Remove what starts left behind that were killed: folders of ours that nobody holds."""
+    for folder in place.glob(f"{_PREFIX}*"):
+        with suppress(OSError), (folder / _ALIVE).open("rb") as alive:
+            fcntl.flock(alive, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if time.time() - folder.stat().st_mtime > _YOUNG_S:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _fill(path: Path, items: Iterable[Item], overlapping: bool) -> tuple[int, int]:

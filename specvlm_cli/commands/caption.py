@@ -15,7 +15,7 @@ from specvlm.config import FrameSettings, GenerationSettings, SpeculationSetting
 from specvlm.preset import Preset, find_preset, presets
 from specvlm_cli import engine, job
 from specvlm_cli.commands.caption_flags import MOST, CaptionFlags
-from specvlm_cli.commands.options import variable
+from specvlm_cli.commands.options import PREFIX, variable
 from specvlm_cli.decoding import Limits
 from specvlm_cli.durations import seconds
 from specvlm_cli.exits import ExitCode, UsageError
@@ -48,6 +48,7 @@ def caption(flags: CaptionFlags) -> int:
     settings, policy = check(flags)
     shard = Shard() if flags.shard is None else parse_shard(flags.shard)
     with until_listening(), _talk(flags) as talk:
+        _tell_unknown_variables(talk)
         inputs = Inputs(flags.inputs, _input_options(flags, shard))
         if flags.preset is None and flags.target is None:
             talk.note(
@@ -169,6 +170,15 @@ def _input_options(flags: CaptionFlags, shard: Shard) -> InputOptions:
         min_age_s=seconds("--min-age", flags.min_age),
         shard=shard,
     )
+
+
+def _tell_unknown_variables(talk: Talk) -> None:
+    """A misspelt variable would else do nothing, and nobody would know."""
+    known = {variable(f"--{name.replace('_', '-')}") for name in CaptionFlags.__dataclass_fields__}
+    known |= {variable(long) for long in ("--json", "--inputs")}
+    for name in sorted(set(os.environ) - known):
+        if name.startswith(PREFIX):
+            talk.note(f"{clean(name)} is set, and no flag of caption has that name")
 
 
 def _tell_what_was_left_out(inputs: Inputs, wanted: Wanted, talk: Talk) -> None:

@@ -135,7 +135,7 @@ def slurm(flags: SlurmFlags) -> int:
 
 def _job(flags: SlurmFlags) -> ArrayJob:
     out = _folder("OUT", flags.out)
-    arguments, first_start = _caption_words(flags.words)
+    arguments, first_start, grace_s = _caption_words(flags.words)
     shards = _shard_count(out, flags.shards)
     return ArrayJob(
         program=_program(),
@@ -150,7 +150,7 @@ def _job(flags: SlurmFlags) -> ArrayJob:
         name=_name(flags.name),
         directives=[*_needs(flags), *map(_passed_on, flags.sbatch or [])],
         max_running=flags.max_running,
-        stop_before_s=_stop_before_s(flags.stop_before, flags.time),
+        stop_before_s=_stop_before_s(flags.stop_before, flags.time, grace_s),
         max_requeues=flags.max_requeues,
         version=specvlm.__version__,
     )
@@ -210,8 +210,8 @@ def _missing(out: Path, shards: int) -> Sequence[int]:
 # What follows `--`
 
 
-def _caption_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the words behind `caption` for every start of a task, and those for its first start only.
+def _caption_words(words: Sequence[str]) -> tuple[list[str], list[str], float]:
+    """Return the words behind `caption` for every start of a task, those for its first start only, and its grace.
 
     Started with --overwrite again after each requeue, a task would never come to its end.
 
@@ -223,7 +223,7 @@ def _caption_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
         raise UsageError(f"{clean(name)}: only caption runs in shards; write -- caption INPUT... [flags]")
     asked = _parsed(given)
     _refuse_what_goes_against_shards(asked)
-    check(CaptionFlags(**asked.params))
+    grace_s = check(CaptionFlags(**asked.params))[1].grace_s
     once = [word for field, word in _ONCE.items() if asked.params[field]]
     always = [word for word in given if word not in once]
     if once and not _only_these_are_out(asked, always, once):
@@ -231,7 +231,7 @@ def _caption_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
             f"{' '.join(once)} would begin anew after each requeue; give it as a flag of its own, not by a "
             "variable, a file or as another flag's value"
         )
-    return always, once
+    return always, once, grace_s
 
 
 def _parsed(words: Sequence[str]) -> Any:
@@ -270,7 +270,12 @@ def _only_these_are_out(before: Any, words: Sequence[str], once: Sequence[str]) 
 # What Slurm is told
 
 
+_MEMORY = re.compile(r"[0-9]+[KMGT]?")
+
+
 def _needs(flags: SlurmFlags) -> list[tuple[str, str]]:
+    if flags.mem is not None and not _MEMORY.fullmatch(flags.mem):
+        raise UsageError(f"--mem {clean(flags.mem)} is no size; give a number with K, M, G or T, e.g. 64G")
     given = [
         ("time", flags.time),
         ("cpus-per-task", str(flags.cpus_per_task)),
@@ -313,11 +318,16 @@ def _passed_on(text: str) -> tuple[str, str]:
     return key, value
 
 
-def _stop_before_s(text: str, limit: str | None) -> int:
+def _stop_before_s(text: str, limit: str | None, grace_s: float) -> int:
     """Return the time between Slurm's warning and its limit, in whole seconds; it has to fit into the limit."""
     stop_s = int(durations.seconds("--stop-before", text))
     if not 0 < stop_s <= _MOST_STOP_BEFORE_S:
         raise UsageError(f"--stop-before {clean(text)}: give 1 to {_MOST_STOP_BEFORE_S} seconds")
+    if stop_s <= grace_s:
+        raise UsageError(
+            f"--stop-before {clean(text)} is no longer than the --grace of {grace_s:g} s after caption: tasks would "
+            "be killed while they finish; give more, or a shorter --grace"
+        )
     limit_s = None if limit is None else _limit_s(limit)
     if limit_s is not None and limit_s <= stop_s + 60:  # the warning may come a minute early
         raise UsageError(

@@ -72,6 +72,17 @@ def test_variables_set_flags_and_flags_win(
     assert len(rows(out)) == 3
 
 
+def test_a_variable_that_is_no_flag_is_told(
+    specvlm: Specvlm, videos: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPECVLM_PRUNE", "0.5")
+    monkeypatch.setenv("SPECVLM_JSON", "true")
+    result = specvlm("caption", videos, "-o", out, "-n")
+    assert [line for line in result.err.splitlines() if "SPECVLM_" in line] == [
+        "SPECVLM_PRUNE is set, and no flag of caption has that name"
+    ]
+
+
 def test_defaults_are_those_of_the_library(specvlm: Specvlm, videos: Path, out: Path) -> None:
     specvlm("caption", videos, "-o", out, "--target", "some/target", "--draft", "some/draft")
     (settings,) = specvlm.loads

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,6 +28,22 @@ def test_the_first_of_equal_rows_is_kept_and_the_others_are_counted() -> None:
         assert (wanted.count, wanted.doubles) == (2, 2)
         place = wanted.path
     assert not place.exists()
+
+
+def test_what_a_killed_start_left_is_removed_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    for name in ("specvlm-wanted-dead", "specvlm-wanted-young", "specvlm-other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "alive").touch()
+        if name != "specvlm-wanted-young":
+            os.utime(tmp_path / name, (1, 1))
+    with Wanted.gather([Item("a", b"/a")]) as held:
+        os.utime(held.path.parent, (1, 1))
+        with Wanted.gather([Item("b", b"/b")]) as wanted:
+            assert (held.path.exists(), wanted.count) == (True, 1)
+    assert {path.name for path in tmp_path.iterdir()} == {"specvlm-wanted-young", "specvlm-other"}
 
 
 def test_rows_that_ask_different_things_about_one_video_go_together() -> None:

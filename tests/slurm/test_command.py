@@ -138,7 +138,7 @@ def test_what_would_fail_in_each_task_is_refused_now(specvlm: Specvlm, out: Path
 
 WRONG = {
     "another command": (("--shards", 2, "--", "bench", "videos"), "only caption runs in shards"),
-    "nothing to caption": (("--shards", 2, "--", "caption"), "Missing argument"),
+    "nothing to caption": (("--shards", 2, "--", "caption"), "nothing to caption: give a folder"),
     "no shards": (CAPTION, "--shards N"),
     "no shard": (("--shards", 0, *CAPTION), "--shards"),
     "a name with a slash": (("--shards", 2, "--name", "a/b", *CAPTION), "--name 'a/b'"),
