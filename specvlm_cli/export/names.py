@@ -1,17 +1,18 @@
 """From paths of videos to names of files that stay inside the destination, each name given once.
 
-Folders below the input folder, or the common root of several, are kept. Names depend on all videos that the run knows, not only on
-those that have captions, so a later export of the same run gives the same names. Whatever a path says ("..", an
-absolute path, a NUL, a name of a thousand bytes), the result is a relative path of ordinary components.
+Folders below the input folder, or below the common root of several, are kept. Names depend on all videos that
+the run knows, not only on those that have captions, so a later export of the same run gives the same names.
+Whatever a path says ("..", an absolute path, a NUL, a name of a thousand bytes), the result is a relative path of
+ordinary components.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import sqlite3
 from collections.abc import Iterator
+from itertools import takewhile
 
 from specvlm_cli.inputs.item import item_id
 
@@ -49,8 +50,9 @@ class Names:
         if None in ends:
             return b""
         begins = [begin for path, *rest in ends for begin in (bytes(path), _input_root(bytes(path), *rest))]
-        alike = os.path.commonprefix(begins)
-        return alike[: alike.rfind(b"/") + 1]
+        levels = zip(*(begin.split(b"/")[:-1] for begin in begins), strict=False)
+        shared = takewhile(lambda level: len(set(level)) == 1, levels)
+        return b"".join(level[0] + b"/" for level in shared)
 
     def _look_at_all(self) -> None:
         """Take the folders' names, and count the videos that would share a name."""

@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from specvlm_cli.export import lines, parquet, sidecars, staging
 from specvlm_cli.export.merge import Index
 from specvlm_cli.export.names import Names
+from specvlm_cli.inputs.item import item_id
 from specvlm_cli.ledger_view import LedgerView
 from specvlm_cli.parts import CAPTION_SCHEMA, FAILURE_SCHEMA, caption_schema
 from specvlm_cli.run_view import view
@@ -503,6 +504,19 @@ def test_sidecars_keep_folders_and_tell_clashes_apart(specvlm: Specvlm, out: Pat
         "noext.txt": "noext",
         ".hidden.txt": ".hidden.mp4",
     }
+
+
+def test_folders_below_the_input_are_kept_though_all_videos_are_in_one(
+    specvlm: Specvlm, out: Path, tmp_path: Path
+) -> None:
+    """Ids are made of the path below the input, which tells where that begins; a manifest's own do not."""
+    below = [b"a/b/1.mp4", b"a/b/2.mp4"]
+    for name, ids in (("found", [item_id(path) for path in below]), ("named", ["one", "two"])):
+        run = [Video(identity, b"/data/in/" + path) for identity, path in zip(ids, below, strict=True)]
+        make_run(out / name, [run])
+        specvlm("export", out / name, tmp_path / name, "--format", "txt")
+    assert files(tmp_path / "found") == ["_manifest.json", "a/b/1.txt", "a/b/2.txt"]
+    assert files(tmp_path / "named") == ["1.txt", "2.txt", "_manifest.json"]
 
 
 def test_names_do_not_depend_on_what_is_done_yet(specvlm: Specvlm, out: Path, tmp_path: Path) -> None:
