@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 import av
 
+Line = tuple[int, str, str]  # level, who, what
+
 
 @contextmanager
 def quiet() -> Iterator[None]:
@@ -20,8 +22,8 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def errors() -> Iterator[list[tuple[int, str, str]]]:
-    """Collect what FFmpeg reports as errors in this thread: (level, who, what)."""
+def errors() -> Iterator[list[Line]]:
+    """Collect what FFmpeg reports as errors in this thread. The list may be emptied on the way."""
     level, skip = av.logging.get_level(), av.logging.get_skip_repeated()
     av.logging.set_level(av.logging.ERROR)
     av.logging.set_skip_repeated(False)  # or the second read of a damaged file would hear less than the first

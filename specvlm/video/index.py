@@ -7,10 +7,11 @@ choice of frames.
 
 from __future__ import annotations
 
+import re
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Literal, NamedTuple
 
@@ -44,6 +45,9 @@ _CODECS = frozenset({
 # Entropy-coded to the last byte, by decoders that take zeros for pictures: a lost disk block shows here alone.
 _DENSE = frozenset({"vp8", "vp9", "hevc"})
 _HOLE = bytes(256)
+_ONLY_THE_END = ("ended prematurely", "partial file")  # complaints that are no loss in the middle
+_MOST_COMPLAINTS = 1000
+_PLACE = re.compile(r"\bat (?:pos )?(\d+|0x[0-9a-f]+)\b")
 _BROADCAST = frozenset({"mpegts", "mpeg"})
 
 
@@ -156,7 +160,8 @@ class _Packets:
     pts: array[int]
     dts: array[int]
     flags: array[int]  # _KEY, _DISCARD, _CORRUPT, _HIDDEN: shows no frame of its own
-    gaps: array[int]  # packets before which the demuxer lost its way
+    places: array[int]  # in the file; _UNKNOWN where the container does not tell
+    complaints: list[tuple[int, str]] = field(default_factory=list)  # before which packet, and what was said
     last_duration: int = 0
     ended_early: bool = False
 
@@ -168,31 +173,44 @@ def _flags(packet: Packet[VideoStream], codec: str) -> int:
     return _KEY * packet.is_keyframe | _DISCARD * packet.is_discard | _CORRUPT * corrupt | _HIDDEN * hidden
 
 
-def _demux(container: InputContainer, stream: VideoStream) -> _Packets:
-    packets = _Packets(array("q"), array("q"), array("B"), array("q"))
+def demux(container: InputContainer, stream: VideoStream) -> Iterator[Packet[VideoStream]]:
+    """All packets of the stream that are not empty.
+
+    Raises:
+        av.error.FFmpegError, OSError: They cannot be read on.
+    """
     try:
-        with ffmpeg_log.errors() as errors:
-            _note_packets(container, stream, packets, errors)
+        for packet in container.demux(stream):
+            if packet.size:
+                yield packet
+    except IndexError:
+        return  # PyAV's, at the end, where a transport stream has announced further streams on its way
+
+
+def _demux(container: InputContainer, stream: VideoStream, errors: list[ffmpeg_log.Line]) -> _Packets:
+    packets = _Packets(array("q"), array("q"), array("B"), array("q"))
+    codec = _codec_name(stream)
+    try:
+        for packet in demux(container, stream):
+            _note_complaints(container, packets, errors)
+            packets.pts.append(_UNKNOWN if packet.pts is None else packet.pts)
+            packets.dts.append(_UNKNOWN if packet.dts is None else packet.dts)
+            packets.flags.append(_flags(packet, codec))
+            packets.places.append(_UNKNOWN if packet.pos is None else packet.pos)
+            packets.last_duration = packet.duration or 0
     except (av.error.FFmpegError, OSError):
         packets.ended_early = True
+    _note_complaints(container, packets, errors)
     return packets
 
 
-def _note_packets(
-    container: InputContainer, stream: VideoStream, packets: _Packets, errors: list[tuple[int, str, str]]
-) -> None:
-    codec, seen = _codec_name(stream), 0
-    for packet in container.demux(stream):
-        if len(errors) > seen:
-            if any(container.format.name in who.split(",") for _, who, _ in errors[seen:]):
-                packets.gaps.append(len(packets.pts))
-            seen = len(errors)
-        if packet.size == 0:
-            continue
-        packets.pts.append(_UNKNOWN if packet.pts is None else packet.pts)
-        packets.dts.append(_UNKNOWN if packet.dts is None else packet.dts)
-        packets.flags.append(_flags(packet, codec))
-        packets.last_duration = packet.duration or 0
+def _note_complaints(container: InputContainer, packets: _Packets, errors: list[ffmpeg_log.Line]) -> None:
+    """Note where the demuxer has lost its way, and forget what was said until now."""
+    room = _MOST_COMPLAINTS - len(packets.complaints)
+    for _, who, what in errors[:room]:
+        if container.format.name in who.split(",") and not any(words in what for words in _ONLY_THE_END):
+            packets.complaints.append((len(packets.pts), what))
+    errors.clear()
 
 
 def read_index(file: VideoFile) -> PacketIndex:
@@ -203,8 +221,8 @@ def read_index(file: VideoFile) -> PacketIndex:
         VideoDecodeError: Not one frame with a known time is in it, or the file cannot be demuxed.
         VideoUnavailableError: The system failed to read the file.
     """
-    with open_container(file) as (container, stream):
-        packets = _demux(container, stream)
+    with ffmpeg_log.errors() as errors, open_container(file) as (container, stream):
+        packets = _demux(container, stream, errors)
         return _build(container, stream, packets, file)
 
 
@@ -251,13 +269,27 @@ def _clock(stream: VideoStream, file: VideoFile, pts: NDArray[np.int64]) -> Cloc
 
 
 def _losses(file: VideoFile, packets: _Packets, flags: NDArray[np.uint8]) -> NDArray[np.int64]:
-    # Where the demuxer loses its way, the packet before may have had the wrong length, and so the wrong end.
-    before_gaps = np.array(packets.gaps, np.int64) - 1
+    places = np.array(packets.places)
+    gaps = np.array([_gap(places, before, what) for before, what in packets.complaints], np.int64)
     corrupt = np.flatnonzero(flags & _CORRUPT)
     keys = np.flatnonzero(flags & _KEY)
     # Broadcasts may be recorded from anywhere on; other files begin with a key frame, unless it is lost.
     headless = np.arange(keys[0] if len(keys) and file.container not in _BROADCAST else 0)
-    return np.union1d(np.union1d(before_gaps, corrupt), headless).astype(np.int64)
+    # Where the demuxer loses its way, what came last may have had the wrong length, and so the wrong end.
+    doubtful = np.union1d(gaps - 1, gaps - 2)
+    return np.union1d(np.union1d(doubtful, corrupt), headless).astype(np.int64)
+
+
+def _gap(places: NDArray[np.int64], before: int, what: str) -> int:
+    """The packet before which data are missing.
+
+    Opening a file demuxes the first part of it, so what is said then may be of any packet; Matroska tells the
+    place in the file.
+    """
+    place = _PLACE.search(what)
+    if before or place is None:
+        return before
+    return int(np.searchsorted(places, int(place[1], 0)))
 
 
 def _no_frame(file: VideoFile) -> VideoDecodeError:
@@ -315,7 +347,7 @@ def _doubts(
     known = pts[pts != _UNKNOWN]
     if len(_real_streams(container)) > 1:
         yield "several video streams"
-    if packets.gaps or (flags & _CORRUPT).any():
+    if packets.complaints or (flags & _CORRUPT).any():
         yield "damaged packets"
     if not flags[0] & _KEY:
         yield "it does not begin with a key frame"

@@ -24,7 +24,7 @@ from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
 from specvlm.errors import VideoDecodeError
-from specvlm.video.index import PacketIndex, open_container
+from specvlm.video.index import PacketIndex, demux, open_container
 from specvlm.video.opening import VideoFile
 from specvlm.video.pixels import Decoded, FrameStore, Memory, own_memory
 
@@ -289,10 +289,8 @@ def _decoded_frames(
 
 
 def _packets(container: InputContainer, stream: VideoStream) -> Iterator[Packet[VideoStream]]:
-    """As the index counted them: without empty ones, up to the end or the first one that cannot be read."""
+    """As the index counted them: up to the end or the first one that cannot be read."""
     try:
-        for packet in container.demux(stream):
-            if packet.size:
-                yield packet
+        yield from demux(container, stream)
     except (av.error.FFmpegError, OSError):
         return
