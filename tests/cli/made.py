@@ -33,7 +33,7 @@ class Video:
 def caption_row(video: Video, index: int) -> dict[str, Any]:
     """Return a row as a run writes it."""
     row: dict[str, Any] = dict.fromkeys(CAPTION_SCHEMA.names)
-    row |= {name: 0 for name in ("num_drafts", "num_draft_tokens", "num_accepted_tokens")}
+    row |= dict.fromkeys(("num_drafts", "num_draft_tokens", "num_accepted_tokens"), 0)
     row |= {name: 0.5 for name in CAPTION_SCHEMA.names if name.endswith("_s") and name != "frame_times_s"}
     row |= {"baseline_token_s": None, "baseline_decode_s": None, "tokens_per_s": 20.0}
     row |= {"id": video.id, "path": path_text(video.path), "start": video.start_s, "end": video.end_s}
@@ -72,12 +72,20 @@ def make_shard(
     path = out / ".specvlm" / f"state-{number:05d}.db"
     Ledger.create(path).close()
     fill(path, videos)
+    register(path)
     if part_rows:
         parts = Parts(out, number)
         parts.kept = kept
         with Ledger.open(path) as ledger:
             parts.close_part(ledger, part_rows)
             parts.write_failures(ledger)
+
+
+def register(path: Path) -> None:
+    """Say that a start has gone through its inputs."""
+    database = sqlite3.connect(path, isolation_level=None)
+    database.execute("INSERT INTO counter (name, value) VALUES ('registered', 1)")
+    database.close()
 
 
 def fill(path: Path, videos: Iterable[Video]) -> None:
