@@ -8,6 +8,7 @@ import sqlite3
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Annotated
 
 import typer
@@ -23,7 +24,7 @@ from specvlm_cli.commands.presets import presets
 from specvlm_cli.commands.slurm import SlurmFlags, slurm
 from specvlm_cli.commands.status import status
 from specvlm_cli.exits import CommandError, ExitCode
-from specvlm_cli.stopping import NotBegunError
+from specvlm_cli.stopping import NotBegunError, until_listening
 from specvlm_cli.talk import error_line, error_trace
 from specvlm_cli.text import short
 
@@ -64,7 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
     streams.prepare()
     try:
-        code = int(app(args=given, prog_name="specvlm", standalone_mode=False) or 0)
+        with until_listening() if given[0] == "caption" else nullcontext():
+            code = int(app(args=given, prog_name="specvlm", standalone_mode=False) or 0)
         sys.stdout.flush()  # here, where a reader that has gone can still be dealt with
         return code
     except NotBegunError as error:

@@ -26,7 +26,6 @@ from specvlm_cli.policy import Policy
 from specvlm_cli.results import Outcome
 from specvlm_cli.settings import CaptionSettings, ModelChoice
 from specvlm_cli.shard import Shard, parse_shard
-from specvlm_cli.stopping import until_listening
 from specvlm_cli.talk import Talk, counted
 from specvlm_cli.text import clean, short
 from specvlm_cli.wanted import Wanted
@@ -47,7 +46,7 @@ def caption(flags: CaptionFlags) -> int:
         raise UsageError("--dry-run touches nothing, and --reshard divides the run folder; give one of them")
     settings, policy = check(flags)
     shard = Shard() if flags.shard is None else parse_shard(flags.shard)
-    with until_listening(), _talk(flags) as talk:
+    with _talk(flags) as talk:
         _tell_unknown_variables(talk)
         inputs = Inputs(flags.inputs, _input_options(flags, shard))
         if flags.preset is None and flags.target is None:
