@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -52,7 +52,8 @@ def table(header: Line, lines: Sequence[Line], right: Collection[int] = ()) -> N
 def _rich(header: Line, lines: Sequence[Line], right: Collection[int]) -> Table:
     shown = Table()
     for number, name in enumerate(header):
-        shown.add_column(name, justify="right" if number in right else "left", overflow="fold")
+        justify: Literal["left", "right"] = "right" if number in right else "left"
+        shown.add_column(name, justify=justify, overflow="fold", no_wrap=number == 0)
     for one in lines:
         shown.add_row(*(Text(clean(cell)) for cell in one))
     return shown

@@ -571,8 +571,7 @@ HOSTILE_PATHS = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["txt", "srt"])
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(paths=st.lists(
     st.one_of(
         st.sampled_from(HOSTILE_PATHS),
@@ -582,9 +581,7 @@ HOSTILE_PATHS = [
     ),
     min_size=1, max_size=12, unique=True,
 ))  # fmt: skip
-def test_no_path_leads_outside(
-    tmp_path_factory: pytest.TempPathFactory, kind: str, paths: list[bytes]
-) -> None:
+def test_no_path_leads_outside(tmp_path_factory: pytest.TempPathFactory, paths: list[bytes]) -> None:
     from specvlm_cli.export.job import export
     from specvlm_cli.export.request import Request
 
@@ -593,8 +590,8 @@ def test_no_path_leads_outside(
     around = folder / "around"
     around.mkdir()
     (around / "neighbour").write_text("mine")
-    export(view(run), Request(around / "dest", kind))  # type: ignore[arg-type]
-    written = [name for name in files(around / "dest") if name.endswith(kind)]
+    export(view(run), Request(around / "dest", "txt"))
+    written = [name for name in files(around / "dest") if name.endswith(".txt")]
     assert len(written) == len(paths)
     assert sorted(os.listdir(around)) == ["dest", "neighbour"]
     assert sorted(os.listdir(folder)) == ["around", "out"]
