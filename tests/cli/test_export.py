@@ -285,7 +285,9 @@ def test_columns_are_chosen_and_ordered(specvlm: Specvlm, made: Path, tmp_path: 
     for kind in ("parquet", "jsonl", "csv"):
         target = dest(tmp_path, kind)
         assert specvlm("export", made, target, "--format", kind, "--columns", "caption, id,topic").code == 0
-    assert pq.read_table(tmp_path / "dest-parquet/data").schema.names == ["caption", "id", "topic"]
+    schema = pq.read_schema(tmp_path / "dest-parquet/data/train-00000-of-00001.parquet")
+    assert schema.names == ["caption", "id", "topic"]
+    assert list(json.loads(schema.metadata[b"huggingface"])["info"]["features"]) == schema.names
     assert list(json.loads((tmp_path / "dest.jsonl").read_text().splitlines()[0])) == [
         "caption",
         "id",
@@ -735,6 +737,15 @@ def test_nobodys_own_files_are_ever_removed(
     assert (done.code, done.err.count("\n")) == (2, 1)
     assert words in done.err
     assert snapshot(target) == before
+
+
+def test_a_card_that_was_edited_is_not_replaced(specvlm: Specvlm, made: Path, tmp_path: Path) -> None:
+    specvlm("export", made, tmp_path / "dest")
+    path = tmp_path / "dest/README.md"
+    path.write_text(path.read_text().replace("# Video captions", "# My own words!!"))
+    done = specvlm("export", made, tmp_path / "dest", "--overwrite")
+    assert (done.code, "README.md was changed" in done.err) == (2, True)
+    assert "# My own words!!" in path.read_text()
 
 
 @pytest.mark.parametrize(
