@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import sqlite3
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +20,7 @@ from typing import Literal, Protocol, TypeVar
 
 from specvlm_cli.engine import EngineFactory, Models
 from specvlm_cli.exits import BusyError, ExitCode, UsageError
-from specvlm_cli.ledger import Ledger, Planned, is_damage
+from specvlm_cli.ledger import UNREADABLE, Ledger, Planned, is_damage
 from specvlm_cli.policy import Policy
 from specvlm_cli.resharding import finish, is_unfinished, reshard
 from specvlm_cli.results import Outcome
@@ -207,7 +206,7 @@ def plan(request: Request, show: Callable[[Planned], None]) -> Plan:
                 show(planned)
                 number += 1
             return Plan(_outcome(request, folder, ledger), number, *ledger.problems(_MOST_TOLD))
-    except sqlite3.DatabaseError as error:
+    except UNREADABLE as error:
         raise folder.damaged(error) if is_damage(error) else error from error
 
 
@@ -262,7 +261,7 @@ def _nothing_to_do(request: Request, folder: RunFolder) -> Outcome | None:
             _refuse_changes(request, folder, ledger)
             work = ledger.has_news() or ledger.count_to_do(request.overwrite, request.retry_failed, 1)
             return None if work or not folder.parts.in_order(ledger) else _outcome(request, folder, ledger)
-    except sqlite3.DatabaseError as error:
+    except UNREADABLE as error:
         if is_damage(error):  # opening it for writing tells what is wrong
             return None
         raise

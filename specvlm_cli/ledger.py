@@ -32,6 +32,7 @@ Row = dict[str, Any]
 MOST_CRASHES = 3  # a video in whose company the process died this often is not tried again
 BUSY_TIMEOUT_S = 60.0
 BAD_INPUT = "BadInput"  # error type of a manifest's row that names no video
+UNREADABLE = (sqlite3.DatabaseError, UnicodeDecodeError)  # SQLite's message may quote damaged bytes
 _REBUILD = "delete it to have it rebuilt from captions/"
 
 
@@ -100,7 +101,7 @@ class Ledger:
             _set_up(connection)
             _check(connection)
             migrate(Database(connection, execute_plugins=False))
-        except (FatalError, sqlite3.DatabaseError) as error:
+        except (FatalError, *UNREADABLE) as error:
             connection.close()
             raise refused(path, error) from error
         return cls(connection)
@@ -132,7 +133,7 @@ class Ledger:
             try:
                 if schema_version(Database(connection, execute_plugins=False)) == len(STEPS):
                     return cls(connection)
-            except (FatalError, sqlite3.DatabaseError):
+            except (FatalError, *UNREADABLE):
                 pass
             connection.close()
         except sqlite3.OperationalError:
@@ -663,8 +664,10 @@ def _check(connection: sqlite3.Connection) -> None:
         raise FatalError(f"the ledger is damaged ({' '.join(str(verdict).split())}); {_REBUILD}")
 
 
-def is_damage(error: sqlite3.Error) -> bool:
+def is_damage(error: Exception) -> bool:
     """Say whether an error means that the file is damaged."""
+    if isinstance(error, UnicodeDecodeError):
+        return True
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the rest of the code says where
     return code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 

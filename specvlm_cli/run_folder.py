@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import errno
 import json
-import sqlite3
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -198,7 +197,7 @@ class RunFolder:
         self.parts.rebuild(ledger)
         return ledger
 
-    def damaged(self, error: sqlite3.Error) -> Exception:
+    def damaged(self, error: Exception) -> Exception:
         """Return the error to raise where reading the ledger raised this one."""
         return refused(Path(clean(str(self._ledger))), error)
 
