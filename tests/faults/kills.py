@@ -171,7 +171,7 @@ class Ground:
         """Have a part that was renamed and not recorded, a part that is gone, and a video that was in work."""
         if "resume" not in self._templates:
             template = self.trial("template")
-            kill = Kill("rename", "after", 3)
+            kill = Kill("add_part", "before", 2)
             assert template.run(template.order(kill=kill)) == _KILLED
             template.check_nobody_is_left()
             next((template.out / "captions").glob("part*")).unlink()
