@@ -6,6 +6,7 @@ Its FFmpeg is a library beside PyAV's, with a log of its own; here that log is l
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -16,30 +17,56 @@ _ERROR = 16  # AV_LOG_ERROR; what is graver has smaller numbers
 _CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 
 
-class Complaints:
-    """How many errors FFmpeg has reported."""
+class _Log:
+    """Counts errors while anybody listens; whose they are cannot be told."""
 
     def __init__(self) -> None:
-        self.count = 0
-        self.callback = _CALLBACK(self._hear)  # must live as long as FFmpeg may call it
+        self.errors = 0
+        self._lock = threading.Lock()
+        self._listeners = 0
+        self._callback = _CALLBACK(self._hear)  # must live as long as FFmpeg may call it
 
     def _hear(self, _: int | None, level: int, __: bytes | None, ___: int | None) -> None:
-        self.count += level <= _ERROR
+        self.errors += level <= _ERROR
+
+    def take(self, library: Any) -> None:
+        with self._lock:
+            if self._listeners == 0:
+                library.av_log_set_callback(self._callback)
+            self._listeners += 1
+
+    def give_back(self, library: Any) -> None:
+        with self._lock:
+            self._listeners -= 1
+            if self._listeners == 0:
+                library.av_log_set_callback(ctypes.cast(library.av_log_default_callback, _CALLBACK))
+
+
+_log = _Log()
+
+
+class Complaints:
+    """Errors since listening began. Those of other threads that read with decord count too."""
+
+    def __init__(self) -> None:
+        self._before = _log.errors
+
+    def __len__(self) -> int:
+        return _log.errors - self._before
 
 
 @contextmanager
 def listening() -> Iterator[Complaints | None]:
-    """Count the errors that decord's FFmpeg reports, in any thread; None where its log cannot be reached."""
+    """Count the errors that decord's FFmpeg reports; None where its log cannot be reached."""
     library = _library()
     if library is None:
         yield None
         return
-    complaints = Complaints()
-    library.av_log_set_callback(complaints.callback)
+    _log.take(library)
     try:
-        yield complaints
+        yield Complaints()
     finally:
-        library.av_log_set_callback(ctypes.cast(library.av_log_default_callback, _CALLBACK))
+        _log.give_back(library)
 
 
 @cache

@@ -115,8 +115,8 @@ def _require_same_times(reader: Any, index: PacketIndex, chosen: NDArray[np.int6
 def _require_no_complaint(complaints: decord_log.Complaints | None) -> None:
     if complaints is None:
         raise DecordFailedError("its messages cannot be heard here, so damage would go unnoticed")
-    if complaints.count:
-        raise DecordFailedError(f"it complained {complaints.count} times")
+    if complaints:
+        raise DecordFailedError(f"it complained {len(complaints)} times")
 
 
 def _read(reader: Any, index: PacketIndex, chosen: NDArray[np.int64], store: FrameStore) -> Decoded:

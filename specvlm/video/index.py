@@ -221,7 +221,7 @@ def read_index(file: VideoFile) -> PacketIndex:
         VideoDecodeError: Not one frame with a known time is in it, or the file cannot be demuxed.
         VideoUnavailableError: The system failed to read the file.
     """
-    with ffmpeg_log.errors() as errors, open_container(file) as (container, stream):
+    with ffmpeg_log.listening() as errors, open_container(file) as (container, stream):
         packets = _demux(container, stream, errors)
         return _build(container, stream, packets, file)
 

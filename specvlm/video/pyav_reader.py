@@ -24,6 +24,7 @@ from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
 from specvlm.errors import VideoDecodeError
+from specvlm.video import ffmpeg_log
 from specvlm.video.index import PacketIndex, demux, open_container
 from specvlm.video.opening import VideoFile
 from specvlm.video.pixels import Decoded, FrameStore, Memory, own_memory
@@ -181,9 +182,10 @@ class _Record:
 def _attempt(file: VideoFile, index: PacketIndex, wanted: _Wanted, store: FrameStore) -> list[int]:
     """Store the wanted frames; return the places of those that turned out to be intact."""
     record, stored = _Record(), []
-    with open_container(file) as (container, stream):
+    with ffmpeg_log.listening() as heard, open_container(file) as (container, stream):
         decoder = _Decoder(stream, index)
-        for label, frame in _decoded_frames(container, stream, decoder, wanted, record):
+        packets = _packets(container, stream, heard)
+        for label, frame in _decoded_frames(packets, decoder, wanted, record):
             which = wanted.take(label)
             if which is not None and not frame.is_corrupt:
                 store.put(int(wanted.places[which]), frame, decoder.rotation(frame))
@@ -269,11 +271,11 @@ def _rotation_of(native: VideoCodecContext, packet: Packet[VideoStream]) -> int 
 
 
 def _decoded_frames(
-    container: InputContainer, stream: VideoStream, decoder: _Decoder, wanted: _Wanted, record: _Record
+    packets: Iterator[Packet[VideoStream]], decoder: _Decoder, wanted: _Wanted, record: _Record
 ) -> Iterator[tuple[int, VideoFrame]]:
     """(label, frame) of all frames that come out while decoding what is wanted next."""
     run: int | None = None
-    for number, packet in enumerate(_packets(container, stream)):
+    for number, packet in enumerate(packets):
         if wanted.is_over():
             break
         if number < wanted.next_start():
@@ -288,9 +290,13 @@ def _decoded_frames(
         yield from decoder.drain(record)  # also for what it tells of the packets that came before
 
 
-def _packets(container: InputContainer, stream: VideoStream) -> Iterator[Packet[VideoStream]]:
+def _packets(
+    container: InputContainer, stream: VideoStream, heard: list[ffmpeg_log.Line]
+) -> Iterator[Packet[VideoStream]]:
     """As the index counted them: up to the end or the first one that cannot be read."""
     try:
-        yield from demux(container, stream)
+        for packet in demux(container, stream):
+            heard.clear()  # a damaged file has its decoder say more than memory should hold
+            yield packet
     except (av.error.FFmpegError, OSError):
         return

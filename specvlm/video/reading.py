@@ -58,7 +58,7 @@ def read(
     began = time.perf_counter()
     _check(settings, frame_multiple)
     hooks.began("open")
-    with ffmpeg_log.quiet(), open_video(path, root) as file:
+    with ffmpeg_log.listening(), open_video(path, root) as file:
         hooks.began("index")
         index = read_index(file)
         chosen = _choose(file, index, settings, frame_multiple)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
+import av
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -241,3 +243,26 @@ def test_frames_are_put_into_the_memory_that_is_given(
     assert given[-1].shape[0] == 20
     assert frames.pixels.ctypes.data == given[-1].ctypes.data
     np.testing.assert_array_equal(frames.pixels, read_video(path, settings).pixels)
+
+
+def test_threads_read_without_disturbing_one_another(
+    noisy: Make, make: Make, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """FFmpeg has one log for all: each thread must hear its own file's complaints, and nobody else's."""
+    hole = video_files.blank_packets(make("h264"), tmp_path / "hole.mp4", 24, 24)
+    lost = bytearray(noisy("mkv").read_bytes())
+    del lost[len(lost) // 2 : len(lost) // 2 + 2000]
+    (tmp_path / "lost.mkv").write_bytes(lost)
+    paths = [hole, make("h264"), tmp_path / "lost.mkv", make("vp8"), make("h264 ts"), noisy("mkv")]
+    settings = FrameSettings(num_frames=30, backend="pyav")
+    alone = [flags_of(read_video(path, settings)) for path in paths]
+    av.logging.set_level(av.logging.PANIC)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            found = [*threads.map(lambda path: flags_of(read_video(path, settings)), paths * 8)]
+        assert av.logging.get_level() == av.logging.PANIC, "as it was before"
+    finally:
+        av.logging.set_level(None)
+    assert found == alone * 8
+    assert [bool(flags) for flags in alone] == [True, False, True, False, False, False]
+    assert capfd.readouterr() == ("", "")
