@@ -62,7 +62,7 @@ class Wanted:
         """
         _sweep(Path(tempfile.gettempdir()))
         folder = tempfile.TemporaryDirectory(prefix=_PREFIX)
-        alive = Path(folder.name, _ALIVE).open("wb")
+        alive = Path(folder.name, _ALIVE).open("wb")  # noqa: SIM115  as long as the object lives
         try:
             fcntl.flock(alive, fcntl.LOCK_EX)
             path = Path(folder.name, "wanted.db")
