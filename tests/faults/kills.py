@@ -372,6 +372,8 @@ def gather(trials: Sequence[Named | AtRandom], jobs: int, videos: int = 14) -> d
     tallies: dict[str, Tally] = {}
     for kind, tally in spread(partial(_listed_work, videos=videos), trials, jobs):
         tallies.setdefault(kind, Tally()).add(tally)
+        for text in tally.violations:
+            print(f"VIOLATION {text}", file=sys.stderr, flush=True)
     return tallies
 
 
@@ -418,7 +420,6 @@ def show(tallies: dict[str, Tally]) -> None:
         "kills",
         "child kills",
         "not reached",
-        "ended with 1",
         "most redone",
         "violations",
     )
