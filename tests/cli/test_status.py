@@ -97,6 +97,7 @@ def test_several_shards_are_summed_and_shown_one_by_one(specvlm: Specvlm, out: P
     told = specvlm("status", out).out
     assert "1,205: 1,203 done, 0 failed, 1 running, 1 pending" in told
     assert "3 shards" in told
+    assert specvlm("status", out, "--json").json["figures"]["captions"] == 1203
     assert [line.split() for line in told.splitlines()[-3:]] == [
         ["0", "1,200", "0", "0", "0", "nobody"],
         ["1", "3", "0", "1", "1", "nobody"],
@@ -134,6 +135,7 @@ HELD = Holder("here", 1, at(3600), True)
         ([0, 10, 20, 30], None, 0.1),  # while nobody runs, time ends with the last video
         ([30, 40, 50, 60], HELD, 3 / 60),  # while somebody does, it goes on
         ([10, 20, 4000, 4010], HELD, 1 / 20),  # an earlier start does not count
+        ([10, 20, 300, 310], replace(HELD, since=at(60)), 1 / 20),  # though it was not long ago
         ([10, 20, 1000, 1010], HELD, 1 / 20),  # nor does what is longer than 15 minutes ago
         ([1000, 1500], HELD, 1 / 1500),  # unless there is nothing newer
         ([7, 7, 7], None, None),  # all at one moment: no pace
