@@ -267,8 +267,11 @@ def kind_times_s(kind: str) -> list[float]:
     return [n / RATE for n in range(wanted.get("frames", 60))]
 
 
-# Files to damage: a few hundred kilobytes, groups of 12 frames.
+# Files to damage: up to a few hundred kilobytes, groups of 12 or 24 frames, the same bytes each time.
 _BITS_PER_S = {"b": "1M", "g": "12"}
+# Real time would look at the clock.
+_STEADY_VPX = {"deadline": "good", "cpu-used": "8", "lag-in-frames": "0", **_BITS_PER_S}
+_SAME_IDS = {"fflags": "bitexact"}  # Matroska's are random
 _LONG_GOP = f"keyint=24:min-keyint=24:scenecut=0:{_QUIET}"
 NOISY: dict[str, tuple[str, dict[str, Any]]] = {
     "h264": ("noisy.mp4", {"options": {"x264-params": _LONG_GOP, "preset": "veryfast"}}),
@@ -286,7 +289,10 @@ NOISY: dict[str, tuple[str, dict[str, Any]]] = {
             "container_options": {"movflags": "frag_keyframe+empty_moov"},
         },
     ),
-    "mkv": ("noisy.mkv", {"options": {"x264-params": _LONG_GOP, "preset": "veryfast"}}),
+    "mkv": (
+        "noisy.mkv",
+        {"options": {"x264-params": _LONG_GOP, "preset": "veryfast"}, "container_options": _SAME_IDS},
+    ),
     "hevc": (
         "hevc.mkv",
         {
@@ -296,10 +302,14 @@ NOISY: dict[str, tuple[str, dict[str, Any]]] = {
                 "crf": "20",
                 "x265-params": f"keyint=24:bframes=3:open-gop=0:{_QUIET}",
             },
+            "container_options": _SAME_IDS,
         },
     ),
-    "vp9": ("vp9.webm", {"codec": "libvpx-vp9", "options": {**_FAST_VPX, **_BITS_PER_S}}),
-    "vp8": ("vp8.webm", {"codec": "libvpx", "options": {**_FAST_VPX, **_BITS_PER_S}}),
+    "vp9": (
+        "vp9.webm",
+        {"codec": "libvpx-vp9", "options": _STEADY_VPX, "container_options": _SAME_IDS},
+    ),
+    "vp8": ("vp8.webm", {"codec": "libvpx", "options": _STEADY_VPX, "container_options": _SAME_IDS}),
     "ts": ("noisy.ts", {"options": {"x264-params": _LONG_GOP, "preset": "veryfast"}}),
     "mpeg2": ("mpeg2.ts", {"codec": "mpeg2video", "options": {**_BITS_PER_S, "bf": "2"}}),
     "avi": ("noisy.avi", {"codec": "mpeg4", "options": _BITS_PER_S}),
@@ -323,6 +333,6 @@ def _maker(
     def make(kind: str) -> Path:
         name, wanted = kinds[kind]
         path = folder / name
-        return path if path.exists() else write_video(path, **common, **wanted)
+        return path if path.exists() else write_video(path, **{**common, **wanted})
 
     return make

@@ -2,8 +2,8 @@
 
 decord 0.6.0 believes headers, counts frames instead of reading their times, and on some files hangs, aborts
 or returns other frames than asked for. `refusal` names the files where that is known, where its pixels are not
-PyAV's, or where its decoders of 2021 do not notice damage: they go to the other reader. So does a file that its
-FFmpeg complains of. A hostile file can still hang or abort the process that reads it.
+PyAV's, or where its FFmpeg 4.1 does not notice damage: they go to the other reader. So does a file that its FFmpeg
+complains of. A hostile file can still hang or abort the process that reads it.
 """
 
 from __future__ import annotations

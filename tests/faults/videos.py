@@ -95,12 +95,14 @@ class Report:
         violations: What must not be.
         growth_bytes: Memory that this process has taken meanwhile.
         connections: To the listener.
+        unseen: Damaged files that gave wrong frames without a flag, by what they were made from.
     """
 
     counts: dict[str, Count] = field(default_factory=dict)
     violations: list[str] = field(default_factory=list)
     growth_bytes: int = 0
     connections: int = 0
+    unseen: Counter[str] = field(default_factory=Counter)
 
 
 def _by_times(times_s: Sequence[float]) -> Judge:
@@ -261,6 +263,7 @@ class _Bench:
             count.unflagged += 1
             count.unflagged_wrong_files += wrong > 0
             count.unflagged_wrong += wrong
+            self.report.unseen[case.name.rpartition("-")[2]] += wrong > 0
         if case.allowed is not None and odd_files.SOUND not in case.allowed:
             self._violation(case, "gives frames")
         if odd_files.CANARY in video_files.numbers_of(frames.pixels) and case.group == "odd":
@@ -350,6 +353,9 @@ def table(report: Report) -> Iterator[str]:
     yield "errors: " + ", ".join(f"{name} {number}" for name, number in errors.most_common())
     files, unseen, frames = damaged_totals(report)
     yield f"damaged: {files}; {unseen} give wrong frames without a flag ({frames} frames)"
+    yield "of these: " + ", ".join(
+        f"{name} {number}" for name, number in report.unseen.most_common() if number
+    )
     yield f"memory: {report.growth_bytes / (1 << 20):+.1f} MiB in this process; connections: {report.connections}"
 
 
