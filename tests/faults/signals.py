@@ -169,6 +169,8 @@ def gather(given: Sequence[Signalled], jobs: int) -> dict[str, Tally]:
     tallies: dict[str, Tally] = {}
     for scene, tally in spread(work, given, jobs):
         tallies.setdefault(scene, Tally()).add(tally)
+        for text in tally.violations:
+            print(f"VIOLATION {text}", file=sys.stderr, flush=True)
     return tallies
 
 
@@ -199,6 +201,7 @@ def show(tallies: dict[str, Tally]) -> None:
     head = (
         "during",
         "signals",
+        "too early",
         "too late",
         "75",
         "0 or 3",
