@@ -272,6 +272,7 @@ def test_numbers_stay_numbers(value: object, shown: str) -> None:
     assert lines.cell(value) == shown
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_no_cell_begins_as_a_formula_and_none_is_lost(text: str) -> None:
     shown = lines.cell(text)
@@ -467,6 +468,7 @@ def test_times_of_a_cue(
     assert sidecars._subtitles([piece]) == f"1\n{line}\ntext\n"
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(), min_size=1, max_size=5))
 def test_a_caption_cannot_end_its_cue_or_begin_another(captions: list[str]) -> None:
     pieces = [sidecars.Piece(float(n), n + 1.0, None, text) for n, text in enumerate(captions)]
@@ -573,7 +575,7 @@ HOSTILE_PATHS = [
 ]
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(paths=st.lists(
     st.one_of(
         st.sampled_from(HOSTILE_PATHS),
