@@ -38,6 +38,7 @@ class Reader(NamedTuple):
 
 
 _OPEN_FILES = 64
+_MOST_DESCRIPTORS = 1 << 12  # the nursery has a handful
 _LAST_RESORT_S = 0.5  # after the time limit the child ends by itself, should nobody be there to kill it
 _KILL_ME_FIRST = b"1000"  # to the system, where memory runs out
 
@@ -65,9 +66,19 @@ def _confined(descriptor: int, parent: int, limits: Limits) -> int:
     os.dup2(0, 1)
     os.dup2(0, 2)  # decoders print
     os.dup2(descriptor, 3)
-    os.closerange(4, max(descriptor + 1, os.sysconf("SC_OPEN_MAX")))
+    for number in _descriptors():
+        if number > 3:
+            with suppress(OSError):  # the one that listed them
+                os.close(number)
     _limit(limits)
     return 3
+
+
+def _descriptors() -> list[int]:
+    try:
+        return [int(name) for name in os.listdir("/dev/fd")]
+    except OSError:
+        return list(range(min(os.sysconf("SC_OPEN_MAX"), _MOST_DESCRIPTORS)))
 
 
 def _write(path: str, data: bytes) -> None:
@@ -103,8 +114,9 @@ def _serve(connection: socket.socket, reader: Reader, limits: Limits) -> None:
     try:
         line = _read(reader, job, memory, connection)
     except BaseException as error:
+        said = _said(error.with_traceback(None), limits)  # which holds what may have taken all memory
         memory.close()
-        connection.sendall(failed_line(_said(error, limits)))
+        connection.sendall(failed_line(said))
         return
     socket.send_fds(connection, [line], [memory.descriptor])
 

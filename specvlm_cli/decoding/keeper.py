@@ -8,13 +8,12 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import asdict
-from typing import IO
 
+from specvlm_cli.decoding import shared
 from specvlm_cli.decoding.jobs import Limits
 from specvlm_cli.decoding.messages import ENDED, FORK, KILL, READY, RECORD, STARTED
 from specvlm_cli.exits import FatalError
@@ -57,26 +56,31 @@ class Keeper:
         self._start()
 
     def _start(self) -> None:
-        ours, theirs = socket.socketpair()
-        self._complaints: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  as long as the process lives
-        with theirs:
-            call = (
-                f"nursery.main({theirs.fileno()}, {os.getpid()}, {self._reader!r}, {asdict(self._limits)!r})"
-            )
-            self._process = subprocess.Popen(
-                python_command(f"from specvlm_cli.decoding import nursery; {call}"),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=self._complaints,
-                env={name: os.environ[name] for name in _KEPT if name in os.environ} | _SET,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,  # Ctrl-C at the terminal is for the coordinator
-            )
-        ours.setblocking(False)
-        self._control = ours
+        try:
+            self._control, theirs = socket.socketpair()
+            with theirs:
+                self._complaints = open(shared.new_memory(), "w+b")  # noqa: SIM115  as long as the process lives
+                self._process = self._execute(theirs)
+        except OSError as error:
+            raise FatalError(
+                f"no reading process can be started ({error.strerror}); see how many processes and files are open"
+            ) from None
+        self._control.setblocking(False)
         self._heard = b""
         self._ready = False
         self._children: dict[int, int] = {}  # number of the attempt -> process id
+
+    def _execute(self, theirs: socket.socket) -> subprocess.Popen[bytes]:
+        call = f"nursery.main({theirs.fileno()}, {os.getpid()}, {self._reader!r}, {asdict(self._limits)!r})"
+        return subprocess.Popen(
+            python_command(f"from specvlm_cli.decoding import nursery; {call}"),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=self._complaints,
+            env={name: os.environ[name] for name in _KEPT if name in os.environ} | _SET,
+            pass_fds=[theirs.fileno()],
+            start_new_session=True,  # Ctrl-C at the terminal is for the coordinator
+        )
 
     def descriptors(self) -> list[int]:
         """Return what is readable when there is something to hear."""
