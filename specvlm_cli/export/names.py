@@ -19,6 +19,7 @@ from specvlm_cli.inputs.item import item_id
 _MOST_BYTES = 255  # of one component
 _MOST_PATH_BYTES = 3000  # of a whole name; below it, whatever the destination is called
 _LONG = b"_long"  # folder of what would have a longer name
+_OURS = (b"_manifest.json", b"_failures.jsonl", _LONG)  # names at the top of an export
 _UNFIT = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\\\\]")
 
 _TABLES = """
@@ -78,6 +79,8 @@ class Names:
         """Return the path below the common root as components that name nothing outside; never none."""
         below = path.removeprefix(self._root)
         found = [self._fit(part) for part in below.split(b"/") if part not in (b"", b".")] or [b"video"]
+        if found[0] in _OURS:
+            found[0] += b"~"
         return found if sum(map(len, found)) + len(found) <= _MOST_PATH_BYTES else [_LONG, _short_hash(path)]
 
     def _fit(self, part: bytes) -> bytes:

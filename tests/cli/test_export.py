@@ -487,6 +487,8 @@ def test_sidecars_keep_folders_and_tell_clashes_apart(specvlm: Specvlm, out: Pat
         "a/b.mp4",
         "a/b.webm",
         "a/b.mp4.mkv",
+        "_manifest.json/e.mp4",
+        "_failures.jsonl/f.mp4",
         "c.mp4",
         "a/c.txt/d.mp4",
         "a/c.mp4",
@@ -496,13 +498,17 @@ def test_sidecars_keep_folders_and_tell_clashes_apart(specvlm: Specvlm, out: Pat
     make_run(out, [[Video(name, f"/root/v/{name}".encode(), (name,)) for name in names]])
     specvlm("export", out, tmp_path / "d", "--format", "txt")
     found = {
-        name: (tmp_path / "d" / name).read_text().strip() for name in files(tmp_path / "d") if "_" not in name
+        name: (tmp_path / "d" / name).read_text().strip()
+        for name in files(tmp_path / "d")
+        if name != "_manifest.json"
     }
     assert found == {
         "a/b.mp4.txt": "a/b.mp4",
         "a/b.webm.txt": "a/b.webm",
         "a/b.mp4.mkv.txt": "a/b.mp4.mkv",
         "c.txt": "c.mp4",
+        "_manifest.json~/e.txt": "_manifest.json/e.mp4",
+        "_failures.jsonl~/f.txt": "_failures.jsonl/f.mp4",
         "a/c.txt/d.txt": "a/c.txt/d.mp4",
         "a/c.mp4.txt": "a/c.mp4",
         "noext.txt": "noext",
