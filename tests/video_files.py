@@ -51,7 +51,8 @@ def _with_texture(picture: NDArray[np.uint8], number: int, amplitude: int) -> ND
     texture = np.random.default_rng(7).integers(-amplitude, amplitude + 1, (2 * height, 2 * width, 3))
     down, across = 3 * number % height, 2 * number % width
     moved = texture[down : down + height, across : across + width]
-    return np.clip(picture + moved, 0, 255).astype(np.uint8)
+    textured: NDArray[np.uint8] = np.clip(picture + moved, 0, 255).astype(np.uint8)
+    return textured
 
 
 def number_of(picture: NDArray[np.uint8]) -> int:

@@ -120,7 +120,7 @@ def _ends_of_riffs(descriptor: int, size: int) -> Iterator[int]:
         if head[:4] != b"RIFF" or length in (0, 0xFFFFFFFF):
             return
         start += 8 + length
-        yield start
+        yield start - 1  # a last chunk of odd length may lack its padding
 
 
 def _end_of_last_packet(descriptor: int, size: int) -> Iterator[int]:

@@ -51,7 +51,7 @@ def assert_true_times(frames: Frames) -> None:
 def test_sound_videos_have_no_flags(kind: str, make: Make, backend: Backend) -> None:
     part = {} if kind == "h264 one frame" else {"fps": 7.0, "start_s": 0.5, "end_s": 1.5}
     for wanted in ({"num_frames": 5}, part):
-        settings = FrameSettings(backend=backend, **wanted)  # type: ignore[arg-type]
+        settings = FrameSettings(backend=backend, **wanted)
         assert flags_of(read_video(make(kind), settings)) == ()
 
 
