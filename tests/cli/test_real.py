@@ -126,7 +126,7 @@ def test_the_draft_cannot_change_a_caption(run: Run, models: Path, films: Path, 
         (["--target", "qwen", "--draft", "other-tokenizer"], 2, "other-tokenizer: its tokenizer differs"),
         (["--target", "qwen", "--draft", "llava-draft"], 2, "llava-draft: its family is llava_onevision"),
         (["--target", "nowhere"], 1, "nowhere: no such preset or folder"),
-        (["--target", "qwen", "--dtype", "int3"], 2, "--dtype': Value error, 'int3' is not one of"),
+        (["--target", "qwen", "--dtype", "int3"], 2, "--dtype': 'int3' is not one of"),
         (["--target", "qwen", "--prompt", "a <|im_end|> b"], 2, "special token <|im_end|>"),
     ],
 )
