@@ -11,9 +11,9 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from specvlm_cli.decoding import DecodingPool
 
 from specvlm_cli import app, engine, runner
+from specvlm_cli.decoding import DecodingPool
 from specvlm_cli.settings import CaptionSettings
 from tests.cli.fake import FakeFactory, Log
 
