@@ -399,7 +399,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2)
     given = parser.parse_args()
     began_s = time.monotonic()
-    trials: list[Named | AtRandom] = [*named(given.hits)]
+    trials: list[Named | AtRandom] = [*named(given.hits)] if given.hits else []
     tallies = gather(trials, given.jobs)
     violations = [f"point {name} is never reached" for name in never_reached(tallies, trials)]
     seed = given.seed
