@@ -292,7 +292,7 @@ def run_full(folder: Path, driver: Driver, what: Full) -> Tally:
 def run_held(ground: Ground, tally: Tally, *, how: str, for_s: float | None) -> None:
     """Another program holds the ledger: from before the start and for ever, or in the middle and for a while."""
     trial = ground.begun("again")
-    trial.environment |= {"DRIVE_BUSY_S": "1.0" if for_s is None else "20", "DRIVE_DELAY_S": "0.1"}
+    trial.environment |= {"DRIVE_BUSY_S": "1.0" if for_s is None else "20", "DRIVE_DELAY_S": "0.7"}
     ledger = trial.out / ".specvlm" / "state-00000.db"
     with closing(sqlite3.connect(ledger, isolation_level=None, check_same_thread=False)) as other:
         if for_s is None:
@@ -300,7 +300,7 @@ def run_held(ground: Ground, tally: Tally, *, how: str, for_s: float | None) -> 
             code = trial.run(trial.order())
         else:
             process = trial.driver.start(trial.order())
-            trial.driver.wait(process, 0.5)
+            assert trial.driver.wait(process, 0.5) is None, "it ended before it could be hindered"
             _hold(other, how)
             timer = threading.Timer(for_s, other.rollback)
             timer.start()
