@@ -215,7 +215,8 @@ def test_a_row_without_a_usable_path_is_an_item_with_a_problem(
     )
     good, own, bad = found
     assert good.problem is None
-    assert (own.id, own.own_id, own.path) == ("own", True, b"")
+    told = path.encode() if "://" in path else b""  # an address stands in the failures file as it is
+    assert (own.id, own.own_id, own.path) == ("own", True, told)
     assert re.search(reason, str(own.problem))
     where = 3 if manifest.suffix == ".csv" else 2
     unit = "row" if manifest.suffix == ".parquet" else "line"
