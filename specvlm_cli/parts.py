@@ -298,7 +298,7 @@ def kept_in_parts(root: Path) -> dict[str, str]:
 def _listed(folder: Path) -> list[Path]:
     try:
         return sorted(folder.iterdir())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
 
 

@@ -12,7 +12,7 @@ class Item:
 
     Attributes:
         id: The manifest's own, or sha1 of (path relative to its input root, start, end), in hex.
-        path: Absolute path, as bytes; of a row with a problem what the row has, which may be nothing.
+        path: Absolute path, as bytes; empty where a manifest's row has none.
         start_s: Start of the part; None: the whole video.
         end_s: End of the part; None: to the end of the video.
         prompts: Its own prompts, from a manifest; None: those of the run.

@@ -124,7 +124,7 @@ class ItemMaker:
         """Return the item of a row that cannot be used, with what of it is usable."""
         given = _usable(path_of, path)
         local = given if given is not None and not is_address(given) else None
-        relative, absolute = (given, given or b"") if local is None else self._root.place(local)
+        relative, absolute = (given, b"") if local is None else self._root.place(local)
         times = _usable(segment, start, end)
         identity = _usable(own_id, own)
         stable = identity
