@@ -78,7 +78,8 @@ class Run:
     def script(self, *flags: object) -> str:
         """Return what `specvlm slurm` prints."""
         needs = ("--gpus-per-task", 0, "--cpus-per-task", 1, "--time", 5, "--stop-before", "60s")
-        command = ("slurm", self.out, *needs, *flags, "--", "caption", self.videos, "--preset", "demo")
+        caption = ("caption", self.videos, "--preset", "demo", "--grace", "30s")
+        command = ("slurm", self.out, *needs, *flags, "--", *caption)
         done = subprocess.run(
             [sys.executable, "-m", "specvlm_cli", *map(str, command)],
             capture_output=True,
