@@ -233,7 +233,7 @@ class Parts:
         """Yield unfinished and unrecorded files of this shard; a file with any other name is not ours."""
         known = {part.name for part in ledger.parts()}
         for folder in (CAPTIONS, FAILURES):
-            for path in _listed(self._root / folder):
+            for path in listed(self._root / folder):
                 name = f"{folder}/{path.name}"
                 ours = self._name.fullmatch(path.name) or name == self.failures_name
                 unfinished = self._temporary.fullmatch(path.name)
@@ -247,7 +247,7 @@ class Parts:
         return any(True for _ in self._numbered()) or (self._root / self.failures_name).exists()
 
     def _numbered(self) -> Iterator[tuple[int, Path]]:
-        for path in _listed(self._root / CAPTIONS):
+        for path in listed(self._root / CAPTIONS):
             if found := self._name.fullmatch(path.name):
                 if path.is_dir():
                     raise FatalError(f"{path}: a folder where a part belongs; move it away, then start again")
@@ -272,7 +272,7 @@ class Parts:
 def ids_in_parts(root: Path) -> Iterator[tuple[int, list[str]]]:
     """Yield (shard, some of its ids) of one readable part of each shard."""
     told: set[int] = set()
-    for path in _listed(root / CAPTIONS):
+    for path in listed(root / CAPTIONS):
         found = _ANY_PART.fullmatch(path.name)
         if found and int(found.group(1)) not in told:
             with suppress(pa.ArrowException, OSError, StopIteration), pq.ParquetFile(path) as file:
@@ -284,7 +284,7 @@ def ids_in_parts(root: Path) -> Iterator[tuple[int, list[str]]]:
 def kept_in_parts(root: Path) -> dict[str, str]:
     """Return the columns that pass through, and their kinds, as a readable part has them."""
     kinds = {kind: name for name, kind in _KEPT.items()}
-    for path in _listed(root / CAPTIONS):
+    for path in listed(root / CAPTIONS):
         if _ANY_PART.fullmatch(path.name):
             with suppress(pa.ArrowException, OSError):
                 schema = pq.read_schema(path)
@@ -295,7 +295,8 @@ def kept_in_parts(root: Path) -> dict[str, str]:
     return {}
 
 
-def _listed(folder: Path) -> list[Path]:
+def listed(folder: Path) -> list[Path]:
+    """Return what lies in a folder, by name; nothing where there is no such folder."""
     try:
         return sorted(folder.iterdir())
     except (FileNotFoundError, NotADirectoryError):

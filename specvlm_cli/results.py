@@ -209,11 +209,13 @@ class Tally:
         for stage in STAGES[row["prompt_index"] > 0 :]:  # the file was read for the first prompt
             self._stages_s[stage] += row[stage]
 
-    def fail(self, failure: Failure) -> None:
-        """Count one failed video."""
+    def fail(self, failure: Failure, videos: int = 1) -> None:
+        """Count failed videos of one kind."""
+        if not videos:
+            return
         kind = f"{failure.stage}:{failure.error_type}"[:100]
         known = kind in self.failures or len(self.failures) < MOST_KINDS
-        self.failures[kind if known else OTHER_KINDS] += 1
+        self.failures[kind if known else OTHER_KINDS] += videos
 
     def running(self) -> Running:
         """Return what is known at once, however many rows there were."""

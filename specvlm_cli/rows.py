@@ -41,6 +41,15 @@ _COPIED = (
 )
 
 
+_MEDIA = {  # column -> what it is of the file's own facts
+    "duration_s": "duration_s",
+    "fps": "fps",
+    "width": "width",
+    "height": "height",
+    "video_backend": "backend",
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Provenance:
     """What is the same in every row of one start; `prompts` are of videos that bring none of their own."""
@@ -89,9 +98,7 @@ def caption_row(
 
 
 def _media(source: VideoSource | None) -> Row:
-    names = {"duration_s": "duration_s", "fps": "fps", "width": "width", "height": "height"}
-    names["video_backend"] = "backend"
-    return {column: None if source is None else getattr(source, name) for column, name in names.items()}
+    return {column: None if source is None else getattr(source, name) for column, name in _MEDIA.items()}
 
 
 def _statistics(stats: CaptionStats) -> Row:

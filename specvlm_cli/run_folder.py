@@ -140,7 +140,8 @@ class RunFolder:
         Raises:
             UsageError: They are not those of as many shards as this start has.
         """
-        seen = [found for found in (*self._ids_in_ledgers(), *ids_in_parts(self.root)) if found[1]]
+        in_ledgers = [(shard, ledger.some_ids()) for shard, ledger in self._peeked()]
+        seen = [found for found in (*in_ledgers, *ids_in_parts(self.root)) if found[1]]
         count = self.shard.count
         for shard, ids in seen:
             if shard >= count or any(shard_of(identity, count) != shard for identity in ids):
@@ -150,12 +151,12 @@ class RunFolder:
                 )
         return RunFile({}, "", {}, count, kept_in_parts(self.root)) if seen else None
 
-    def _ids_in_ledgers(self) -> Iterator[tuple[int, list[str]]]:
+    def _peeked(self) -> Iterator[tuple[int, Ledger]]:
+        """Yield (shard, its ledger) where that can be read as it is; each is open until the next."""
         for path in sorted(self._state.glob("state-[0-9]*.db")):
-            ledger = Ledger.peek(path)
-            if ledger is not None:
+            if (ledger := Ledger.peek(path)) is not None:
                 with ledger:
-                    yield int(path.stem.removeprefix("state-")), ledger.some_ids()
+                    yield int(path.stem.removeprefix("state-")), ledger
 
     def write(self, run: RunFile) -> None:
         """Replace `run.json`, all of it or nothing."""
@@ -173,11 +174,8 @@ class RunFolder:
             yield
 
     def other_ledgers(self) -> Iterator[Ledger]:
-        """Yield the ledgers of the other shards that can be read as they are, each open for reading."""
-        for path in sorted(self._state.glob("state-[0-9]*.db")):
-            if path != self._ledger and (ledger := Ledger.peek(path)) is not None:
-                with ledger:
-                    yield ledger
+        """Yield the ledgers of the other shards that can be read as they are, each open until the next."""
+        return (ledger for shard, ledger in self._peeked() if shard != self.shard.index)
 
     def peek(self) -> Ledger | None:
         """Open the ledger for reading, touching nothing; None: there is none, or it needs repair."""

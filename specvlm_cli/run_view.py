@@ -12,6 +12,7 @@ from typing import Any
 
 from specvlm_cli.exits import FatalError, UsageError
 from specvlm_cli.ledger_view import LedgerView
+from specvlm_cli.parts import listed
 from specvlm_cli.resharding import is_unfinished
 from specvlm_cli.run_folder import RunFile, RunFolder
 from specvlm_cli.text import clean
@@ -64,14 +65,6 @@ class RunView:
     def parts(self, shard: int) -> list[Path]:
         """Return the files in `captions` that have the name of a part of this shard."""
         return [path for path in self.files("captions") if shard_of_part(path.name) == shard]
-
-
-def listed(folder: Path) -> list[Path]:
-    """Return what lies in a folder, by name; nothing where there is no such folder."""
-    try:
-        return sorted(folder.iterdir())
-    except (FileNotFoundError, NotADirectoryError):
-        return []
 
 
 def shard_of_part(name: str) -> int | None:

@@ -77,9 +77,7 @@ class Runner:
         """`refused`: rows that failed in this start before, because they name no video."""
         self.tally = Tally()
         self.failed = refused
-        for _ in range(refused):
-            self.tally.fail(Failure("open", BAD_INPUT, ""))
-        self.captioned = 0
+        self.tally.fail(Failure("open", BAD_INPUT, ""), refused)
         self.stopped: str | None = None
         self.waited_s = 0.0
         self._ledger = ledger
@@ -191,7 +189,6 @@ class Runner:
     def _task(self, claim: Claim, video: ReadVideo) -> Task:
         own = claim.item.prompts
         return Task(
-            key=claim.ordinal,
             prompts=own or self._policy.prompts,
             own_prompts=own is not None,
             frames=video.handle()[1],
@@ -252,7 +249,6 @@ class Runner:
             upcoming = self._claim_next()
         self._hand(worker, upcoming)
         self._not_finite = self._lost_in_a_row = 0
-        self.captioned += 1
         for row in rows:
             self.tally.add(row)
         self._reporter.captioned(claim, rows)

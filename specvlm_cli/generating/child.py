@@ -95,9 +95,9 @@ class _Service:
         except _FOR_ALL as error:
             return _broken(error)
         except PromptError as error:
-            return self._failed(task, error, "preprocess") if task.own_prompts else _broken(error)
+            return _failed(error, "preprocess") if task.own_prompts else _broken(error)
         except Exception as error:
-            return self._failed(task, error, "generate")
+            return _failed(error, "generate")
 
     def _with_memory_at_hand(self, task: Task, frames: Frames) -> Made:
         """Caption; where memory runs out, free what can be freed and try again, as the task allows."""
@@ -105,7 +105,7 @@ class _Service:
             flags = () if len(tried.pixels) == len(frames.pixels) else (REDUCED,)
             try:
                 made = tuple(self._captions(task, tried))
-                return Made(task.key, made, tuple(tried.times_s.tolist()), flags)
+                return Made(made, tuple(tried.times_s.tolist()), flags)
             except Exception as error:
                 traceback.clear_frames(error.__traceback__)  # which hold the tensors that are in the way
                 if not self._engine.is_out_of_memory(error):
@@ -148,11 +148,12 @@ class _Service:
         }
         return _written(made[True]), baseline.compare(made[True], made[False])
 
-    def _failed(self, task: Task, error: Exception, stage: str) -> Failed:
-        failure = error.failure if isinstance(error, _Refused) else failure_of(stage, error)
-        poisoned = _is_poisoned(error)
-        trace = "".join(traceback.format_exception(error.__cause__ or error))
-        return Failed(task.key, failure, trace, transient=poisoned, poisoned=poisoned)
+
+def _failed(error: Exception, stage: str) -> Failed:
+    failure = error.failure if isinstance(error, _Refused) else failure_of(stage, error)
+    poisoned = _is_poisoned(error)
+    trace = "".join(traceback.format_exception(error.__cause__ or error))
+    return Failed(failure, trace, transient=poisoned, poisoned=poisoned)
 
 
 def _tries(task: Task, frames: Frames, multiple: int) -> Iterator[Frames]:

@@ -123,6 +123,6 @@ class Crew:
             if worker in self._claims or worker.models is None:
                 worker.kill()
             else:
-                worker.dismiss()
+                worker.bury()
         self._workers.clear()
         self._claims.clear()

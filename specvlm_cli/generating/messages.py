@@ -27,7 +27,6 @@ class Setup:
 class Task:
     """One video to caption. The descriptor of its frames follows."""
 
-    key: int
     prompts: tuple[str, ...]
     own_prompts: bool  # the prompts are this video's own: an unusable one is no fault of the run
     frames: SharedFrames
@@ -55,7 +54,6 @@ class Ready:
 class Made:
     """All captions of one video, one for each prompt."""
 
-    key: int
     captions: tuple[tuple[Caption, Comparison | None], ...]
     times_s: tuple[float, ...]  # [F] of the frames that were used
     flags: tuple[str, ...]  # REDUCED, or nothing
@@ -65,7 +63,6 @@ class Made:
 class Failed:
     """One video has no caption."""
 
-    key: int
     failure: Failure
     trace: str
     transient: bool  # another try may work

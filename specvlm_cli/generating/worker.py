@@ -25,6 +25,7 @@ class Worker:
     """One worker process.
 
     Attributes:
+        device: Where it was told to load the models; None: where the settings say.
         models: What it loaded; None before that.
         task: The video that it works on; None: it waits for one.
         connection: Readable when it has something to say, or is dead.
@@ -34,7 +35,7 @@ class Worker:
         """Start it; `stderr` is a descriptor for what it prints."""
         self.models: Models | None = None
         self.task: Task | None = None
-        self._device = device
+        self.device = device
         ours, theirs = socket.socketpair()
         with theirs:
             statement = (
@@ -52,11 +53,6 @@ class Worker:
         self._deadline_s: float | None = None
         with suppress(OSError):  # it is dead already, and the connection will say so
             self.connection.send(Setup(factory, device))
-
-    @property
-    def device(self) -> str | None:
-        """Where it was told to load the models; None: where the settings say."""
-        return self._device
 
     def is_idle(self) -> bool:
         """Say whether it can be given a video."""
@@ -101,7 +97,7 @@ class Worker:
         self._process.wait()
 
     def bury(self) -> str:
-        """Say how it died; one that only stopped talking is killed."""
+        """Hang up, let it end by itself or kill it if it does not, and say how it ended."""
         self.connection.close()
         try:
             code = self._process.wait(_GOODBYE_S)
@@ -109,11 +105,3 @@ class Worker:
             self.kill()
             return "it hung up"
         return signal.strsignal(-code) or f"signal {-code}" if code < 0 else f"exit code {code}"
-
-    def dismiss(self) -> None:
-        """Let it end by itself, and kill it if it does not."""
-        self.connection.close()
-        try:
-            self._process.wait(_GOODBYE_S)
-        except subprocess.TimeoutExpired:
-            self.kill()
