@@ -234,9 +234,10 @@ def _agree(request: Request, folder: RunFolder) -> None:
 def _kept(request: Request, folder: RunFolder, known: RunFile) -> Mapping[str, str]:
     """Return the columns that pass through: those of the run, which a start may not add to."""
     if known.shards != request.shard.count:
+        had = "1 shard" if known.shards == 1 else f"{known.shards} shards"
         raise UsageError(
-            f"{_shown(folder)} was begun with {known.shards} shards, this start has {request.shard.count}; give "
-            "--shard I/N with that number, or --reshard to have it divided anew"
+            f"{_shown(folder)} was begun with {had}, this start has {request.shard.count}; give --shard I/N "
+            "with that number, or --reshard to have it divided anew"
         )
     if not request.kept.items() <= known.kept.items():
         had = ", ".join(f"{name} ({kind})" for name, kind in known.kept.items()) or "none"
