@@ -1,0 +1,337 @@
+"""What a bench measures: one timed caption, one configuration summed up, and the report of all of them.
+
+Plain data that becomes plain JSON; knows neither models nor how anything was timed. Imports no torch.
+Times end in `_s`, sizes in `_bytes`, shares are 0..1.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, get_args
+
+from specvlm.config import PrunerName, TreeName
+
+SCHEMA = 1
+
+MethodName = Literal["stock", "assisted", "plain", "sd", "specvlm"]
+METHODS: tuple[MethodName, ...] = get_args(MethodName)
+BASELINES: tuple[MethodName, ...] = ("stock", "plain")  # what speedups are given against, the first one first
+
+
+@dataclass(frozen=True, slots=True)
+class Configuration:
+    """One way to caption the videos; what a row of the table stands for.
+
+    Attributes:
+        method: `stock` and `assisted` are `transformers`' own `generate()`, without and with its
+            `assistant_model`; `plain` is our loop without a draft, `sd` with a draft that sees all video tokens,
+            `specvlm` with one that sees the kept ones.
+        frames_asked: Frames asked of each video; None: the preset's own rule decides.
+        pruner: Which video tokens the draft sees; None where there is nothing to prune.
+        prune_ratio: Share of video tokens that the draft does not see; None as above.
+        tree: Shape of the guesses; None without our rounds.
+    """
+
+    method: MethodName
+    frames_asked: int | None = None
+    pruner: PrunerName | None = None
+    prune_ratio: float | None = None
+    tree: TreeName | None = None
+
+    @property
+    def label(self) -> str:
+        """The configuration in a few words, frames left out, e.g. `specvlm uniform 0.9 static`."""
+        ratio = None if self.prune_ratio is None else f"{self.prune_ratio:g}"
+        return " ".join(word for word in (self.method, self.pruner, ratio, self.tree) if word)
+
+
+@dataclass(frozen=True, slots=True)
+class Stages:
+    """Where the wall time of a caption went. The stages follow each other, and their sum is the whole.
+
+    What cannot be had apart is 0 and its time stands in a coarser stage: `generate()` of `transformers` tells
+    only when its first token came, so its captions have `prefill_s` and `steps_s` in place of what lies between.
+
+    Attributes:
+        read_s: Opening the file, choosing and decoding its frames.
+        preprocess_s: The processor.
+        vision_s: The target's vision tower and the embedding of the prompt.
+        target_prefill_s: The target's prefill.
+        draft_prefill_s: Pruning, the draft's vision tower and its prefill.
+        prefill_s: `transformers`' own methods: all between the processor and the first token.
+        draft_s: Rounds: the draft proposes.
+        verify_s: Rounds: the target scores the nodes. Of `plain`, its steps.
+        commit_s: Rounds: caches keep what was accepted.
+        host_s: Rounds: what is none of the three, decode_s - draft_s - verify_s - commit_s.
+        steps_s: `transformers`' own methods: all after the first token.
+        rest_s: Before, between and after; total_s less all others.
+    """
+
+    read_s: float = 0.0
+    preprocess_s: float = 0.0
+    vision_s: float = 0.0
+    target_prefill_s: float = 0.0
+    draft_prefill_s: float = 0.0
+    prefill_s: float = 0.0
+    draft_s: float = 0.0
+    verify_s: float = 0.0
+    commit_s: float = 0.0
+    host_s: float = 0.0
+    steps_s: float = 0.0
+    rest_s: float = 0.0
+
+
+STAGES: tuple[str, ...] = tuple(f.name for f in fields(Stages))  # in the order in which they happen
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One timed caption.
+
+    Attributes:
+        configuration: How it was made.
+        video: Name of the clip.
+        turn: Which of the repeated turns, from 1; the warm-up is turn 0 and is not kept.
+        num_frames: F, frames that the model saw; fewer than asked where the video has no more.
+        video_tokens: V, video tokens that the target saw.
+        video_tokens_kept: Video tokens that the draft saw; 0 without a draft.
+        prompt_tokens: S, video tokens included.
+        token_ids: The caption, the end-of-sequence token included.
+        stages: Where the time went; they sum to `total_s`.
+        decode_s: All after the first token.
+        total_s: From the file to the text, reading and preprocessing included.
+        num_drafts: Rounds; 0 without our draft.
+        num_draft_tokens: Guesses of all rounds.
+        num_accepted_tokens: Guesses that the caption uses.
+        acceptance_histogram: Entry k counts the rounds that accepted k guesses; empty without our draft.
+        peak_memory_bytes: Of the device's allocator for this caption (CUDA), or of the process so far (CPU).
+    """
+
+    configuration: Configuration
+    video: str
+    turn: int
+    num_frames: int
+    video_tokens: int
+    video_tokens_kept: int
+    prompt_tokens: int
+    token_ids: tuple[int, ...]
+    stages: Stages
+    decode_s: float
+    total_s: float
+    num_drafts: int
+    num_draft_tokens: int
+    num_accepted_tokens: int
+    acceptance_histogram: tuple[int, ...]
+    peak_memory_bytes: int
+
+    def as_row(self) -> dict[str, Any]:
+        """One flat row: the configuration's and the stages' fields stand beside the others."""
+        row = asdict(self)
+        flat = {**row.pop("configuration"), **row, **row["stages"]}
+        del flat["stages"]
+        return _plain(flat)
+
+
+@dataclass(frozen=True, slots=True)
+class Speedup:
+    """How much faster a configuration is than a baseline on the same videos, in the same process.
+
+    Attributes:
+        baseline: The baseline's method.
+        decode: Ratio of totals: the baseline's time per token after the first / this one's. None where captions
+            have a single token.
+        e2e: Ratio of totals: the baseline's total_s / this one's total_s.
+        decode_median: Median over videos of each video's own ratio; None as above.
+        e2e_median: The same, end to end.
+    """
+
+    baseline: MethodName
+    decode: float | None
+    e2e: float
+    decode_median: float | None
+    e2e_median: float
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """One configuration summed up: of each video the median over turns, of these the total over videos.
+
+    Attributes:
+        configuration: What is summed up.
+        error: Why there are no figures, in one line; None: there are. With an error all figures are 0 or None.
+        videos: Videos that it captioned.
+        turns: Timed captions of each video.
+        num_frames: Mean F over videos.
+        video_tokens: Mean V over videos.
+        video_tokens_kept: Mean over videos of what the draft saw; 0 without a draft.
+        completion_tokens: Total over videos.
+        stages: Per stage, the total over videos of the median over turns. Medians need not add up: their sum
+            differs from `total_s` by the scatter between turns.
+        decode_s: Total over videos of the median decode_s.
+        total_s: Total over videos of the median total_s.
+        token_s: decode_s / (completion_tokens - videos): time per token after the first; None for single tokens.
+        speedups: Against each of `BASELINES` that ran with the same frames, itself left out.
+        num_drafts: Rounds of all samples.
+        mean_nodes: Mean nodes of a round, the root included; None without rounds.
+        mean_accepted_tokens: Accepted guesses / rounds over all samples, without the bonus token; None without
+            rounds.
+        acceptance_per_depth: Entry d - 1 is P(the guess at depth d accepted | that at depth d - 1 accepted);
+            None where no round came that far.
+        exact_match: Share of captions equal, token for token, to the reference's of the same video; None where
+            there is no reference, or this is it.
+        exact_match_against: `stock`, or `plain` where stock did not run; None as above.
+        plain_token_s: T_plain of the formula, of `plain` in the same process; None where it did not run.
+        draft_round_s: draft_s per round, all samples; None without rounds.
+        verify_round_s: verify_s per round.
+        predicted_decode_speedup: (mean_accepted_tokens + 1) x T_plain / (draft_round_s + verify_round_s), against
+            plain; None where a term is missing.
+        measured_over_predicted: Measured decode speedup against plain / the predicted one.
+        host_share: host_s / decode_s; None without our rounds.
+        limit: Which term is the limit, in words; empty where nothing can be said.
+        peak_memory_bytes: Largest of all samples.
+    """
+
+    configuration: Configuration
+    error: str | None = None
+    videos: int = 0
+    turns: int = 0
+    num_frames: float = 0.0
+    video_tokens: float = 0.0
+    video_tokens_kept: float = 0.0
+    completion_tokens: int = 0
+    stages: Stages = field(default_factory=Stages)
+    decode_s: float = 0.0
+    total_s: float = 0.0
+    token_s: float | None = None
+    speedups: tuple[Speedup, ...] = ()
+    num_drafts: int = 0
+    mean_nodes: float | None = None
+    mean_accepted_tokens: float | None = None
+    acceptance_per_depth: tuple[float | None, ...] = ()
+    exact_match: float | None = None
+    exact_match_against: MethodName | None = None
+    plain_token_s: float | None = None
+    draft_round_s: float | None = None
+    verify_round_s: float | None = None
+    predicted_decode_speedup: float | None = None
+    measured_over_predicted: float | None = None
+    host_share: float | None = None
+    limit: str = ""
+    peak_memory_bytes: int = 0
+
+    def speedup(self, baseline: MethodName) -> Speedup | None:
+        """The speedup against one baseline; None where it did not run, or this is it."""
+        return next((one for one in self.speedups if one.baseline == baseline), None)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain JSON, the configuration's fields and its label first."""
+        whole = asdict(self)
+        configuration = whole.pop("configuration")
+        return _plain({"label": self.configuration.label, **configuration, **whole})
+
+
+@dataclass(frozen=True, slots=True)
+class Conditions:
+    """What the figures hold for.
+
+    Attributes:
+        started_at: ISO 8601, UTC.
+        command: The command line that gives them again.
+        machine: Architecture and system, e.g. `x86_64 Linux`.
+        processor: Name of the CPU; empty where the system does not tell.
+        device: Where the target ran, e.g. `cpu` or `NVIDIA H200`.
+        cores: Cores that this process may use.
+        threads: torch's threads.
+        python_version: Python's.
+        torch_version: torch's.
+        transformers_version: transformers'.
+        specvlm_version: This package's.
+        dtype: Of weights and caches.
+        target: As the user named it; a preset's by its own name.
+        draft: As the target; None: none.
+        family: As `model_type` in config.json.
+        prompt: What was asked.
+        max_new_tokens: Most tokens of a caption.
+        repeat: Timed turns, after one of warm-up.
+        clips: Which clips, in words.
+        videos: Their names, in order.
+        peak_memory_of: `device`: of each caption; `process`: the process's peak so far, which cannot be reset, so
+            that a method's figure holds all that ran before it.
+    """
+
+    started_at: str
+    command: str
+    machine: str
+    processor: str
+    device: str
+    cores: int
+    threads: int
+    python_version: str
+    torch_version: str
+    transformers_version: str
+    specvlm_version: str
+    dtype: str
+    target: str
+    draft: str | None
+    family: str
+    prompt: str
+    max_new_tokens: int
+    repeat: int
+    clips: str
+    videos: tuple[str, ...]
+    peak_memory_of: Literal["device", "process"]
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """A video that was left out, and why, in one line."""
+
+    video: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """All of it.
+
+    Attributes:
+        conditions: What the figures hold for.
+        summaries: One for each configuration, in the order asked for, frames outermost.
+        samples: Every timed caption.
+        left_out: Videos that could not be read.
+        modelled: The models have the true shapes and random weights, and acceptance was given rather than
+            measured: the figures are a model's cost, not a caption's.
+        label: Where modelled: what stands beside every figure; else empty.
+    """
+
+    conditions: Conditions
+    summaries: tuple[Summary, ...]
+    samples: tuple[Sample, ...]
+    left_out: tuple[Left, ...] = ()
+    modelled: bool = False
+    label: str = ""
+
+    def as_json(self, samples: bool = False) -> dict[str, Any]:
+        """Plain JSON; `schema` grows when a name in it changes its meaning."""
+        whole = {
+            "schema": SCHEMA,
+            "modelled": self.modelled,
+            "label": self.label,
+            "conditions": _plain(asdict(self.conditions)),
+            "summaries": [one.as_json() for one in self.summaries],
+            "left_out": [asdict(one) for one in self.left_out],
+        }
+        return whole | ({"samples": rows_of(self.samples)} if samples else {})
+
+
+def rows_of(samples: Iterable[Sample]) -> list[dict[str, Any]]:
+    """Samples as flat rows."""
+    return [one.as_row() for one in samples]
+
+
+def _plain(value: dict[str, Any]) -> dict[str, Any]:
+    """Tuples as lists, all the way down."""
+    plain: dict[str, Any] = json.loads(json.dumps(value, allow_nan=False))
+    return plain
