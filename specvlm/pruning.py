@@ -7,13 +7,27 @@ the rest of the budget evenly over the video.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
 from specvlm.config import PrunerName, SpeculationSettings
 
-# scores float32 [V], budget, settings -> indices of kept tokens, int64 [budget], in any order
-Pruner = Callable[[torch.Tensor, int, SpeculationSettings], torch.Tensor]
+
+class Kept(NamedTuple):
+    """Which video tokens are kept, and by what. No token is in both; together they are the budget.
+
+    Attributes:
+        first: Indices of those kept for the attention they get, int64, the most attended first: stage I.
+        second: Indices of those kept whatever their attention, int64: stage II, or another pruner's choice.
+    """
+
+    first: torch.Tensor  # int64 [kept in stage I]
+    second: torch.Tensor  # int64 [kept in stage II]
+
+
+# scores float32 [V], budget, settings -> the kept tokens
+Pruner = Callable[[torch.Tensor, int, SpeculationSettings], Kept]
 
 
 def budget_for(video_tokens: int, prune_ratio: float) -> int:
@@ -28,7 +42,11 @@ def _evenly(count: int, wanted: int, device: torch.device) -> torch.Tensor:
     return torch.linspace(0, count - 1, wanted, dtype=torch.float64, device=device).round().long()
 
 
-def _two_stages(scores: torch.Tensor, budget: int, settings: SpeculationSettings) -> torch.Tensor:
+def _without_attention(kept: torch.Tensor) -> Kept:
+    return Kept(kept[:0], kept)
+
+
+def _two_stages(scores: torch.Tensor, budget: int, settings: SpeculationSettings) -> Kept:
     """Stage I by attention mass (top-p), stage II evenly over what is left, in (time, row, column) order."""
     order = scores.sort(descending=True, stable=True)
     mass = order.values.double().cumsum(0)
@@ -38,35 +56,36 @@ def _two_stages(scores: torch.Tensor, budget: int, settings: SpeculationSettings
     rest[first] = False
     left = rest.nonzero().squeeze(1)
     wanted = budget - first.numel()
-    if wanted == 0:
-        return first
-    return torch.cat((first, left[_evenly(left.numel(), wanted, scores.device)]))
+    spread = _evenly(left.numel(), wanted, scores.device) if wanted else left.new_empty(0)
+    return Kept(first, left[spread])
 
 
-def _uniform(scores: torch.Tensor, budget: int, settings: SpeculationSettings) -> torch.Tensor:
+def _uniform(scores: torch.Tensor, budget: int, settings: SpeculationSettings) -> Kept:
     """Evenly over the video; needs no scores."""
-    return _evenly(scores.numel(), budget, scores.device)
+    return _without_attention(_evenly(scores.numel(), budget, scores.device))
 
 
-def _attention(scores: torch.Tensor, budget: int, settings: SpeculationSettings) -> torch.Tensor:
+def _attention(scores: torch.Tensor, budget: int, settings: SpeculationSettings) -> Kept:
     """The most attended tokens alone."""
-    return scores.sort(descending=True, stable=True).indices[:budget]
+    order = scores.sort(descending=True, stable=True).indices
+    return Kept(order[:budget], order[:0])
 
 
-def _random(scores: torch.Tensor, budget: int, settings: SpeculationSettings) -> torch.Tensor:
+def _random(scores: torch.Tensor, budget: int, settings: SpeculationSettings) -> Kept:
     """A seeded random choice, the same on every device."""
     generator = torch.Generator().manual_seed(settings.seed)
-    return torch.randperm(scores.numel(), generator=generator)[:budget].to(scores.device)
+    kept = torch.randperm(scores.numel(), generator=generator)[:budget]
+    return _without_attention(kept.to(scores.device))
 
 
-def _window(scores: torch.Tensor, budget: int, settings: SpeculationSettings) -> torch.Tensor:
+def _window(scores: torch.Tensor, budget: int, settings: SpeculationSettings) -> Kept:
     """The last tokens of the video, those nearest to the text."""
-    return torch.arange(scores.numel() - budget, scores.numel(), device=scores.device)
+    return _without_attention(torch.arange(scores.numel() - budget, scores.numel(), device=scores.device))
 
 
-def _none(scores: torch.Tensor, budget: int, settings: SpeculationSettings) -> torch.Tensor:
+def _none(scores: torch.Tensor, budget: int, settings: SpeculationSettings) -> Kept:
     """Every token, whatever the budget."""
-    return torch.arange(scores.numel(), device=scores.device)
+    return _without_attention(torch.arange(scores.numel(), device=scores.device))
 
 
 PRUNER_TABLE: dict[PrunerName, Pruner] = {
@@ -79,9 +98,15 @@ PRUNER_TABLE: dict[PrunerName, Pruner] = {
 }
 
 
+def kept_by_stage(scores: torch.Tensor, settings: SpeculationSettings) -> Kept:
+    """Scores [V] -> the kept tokens by stage, `budget_for(V, prune_ratio)` together (all with the pruner `none`)."""
+    budget = budget_for(scores.numel(), settings.prune_ratio)
+    return PRUNER_TABLE[settings.pruner](scores, budget, settings)
+
+
 def prune(scores: torch.Tensor, settings: SpeculationSettings) -> torch.Tensor:
     """Scores [V] -> keep, bool [V] with `budget_for(V, prune_ratio)` True (all with the pruner `none`)."""
     keep = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
-    budget = budget_for(scores.numel(), settings.prune_ratio)
-    keep[PRUNER_TABLE[settings.pruner](scores, budget, settings)] = True
+    for kept in kept_by_stage(scores, settings):
+        keep[kept] = True
     return keep

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -47,6 +47,24 @@ class ModelInputs:
         return int(self.is_video.sum())
 
 
+class VideoGrid(NamedTuple):
+    """Which part of which frames each video token stands for.
+
+    The first `cells` video tokens are the cells, in (time, row, column) order; each covers its share of the whole
+    frame. What comes behind them stands for no place.
+    """
+
+    steps: int  # T, in time
+    rows: int  # of cells in a frame
+    columns: int  # of cells in a frame
+    frames_per_step: int  # frames that one step covers; the last one may hold fewer
+
+    @property
+    def cells(self) -> int:
+        """Video tokens that stand for a place, T x rows x columns."""
+        return self.steps * self.rows * self.columns
+
+
 class Family(ABC):
     """What the library must know of one architecture. Stateless."""
 
@@ -66,6 +84,10 @@ class Family(ABC):
     @abstractmethod
     def video_token(self, processor: Any) -> str:
         """The placeholder that stands for one video token in the text."""
+
+    @abstractmethod
+    def video_grid(self, processor: Any, inputs: ModelInputs) -> VideoGrid:
+        """Where in the video its video tokens are."""
 
     def prepare(self, processor: Any, frames: Frames, prompt: str, system: str | None = None) -> ModelInputs:
         """Run the model's own processor.

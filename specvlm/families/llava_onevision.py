@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 
-from specvlm.families.base import Family, ModelInputs
+from specvlm.families.base import Family, ModelInputs, VideoGrid
 
 
 class LlavaOnevision(Family):
@@ -32,6 +33,12 @@ class LlavaOnevision(Family):
         if before:
             return [{"type": "text", "text": f"{before}{video_token}{after}"}]
         return super()._content(before, after, video_token)
+
+    def video_grid(self, processor: Any, inputs: ModelInputs) -> VideoGrid:
+        """A square of pooled features for each frame; the newline behind the last one is no cell."""
+        frames = inputs.tensors["pixel_values_videos"].shape[1]
+        side = math.isqrt((inputs.video_tokens - 1) // frames)
+        return VideoGrid(frames, side, side, 1)
 
     def text_model(self, model: Any) -> Any:
         """The decoder."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from specvlm.families.base import Family, ModelInputs
+from specvlm.families.base import Family, ModelInputs, VideoGrid
 
 
 class Qwen25VL(Family):
@@ -30,6 +30,12 @@ class Qwen25VL(Family):
     def video_token(self, processor: Any) -> str:
         """The placeholder of one merged patch."""
         return str(processor.video_token)
+
+    def video_grid(self, processor: Any, inputs: ModelInputs) -> VideoGrid:
+        """Patches are merged 2 x 2, frames in pairs; an odd number of frames ends with its last one twice."""
+        steps, rows, columns = inputs.tensors["video_grid_thw"][0].tolist()
+        merged = int(processor.video_processor.merge_size)
+        return VideoGrid(steps, rows // merged, columns // merged, self.frame_multiple(processor))
 
     def text_model(self, model: Any) -> Any:
         """The decoder."""

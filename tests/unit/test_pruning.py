@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from specvlm.config import PRUNERS, SpeculationSettings
-from specvlm.pruning import budget_for, prune
+from specvlm.pruning import budget_for, kept_by_stage, prune
 
 
 @pytest.mark.parametrize("pruner", PRUNERS)
@@ -69,3 +69,22 @@ def test_random_is_seeded() -> None:
     masks = [prune(torch.ones(200), SpeculationSettings(pruner="random", seed=seed)) for seed in (1, 1, 2)]
     assert torch.equal(masks[0], masks[1])
     assert not torch.equal(masks[0], masks[2])
+
+
+@pytest.mark.parametrize("pruner", PRUNERS)
+@pytest.mark.parametrize("ratio", [0.0, 0.5, 0.9, 1.0])
+def test_stages_are_disjoint_and_together_what_is_kept(pruner: str, ratio: float) -> None:
+    scores = torch.rand(144, generator=torch.Generator().manual_seed(1)) ** 4
+    settings = SpeculationSettings(pruner=pruner, prune_ratio=ratio)  # type: ignore[arg-type]
+    kept = kept_by_stage(scores, settings)
+    both = torch.cat(tuple(kept))
+    assert sorted(both.tolist()) == prune(scores, settings).nonzero().flatten().tolist()
+    assert bool(kept.first.numel()) == (pruner in ("specvlm", "attention"))
+    assert bool(kept.second.numel()) == (pruner != "attention" and (pruner, ratio) != ("specvlm", 1.0))
+
+
+def test_stage_one_is_the_smallest_set_that_holds_top_p() -> None:
+    scores = torch.rand(500, generator=torch.Generator().manual_seed(2)) ** 6
+    first = kept_by_stage(scores, SpeculationSettings(prune_ratio=0.5, top_p=0.4)).first
+    assert scores[first].sum() >= 0.4 * scores.sum() > scores[first[:-1]].sum()
+    assert scores[first].min() >= scores.sort(descending=True).values[first.numel()]
