@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import specvlm
 from specvlm.records import Caption, Frames
 from specvlm_cli.exits import UsageError
-from specvlm_cli.settings import CaptionSettings, Plain
+from specvlm_cli.settings import CaptionSettings, ModelChoice, Plain
 
 DEMO_WEIGHTS = Path(specvlm.__file__).parent / "demo" / "weights"
 
@@ -159,21 +159,29 @@ class Factory:
 
     def load(self, device: str | None) -> Engine:
         """Load the models. Here transformers is imported."""
-        models = self.settings.models
-        device_map = device or models.device_map
-        _check_device(device_map)
-        _hush(self.quiet)
-        captioner = specvlm.load(
-            models.load,
-            draft=models.draft,
-            revision=models.revision,
-            draft_revision=models.draft_revision,
-            dtype=models.dtype,
-            device_map=device_map,
-            local_files_only=models.local_files_only,
-            trust_remote_code=models.trust_remote_code,
-        )
-        return SpecvlmEngine(captioner, self.settings)
+        return SpecvlmEngine(load_captioner(self.settings.models, device, quiet=self.quiet), self.settings)
+
+
+def load_captioner(models: ModelChoice, device: str | None = None, *, quiet: bool) -> Captioner:
+    """Load what was chosen, onto a device where one is given; downloads show their progress unless `quiet`.
+
+    Raises:
+        UsageError: This machine has no such device.
+        SpecvlmError: The models cannot be loaded, or do not fit together.
+    """
+    device_map = device or models.device_map
+    _check_device(device_map)
+    _hush(quiet)
+    return specvlm.load(
+        models.load,
+        draft=models.draft,
+        revision=models.revision,
+        draft_revision=models.draft_revision,
+        dtype=models.dtype,
+        device_map=device_map,
+        local_files_only=models.local_files_only,
+        trust_remote_code=models.trust_remote_code,
+    )
 
 
 def _check_device(name: str | None) -> None:

@@ -1,0 +1,118 @@
+"""What flags mean that several commands share: the pair of models, prompts, frames. Reads no video, loads no model."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from specvlm.config import FrameSettings
+from specvlm.preset import Preset, find_preset, presets
+from specvlm_cli.commands.caption_flags import FrameFlags
+from specvlm_cli.commands.options import variable
+from specvlm_cli.exits import UsageError
+from specvlm_cli.inputs import MOST_PROMPTS
+from specvlm_cli.text import clean
+
+DEFAULT_PRESET = "demo"
+_DEVICE = re.compile(r"auto|balanced|balanced_low_0|sequential|cpu|mps|(cuda|xpu)(:[0-9]{1,4})?")
+_FRAMES = FrameSettings()
+
+
+def pair_of(preset: str | None, target: str | None) -> Preset | None:
+    """Return the preset to use; None: the target that was given."""
+    if preset is not None and target is not None:
+        raise UsageError(
+            f"--preset {clean(preset)} and --target {clean(target)} exclude each other; give one of them"
+        )
+    if target is not None:
+        return None
+    found = find_preset(preset or DEFAULT_PRESET)
+    if found is None:
+        known = ", ".join(one.name for one in presets())
+        raise UsageError(
+            f"--preset {clean(str(preset))} is unknown; choose {known}, or give --target and --draft"
+        )
+    return found
+
+
+def check_models(
+    pair: Preset | None, draft: str | None, draft_revision: str | None, device_map: str | None
+) -> None:
+    """Refuse a draft's revision without a draft, and a place that no device has by name.
+
+    Raises:
+        UsageError: It is so.
+    """
+    if draft_revision is not None and (draft or (pair.draft if pair else "none")) == "none":
+        raise UsageError(f"--draft-revision {clean(draft_revision)} has no draft to go with; give --draft")
+    check_device(device_map)
+
+
+def check_device(device_map: str | None) -> None:
+    """Refuse a place that no device has by name.
+
+    Raises:
+        UsageError: It is none.
+    """
+    if device_map is not None and not _DEVICE.fullmatch(device_map):
+        raise UsageError(
+            f"--device-map {clean(device_map)!r} is unknown; give cuda, cuda:N, xpu, xpu:N, mps, cpu, auto, "
+            "balanced, balanced_low_0 or sequential"
+        )
+
+
+def prompt_texts(given: Sequence[str] | None, pair: Preset | None) -> tuple[str, ...]:
+    """Return the prompts. The environment is read here: a variable is one prompt, with all its words."""
+    from_environment = os.environ.get(variable("--prompt"))
+    prompts = tuple(
+        text_of("--prompt", text) for text in given or ([from_environment] if from_environment else [])
+    )
+    if len(set(prompts)) < len(prompts):
+        raise UsageError("--prompt was given twice with the same text; give each prompt once")
+    if len(prompts) > MOST_PROMPTS:
+        raise UsageError(f"--prompt was given {len(prompts)} times; give at most {MOST_PROMPTS}")
+    return prompts or (pair.prompt if pair else presets()[0].prompt,)
+
+
+def text_of(name: str, given: str) -> str:
+    """Return TEXT, or what is in FILE for @FILE."""
+    text = _file_text(name, given[1:]) if given.startswith("@") else given
+    if not text.strip():
+        raise UsageError(f"{name} is empty; give some text")
+    if bad := re.search("[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]", text):
+        raise UsageError(f"{name} holds the control character {bad.group()!r}; remove it")
+    return text
+
+
+def _file_text(name: str, path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8").strip()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UsageError(f"{name} @{clean(path)}: {reason}; give a text file, or the text itself") from error
+
+
+def frame_settings(flags: FrameFlags, pair: Preset | None) -> FrameSettings:
+    """Return the preset's frame settings with what was given put over them."""
+    names = ("fps", "num_frames", "min_frames", "max_frames", "max_pixels", "total_pixels")
+    given = {name: getattr(flags, name) for name in names}
+    chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    base = pair.frames if pair else _FRAMES
+    if "fps" in chosen or "num_frames" in chosen:
+        base = replace(base, fps=None, num_frames=None)
+    fewest, most = chosen.get("min_frames", base.min_frames), chosen.get("max_frames", base.max_frames)
+    if fewest > most and ("min_frames" in chosen) != ("max_frames" in chosen):
+        given_name, given_value, other, value = (
+            ("--min-frames", fewest, "--max-frames", most)
+            if "min_frames" in chosen
+            else ("--max-frames", most, "--min-frames", fewest)
+        )
+        whose = f"preset {pair.name}" if pair else "default"
+        raise UsageError(
+            f"{given_name} {given_value} goes against {other} {value}, which the {whose} sets; give {other} too"
+        )
+    return replace(base, backend=flags.video_backend, min_decoded=flags.min_decoded, **chosen)
