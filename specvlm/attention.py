@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -79,6 +79,11 @@ def _additive(visible: torch.Tensor, groups: int, dtype: torch.dtype) -> torch.T
 def tree_plan(visible: torch.Tensor, groups: int, dtype: torch.dtype) -> AttentionPlan:
     """The plan of a forward in which node i of row b sees the slots where `visible` [B, n, slots] is True."""
     return AttentionPlan(mask=_additive(visible, groups, dtype))
+
+
+def tail_plan(sees: torch.Tensor, visible: int, groups: int, dtype: torch.dtype) -> AttentionPlan:
+    """The plan of one row whose nodes see all slots but, of the last m, only those where `sees` [1, n, m] is True."""
+    return AttentionPlan(mask=pad(_additive(sees, groups, dtype), (visible - sees.shape[-1], 0)))
 
 
 def round_mask(lengths: torch.Tensor, sees: torch.Tensor, visible: int) -> torch.Tensor:

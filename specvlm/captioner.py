@@ -9,11 +9,13 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, TypedDict, Unpack
 
 import numpy as np
 import torch
 
+from specvlm.choosing import FixedTree, TreeChooser
 from specvlm.config import (
     FrameSettings,
     GenerationSettings,
@@ -22,8 +24,8 @@ from specvlm.config import (
     SpeculationSettings,
     TreeName,
 )
-from specvlm.decode import RowText, TargetRows, decode
-from specvlm.drafts.base import Draft, DraftRow, PlainProposer, Proposer
+from specvlm.decode import ROOT, Decoding, RowText, Speculation, TargetRows
+from specvlm.drafts.base import Draft, DraftRow, Proposer
 from specvlm.errors import ConfigError, GenerationTimeoutError
 from specvlm.families.base import ModelInputs
 from specvlm.model import VideoLM
@@ -32,6 +34,7 @@ from specvlm.records import Caption, CaptionStats, Frames, VideoSource
 from specvlm.sampling import TokenRule, logits_rules
 from specvlm.stats import StageClock, device_words, peak_memory_bytes, reset_peak_memory
 from specvlm.tree import make_shape
+from specvlm.verify import Accept, accept
 from specvlm.video import read_video
 
 
@@ -139,7 +142,8 @@ class _Job:
         )
         limit, eos = self._generation.max_new_tokens, frozenset(rules.eos)
         self.texts = [RowText(limit, eos) for _ in videos]
-        self._proposer: Proposer = PlainProposer(len(videos))
+        self._chooser = captioner.chooser(self._speculation, len(videos)) if self._draft else FixedTree(ROOT)
+        self._decoding: Decoding | None = None
 
     def run(self) -> Iterator[list[list[int]]]:
         """Do it all; yield each row's new tokens as they come."""
@@ -148,26 +152,20 @@ class _Job:
                 prompts = [embed(self._target, video.inputs) for video in self._videos]
                 self._wait()
             rows, scores = self._prefill_target(prompts)
-            if self._draft is not None:
-                with self._clock.host_stage("draft_prefill"):
-                    self._proposer = self._prefill_draft(self._draft, scores)
-                    self._wait()
-        yield from decode(rows, self._proposer, self._rule, self.texts, self._clock)
+        begin = partial(self._prefill_draft, self._draft, scores) if self._draft else None
+        speculation = Speculation(self._chooser, begin, self._captioner.accept)
+        self._decoding = Decoding(rows, speculation, self._rule, self.texts, self._clock)
+        yield from self._decoding.run()
 
     def _wait(self) -> None:
         """Prefill stages are timed on the host, each to its end."""
         if self._target.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def _nodes_of_a_round(self) -> int:
-        if self._draft is None:
-            return self._proposer.nodes
-        return make_shape(self._speculation, self._target.vocabulary, self._target.device).nodes
-
     def _prefill_target(self, prompts: list[Prompt]) -> tuple[TargetRows, list[torch.Tensor]]:
         with self._clock.host_stage("target_prefill"):
             longest = max(prompt.length for prompt in prompts)
-            capacity = longest + self._generation.max_new_tokens + self._nodes_of_a_round()
+            capacity = longest + self._generation.max_new_tokens + self._chooser.nodes
             cache = self._target.new_cache(len(prompts), capacity)
             read = [prefill_target(self._target, prompt, cache, row) for row, prompt in enumerate(prompts)]
             self._wait()
@@ -175,8 +173,13 @@ class _Job:
         return rows, [one.scores for one in read]
 
     def _prefill_draft(self, draft: Draft, scores: list[torch.Tensor]) -> Proposer:
+        """Called when the first tree is to be filled."""
         rows = [DraftRow(video.inputs, score) for video, score in zip(self._videos, scores, strict=True)]
-        return draft.begin(rows, self._speculation, self._rule, self._generation.max_new_tokens)
+        slots = self._generation.max_new_tokens + self._chooser.slots
+        with self._clock.host_stage("draft_prefill"):
+            proposer = draft.begin(rows, self._speculation, self._rule, slots)
+            self._wait()
+        return proposer
 
     def is_done(self) -> bool:
         """Whether every row has come to its end."""
@@ -195,18 +198,18 @@ class _Job:
         text, video, clock = self.texts[row], self._videos[row], self._clock
         plain = self._draft is None
         speculation = self._speculation
-        rounds = 0 if plain else sum(text.histogram)
+        proposer = self._decoding.proposer if self._decoding else None
         return CaptionStats(
             method="plain" if plain else f"specvlm/{speculation.pruner}/{speculation.tree}",
             num_frames=video.num_frames,
             video_tokens=video.inputs.video_tokens,
-            video_tokens_kept=self._proposer.kept[row],
+            video_tokens_kept=proposer.kept[row] if proposer else 0,
             prompt_tokens=video.inputs.prompt_tokens,
             completion_tokens=len(text.tokens),
-            num_drafts=rounds,
-            num_draft_tokens=rounds * (self._proposer.nodes - 1),
+            num_drafts=sum(text.histogram),
+            num_draft_tokens=text.guessed,
             num_accepted_tokens=sum(k * count for k, count in enumerate(text.histogram)),
-            acceptance_histogram=() if plain else tuple(text.histogram),
+            acceptance_histogram=tuple(text.histogram),
             video_decode_s=video.video_decode_s,
             preprocess_s=video.preprocess_s,
             vision_s=clock.seconds("vision"),
@@ -232,6 +235,12 @@ class Captioner:
         self.target, self.draft = target, draft
         self.processor, self.info, self.frames = processor, info, frames
         self.generation_config = target.model.generation_config
+        self.accept: Accept = accept
+
+    def chooser(self, settings: SpeculationSettings, rows: int) -> TreeChooser:
+        """What chooses the tree of each round of a job of B rows."""
+        assert self.draft is not None
+        return FixedTree(make_shape(settings, self.draft.vocabulary, self.target.device))
 
     @property
     def frame_multiple(self) -> int:

@@ -1,27 +1,28 @@
 """THE loop: propose, verify, commit, until every row has its caption. Plain decoding is this loop with no guesses.
 
-Inside a round nothing asks the host; at its end one small tensor comes back, which says what was accepted. The loop
-knows neither videos nor files nor how a draft guesses.
+Inside a round nothing asks the host; at its end one small tensor comes back, which says what was accepted. The tree
+may be another one in every round. The loop knows neither videos nor files nor how a draft guesses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 
 from specvlm.cache import SlabCache
-from specvlm.drafts.base import Proposer
+from specvlm.choosing import Heard, TreeChooser
+from specvlm.drafts.base import Horizon, Proposer
 from specvlm.errors import NonFiniteLogitsError
-from specvlm.model import VideoLM
+from specvlm.model import Nodes, Reach, VideoLM
 from specvlm.prefill import Prompt
 from specvlm.records import FinishReason
 from specvlm.sampling import TokenRule
 from specvlm.stats import StageClock
-from specvlm.tree import Guesses
-from specvlm.verify import Accepted, accept
+from specvlm.tree import Guesses, RootShape, TreeShape
+from specvlm.verify import Accept, Accepted, accept, ranks_of
 
 
 @dataclass(slots=True)
@@ -32,6 +33,7 @@ class RowText:
         tokens: Committed tokens; complete once `finish_reason` is set.
         finish_reason: None while the row goes on.
         histogram: Entry k counts the rounds that gave k accepted guesses to the text.
+        guessed: Guesses of all rounds, accepted or not.
     """
 
     limit: int
@@ -39,6 +41,7 @@ class RowText:
     tokens: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     histogram: list[int] = field(default_factory=list)
+    guessed: int = 0
 
     def take(self, tokens: Sequence[int]) -> list[int]:
         """Append tokens up to the first end of sequence or the limit; return what was appended."""
@@ -54,6 +57,12 @@ class RowText:
         self.tokens += taken
         return taken
 
+    def count(self, shape: TreeShape, accepted: int) -> None:
+        """Note a round of guesses, of which the text uses `accepted`."""
+        self.histogram += [0] * (shape.depth + 1 - len(self.histogram))
+        self.histogram[accepted] += 1
+        self.guessed += shape.nodes - 1
+
 
 class TargetRows(NamedTuple):
     """The target, prefilled for B rows."""
@@ -64,11 +73,22 @@ class TargetRows(NamedTuple):
     first_logits: torch.Tensor  # float32 [B, 1, C]
 
 
-class _Heads(NamedTuple):
-    """Where each row is: its last token, not yet in any cache, and that token's index in the caption."""
+class Speculation(NamedTuple):
+    """What the loop guesses with."""
 
-    root: torch.Tensor  # int64 [B]
-    step: torch.Tensor  # int64 [B]
+    chooser: TreeChooser
+    begin: (
+        Callable[[], Proposer] | None
+    )  # prefills the draft, the first time that a tree needs it; None: no draft
+    accept: Accept = accept
+
+
+class _State(NamedTuple):
+    """Where each row is, on the device. Rounds change it in place."""
+
+    root: torch.Tensor  # int64 [B], the last token, not yet in any cache
+    step: torch.Tensor  # int64 [B], that token's index in the caption
+    going: torch.Tensor  # int64 [B], 0 for rows that are done, which stay where they are
 
 
 def _choose(rule: TokenRule, logits: torch.Tensor, guesses: Guesses) -> tuple[torch.Tensor, torch.Tensor]:
@@ -83,34 +103,36 @@ def _choose(rule: TokenRule, logits: torch.Tensor, guesses: Guesses) -> tuple[to
 class _Verifier:
     """The target's half of a round."""
 
-    def __init__(self, rows: TargetRows, rule: TokenRule, depth: int) -> None:
-        self._rows, self._rule, self._depth = rows, rule, depth
+    def __init__(self, rows: TargetRows, rule: TokenRule, accept: Accept) -> None:
+        self._rows, self._rule, self._accept = rows, rule, accept
         device = rows.model.device
         self._lengths = torch.tensor([prompt.length for prompt in rows.prompts], device=device)
         self._positions = torch.tensor([prompt.next_position for prompt in rows.prompts], device=device)
         self._longest_prompt = max(prompt.length for prompt in rows.prompts)
-        self._levels = torch.arange(depth + 1, device=device)
 
-    def verify(self, heads: _Heads, guesses: Guesses, longest: int) -> tuple[Accepted, torch.Tensor]:
+    def verify(
+        self, shape: TreeShape, guesses: Guesses, step: torch.Tensor, horizon: Horizon
+    ) -> tuple[Accepted, torch.Tensor]:
         """One forward over all N nodes; -> what is accepted, and per row whether all its logits were finite."""
         model, cache = self._rows.model, self._rows.cache
-        nodes = guesses.tokens.shape[1]
-        lengths = self._lengths + heads.step
-        visible = self._longest_prompt + longest + nodes
-        slots = lengths[:, None] + torch.arange(nodes, device=lengths.device)
-        positions = (self._positions + heads.step)[:, None] + guesses.depths
+        lengths = self._lengths + step
+        slots = lengths[:, None] + torch.arange(shape.nodes, device=lengths.device)
+        positions = (self._positions + step)[:, None] + guesses.depths
+        sees = guesses.ancestors if shape.depth else None
+        reach = Reach(self._longest_prompt + horizon.longest + shape.nodes, shape.nodes, horizon.exact)
         hidden = model.forward_nodes(
-            guesses.tokens, positions[None], cache, slots, guesses.ancestors, lengths, visible
+            Nodes(guesses.tokens, positions[None], slots, sees), cache, lengths, reach
         )
         choices, finite = _choose(self._rule, model.logits(hidden), guesses)
-        accepted = accept(guesses, choices, self._depth)
+        accepted = self._accept(guesses, choices, shape.depth)
         return accepted, finite.gather(1, accepted.path).all(dim=1)
 
-    def commit(self, accepted: Accepted, heads: _Heads) -> None:
+    def commit(self, shape: TreeShape, accepted: Accepted, step: torch.Tensor) -> None:
         """Move the accepted path's keys and values behind the committed ones."""
-        if self._depth:
-            first = (self._lengths + heads.step)[:, None]
-            self._rows.cache.commit(first + accepted.path, first + self._levels)
+        if shape.depth:
+            first = (self._lengths + step)[:, None]
+            levels = torch.arange(shape.depth + 1, device=first.device)
+            self._rows.cache.commit(first + accepted.path, first + levels)
 
 
 def _first_tokens(rows: TargetRows, rule: TokenRule) -> tuple[torch.Tensor, bool]:
@@ -130,72 +152,162 @@ def _refuse_non_finite(finite: bool) -> None:
         )
 
 
-@torch.inference_mode()
-def _round(
-    verifier: _Verifier,
-    proposer: Proposer,
-    rule: TokenRule,
-    heads: _Heads,
-    going: torch.Tensor,
-    longest: int,
-    clock: StageClock,
-) -> tuple[_Heads, list[list[int]]]:
-    """One round; `going` int64 [B] is 0 for rows that are done, which stay where they are.
+class _Rounds:
+    """Everything that a round reads and changes."""
 
-    Returns the next heads, and per row [finite, accepted, tokens...] on the host.
-    """
-    rule.begin_round(heads.step + 1, proposer.depth)
-    with clock.stage("draft"):
-        guesses = proposer.propose(heads.root, heads.step, longest)
-    with clock.stage("verify"):
-        accepted, finite = verifier.verify(heads, guesses, longest)
-    with clock.stage("commit"):
-        verifier.commit(accepted, heads)
-        proposer.commit(guesses, accepted, heads.step)
-        rule.commit(accepted.tokens, (accepted.guessed + 1) * going)
+    def __init__(self, rows: TargetRows, rule: TokenRule, clock: StageClock, accept: Accept) -> None:
+        self._verifier = _Verifier(rows, rule, accept)
+        self._rule, self._clock = rule, clock
+        self._state: _State | None = None
+        self.proposer: Proposer | None = None
+
+    def start(self, first: torch.Tensor) -> None:
+        """The rows begin with the tokens first [B]."""
+        self._state = _State(first, torch.zeros_like(first), torch.ones_like(first))
+
+    @torch.inference_mode()
+    def only(self, active: Sequence[bool], written: Sequence[int]) -> None:
+        """From now on these rows go on; `written`: tokens of each row."""
+        # A caption may end inside an accepted path: a row that is done waits at its last token, not beyond it.
+        state = self._state
+        assert state is not None
+        state.step.copy_(torch.minimum(state.step, torch.tensor(written, device=state.step.device) - 1))
+        state.going.copy_(torch.tensor(active, dtype=torch.long, device=state.step.device))
+
+    @torch.inference_mode()
+    def rewind(self, root: Sequence[int], step: Sequence[int]) -> None:
+        """Put the rows back to earlier tokens, to run them again."""
+        state = self._state
+        assert state is not None
+        state.root.copy_(torch.tensor(root, device=state.root.device))
+        state.step.copy_(torch.tensor(step, device=state.step.device))
+        state.going.fill_(1)
+
+    @torch.inference_mode()
+    def run(self, shape: TreeShape, horizon: Horizon) -> list[list[int]]:
+        """One round; -> per row [finite, accepted, tokens [D + 1]..., ranks [D + 1] if they are told...]."""
+        state = self._state
+        assert state is not None
+        with self._clock.stage("draft"):
+            guesses = self._propose(shape, state, horizon)
+        with self._clock.stage("verify"):
+            accepted, finite = self._verifier.verify(shape, guesses, state.step, horizon)
+        with self._clock.stage("commit"):
+            report = self._commit(shape, guesses, accepted, finite, state)
+        return report.tolist()  # type: ignore[no-any-return]  # the round's only synchronisation
+
+    def _propose(self, shape: TreeShape, state: _State, horizon: Horizon) -> Guesses:
+        self._rule.begin_round(state.step + 1, shape.depth)
+        if shape.depth == 0:
+            return ROOT.grow(state.root, _never)
+        assert self.proposer is not None
+        return self.proposer.propose(shape, state.root, state.step, horizon)
+
+    def _commit(
+        self, shape: TreeShape, guesses: Guesses, accepted: Accepted, finite: torch.Tensor, state: _State
+    ) -> torch.Tensor:
+        self._verifier.commit(shape, accepted, state.step)
+        if shape.depth:
+            assert self.proposer is not None
+            self.proposer.commit(shape, guesses, accepted, state.step)
+        count = (accepted.guessed + 1) * state.going
+        self._rule.commit(accepted.tokens, count)
         bonus = accepted.tokens.gather(1, accepted.guessed[:, None]).squeeze(1)
-        root = torch.where(going.bool(), bonus, heads.root)
-        step = heads.step + (accepted.guessed + 1) * going
-    report = torch.cat((finite.long()[:, None], accepted.guessed[:, None], accepted.tokens), dim=1)
-    return _Heads(root, step), report.tolist()  # the round's only synchronisation
+        state.root.copy_(torch.where(state.going.bool(), bonus, state.root))
+        state.step.add_(count)
+        told = [finite.long()[:, None], accepted.guessed[:, None], accepted.tokens]
+        if guesses.likeliest is not None:
+            told.append(ranks_of(guesses, accepted))
+        return torch.cat(told, dim=1)
 
 
-def decode(
-    rows: TargetRows, proposer: Proposer, rule: TokenRule, texts: Sequence[RowText], clock: StageClock
-) -> Iterator[list[list[int]]]:
-    """Write the captions of B rows into `texts`; yield, after the prefill and after each round, each row's new tokens.
-
-    Raises:
-        NonFiniteLogitsError: The target gave NaN or infinite logits.
-    """
-    with torch.inference_mode():
-        first, finite = _first_tokens(rows, rule)
-        heads = _Heads(first[:, 0], torch.zeros_like(first[:, 0]))
-        verifier = _Verifier(rows, rule, proposer.depth)
-    _refuse_non_finite(finite)
-    yield [text.take(tokens) for text, tokens in zip(texts, first.tolist(), strict=True)]
-    for text in texts:
-        text.histogram = [0] * (proposer.depth + 1)
-    active: list[bool] = []
-    while any(now := [text.finish_reason is None for text in texts]):
-        if now != active:
-            active = now
-            going = torch.tensor(active, dtype=torch.long, device=heads.step.device)
-            # A caption may end inside an accepted path: a row that is done waits at its last token, not beyond it.
-            written = torch.tensor([len(text.tokens) - 1 for text in texts], device=heads.step.device)
-            heads = heads._replace(step=torch.minimum(heads.step, written))
-        longest = max(len(text.tokens) for text in texts) - 1
-        with clock.host_stage("decode"):
-            heads, reports = _round(verifier, proposer, rule, heads, going, longest, clock)
-        yield [_take(*item) for item in zip(texts, reports, active, strict=True)]
+ROOT = RootShape()
 
 
-def _take(text: RowText, report: list[int], active: bool) -> list[int]:
-    """Give one row what its round wrote."""
-    if not active:
-        return []
-    finite, accepted, *tokens = report
-    _refuse_non_finite(bool(finite))
-    taken = text.take(tokens[: accepted + 1])
-    text.histogram[min(len(taken), accepted)] += 1
-    return taken
+def _never(*_: object) -> torch.Tensor:
+    raise AssertionError("the root alone is never expanded")
+
+
+class Decoding:
+    """The captions of B rows in the making."""
+
+    def __init__(
+        self,
+        rows: TargetRows,
+        speculation: Speculation,
+        rule: TokenRule,
+        texts: Sequence[RowText],
+        clock: StageClock,
+    ) -> None:
+        """`texts` are written into; `clock` gets the stages `decode`, and within it `draft`, `verify`, `commit`."""
+        self._rows, self._speculation, self._rule = rows, speculation, rule
+        self._texts, self._clock = texts, clock
+        self._rounds = _Rounds(rows, rule, clock, speculation.accept)
+        self._draft_knows = [1] * len(texts)  # tokens of each row that the draft has heard of
+
+    @property
+    def proposer(self) -> Proposer | None:
+        """The draft at work; None: no round has needed it."""
+        return self._rounds.proposer
+
+    def run(self) -> Iterator[list[list[int]]]:
+        """Decode; yield, after the prefill and after each round, each row's new tokens.
+
+        Raises:
+            NonFiniteLogitsError: The target gave NaN or infinite logits.
+        """
+        yield self._first()
+        active: list[bool] = []
+        while any(now := [text.finish_reason is None for text in self._texts]):
+            if now != active:
+                active = now
+                self._rounds.only(active, [len(text.tokens) for text in self._texts])
+            shape = self._speculation.chooser.choose()
+            if shape.depth:
+                self._ready_draft()
+            with self._clock.host_stage("decode"):
+                reports = self._rounds.run(shape, self._horizon())
+                times = self._clock.settle()
+            yield self._hear(shape, reports, active, times)
+
+    def _first(self) -> list[list[int]]:
+        with torch.inference_mode():
+            first, finite = _first_tokens(self._rows, self._rule)
+            self._rounds.start(first[:, 0].clone())
+        _refuse_non_finite(finite)
+        return [text.take(tokens) for text, tokens in zip(self._texts, first.tolist(), strict=True)]
+
+    def _horizon(self) -> Horizon:
+        longest = max(len(text.tokens) for text in self._texts) - 1
+        return Horizon(longest, exact=len(self._texts) == 1)
+
+    def _ready_draft(self) -> None:
+        """Prefill the draft if no round has needed it yet; tell it the tokens of rounds that went without it."""
+        with torch.inference_mode():
+            if self._rounds.proposer is None:
+                assert self._speculation.begin is not None
+                self._rounds.proposer = self._speculation.begin()
+            written = [len(text.tokens) for text in self._texts]
+            if written != self._draft_knows:
+                with self._clock.host_stage("decode"):
+                    self._rounds.proposer.catch_up([text.tokens for text in self._texts], self._draft_knows)
+
+    def _hear(
+        self, shape: TreeShape, reports: list[list[int]], active: Sequence[bool], times: dict[str, float]
+    ) -> list[list[int]]:
+        """Give every row what its round wrote."""
+        written = []
+        for text, report, goes in zip(self._texts, reports, active, strict=True):
+            if not goes:
+                written.append([])
+                continue
+            finite, accepted, *rest = report
+            _refuse_non_finite(bool(finite))
+            written.append(text.take(rest[: accepted + 1]))
+            if shape.depth:
+                text.count(shape, min(len(written[-1]), accepted))
+        if shape.depth:
+            self._draft_knows = [len(text.tokens) for text in self._texts]
+        going = [report[1:] for report, goes in zip(reports, active, strict=True) if goes]
+        self._speculation.chooser.hear(Heard(shape, going, times))
+        return written

@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from specvlm.attention import AttentionPlan, plan_for, round_mask, tree_plan
+from specvlm.attention import AttentionPlan, plan_for, round_mask, tail_plan, tree_plan
 from specvlm.cache import SlabCache, SlabShape
 from specvlm.errors import GenerationError
 from specvlm.families.base import Family, ModelInputs
+
+
+class Nodes(NamedTuple):
+    """Nodes of one round, to run in one pass."""
+
+    tokens: torch.Tensor  # int64 [B, n]
+    positions: torch.Tensor  # int64 [P, B, n] or [1, B, n]
+    slots: torch.Tensor  # int64 [B, n], from the committed ones on
+    # bool [B, n, m], which of the round's first m slots a node sees, its own included; None: n is 1, and it sees all
+    sees: torch.Tensor | None
+
+
+class Reach(NamedTuple):
+    """How far nodes look, as numbers of slots known on the host."""
+
+    visible: int  # slots of a row that the pass may look at: at least those committed and those of the round so far
+    own: int  # m, of the round so far
+    exact: bool  # one row, whose committed slots are the first visible - own
 
 
 class VideoLM:
@@ -102,33 +120,35 @@ class VideoLM:
 
     def forward_nodes(
         self,
-        tokens: torch.Tensor,
-        positions: torch.Tensor,
+        nodes: Nodes,
         cache: SlabCache,
-        slots: torch.Tensor,
-        sees: torch.Tensor,
         lengths: torch.Tensor,
-        visible: int,
+        reach: Reach,
     ) -> torch.Tensor:
         """One pass over the nodes of a round, behind what each row has committed.
 
         Args:
-            tokens: int64 [B, n].
-            positions: int64 [P, B, n] or [1, B, n].
-            cache: Written at `slots`.
-            slots: int64 [B, n], from `lengths` on.
-            sees: bool [B, n, m], which of the first m slots of this round a node sees, its own included.
+            nodes: n of them per row.
+            cache: Written at the nodes' slots.
             lengths: int64 [B], committed slots, all of which every node sees.
-            visible: `lengths.max() + m`, known on the host.
+            reach: How far nodes look.
 
         Returns:
             Hidden states [B, n, hidden].
         """
-        cache.aim_nodes(slots, visible)
-        plan = AttentionPlan()
-        if sees.numel() > 1:  # a lone root sees every visible slot
-            plan = tree_plan(round_mask(lengths, sees, visible), self._groups, self.dtype)
-        return self.forward(self.embed_tokens(tokens), positions, cache, plan)
+        cache.aim_nodes(nodes.slots, reach.visible)
+        plan = self._round_plan(nodes, lengths, reach)
+        return self.forward(self.embed_tokens(nodes.tokens), nodes.positions, cache, plan)
+
+    def _round_plan(self, nodes: Nodes, lengths: torch.Tensor, reach: Reach) -> AttentionPlan:
+        if reach.exact:
+            if nodes.sees is None:  # a lone node sees every visible slot
+                return AttentionPlan()
+            return tail_plan(nodes.sees, reach.visible, self._groups, self.dtype)
+        sees = nodes.sees
+        if sees is None:
+            sees = torch.ones(*nodes.tokens.shape, reach.own, dtype=torch.bool, device=lengths.device)
+        return tree_plan(round_mask(lengths, sees, reach.visible), self._groups, self.dtype)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states [B, n, hidden] -> logits float32 [B, n, C]."""

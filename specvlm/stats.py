@@ -27,13 +27,15 @@ class StageClock:
         self._cuda = device.type == "cuda"
         self._host_s: dict[str, float] = {}
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._round_s: dict[str, float] = {}
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time a piece of device work."""
+        """Time a piece of device work, until `settle`."""
         if not self._cuda:
-            with self.host_stage(name):
-                yield
+            start = time.perf_counter()
+            yield
+            self._round_s[name] = time.perf_counter() - start
             return
         begin, end = _event(), _event()
         begin.record()
@@ -50,13 +52,18 @@ class StageClock:
         finally:
             self._host_s[name] = self._host_s.get(name, 0.0) + time.perf_counter() - start
 
+    def settle(self) -> dict[str, float]:
+        """Add up the stages since the last call, and return them. Call it right after a synchronisation."""
+        for name, begin, end in self._events:
+            self._round_s[name] = begin.elapsed_time(end) / 1000.0
+        settled, self._round_s, self._events = self._round_s, {}, []
+        for name, seconds in settled.items():
+            self._host_s[name] = self._host_s.get(name, 0.0) + seconds
+        return settled
+
     def seconds(self, name: str) -> float:
-        """Time of a stage so far. Synchronises on CUDA."""
-        total = self._host_s.get(name, 0.0)
-        if self._events:
-            torch.cuda.synchronize()
-            total += sum(b.elapsed_time(e) for stage, b, e in self._events if stage == name) / 1000.0
-        return total
+        """Time of a stage so far."""
+        return self._host_s.get(name, 0.0)
 
 
 def reset_peak_memory(device: torch.device) -> None:

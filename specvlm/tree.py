@@ -35,6 +35,9 @@ class Guesses(NamedTuple):
     slots: (
         torch.Tensor
     )  # int64 [B, N], the slot that an expanded node took while the tree grew; leaves have 0
+    likeliest: torch.Tensor | None = (
+        None  # int64 [B, slots, K], the draft's K likeliest tokens after each slot
+    )
 
 
 class Frontier(NamedTuple):
@@ -44,7 +47,8 @@ class Frontier(NamedTuple):
     path: torch.Tensor  # int64 [B, k, depth], tokens from below the root down to the node itself
     depth: int
     first_slot: int  # the k nodes take slots first_slot.., counted from the root's, which is 0
-    sees: torch.Tensor  # bool [B, k, slots], which slots of this round a node may look at, its own included
+    # bool [B, k, slots], which slots of this round a node may look at, its own included; None: all taken so far
+    sees: torch.Tensor | None
 
 
 # Scores of the next token after each frontier node: float32 [B, k, shared vocabulary], higher is likelier.
@@ -63,6 +67,19 @@ class TreeShape(ABC):
         """Grow from root tokens [B] to N nodes. `expand` is called once per level, never for leaves."""
 
 
+class RootShape(TreeShape):
+    """The tree of plain decoding: the root alone, nothing guessed."""
+
+    nodes, depth, slots = 1, 0, 1
+
+    def grow(self, root: torch.Tensor, expand: Expand) -> Guesses:
+        """The root tokens [B]; nothing is expanded."""
+        rows = root.shape[0]
+        zeros = torch.zeros(rows, 1, dtype=torch.long, device=root.device)
+        itself = torch.ones(rows, 1, 1, dtype=torch.bool, device=root.device)
+        return Guesses(root[:, None], zeros, zeros, itself, zeros)
+
+
 class _Level(NamedTuple):
     """One level of a static shape; indices count within the level, but for `pick`."""
 
@@ -70,16 +87,19 @@ class _Level(NamedTuple):
     pick: torch.Tensor  # [n], into the flattened [expanded nodes above, width] top tokens
     parent: torch.Tensor  # [n], which expanded node above
     expand: torch.Tensor  # [k], which of the n are expanded
-    sees: torch.Tensor  # bool [k, slots]
+    sees: torch.Tensor | None  # bool [k, slots]; None: all slots so far
     first_slot: int
 
 
 class StaticShape(TreeShape):
     """A fixed tree given as paths of draft ranks; a chain is the tree of the paths 0, 00, 000, ..."""
 
-    def __init__(self, paths: tuple[tuple[int, ...], ...], device: torch.device) -> None:
-        """`paths` holds every node but the root, parents before children."""
-        self._device = device
+    def __init__(self, paths: tuple[tuple[int, ...], ...], device: torch.device, ranks: int = 0) -> None:
+        """`paths` holds every node but the root.
+
+        With `ranks`, guesses tell that many of the draft's likeliest tokens after each node that was expanded.
+        """
+        self._device, self._ranks = device, ranks
         index = {(): 0} | {path: i + 1 for i, path in enumerate(sorted(paths, key=lambda p: (len(p), p)))}
         inner = {path[:-1] for path in index if path}
         slot = {path: i for i, path in enumerate(p for p in index if p in inner)}
@@ -92,8 +112,6 @@ class StaticShape(TreeShape):
         self._parents = self._tensor([index[path[:-1]] for path in index])
         self._depths = self._tensor([len(path) for path in index])
         self._slots = self._tensor([slot.get(path, 0) for path in index])
-        self._root_sees = torch.zeros(1, 1, self.slots, dtype=torch.bool, device=device)
-        self._root_sees[..., 0] = True
 
     def _tensor(self, values: list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.long, device=self._device)
@@ -113,7 +131,7 @@ class StaticShape(TreeShape):
             self._tensor([above.index(path[:-1]) * width + path[-1] for path in here]),
             self._tensor([above.index(path[:-1]) for path in here]),
             self._tensor([here.index(path) for path in inner]),
-            sees.to(self._device),
+            None if len(inner) == 1 and bool(sees[0, : slot[inner[0]] + 1].all()) else sees.to(self._device),
             slot[inner[0]] if inner else len(slot),
         )
 
@@ -121,14 +139,16 @@ class StaticShape(TreeShape):
         """Grow from root tokens [B] to N nodes."""
         rows = root.shape[0]
         tokens, path = [root[:, None]], root.new_empty(rows, 1, 0)
-        scores = expand(Frontier(tokens[0], path, 0, 0, self._root_sees.expand(rows, -1, -1)))
+        likeliest = []
+        scores = expand(Frontier(tokens[0], path, 0, 0, None))
         for depth, level in enumerate(self._levels, start=1):
-            top = scores.topk(level.width, dim=-1).indices.flatten(1)  # [B, expanded above * width]
-            here = top[:, level.pick]  # [B, n]
+            top = scores.topk(min(max(level.width, self._ranks), scores.shape[-1]), dim=-1).indices
+            likeliest.append(top[..., : self._ranks])
+            here = top[..., : level.width].flatten(1)[:, level.pick]  # [B, n]
             tokens.append(here)
             if level.expand.numel():
                 path = torch.cat((path[:, level.parent], here[..., None]), dim=-1)[:, level.expand]
-                sees = level.sees.expand(rows, -1, -1)
+                sees = None if level.sees is None else level.sees.expand(rows, -1, -1)
                 scores = expand(Frontier(here[:, level.expand], path, depth, level.first_slot, sees))
         return Guesses(
             torch.cat(tokens, dim=1),
@@ -136,6 +156,7 @@ class StaticShape(TreeShape):
             self._depths.expand(rows, -1),
             self._ancestors.expand(rows, -1, -1),
             self._slots.expand(rows, -1),
+            torch.cat(likeliest, dim=1) if self._ranks else None,
         )
 
 
@@ -183,7 +204,7 @@ class DynamicShape(TreeShape):
         rows, k = root.shape[0], self._width
         sees = torch.zeros(rows, 1, self.slots, dtype=torch.bool, device=root.device)
         sees[..., 0] = True
-        scores = expand(Frontier(root[:, None], root.new_empty(rows, 1, 0), 0, 0, sees))
+        scores = expand(Frontier(root[:, None], root.new_empty(rows, 1, 0), 0, 0, None))
         value, tokens = _likelihood(scores).topk(k, dim=-1)  # [B, 1, k]
         tokens, value = tokens.flatten(1), value.flatten(1)
         return _Grown(
@@ -258,11 +279,3 @@ def make_shape(settings: SpeculationSettings, vocabulary: int, device: torch.dev
     if settings.tree == "static":
         return StaticShape(STATIC_PATHS, device)
     return DynamicShape(settings.depth, settings.nodes, min(settings.width, vocabulary), device)
-
-
-def root_only(root: torch.Tensor) -> Guesses:
-    """The tree of plain decoding: root tokens [B], nothing guessed."""
-    rows = root.shape[0]
-    zeros = torch.zeros(rows, 1, dtype=torch.long, device=root.device)
-    itself = torch.ones(rows, 1, 1, dtype=torch.bool, device=root.device)
-    return Guesses(root[:, None], zeros, zeros, itself, zeros)

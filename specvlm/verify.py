@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,10 @@ class Accepted(NamedTuple):
     )  # int64 [B, D + 1], node index at each depth, the root first; past `guessed` meaningless
     guessed: torch.Tensor  # int64 [B], accepted guesses on it, 0..D
     tokens: torch.Tensor  # int64 [B, D + 1], what the caption gains: accepted guesses, then the bonus token
-    last: torch.Tensor  # int64 [B], node index of the path's end, whose choice is the bonus token
+
+
+# Guesses, the target's choice after each node [B, N], and D -> what is accepted.
+Accept = Callable[[Guesses, torch.Tensor, int], Accepted]
 
 
 def accept(guesses: Guesses, choices: torch.Tensor, depth: int) -> Accepted:
@@ -30,7 +34,7 @@ def accept(guesses: Guesses, choices: torch.Tensor, depth: int) -> Accepted:
     """
     if depth == 0:  # nothing was guessed: the root's choice is all there is
         root = torch.zeros_like(choices[:, 0])
-        return Accepted(root[:, None], root, choices, root)
+        return Accepted(root[:, None], root, choices)
     match = guesses.tokens == choices.gather(1, guesses.parents)
     match[:, 0] = True
     accepted = ~(guesses.ancestors & ~match[:, None, :]).any(dim=-1)  # [B, N]
@@ -42,4 +46,20 @@ def accept(guesses: Guesses, choices: torch.Tensor, depth: int) -> Accepted:
     bonus = choices.gather(1, last[:, None])
     following = guesses.tokens.gather(1, path.roll(-1, dims=1))
     tokens = torch.where(levels < count[:, None], following, bonus)
-    return Accepted(path, count, tokens, last)
+    return Accepted(path, count, tokens)
+
+
+def ranks_of(guesses: Guesses, accepted: Accepted) -> torch.Tensor:
+    """Where the draft ranked each token that the target wrote, int64 [B, D + 1].
+
+    0 is the draft's first choice at the node that the token follows, K: none of its K likeliest; -1: not known,
+    because the node was not expanded, or the round ended above it.
+    """
+    assert guesses.likeliest is not None
+    slots = guesses.slots.gather(1, accepted.path)  # [B, D + 1]
+    likeliest = guesses.likeliest.gather(1, slots[..., None].expand(-1, -1, guesses.likeliest.shape[-1]))
+    hit = likeliest == accepted.tokens[..., None]  # [B, D + 1, K]
+    rank = torch.where(hit.any(dim=-1), hit.to(torch.uint8).argmax(dim=-1), hit.shape[-1])
+    level = torch.arange(slots.shape[1], device=slots.device)
+    known = (level <= accepted.guessed[:, None]) & ((slots > 0) | (level == 0))
+    return torch.where(known, rank, -1)

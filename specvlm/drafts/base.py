@@ -15,7 +15,7 @@ import torch
 from specvlm.config import SpeculationSettings
 from specvlm.families.base import ModelInputs
 from specvlm.sampling import TokenRule
-from specvlm.tree import Guesses, root_only
+from specvlm.tree import Guesses, TreeShape
 from specvlm.verify import Accepted
 
 
@@ -26,32 +26,53 @@ class DraftRow(NamedTuple):
     scores: torch.Tensor  # float32 [V], the target's attention to each video token
 
 
+class Horizon(NamedTuple):
+    """How far a round may look, known on the host."""
+
+    longest: int  # index in the caption of the last token, the largest of all rows, or more
+    exact: bool  # there is one row, and `longest` is the index of its last token
+
+
 class Proposer(ABC):
     """A draft at work on the B rows of one job."""
 
-    nodes: int  # N of every tree it proposes, root included
-    depth: int  # D
     kept: tuple[int, ...]  # [B], video tokens that it sees
 
     @abstractmethod
-    def propose(self, root: torch.Tensor, index: torch.Tensor, longest: int) -> Guesses:
+    def propose(self, shape: TreeShape, root: torch.Tensor, index: torch.Tensor, horizon: Horizon) -> Guesses:
         """Guess what follows.
 
         Args:
+            shape: The tree to fill.
             root: int64 [B], the last token that the target wrote; not yet in any cache.
             index: int64 [B], its index in the caption.
-            longest: The largest index of all rows, known on the host.
+            horizon: How far to look.
 
         The tree is valid until the next call. Nothing is committed.
         """
 
     @abstractmethod
-    def commit(self, guesses: Guesses, accepted: Accepted, index: torch.Tensor) -> None:
+    def commit(self, shape: TreeShape, guesses: Guesses, accepted: Accepted, index: torch.Tensor) -> None:
         """Keep what the target accepted of `guesses`, whose root has `index` [B]; forget the rest."""
+
+    @abstractmethod
+    def catch_up(self, captions: Sequence[Sequence[int]], known: Sequence[int]) -> None:
+        """Hear of the tokens that the target wrote alone.
+
+        Args:
+            captions: Per row, all tokens so far.
+            known: Per row, how many of them this draft has heard of, through `commit` or here; 1 at the beginning.
+        """
 
 
 class Draft(ABC):
-    """A loaded draft."""
+    """A loaded draft.
+
+    Attributes:
+        vocabulary: Tokens that it may guess.
+    """
+
+    vocabulary: int
 
     @abstractmethod
     def begin(
@@ -59,24 +80,6 @@ class Draft(ABC):
         rows: Sequence[DraftRow],
         settings: SpeculationSettings,
         rule: TokenRule,
-        max_new_tokens: int,
+        slots: int,
     ) -> Proposer:
-        """Prune, prefill, and be ready to propose for captions of at most `max_new_tokens`."""
-
-
-class PlainProposer(Proposer):
-    """Proposes nothing: the loop then is plain decoding."""
-
-    nodes = 1
-    depth = 0
-
-    def __init__(self, rows: int) -> None:
-        """For `rows` videos."""
-        self.kept = (0,) * rows
-
-    def propose(self, root: torch.Tensor, index: torch.Tensor, longest: int) -> Guesses:
-        """The root alone."""
-        return root_only(root)
-
-    def commit(self, guesses: Guesses, accepted: Accepted, index: torch.Tensor) -> None:
-        """Nothing to keep."""
+        """Prune, prefill, and be ready to propose; captions and the nodes of a round take at most `slots` slots."""

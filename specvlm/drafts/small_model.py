@@ -7,13 +7,15 @@ from collections.abc import Sequence
 import torch
 
 from specvlm.config import SpeculationSettings
-from specvlm.drafts.base import Draft, DraftRow, Proposer
-from specvlm.model import VideoLM
+from specvlm.drafts.base import Draft, DraftRow, Horizon, Proposer
+from specvlm.model import Nodes, Reach, VideoLM
 from specvlm.prefill import Prompt, embed, prefill_draft, prune_prompt
 from specvlm.pruning import prune
 from specvlm.sampling import TokenRule
-from specvlm.tree import Frontier, Guesses, make_shape
+from specvlm.tree import Frontier, Guesses, TreeShape
 from specvlm.verify import Accepted
+
+CATCH_UP = 64  # tokens of a pass over what the target wrote alone, so that its mask stays small
 
 
 class SmallModelDraft(Draft):
@@ -21,15 +23,14 @@ class SmallModelDraft(Draft):
 
     def __init__(self, model: VideoLM, vocabulary: int) -> None:
         """`vocabulary`: shared with the target; padded rows beyond it are never guessed."""
-        self.model = model
-        self._vocabulary = vocabulary
+        self.model, self.vocabulary = model, vocabulary
 
     def begin(
         self,
         rows: Sequence[DraftRow],
         settings: SpeculationSettings,
         rule: TokenRule,
-        max_new_tokens: int,
+        slots: int,
     ) -> Proposer:
         """Prune and prefill each row."""
         prompts, kept = [], []
@@ -39,7 +40,7 @@ class SmallModelDraft(Draft):
             prompts.append(
                 prune_prompt(embed(self.model, row.inputs), keep, compact=settings.positions == "compact")
             )
-        proposer = _SmallModelProposer(self.model, self._vocabulary, prompts, settings, rule, max_new_tokens)
+        proposer = _SmallModelProposer(self.model, self.vocabulary, prompts, rule, slots)
         proposer.kept = tuple(kept)
         return proposer
 
@@ -52,21 +53,12 @@ class _SmallModelProposer(Proposer):
     """
 
     def __init__(
-        self,
-        model: VideoLM,
-        vocabulary: int,
-        prompts: Sequence[Prompt],
-        settings: SpeculationSettings,
-        rule: TokenRule,
-        max_new_tokens: int,
+        self, model: VideoLM, vocabulary: int, prompts: Sequence[Prompt], rule: TokenRule, slots: int
     ) -> None:
         self._model, self._vocabulary, self._rule = model, vocabulary, rule
         device = model.device
-        self._shape = make_shape(settings, vocabulary, device)
-        self.nodes, self.depth = self._shape.nodes, self._shape.depth
         self._longest_prompt = max(prompt.length for prompt in prompts)
-        capacity = self._longest_prompt + max_new_tokens + self._shape.slots
-        self._cache = model.new_cache(len(prompts), capacity)
+        self._cache = model.new_cache(len(prompts), self._longest_prompt + slots)
         for row, prompt in enumerate(prompts):
             prefill_draft(model, prompt, self._cache, row)
         self._prompt_lengths = torch.tensor([prompt.length for prompt in prompts], device=device)
@@ -75,63 +67,91 @@ class _SmallModelProposer(Proposer):
         self._root_sees = torch.tensor([[[False], [True]]], device=device).expand(len(prompts), 2, 1)
         self._previous = torch.stack([prompt.inputs.token_ids[0, -1] for prompt in prompts]).to(device)
 
-    def propose(self, root: torch.Tensor, index: torch.Tensor, longest: int) -> Guesses:
+    def propose(self, shape: TreeShape, root: torch.Tensor, index: torch.Tensor, horizon: Horizon) -> Guesses:
         """One tree, grown level by level."""
         lengths = self._prompt_lengths + index
 
         def expand(frontier: Frontier) -> torch.Tensor:
             if frontier.depth == 0:
-                logits = self._run_root(root, index, lengths, longest)
+                hidden = self._run_root(root, index, lengths, horizon)
             else:
-                logits = self._run_level(frontier, index, lengths, longest)
+                hidden = self._run_level(frontier, index, lengths, horizon)
             depths = torch.full_like(frontier.tokens, frontier.depth)
+            logits = self._model.logits(hidden)[..., : self._vocabulary]
             return self._rule.scores(logits, depths, frontier.path)
 
-        return self._shape.grow(root, expand)
+        return shape.grow(root, expand)
 
     def _run_root(
-        self, root: torch.Tensor, index: torch.Tensor, lengths: torch.Tensor, longest: int
+        self, root: torch.Tensor, index: torch.Tensor, lengths: torch.Tensor, horizon: Horizon
     ) -> torch.Tensor:
-        """Run the last committed token and the root; -> logits of the root, [B, 1, shared vocabulary]."""
-        tokens = torch.stack((self._previous, root), dim=1)
+        """Run the last committed token and the root; -> the root's hidden state, [B, 1, hidden]."""
         at = self._next_position + index
-        positions = torch.stack((at - 1, at), dim=1)[None]  # [1, B, 2]
-        slots = torch.stack((lengths - 1, lengths), dim=1)
-        hidden = self._forward(tokens, positions, slots, self._root_sees, lengths, longest)
-        return self._logits(hidden[:, 1:])
+        nodes = Nodes(
+            torch.stack((self._previous, root), dim=1),
+            torch.stack((at - 1, at), dim=1)[None],  # [1, B, 2]
+            torch.stack((lengths - 1, lengths), dim=1),
+            self._root_sees,
+        )
+        return self._forward(nodes, lengths, self._reach(horizon, 1))[:, 1:]
 
     def _run_level(
-        self, frontier: Frontier, index: torch.Tensor, lengths: torch.Tensor, longest: int
+        self, frontier: Frontier, index: torch.Tensor, lengths: torch.Tensor, horizon: Horizon
     ) -> torch.Tensor:
-        """Run k nodes of one depth; -> logits [B, k, shared vocabulary]."""
+        """Run k nodes of one depth; -> hidden states [B, k, hidden]."""
         count = frontier.tokens.shape[1]
-        positions = (self._next_position + index + frontier.depth)[None, :, None].expand(1, -1, count)
         end = frontier.first_slot + count
-        slots = lengths[:, None] + torch.arange(frontier.first_slot, end, device=lengths.device)
-        hidden = self._forward(frontier.tokens, positions, slots, frontier.sees[..., :end], lengths, longest)
-        return self._logits(hidden)
+        nodes = Nodes(
+            frontier.tokens,
+            (self._next_position + index + frontier.depth)[None, :, None].expand(1, -1, count),
+            lengths[:, None] + torch.arange(frontier.first_slot, end, device=lengths.device),
+            None if frontier.sees is None else frontier.sees[..., :end],
+        )
+        return self._forward(nodes, lengths, self._reach(horizon, end))
 
-    def _forward(
-        self,
-        tokens: torch.Tensor,
-        positions: torch.Tensor,
-        slots: torch.Tensor,
-        sees: torch.Tensor,
-        lengths: torch.Tensor,
-        longest: int,
-    ) -> torch.Tensor:
-        visible = self._longest_prompt + longest + sees.shape[-1]
+    def _reach(self, horizon: Horizon, own: int) -> Reach:
+        return Reach(self._longest_prompt + horizon.longest + own, own, horizon.exact)
+
+    def _forward(self, nodes: Nodes, lengths: torch.Tensor, reach: Reach) -> torch.Tensor:
         # The target may write a token of its padding that the draft has no row for; any row serves a guess.
-        tokens = tokens.clamp(max=self._model.vocabulary - 1)
-        return self._model.forward_nodes(tokens, positions, self._cache, slots, sees, lengths, visible)
+        known = nodes._replace(tokens=nodes.tokens.clamp(max=self._model.vocabulary - 1))
+        return self._model.forward_nodes(known, self._cache, lengths, reach)
 
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self._model.logits(hidden)[..., : self._vocabulary]
-
-    def commit(self, guesses: Guesses, accepted: Accepted, index: torch.Tensor) -> None:
+    def commit(self, shape: TreeShape, guesses: Guesses, accepted: Accepted, index: torch.Tensor) -> None:
         """Move the accepted path's keys and values behind the committed ones."""
         first = (self._prompt_lengths + index)[:, None]
-        destination = first + torch.arange(self.depth + 1, device=first.device)
+        destination = first + torch.arange(shape.depth + 1, device=first.device)
         self._cache.commit(first + guesses.slots.gather(1, accepted.path), destination)
         written = torch.cat((guesses.tokens[:, :1], accepted.tokens), dim=1)
-        self._previous = written.gather(1, accepted.guessed[:, None]).squeeze(1)
+        self._previous.copy_(written.gather(1, accepted.guessed[:, None]).squeeze(1))
+
+    def catch_up(self, captions: Sequence[Sequence[int]], known: Sequence[int]) -> None:
+        """Run what was missed but the last token before the root, which the next round begins with."""
+        last = [len(caption) - 2 for caption in captions]  # index of that token; -1 is the prompt's last
+        missed = max(end - max(heard - 2, 0) for end, heard in zip(last, known, strict=True))
+        for done in range(0, missed, CATCH_UP):
+            starts = [max(end - missed + done, 0) for end in last]
+            self._run_missed(captions, starts, min(CATCH_UP, missed - done))
+        previous = [
+            caption[end] if end >= 0 else int(self._previous[row])
+            for row, (caption, end) in enumerate(zip(captions, last, strict=True))
+        ]
+        self._previous.copy_(torch.tensor(previous, device=self._previous.device))
+
+    def _run_missed(self, captions: Sequence[Sequence[int]], starts: Sequence[int], count: int) -> None:
+        """Run `count` tokens of each caption; a row with fewer, which is done, runs some over again."""
+        device = self._prompt_lengths.device
+        tokens = [
+            [caption[min(start + i, len(caption) - 1)] for i in range(count)]
+            for caption, start in zip(captions, starts, strict=True)
+        ]
+        index = torch.tensor(starts, device=device)[:, None] + torch.arange(count, device=device)
+        lengths = self._prompt_lengths + index[:, 0]
+        causal = torch.ones(count, count, dtype=torch.bool, device=device).tril()
+        nodes = Nodes(
+            torch.tensor(tokens, device=device),
+            (self._next_position[:, None] + index)[None],
+            self._prompt_lengths[:, None] + index,
+            causal.expand(len(captions), -1, -1),
+        )
+        self._forward(nodes, lengths, self._reach(Horizon(max(starts), exact=len(captions) == 1), count))

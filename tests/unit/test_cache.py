@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
 from specvlm.cache import SlabCache, SlabShape
+from specvlm.choosing import FixedTree
 from specvlm.config import GenerationSettings, SpeculationSettings
-from specvlm.decode import RowText, TargetRows, decode
-from specvlm.drafts.base import DraftRow, PlainProposer, Proposer
+from specvlm.decode import ROOT, Decoding, RowText, Speculation, TargetRows
+from specvlm.drafts.base import DraftRow
 from specvlm.prefill import embed, prefill_target
 from specvlm.sampling import TokenRule, logits_rules
 from specvlm.stats import StageClock
@@ -79,13 +82,12 @@ def test_a_rewound_cache_equals_one_that_never_advanced(tree: str) -> None:
             read = prefill_target(captioner.target, prompt, cache, 0)
             rules = logits_rules(captioner.generation_config, _generation())
             rule = TokenRule(rules, _generation(), [video.inputs.token_ids[0]], 300, CPU)
-            proposer: Proposer = PlainProposer(1)
-            if speculate:
-                assert captioner.draft is not None
-                proposer = captioner.draft.begin([DraftRow(video.inputs, read.scores)], settings, rule, 30)
+        chooser = captioner.chooser(settings, 1) if speculate else FixedTree(ROOT)
+        assert captioner.draft is not None
+        begin = partial(captioner.draft.begin, [DraftRow(video.inputs, read.scores)], settings, rule, 60)
         texts = [RowText(20, frozenset())]
         rows = TargetRows(captioner.target, cache, [prompt], read.logits)
-        for _ in decode(rows, proposer, rule, texts, StageClock(CPU)):
+        for _ in Decoding(rows, Speculation(chooser, begin), rule, texts, StageClock(CPU)).run():
             pass
         length = prompt.length + 19  # the last token is never run
         kept[speculate] = (texts[0].tokens, [slab[:, :, :length] for slab in cache._slabs.values()])

@@ -42,7 +42,7 @@ def test_a_round_never_waits_for_its_own_results(
     captioner.generation_config.min_new_tokens = 3
     watched: list[str] = []
     rounds = 0
-    real = decode._round
+    real = decode._Rounds.run
     asked: list[str] = []
 
     def telling(name: str) -> Any:
@@ -64,7 +64,7 @@ def test_a_round_never_waits_for_its_own_results(
         watched.extend(watching.seen)
         return result
 
-    monkeypatch.setattr(decode, "_round", watch)
+    monkeypatch.setattr(decode._Rounds, "run", watch)
     captioner.caption(random_frames(1), tree=tree, temperature=temperature, max_new_tokens=20)  # type: ignore[arg-type]
     assert rounds > 1
     assert watched == []

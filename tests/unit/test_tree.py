@@ -71,7 +71,8 @@ def test_a_frontier_sees_exactly_its_own_path(tree: str) -> None:
                 slot = frontier.first_slot + node
                 assert slot not in held[row]
                 held[row][slot] = path
-                seen = [held[row][i] for i in frontier.sees[row, node].nonzero().flatten().tolist()]
+                slots = range(slot + 1) if frontier.sees is None else frontier.sees[row, node].nonzero().flatten()
+                seen = [held[row][int(i)] for i in slots]
                 assert sorted(seen, key=len) == [path[:depth] for depth in range(len(path) + 1)]
                 assert int(frontier.tokens[row, node]) == (path[-1] if path else int(root[row]))
         return path_scores(frontier, root)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from specvlm.tree import Guesses, ancestors_of
-from specvlm.verify import accept
+from specvlm.verify import accept, ranks_of
 
 
 def guesses_of(tokens: list[int], parents: list[int]) -> Guesses:
@@ -68,11 +68,10 @@ def test_a_match_below_a_refused_node_does_not_count() -> None:
 
 def test_paths_name_nodes_in_order_and_rows_are_independent() -> None:
     one = guesses_of([0, 10, 20, 30, 40, 30], [0, 0, 0, 1, 1, 2])
-    both = Guesses(*(torch.cat((field, field)) for field in one))
+    both = Guesses(*(torch.cat((field, field)) for field in one if field is not None))
     result = accept(both, torch.tensor([[20, 99, 30, 99, 99, 7], [10, 40, 99, 99, 8, 99]]), 2)
     assert result.path.tolist() == [[0, 2, 5], [0, 1, 4]]
     assert result.guessed.tolist() == [2, 2]
-    assert result.last.tolist() == [5, 4]
 
 
 def test_against_walking_the_tree_one_token_at_a_time() -> None:
@@ -89,3 +88,23 @@ def test_against_walking_the_tree_one_token_at_a_time() -> None:
                     break
                 node = below[0]
             assert accepted_tokens(tree, list(choices)) == gained
+
+
+def test_ranks_are_those_of_the_draft_where_a_node_was_expanded() -> None:
+    #      0
+    #      1 (10)   2 (20)
+    #    3 (30), a leaf
+    tree = guesses_of([0, 10, 20, 30], [0, 0, 0, 1])
+    tree = tree._replace(
+        slots=torch.tensor([[0, 1, 0, 0]]), likeliest=torch.tensor([[[10, 20, 5], [30, 6, 7]]])
+    )
+
+    def ranks(choices: list[int]) -> list[int]:
+        told: list[int] = ranks_of(tree, accept(tree, torch.tensor([choices]), 2))[0].tolist()
+        return told
+
+    assert ranks([10, 30, 9, 9]) == [0, 0, -1]  # the leaf was not expanded
+    assert ranks([10, 7, 9, 9]) == [0, 2, -1]
+    assert ranks([10, 99, 9, 9]) == [0, 3, -1]  # none of the three likeliest
+    assert ranks([20, 9, 9, 9]) == [1, -1, -1]  # accepted, but never expanded
+    assert ranks([5, 9, 9, 9]) == [2, -1, -1]
