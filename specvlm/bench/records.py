@@ -100,7 +100,8 @@ class Sample:
         prompt_tokens: S, video tokens included.
         token_ids: The caption, the end-of-sequence token included.
         stages: Where the time went; they sum to `total_s`.
-        decode_s: All after the first token.
+        decode_s: All after the first token; of `assisted`, all after its first round.
+        decode_tokens: Tokens that came in that time.
         total_s: From the file to the text, reading and preprocessing included.
         num_drafts: Rounds; 0 without our draft.
         num_draft_tokens: Guesses of all rounds.
@@ -119,6 +120,7 @@ class Sample:
     token_ids: tuple[int, ...]
     stages: Stages
     decode_s: float
+    decode_tokens: int
     total_s: float
     num_drafts: int
     num_draft_tokens: int
@@ -171,7 +173,7 @@ class Summary:
             differs from `total_s` by the scatter between turns.
         decode_s: Total over videos of the median decode_s.
         total_s: Total over videos of the median total_s.
-        token_s: decode_s / (completion_tokens - videos): time per token after the first; None for single tokens.
+        token_s: decode_s / the tokens that came in that time; None where captions have a single token.
         speedups: Against each of `BASELINES` that ran with the same frames, itself left out.
         num_drafts: Rounds of all samples.
         mean_nodes: Mean nodes of a round, the root included; None without rounds.
@@ -183,8 +185,8 @@ class Summary:
             there is no reference, or this is it.
         exact_match_against: `stock`, or `plain` where stock did not run; None as above.
         plain_token_s: T_plain of the formula, of `plain` in the same process; None where it did not run.
-        draft_round_s: draft_s per round, all samples; None without rounds.
-        verify_round_s: verify_s per round.
+        draft_round_s: T_draft of a round: stages.draft_s / rounds of one turn; None without rounds.
+        verify_round_s: T_verify of a round, likewise.
         predicted_decode_speedup: (mean_accepted_tokens + 1) x T_plain / (draft_round_s + verify_round_s), against
             plain; None where a term is missing.
         measured_over_predicted: Measured decode speedup against plain / the predicted one.

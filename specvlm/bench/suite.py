@@ -1,0 +1,254 @@
+"""All methods on the same videos, in one process, in turn; and what of it is a report.
+
+Of each video, one turn warms up and is not kept, and each further turn begins with the next method, so that no
+method always runs first, or always after the same one. One video is in memory at a time. Knows neither files of
+results nor a terminal; what goes on is told to whoever listens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import Any, NamedTuple, Protocol
+
+from specvlm.bench.measure import Asked, Measurer, MethodError, conditions
+from specvlm.bench.records import METHODS, Configuration, Left, MethodName, Report, Sample
+from specvlm.bench.summing import summarise
+from specvlm.captioner import Captioner, PreparedVideo
+from specvlm.config import FrameSettings, PrunerName, SpeculationSettings, TreeName
+from specvlm.errors import ConfigError, PreprocessError, VideoError
+from specvlm.records import Frames
+
+_SPECULATION = SpeculationSettings()
+_WITH_DRAFT: tuple[MethodName, ...] = ("assisted", "sd", "specvlm")
+
+
+class Clip(NamedTuple):
+    """One video, or one part of it."""
+
+    name: str  # unique in a bench
+    video: str | bytes | Frames
+    start_s: float = 0.0
+    end_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """What is compared: each method, and of `specvlm` each combination, at each number of frames.
+
+    Attributes:
+        methods: In the order in which they are shown.
+        num_frames: Frames of each video; None: as `frames` of the suite says.
+        pruners: Of `specvlm`.
+        prune_ratios: Of `specvlm`.
+        trees: Of `specvlm` and of `sd`.
+    """
+
+    methods: tuple[MethodName, ...] = METHODS
+    num_frames: tuple[int | None, ...] = (None,)
+    pruners: tuple[PrunerName, ...] = (_SPECULATION.pruner,)
+    prune_ratios: tuple[float, ...] = (_SPECULATION.prune_ratio,)
+    trees: tuple[TreeName, ...] = (_SPECULATION.tree,)
+
+    def __post_init__(self) -> None:
+        for method in self.methods:
+            if method not in METHODS:
+                raise ConfigError(f"method {method!r} is unknown; choose from {', '.join(METHODS)}")
+        for one in self._speculations():  # which checks each value
+            SpeculationSettings(pruner=one.pruner, prune_ratio=one.prune_ratio, tree=one.tree)  # type: ignore[arg-type]
+
+    def configurations(self, num_frames: int | None) -> list[Configuration]:
+        """Those of one number of frames, each once."""
+        found: list[Configuration] = []
+        for method in self.methods:
+            if method == "specvlm":
+                found += self._speculations(num_frames)
+            elif method == "sd":
+                found += [Configuration("sd", num_frames, "none", 0.0, tree) for tree in self.trees]
+            else:
+                found.append(Configuration(method, num_frames))
+        return list(dict.fromkeys(found))
+
+    def _speculations(self, num_frames: int | None = None) -> list[Configuration]:
+        return [
+            Configuration("specvlm", num_frames, pruner, 0.0 if pruner == "none" else ratio, tree)
+            for pruner, ratio, tree in product(self.pruners, self.prune_ratios, self.trees)
+        ]
+
+    @property
+    def needs_draft(self) -> MethodName | None:
+        """The first method that cannot run without a draft; None: all can."""
+        return next((method for method in self.methods if method in _WITH_DRAFT), None)
+
+
+class Step(NamedTuple):
+    """How far a bench is, before a caption is made."""
+
+    done: int
+    total: int
+    what: str
+
+
+class Listener(Protocol):
+    """Hears what goes on."""
+
+    def step(self, step: Step) -> None:
+        """A caption is about to be made."""
+
+    def left_out(self, left: Left) -> None:
+        """A video could not be read, or not be preprocessed."""
+
+    def failed(self, how: Configuration, error: str) -> None:
+        """A method cannot go on, and is left out from here on."""
+
+
+class Measuring(Protocol):
+    """What times one caption; `Measurer` is the real one."""
+
+    def measure(self, how: Configuration, video: Any, name: str, turn: int) -> Sample:
+        """See `Measurer.measure`."""
+
+
+@dataclass
+class Found:
+    """What has been measured so far."""
+
+    samples: list[Sample] = field(default_factory=list)
+    errors: dict[Configuration, str] = field(default_factory=dict)
+    left_out: dict[str, Left] = field(default_factory=dict)
+
+
+class Suite:
+    """A bench that is ready to run."""
+
+    def __init__(
+        self,
+        grid: Grid,
+        clips: Sequence[Clip],
+        repeat: int,
+        prepare: Callable[[Clip, int | None], PreparedVideo],
+        measurer: Measuring,
+        listener: Listener,
+    ) -> None:
+        """`prepare` reads and preprocesses a clip; `repeat` timed turns follow one of warm-up."""
+        self._grid, self._clips, self._repeat = grid, clips, repeat
+        self._prepare, self._measurer, self._listener = prepare, measurer, listener
+        self._found = Found()
+        self._done = 0
+        self._total = (
+            sum(len(self._grid.configurations(n)) for n in grid.num_frames) * len(clips) * (repeat + 1)
+        )
+
+    def run(self) -> Found:
+        """Measure everything."""
+        for num_frames in self._grid.num_frames:
+            configurations = self._grid.configurations(num_frames)
+            for clip, video in self._prepared(num_frames, len(configurations) * (self._repeat + 1)):
+                for turn in range(self._repeat + 1):
+                    self._turn(rotated(configurations, turn), video, clip.name, turn)
+        return self._found
+
+    def _prepared(self, num_frames: int | None, captions: int) -> Iterator[tuple[Clip, PreparedVideo]]:
+        """Yield the clips that can be read; the first is read once before, since first use costs more."""
+        is_warm = False
+        for clip in self._clips:
+            try:
+                if not is_warm:
+                    self._prepare(clip, num_frames)
+                    is_warm = True
+                yield clip, self._prepare(clip, num_frames)
+            except (VideoError, PreprocessError) as error:
+                self._leave_out(Left(clip.name, str(error)))
+                self._done += captions
+
+    def _leave_out(self, left: Left) -> None:
+        if left.video not in self._found.left_out:
+            self._found.left_out[left.video] = left
+            self._listener.left_out(left)
+
+    def _turn(self, order: Sequence[Configuration], video: PreparedVideo, name: str, turn: int) -> None:
+        for how in order:
+            self._listener.step(Step(self._done, self._total, f"{name}, {how.label}"))
+            self._done += 1
+            if how not in self._found.errors:
+                self._caption(how, video, name, turn)
+
+    def _caption(self, how: Configuration, video: PreparedVideo, name: str, turn: int) -> None:
+        try:
+            sample = self._measurer.measure(how, video, name, turn)
+        except MethodError as error:
+            self._found.errors[how] = str(error)
+            self._listener.failed(how, str(error))
+            return
+        if turn:
+            self._found.samples.append(sample)
+
+
+def rotated(configurations: Sequence[Configuration], turn: int) -> list[Configuration]:
+    """The order of one turn: it begins with another configuration each time."""
+    first = turn % len(configurations) if configurations else 0
+    return [*configurations[first:], *configurations[:first]]
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What a bench is about.
+
+    Attributes:
+        grid: What is compared.
+        clips: On which videos.
+        frames: Which frames to read where the grid gives no number, and how large; None: the captioner's own.
+        asked: The rest, as the conditions tell it.
+    """
+
+    grid: Grid
+    clips: Sequence[Clip]
+    frames: FrameSettings | None
+    asked: Asked
+
+
+def bench(captioner: Captioner, setup: Setup, listener: Listener) -> Report:
+    """Measure everything that was asked for.
+
+    A video that cannot be read is left out; a method that fails is left out from there on, and its summary says
+    why. A report without samples means that nothing could be measured.
+
+    Raises:
+        ConfigError: A method needs a draft, and there is none; or a setting makes no sense.
+        PromptError: The prompt cannot be used.
+    """
+    grid, asked = setup.grid, setup.asked
+    if captioner.draft is None and grid.needs_draft is not None:
+        raise ConfigError(f"method {grid.needs_draft!r} needs a draft, and there is none; give one")
+    base = captioner.frames if setup.frames is None else setup.frames
+
+    def prepare(clip: Clip, num_frames: int | None) -> PreparedVideo:
+        if isinstance(clip.video, Frames):
+            return captioner.prepare(_spread(clip.video, num_frames), asked.prompt)
+        return captioner.prepare(clip.video, asked.prompt, frames=_frames_of(base, clip, num_frames))
+
+    measurer = Measurer(captioner, asked.max_new_tokens)
+    found = Suite(grid, setup.clips, asked.repeat, prepare, measurer, listener).run()
+    configurations = [one for number in grid.num_frames for one in grid.configurations(number)]
+    kept = tuple(one for one in found.samples if one.configuration not in found.errors)
+    videos = tuple(dict.fromkeys(one.video for one in kept))
+    return Report(
+        conditions(captioner, asked, videos),
+        summarise(configurations, kept, found.errors),
+        kept,
+        tuple(found.left_out.values()),
+    )
+
+
+def _frames_of(base: FrameSettings, clip: Clip, num_frames: int | None) -> FrameSettings:
+    settings = replace(base, start_s=clip.start_s, end_s=clip.end_s)
+    return settings if num_frames is None else replace(settings, fps=None, num_frames=num_frames)
+
+
+def _spread(frames: Frames, num_frames: int | None) -> Frames:
+    """Frames that the caller read: as many of them as asked for, evenly spread."""
+    if num_frames is None or num_frames >= len(frames.pixels):
+        return frames
+    chosen = [round(i * (len(frames.pixels) - 1) / max(num_frames - 1, 1)) for i in range(num_frames)]
+    return Frames(frames.pixels[chosen], frames.times_s[chosen], frames.source)

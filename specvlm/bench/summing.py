@@ -1,0 +1,308 @@
+"""Samples -> summaries: medians, totals, ratios, what the formula predicts, and which term is the limit.
+
+Plain arithmetic over records; knows neither models nor clocks. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from statistics import fmean, median
+
+from specvlm.bench.records import (
+    BASELINES,
+    STAGES,
+    Configuration,
+    MethodName,
+    Sample,
+    Speedup,
+    Stages,
+    Summary,
+)
+
+_BEFORE = ("read_s", "preprocess_s", "vision_s", "target_prefill_s", "draft_prefill_s", "prefill_s")
+_IN_WORDS = {
+    "read_s": "reading",
+    "preprocess_s": "preprocessing",
+    "vision_s": "vision",
+    "target_prefill_s": "the target's prefill",
+    "draft_prefill_s": "the draft's prefill",
+    "prefill_s": "vision and prefill",
+}
+_MOSTLY = 0.5  # from this share of the time on, what comes before the first token is named first
+
+
+def summarise(
+    configurations: Iterable[Configuration],
+    samples: Iterable[Sample],
+    errors: Mapping[Configuration, str] | None = None,
+) -> tuple[Summary, ...]:
+    """Sum up each configuration, in the order given.
+
+    Configurations are compared with those of the same frames, over the videos that both captioned.
+
+    Args:
+        configurations: What was asked for.
+        samples: Timed captions, in any order.
+        errors: Configurations that failed, and why; their samples do not count.
+    """
+    failed = {} if errors is None else errors
+    groups: dict[Configuration, _Group] = {}
+    for sample in samples:
+        if sample.configuration not in failed:
+            groups.setdefault(sample.configuration, _Group(sample.configuration)).add(sample)
+    return tuple(
+        _summary(groups[one], _peers(one, groups))
+        if one in groups
+        else Summary(one, error=failed.get(one, "no video could be captioned"))
+        for one in configurations
+    )
+
+
+class _Group:
+    """The samples of one configuration, by video."""
+
+    def __init__(self, configuration: Configuration) -> None:
+        self.configuration = configuration
+        self.videos: dict[str, list[Sample]] = defaultdict(list)
+
+    def add(self, sample: Sample) -> None:
+        self.videos[sample.video].append(sample)
+
+    def medians(self, figure: Callable[[Sample], float]) -> dict[str, float]:
+        """Of each video the median over turns."""
+        return {video: median(map(figure, turns)) for video, turns in self.videos.items()}
+
+    def total(self, figure: Callable[[Sample], float]) -> float:
+        return sum(self.medians(figure).values())
+
+    def mean(self, figure: Callable[[Sample], float]) -> float:
+        return fmean(self.medians(figure).values())
+
+    def all(self) -> list[Sample]:
+        return [sample for turns in self.videos.values() for sample in turns]
+
+    def token_s(self) -> float | None:
+        """Time per token of all videos together."""
+        return _over(self.total(lambda one: one.decode_s), self.total(lambda one: one.decode_tokens))
+
+    def token_s_of(self, video: str) -> float | None:
+        turns = self.videos[video]
+        return _over(median(one.decode_s for one in turns), median(one.decode_tokens for one in turns))
+
+    def only(self, videos: Iterable[str]) -> _Group:
+        """The same, of these videos alone."""
+        part = _Group(self.configuration)
+        part.videos.update((video, self.videos[video]) for video in videos)
+        return part
+
+
+@dataclass(frozen=True, slots=True)
+class _Rounds:
+    """The terms of the formula (see docs/bench.md), each None where it was not measured."""
+
+    accepted: float | None = None
+    draft_s: float | None = None
+    verify_s: float | None = None
+
+
+def _over(part: float, whole: float) -> float | None:
+    return part / whole if whole else None
+
+
+def _peers(own: Configuration, groups: Mapping[Configuration, _Group]) -> dict[MethodName, _Group]:
+    """The baselines that ran with the same frames."""
+    return {
+        one.method: group
+        for method in BASELINES
+        for one, group in groups.items()
+        if one.method == method and one.frames_asked == own.frames_asked
+    }
+
+
+def _summary(group: _Group, peers: Mapping[MethodName, _Group]) -> Summary:
+    samples, plain = group.all(), peers.get("plain")
+    others = [peer for peer in peers.values() if peer is not group]
+    reference = _reference(group.configuration.method, peers)
+    stages = _stages(group)
+    terms = _rounds(group, stages)
+    summary = Summary(
+        configuration=group.configuration,
+        videos=len(group.videos),
+        turns=min(map(len, group.videos.values())),
+        num_frames=group.mean(lambda one: one.num_frames),
+        video_tokens=group.mean(lambda one: one.video_tokens),
+        video_tokens_kept=group.mean(lambda one: one.video_tokens_kept),
+        completion_tokens=round(group.total(lambda one: len(one.token_ids))),
+        stages=stages,
+        decode_s=group.total(lambda one: one.decode_s),
+        total_s=group.total(lambda one: one.total_s),
+        token_s=group.token_s(),
+        speedups=tuple(found for peer in others if (found := _speedup(group, peer))),
+        num_drafts=sum(one.num_drafts for one in samples),
+        mean_nodes=_mean_nodes(samples),
+        mean_accepted_tokens=terms.accepted,
+        acceptance_per_depth=acceptance_per_depth([one.acceptance_histogram for one in samples]),
+        exact_match=None if reference is None else _exact(group, reference),
+        exact_match_against=None if reference is None else reference.configuration.method,
+        plain_token_s=None if plain is None else plain.token_s(),
+        draft_round_s=terms.draft_s,
+        verify_round_s=terms.verify_s,
+        peak_memory_bytes=max(one.peak_memory_bytes for one in samples),
+    )
+    return _judged(summary)
+
+
+def _reference(method: MethodName, peers: Mapping[MethodName, _Group]) -> _Group | None:
+    """Whose captions are the right ones: the first baseline there is; a baseline itself looks at those before."""
+    before = BASELINES[: BASELINES.index(method)] if method in BASELINES else BASELINES
+    return next((peers[one] for one in before if one in peers), None)
+
+
+def _stages(group: _Group) -> Stages:
+    def of(name: str) -> float:
+        return group.total(lambda one: getattr(one.stages, name))
+
+    return Stages(**{name: of(name) for name in STAGES})
+
+
+def _judged(summary: Summary) -> Summary:
+    """Add what follows from the other figures."""
+    host_share = None
+    if summary.num_drafts or summary.configuration.method == "plain":
+        host_share = _over(summary.stages.host_s, summary.decode_s)
+    predicted = predicted_speedup(summary)
+    measured = summary.speedup("plain")
+    over = measured.decode / predicted if predicted and measured and measured.decode else None
+    summary = replace(
+        summary,
+        predicted_decode_speedup=predicted,
+        measured_over_predicted=over,
+        host_share=host_share,
+    )
+    return replace(summary, limit=limit(summary))
+
+
+def _rounds(group: _Group, stages: Stages) -> _Rounds:
+    samples = group.all()
+    rounds = sum(one.num_drafts for one in samples)
+    if not rounds:
+        return _Rounds()
+    accepted = sum(one.num_accepted_tokens for one in samples) / rounds
+    of_a_turn = sum(fmean(one.num_drafts for one in turns) for turns in group.videos.values())
+    return _Rounds(accepted, stages.draft_s / of_a_turn, stages.verify_s / of_a_turn)
+
+
+def _mean_nodes(samples: Sequence[Sample]) -> float | None:
+    rounds = sum(one.num_drafts for one in samples)
+    return 1.0 + sum(one.num_draft_tokens for one in samples) / rounds if rounds else None
+
+
+def _speedup(group: _Group, baseline: _Group) -> Speedup | None:
+    """Compare over the videos that both captioned; None where there is none."""
+    shared = [video for video in group.videos if video in baseline.videos]
+    if not shared:
+        return None
+    ours, theirs = group.only(shared), baseline.only(shared)
+    decode = [_ratio(theirs.token_s_of(video), ours.token_s_of(video)) for video in shared]
+    mine, base = ours.medians(lambda one: one.total_s), theirs.medians(lambda one: one.total_s)
+    known = [one for one in decode if one is not None]
+    return Speedup(
+        baseline=baseline.configuration.method,
+        decode=_ratio(theirs.token_s(), ours.token_s()),
+        e2e=sum(base.values()) / sum(mine.values()),
+        decode_median=median(known) if known else None,
+        e2e_median=median(base[video] / mine[video] for video in shared),
+    )
+
+
+def _ratio(theirs: float | None, ours: float | None) -> float | None:
+    return theirs / ours if theirs and ours else None
+
+
+def _exact(group: _Group, reference: _Group) -> float | None:
+    same = [
+        one.token_ids == reference.videos[one.video][0].token_ids
+        for one in group.all()
+        if one.video in reference.videos
+    ]
+    return fmean(same) if same else None
+
+
+def acceptance_per_depth(histograms: Iterable[Sequence[int]]) -> tuple[float | None, ...]:
+    """P(the guess at depth d accepted | that at depth d - 1 accepted), d = 1, 2, ...
+
+    From rounds by accepted guesses alone, rounds with at least d over rounds with at least d - 1. A round whose
+    tree was less than d deep, or that ended the caption, counts as one that stopped there: where trees are
+    chosen round by round, deep levels look worse than they are.
+    """
+    counts: list[int] = []
+    for histogram in histograms:
+        counts += [0] * (len(histogram) - len(counts))
+        for accepted, rounds in enumerate(histogram):
+            counts[accepted] += rounds
+    at_least = [sum(counts[depth:]) for depth in range(len(counts))]
+    return tuple(_over(more, less) for less, more in pairwise(at_least))
+
+
+def predicted_speedup(summary: Summary) -> float | None:
+    """(mean_accepted_tokens + 1) x T_plain / (T_draft + T_verify), of one round; None where a term is missing.
+
+    T_draft is the drafting of all levels. What commits, and what the host does between, is left out: what was
+    measured stays below by that much.
+    """
+    accepted, plain = summary.mean_accepted_tokens, summary.plain_token_s
+    if accepted is None or plain is None or summary.draft_round_s is None or summary.verify_round_s is None:
+        return None
+    round_s = summary.draft_round_s + summary.verify_round_s
+    return (accepted + 1.0) * plain / round_s if round_s else None
+
+
+# --- in words ---
+
+
+def limit(summary: Summary) -> str:
+    """Say which term is the limit: the one whose ideal would gain most."""
+    before = {name: getattr(summary.stages, name) for name in _BEFORE}
+    share = sum(before.values()) / summary.total_s if summary.total_s else 0.0
+    decoding = _limit_of_rounds(summary) if summary.num_drafts else ""
+    if share <= _MOSTLY:
+        return decoding or f"decoding, token by token, takes {1.0 - share:.0%} of the time"
+    largest = max(before, key=lambda name: before[name])
+    first = f"{share:.0%} of the time passes before the first token, most of it in {_IN_WORDS[largest]}"
+    return f"{first}; then {decoding}" if decoding else first
+
+
+def _limit_of_rounds(summary: Summary) -> str:
+    if summary.plain_token_s is None or summary.draft_round_s is None or summary.verify_round_s is None:
+        return _largest_share(summary)
+    step_s = summary.plain_token_s
+    rounds = summary.draft_round_s / summary.stages.draft_s if summary.stages.draft_s else 0.0
+    draft, verify = summary.draft_round_s / step_s, summary.verify_round_s / step_s
+    other = (summary.stages.commit_s + summary.stages.host_s) * rounds / step_s
+    whole = draft + verify + other
+    accepted, nodes = summary.mean_accepted_tokens or 0.0, summary.mean_nodes or 1.0
+    deepest = min(len(summary.acceptance_per_depth), nodes - 1.0)
+    gains = {  # of each term's ideal: nothing drafted, nodes verified like one step, nothing else, all accepted
+        f"drafting costs {draft:.1f} plain steps a round": whole / max(whole - draft, 1e-9),
+        f"verifying {nodes:.0f} nodes costs {verify:.1f} plain steps": whole
+        / (whole - max(verify - 1.0, 0.0)),
+        f"all but drafting and verifying costs {other:.1f} plain steps a round": whole
+        / max(whole - other, 1e-9),
+        f"{accepted:.1f} of {deepest:.0f} guesses in a row are accepted": (deepest + 1.0) / (accepted + 1.0),
+    }
+    return max(gains, key=lambda words: gains[words])
+
+
+def _largest_share(summary: Summary) -> str:
+    """Without plain steps to compare with, the largest share of a round."""
+    stages = summary.stages
+    parts = {
+        "drafting": stages.draft_s,
+        "verifying": stages.verify_s,
+        "all but drafting and verifying": stages.commit_s + stages.host_s,
+    }
+    name = max(parts, key=lambda part: parts[part])
+    return f"{name} takes {parts[name] / summary.decode_s:.0%} of a round" if summary.decode_s else ""
