@@ -19,6 +19,7 @@ from specvlm_cli.commands.caption import caption
 from specvlm_cli.commands.caption_flags import CaptionFlags
 from specvlm_cli.commands.doctor import doctor
 from specvlm_cli.commands.export import export
+from specvlm_cli.commands.inspect import InspectFlags, inspect
 from specvlm_cli.commands.options import command, variable
 from specvlm_cli.commands.presets import presets
 from specvlm_cli.commands.slurm import SlurmFlags, slurm
@@ -38,6 +39,7 @@ app.command(name="caption")(command(CaptionFlags, caption))
 app.command(name="slurm")(command(SlurmFlags, slurm))
 app.command(name="status")(status)
 app.command(name="export")(export)
+app.command(name="inspect")(command(InspectFlags, inspect))
 app.command(name="presets")(presets)
 app.command(name="doctor")(doctor)
 
@@ -108,6 +110,8 @@ def _plainly(message: str) -> str:
         return (
             "nothing to caption: give a folder, a video, a quoted glob, a manifest, or - for standard input"
         )
+    if message.startswith("Missing argument 'VIDEO'"):
+        return "nothing to inspect: give a video"
     return message.replace("Value error, ", "")
 
 

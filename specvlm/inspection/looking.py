@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from specvlm.config import SpeculationSettings
+from specvlm.config import PrunerName, SpeculationSettings
 from specvlm.errors import NonFiniteLogitsError
 from specvlm.families.base import ModelInputs, VideoGrid
 from specvlm.prefill import embed, prefill_target
@@ -21,6 +21,33 @@ if TYPE_CHECKING:
     from specvlm.captioner import Captioner
 
 DROPPED, FIRST, SECOND = 0, 1, 2  # values of `Inspection.stage`
+
+# What the stages are called with each pruner.
+_STAGE_NAMES: dict[PrunerName, dict[int, str]] = {
+    "specvlm": {FIRST: "stage I, most attention", SECOND: "stage II, evenly over the rest"},
+    "attention": {FIRST: "most attention"},
+    "uniform": {SECOND: "evenly over the video"},
+    "random": {SECOND: "at random"},
+    "window": {SECOND: "the end of the video"},
+    "none": {SECOND: "all of them"},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class StageFigures:
+    """What one stage of the pruner kept.
+
+    Attributes:
+        stage: `FIRST` or `SECOND`.
+        name: What it does, in words.
+        kept: Video tokens.
+        attention: Share of the attention to the video that lies on them.
+    """
+
+    stage: int
+    name: str
+    kept: int
+    attention: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +114,28 @@ class Inspection:
         """Share of the attention to the video that lies on kept tokens: of one stage, or of both."""
         return float(self.shares[self.stage > 0 if stage is None else self.stage == stage].sum())
 
+    @property
+    def attention_to_video(self) -> float:
+        """Share of the attention of the text behind the video that the video gets; the rest is on text."""
+        return float(self.scores.sum(dtype=np.float64))
+
+    @property
+    def stages(self) -> tuple[StageFigures, ...]:
+        """The stages that this pruner has."""
+        return tuple(
+            StageFigures(stage, name, self.kept(stage), self.attention_kept(stage))
+            for stage, name in _STAGE_NAMES[self.settings.pruner].items()
+        )
+
+    @property
+    def pruner_words(self) -> str:
+        """The pruner and the settings that it heeds."""
+        settings = self.settings
+        if settings.pruner == "none":
+            return "none"
+        words = f"{settings.pruner}, prune ratio {settings.prune_ratio:g}"
+        return words + (f", top-p {settings.top_p:g}" if settings.pruner == "specvlm" else "")
+
     def cells(self, values: NDArray[Any]) -> NDArray[Any]:
         """Values of the video tokens [V] by place, [T, rows, columns]."""
         grid = self.grid
@@ -122,7 +171,7 @@ class Inspection:
             "video_tokens_kept": self.kept(),
             "kept_first": self.kept(FIRST),
             "kept_second": self.kept(SECOND),
-            "attention_to_video": float(self.scores.sum(dtype=np.float64)),
+            "attention_to_video": self.attention_to_video,
             "attention_kept": self.attention_kept(),
             "attention_kept_first": self.attention_kept(FIRST),
             "pruner": settings.pruner,

@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from specvlm.config import PrunerName
 from specvlm.inspection.drawing import (
     FAINT,
     FIRST_COLOUR,
@@ -44,16 +43,6 @@ _STEEPNESS = (
     0.7  # heat ~ share ** this: attention is so uneven that else a few cells would be all there is to see
 )
 _OPAQUE = 0.75  # the hottest cell
-
-# What stage I and stage II are called with each pruner; None: the pruner has no such stage.
-_NAMES: dict[PrunerName, tuple[str | None, str | None]] = {
-    "specvlm": ("stage I, most attention", "stage II, evenly over the rest"),
-    "attention": ("most attention", None),
-    "uniform": (None, "evenly over the video"),
-    "random": (None, "at random"),
-    "window": (None, "the end of the video"),
-    "none": (None, "all of them"),
-}
 
 
 class SheetText(NamedTuple):
@@ -172,39 +161,28 @@ def _draw_head(
 
 def _headline(found: Inspection) -> list[tuple[str, str]]:
     """The numbers of the pruner, and what each of them is."""
-    settings, kept = found.settings, found.kept()
-    pruner = {
-        "specvlm": f"prune ratio {settings.prune_ratio:g}, top-p {settings.top_p:g}",
-        "none": "nothing is pruned",
-    }.get(settings.pruner, f"prune ratio {settings.prune_ratio:g}")
+    kept = found.kept()
+    pruner, _, settings = found.pruner_words.partition(", ")
     return [
-        (settings.pruner, pruner),
+        (pruner, settings or "nothing is pruned"),
         (f"{found.video_tokens:,}", "video tokens"),
         (f"{kept:,}", f"kept ({kept / found.video_tokens:.1%})"),
         (f"{found.attention_kept():.1%}", "of the attention is on kept tokens"),
-        (f"{float(found.scores.sum()):.1%}", "of the text's attention is on the video"),
+        (f"{found.attention_to_video:.1%}", "of the text's attention is on the video"),
     ]
 
 
 def _draw_legend(draw: ImageDraw.ImageDraw, top: int, found: Inspection, heat: Heat) -> None:
     face, left = font(14), _MARGIN
-    for (name, stage), (colour, width) in zip(_stages(found), _STROKES, strict=True):
-        if name is None:
-            continue
-        outline(draw, (left, top, left + 18, top + 18), colour, width)
-        share = found.attention_kept(stage)
-        label = f"{name}: {found.kept(stage):,} tokens, {share:.1%} of the attention"
+    for one in found.stages:
+        outline(draw, (left, top, left + 18, top + 18), *_STROKES[one.stage])
+        label = f"{one.name}: {one.kept:,} tokens, {one.attention:.1%} of the attention"
         left = write(draw, (left + 27, top + 1), label, face) + 30
     _draw_heat_scale(draw, top + 32, heat)
 
 
 _GREY = 96  # of a picture, on the heat scale
-_STROKES: tuple[tuple[Colour, int], ...] = ((FIRST_COLOUR, 3), (SECOND_COLOUR, 2))
-
-
-def _stages(found: Inspection) -> tuple[tuple[str | None, int], tuple[str | None, int]]:
-    first, second = _NAMES[found.settings.pruner]
-    return (first, FIRST), (second, SECOND)
+_STROKES: dict[int, tuple[Colour, int]] = {FIRST: (FIRST_COLOUR, 3), SECOND: (SECOND_COLOUR, 2)}
 
 
 def _draw_heat_scale(draw: ImageDraw.ImageDraw, top: int, heat: Heat) -> None:
@@ -242,7 +220,7 @@ def step_picture(found: Inspection, number: int, size: tuple[int, int], heat: He
     picture.paste(Image.new("RGB", size, HEAT), (0, 0), mask)
     draw = ImageDraw.Draw(picture)
     stage = found.cells(found.stage)[number]
-    for kept, (colour, width) in zip((FIRST, SECOND), _STROKES, strict=True):
+    for kept, (colour, width) in _STROKES.items():
         for row, column in np.argwhere(stage == kept).tolist():
             outline(draw, _cell_box(row, column, stage.shape, size), colour, width)
     return picture
@@ -312,7 +290,7 @@ def _draw_bar(draw: ImageDraw.ImageDraw, step: Step, span: tuple[int, int], low:
     """Stage I below, stage II upon it."""
     inset = (span[1] - span[0]) // 8
     left, right = span[0] + inset, max(span[0] + inset, span[1] - inset)
-    for kept, (colour, _) in zip((step.kept_first, step.kept_second), _STROKES, strict=True):
+    for kept, (colour, _) in zip((step.kept_first, step.kept_second), _STROKES.values(), strict=True):
         high = low - round(_TIMELINE_HEIGHT * kept / max(most, 1))
         if high < low:
             draw.rectangle((left, high, right, low - 1), fill=_muted(colour))

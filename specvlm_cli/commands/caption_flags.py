@@ -194,8 +194,8 @@ class ModelFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpeculationFlags:
-    """How the draft guesses."""
+class PruningFlags:
+    """What the draft sees of a video."""
 
     pruner: Annotated[PrunerName, flag(_GUESSING, "--pruner", "Which video tokens the draft sees.")] = (
         _SPECULATION.pruner
@@ -215,6 +215,12 @@ class SpeculationFlags:
             metavar="SHARE",
         ),
     ] = _SPECULATION.top_p
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeculationFlags(PruningFlags):
+    """How the draft guesses."""
+
     tree: Annotated[TreeName, flag(_GUESSING, "--tree", "Shape of one round's guesses.")] = _SPECULATION.tree
     depth: Annotated[
         int, flag(_GUESSING, "--depth", "Depth of chain and dynamic trees, in tokens.", metavar="N")
@@ -269,6 +275,12 @@ class FrameFlags:
             metavar="TIME",
         ),
     ] = "60s"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadingFlags(FrameFlags):
+    """How many videos are read ahead."""
+
     decode_workers: Annotated[
         int | None,
         flag(
@@ -389,6 +401,6 @@ class TalkingFlags:
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionFlags(
-    TalkingFlags, ResumeFlags, GenerationFlags, FrameFlags, SpeculationFlags, ModelFlags, InputFlags
+    TalkingFlags, ResumeFlags, GenerationFlags, ReadingFlags, SpeculationFlags, ModelFlags, InputFlags
 ):
     """All of them; the groups are listed from the last to the first, as dataclasses collect fields."""

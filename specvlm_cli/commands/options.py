@@ -8,7 +8,7 @@ import tomllib
 from collections.abc import Callable
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import typer
 
@@ -37,6 +37,12 @@ def flag(group: str, names: str, text: str, **more: Any) -> Any:
         show_envvar=False,
         **more,
     )
+
+
+def same_as(flags: type, name: str) -> Any:
+    """Return how another command declares a flag: its spellings, help, group and variable."""
+    declared = get_type_hints(flags, include_extras=True)[name]
+    return get_args(declared)[1]
 
 
 def command(flags: type[Flags], run: Callable[[Flags], int]) -> Callable[..., int]:

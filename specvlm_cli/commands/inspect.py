@@ -1,0 +1,260 @@
+"""`specvlm inspect VIDEO`: what the target looked at in one video and what the draft was given, as a picture.
+
+Torch and Pillow are imported when the flags have turned out to make sense.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from specvlm.config import SpeculationSettings
+from specvlm.preset import Preset
+from specvlm_cli import engine
+from specvlm_cli.commands.caption_flags import DtypeName, FrameFlags, InputFlags, ModelFlags, PruningFlags
+from specvlm_cli.commands.choices import (
+    DEFAULT_PRESET,
+    check_device,
+    frame_settings,
+    pair_of,
+    prompt_texts,
+    text_of,
+)
+from specvlm_cli.commands.options import same_as
+from specvlm_cli.decoding import Limits, ReadJob
+from specvlm_cli.decoding.single import read_one
+from specvlm_cli.durations import seconds
+from specvlm_cli.exits import ExitCode, FatalError, UsageError
+from specvlm_cli.settings import ModelChoice
+from specvlm_cli.talk import STDERR
+from specvlm_cli.text import clean, storable
+
+if TYPE_CHECKING:
+    from specvlm import Captioner
+    from specvlm.inspection import Inspection
+
+SCHEMA = 1
+_SHEET = "The sheet"
+_MOST_STEPS = 24  # whose numbers fit on a line
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectFlags(FrameFlags, PruningFlags):
+    """Of the video, the target, the pruner and the sheet."""
+
+    video: Annotated[Path, typer.Argument(metavar="VIDEO", help="The video to look at.")]
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            "--prompt",
+            help="What to ask: TEXT, or @FILE. Default: the preset's.",
+            rich_help_panel="Input and output",
+            metavar="TEXT",
+        ),
+    ] = None
+    system: Annotated[str | None, same_as(InputFlags, "system")] = None
+    preset: Annotated[str | None, same_as(ModelFlags, "preset")] = None
+    target: Annotated[str | None, same_as(ModelFlags, "target")] = None
+    revision: Annotated[str | None, same_as(ModelFlags, "revision")] = None
+    dtype: Annotated[DtypeName, same_as(ModelFlags, "dtype")] = "auto"
+    device_map: Annotated[str | None, same_as(ModelFlags, "device_map")] = None
+    local_files_only: Annotated[bool, same_as(ModelFlags, "local_files_only")] = False
+    trust_remote_code: Annotated[bool, same_as(ModelFlags, "trust_remote_code")] = False
+    # Without variables of their own: SPECVLM_OUT is a run folder, and SPECVLM_OVERWRITE means captions.
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            help="The sheet, a PNG. Default: the video's name and -inspect.png, in this folder.",
+            rich_help_panel=_SHEET,
+            metavar="FILE",
+        ),
+    ] = None
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the sheet.", rich_help_panel=_SHEET)
+    ] = False
+    pictures: Annotated[
+        int | None,
+        typer.Option(
+            "--pictures",
+            help="Most pictures on the sheet; more steps are chosen from evenly. Default: 12.",
+            rich_help_panel=_SHEET,
+            metavar="N",
+            min=1,
+            max=400,
+        ),
+    ] = None
+    json_output: Annotated[
+        bool, typer.Option("--json", help="Print the numbers as one JSON object.", rich_help_panel=_SHEET)
+    ] = False
+    verbose: Annotated[  # the app looks for it, see app.py
+        bool,
+        typer.Option("--verbose", "-v", help="Show the traceback of an error.", rich_help_panel=_SHEET),
+    ] = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Question:
+    """What the flags ask for."""
+
+    models: ModelChoice
+    prompt: str
+    system: str | None
+    speculation: SpeculationSettings
+    sheet: Path
+
+
+def inspect(flags: InspectFlags) -> int:
+    """Draw what the target looked at in a video, and what of it the draft would be given.
+
+    The target reads the video and the prompt; nothing is generated, and no draft is loaded. The sheet shows
+    frames with the target's attention as heat and the kept cells outlined.
+    """
+    pair = pair_of(flags.preset, flags.target)
+    asked = _question(flags, pair)
+    frames = frame_settings(flags, pair)
+    limits = Limits(timeout_s=_positive("--decode-timeout", flags.decode_timeout))
+    if flags.preset is None and flags.target is None:
+        _tell(f"no --preset or --target: using the tiny {DEFAULT_PRESET} pair, it knows only drawn shapes")
+    captioner = engine.load_captioner(asked.models, quiet=flags.json_output)
+    read = read_one(ReadJob(0, os.fsencode(flags.video), frames, captioner.frame_multiple), limits)
+
+    from specvlm.inspection import look
+
+    found = look(captioner, read, asked.prompt, asked.speculation, system=asked.system)
+    _write(asked.sheet, _picture(found, flags, asked))
+    _print(found, captioner, flags, asked)
+    return ExitCode.OK
+
+
+def _question(flags: InspectFlags, pair: Preset | None) -> _Question:
+    check_device(flags.device_map)
+    given = None if flags.prompt is None else [flags.prompt]
+    return _Question(
+        models=ModelChoice(
+            name=engine.public_name(pair.target if pair else str(flags.target)),
+            load=pair.name if pair else str(flags.target),
+            draft="none",
+            revision=flags.revision,
+            dtype=flags.dtype,
+            device_map=flags.device_map,
+            local_files_only=flags.local_files_only,
+            trust_remote_code=flags.trust_remote_code,
+        ),
+        prompt=prompt_texts(given, pair)[0],
+        system=None if flags.system is None else text_of("--system", flags.system),
+        speculation=SpeculationSettings(
+            pruner=flags.pruner, prune_ratio=flags.prune_ratio, top_p=flags.top_p
+        ),
+        sheet=_sheet_path(_existing_file(flags.video), flags.out, flags.overwrite),
+    )
+
+
+def _existing_file(video: Path) -> Path:
+    if video.is_dir():
+        raise UsageError(f"{clean(str(video))} is a folder; give one video of it")
+    if not video.exists():
+        raise UsageError(f"{clean(str(video))}: no such file; give a video")
+    return video
+
+
+def _sheet_path(video: Path, out: Path | None, overwrite: bool) -> Path:
+    sheet = Path(f"{video.stem}-inspect.png") if out is None else out
+    shown = clean(str(sheet))
+    if sheet.suffix.lower() != ".png":
+        raise UsageError(f"--out {shown!r} is no PNG; give a name that ends with .png")
+    if not sheet.parent.is_dir():
+        raise UsageError(f"--out {shown}: its folder does not exist; make it, or give another one")
+    if sheet.is_dir() or (sheet.exists() and not overwrite):
+        fix = "give another --out" if sheet.is_dir() else "give --overwrite, or another --out"
+        raise UsageError(f"{shown} exists; {fix}")
+    return sheet
+
+
+def _positive(name: str, text: str) -> float:
+    value = seconds(name, text)
+    if value <= 0:
+        raise UsageError(f"{name} {clean(text)} leaves no time; give more, e.g. 60s")
+    return value
+
+
+def _tell(message: str) -> None:
+    print(clean(message), file=STDERR)
+
+
+def _picture(found: Inspection, flags: InspectFlags, asked: _Question) -> bytes:
+    from specvlm.inspection.sheet import MOST_PICTURES, SheetText, draw_sheet
+
+    text = SheetText(flags.video.name, asked.models.name, asked.prompt)
+    png = io.BytesIO()
+    draw_sheet(found, text, flags.pictures or MOST_PICTURES).save(png, "PNG")
+    return png.getvalue()
+
+
+def _write(sheet: Path, png: bytes) -> None:
+    """Write the sheet under another name first: what is seen under its own is whole.
+
+    Raises:
+        FatalError: The folder takes no file.
+    """
+    temporary = sheet.with_name(f".specvlm-inspect-{os.getpid()}.png")
+    try:
+        temporary.write_bytes(png)
+        temporary.replace(sheet)
+    except OSError as error:
+        shown = clean(str(sheet))
+        raise FatalError(f"{shown}: cannot be written ({error.strerror}); give another --out") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _print(found: Inspection, captioner: Captioner, flags: InspectFlags, asked: _Question) -> None:
+    from specvlm_cli import show
+
+    if not flags.json_output:
+        show.pairs(_lines(found, asked))
+        return
+    about = {
+        "schema": SCHEMA,
+        "video": storable(str(flags.video)),
+        "sheet": storable(str(asked.sheet)),
+        "target": asked.models.name,
+        "target_revision": captioner.info.target_revision,
+        "dtype": captioner.info.dtype,
+        "device": captioner.info.device,
+        "prompt": asked.prompt,
+        "system": asked.system,
+    }
+    show.as_json(about | found.figures())
+
+
+def _lines(found: Inspection, asked: _Question) -> list[tuple[str, str]]:
+    grid, kept = found.grid, found.kept()
+    cells = f"{grid.steps} steps of {grid.rows} x {grid.columns} cells"
+    return [
+        ("sheet", str(asked.sheet)),
+        ("pruner", found.pruner_words),
+        ("frames", f"{len(found.frames.pixels)}, {cells}"),
+        ("video tokens", f"{found.video_tokens}, {found.attention_to_video:.1%} of the text's attention"),
+        ("kept", f"{kept} ({kept / found.video_tokens:.1%}), {_attention(found.attention_kept())}"),
+        *((f"  {one.name}", f"{one.kept}, {_attention(one.attention)}") for one in found.stages),
+        ("kept by step", _by_step([step.kept for step in found.steps])),
+    ]
+
+
+def _attention(share: float) -> str:
+    return f"{share:.1%} of the attention to the video"
+
+
+def _by_step(kept: list[int]) -> str:
+    if len(kept) <= _MOST_STEPS:
+        return " ".join(map(str, kept))
+    return f"{min(kept)} to {max(kept)}, {sum(kept) / len(kept):.1f} in the mean; --json tells all"
