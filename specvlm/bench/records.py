@@ -176,6 +176,8 @@ class Summary:
         token_s: decode_s / the tokens that came in that time; None where captions have a single token.
         speedups: Against each of `BASELINES` that ran with the same frames, itself left out.
         num_drafts: Rounds of all samples.
+        plain_steps: Steps of all samples in which the draft was left out, as `--tree auto` does where guessing
+            would not pay; 0 without our draft.
         mean_nodes: Mean nodes of a round, the root included; None without rounds.
         mean_accepted_tokens: Accepted guesses / rounds over all samples, without the bonus token; None without
             rounds.
@@ -186,9 +188,9 @@ class Summary:
         exact_match_against: `stock`, or `plain` where stock did not run; None as above.
         plain_token_s: T_plain of the formula, of `plain` in the same process; None where it did not run.
         draft_round_s: T_draft of a round: stages.draft_s / rounds of one turn; None without rounds.
-        verify_round_s: T_verify of a round, likewise.
+        verify_round_s: T_verify of a round: stages.verify_s, less T_plain for each plain step, likewise.
         predicted_decode_speedup: (mean_accepted_tokens + 1) x T_plain / (draft_round_s + verify_round_s), against
-            plain; None where a term is missing.
+            plain, plain steps counting as such; None where a term is missing.
         measured_over_predicted: Measured decode speedup against plain / the predicted one.
         host_share: host_s / decode_s; None without our rounds.
         limit: Which term is the limit, in words; empty where nothing can be said.
@@ -209,6 +211,7 @@ class Summary:
     token_s: float | None = None
     speedups: tuple[Speedup, ...] = ()
     num_drafts: int = 0
+    plain_steps: int = 0
     mean_nodes: float | None = None
     mean_accepted_tokens: float | None = None
     acceptance_per_depth: tuple[float | None, ...] = ()

@@ -9,77 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import product
 from typing import Any, NamedTuple, Protocol
 
+from specvlm.bench.clips import Clip
+from specvlm.bench.grid import Grid
 from specvlm.bench.measure import Asked, Measurer, MethodError, conditions
-from specvlm.bench.records import METHODS, Configuration, Left, MethodName, Report, Sample
+from specvlm.bench.records import Configuration, Left, Report, Sample
 from specvlm.bench.summing import summarise
 from specvlm.captioner import Captioner, PreparedVideo
-from specvlm.config import FrameSettings, PrunerName, SpeculationSettings, TreeName
+from specvlm.config import FrameSettings
 from specvlm.errors import ConfigError, PreprocessError, VideoError
 from specvlm.records import Frames
-
-_SPECULATION = SpeculationSettings()
-_WITH_DRAFT: tuple[MethodName, ...] = ("assisted", "sd", "specvlm")
-
-
-class Clip(NamedTuple):
-    """One video, or one part of it."""
-
-    name: str  # unique in a bench
-    video: str | bytes | Frames
-    start_s: float = 0.0
-    end_s: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Grid:
-    """What is compared: each method, and of `specvlm` each combination, at each number of frames.
-
-    Attributes:
-        methods: In the order in which they are shown.
-        num_frames: Frames of each video; None: as `frames` of the suite says.
-        pruners: Of `specvlm`.
-        prune_ratios: Of `specvlm`.
-        trees: Of `specvlm` and of `sd`.
-    """
-
-    methods: tuple[MethodName, ...] = METHODS
-    num_frames: tuple[int | None, ...] = (None,)
-    pruners: tuple[PrunerName, ...] = (_SPECULATION.pruner,)
-    prune_ratios: tuple[float, ...] = (_SPECULATION.prune_ratio,)
-    trees: tuple[TreeName, ...] = (_SPECULATION.tree,)
-
-    def __post_init__(self) -> None:
-        for method in self.methods:
-            if method not in METHODS:
-                raise ConfigError(f"method {method!r} is unknown; choose from {', '.join(METHODS)}")
-        for one in self._speculations():  # which checks each value
-            SpeculationSettings(pruner=one.pruner, prune_ratio=one.prune_ratio, tree=one.tree)  # type: ignore[arg-type]
-
-    def configurations(self, num_frames: int | None) -> list[Configuration]:
-        """Those of one number of frames, each once."""
-        found: list[Configuration] = []
-        for method in self.methods:
-            if method == "specvlm":
-                found += self._speculations(num_frames)
-            elif method == "sd":
-                found += [Configuration("sd", num_frames, "none", 0.0, tree) for tree in self.trees]
-            else:
-                found.append(Configuration(method, num_frames))
-        return list(dict.fromkeys(found))
-
-    def _speculations(self, num_frames: int | None = None) -> list[Configuration]:
-        return [
-            Configuration("specvlm", num_frames, pruner, 0.0 if pruner == "none" else ratio, tree)
-            for pruner, ratio, tree in product(self.pruners, self.prune_ratios, self.trees)
-        ]
-
-    @property
-    def needs_draft(self) -> MethodName | None:
-        """The first method that cannot run without a draft; None: all can."""
-        return next((method for method in self.methods if method in _WITH_DRAFT), None)
 
 
 class Step(NamedTuple):
@@ -136,13 +76,11 @@ class Suite:
         self._prepare, self._measurer, self._listener = prepare, measurer, listener
         self._found = Found()
         self._done = 0
-        self._total = (
-            sum(len(self._grid.configurations(n)) for n in grid.num_frames) * len(clips) * (repeat + 1)
-        )
+        self._total = len(grid.all()) * len(clips) * (repeat + 1)
 
     def run(self) -> Found:
         """Measure everything."""
-        for num_frames in self._grid.num_frames:
+        for num_frames in dict.fromkeys(self._grid.num_frames):
             configurations = self._grid.configurations(num_frames)
             for clip, video in self._prepared(num_frames, len(configurations) * (self._repeat + 1)):
                 for turn in range(self._repeat + 1):
@@ -230,12 +168,11 @@ def bench(captioner: Captioner, setup: Setup, listener: Listener) -> Report:
 
     measurer = Measurer(captioner, asked.max_new_tokens)
     found = Suite(grid, setup.clips, asked.repeat, prepare, measurer, listener).run()
-    configurations = [one for number in grid.num_frames for one in grid.configurations(number)]
     kept = tuple(one for one in found.samples if one.configuration not in found.errors)
     videos = tuple(dict.fromkeys(one.video for one in kept))
     return Report(
         conditions(captioner, asked, videos),
-        summarise(configurations, kept, found.errors),
+        summarise(grid.all(), kept, found.errors),
         kept,
         tuple(found.left_out.values()),
     )

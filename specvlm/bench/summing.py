@@ -81,6 +81,10 @@ class _Group:
     def mean(self, figure: Callable[[Sample], float]) -> float:
         return fmean(self.medians(figure).values())
 
+    def mean_total(self, figure: Callable[[Sample], float]) -> float:
+        """Of each video the mean over turns, summed up."""
+        return sum(fmean(map(figure, turns)) for turns in self.videos.values())
+
     def all(self) -> list[Sample]:
         return [sample for turns in self.videos.values() for sample in turns]
 
@@ -103,6 +107,7 @@ class _Group:
 class _Rounds:
     """The terms of the formula (see docs/bench.md), each None where it was not measured."""
 
+    plain_steps: int = 0
     accepted: float | None = None
     draft_s: float | None = None
     verify_s: float | None = None
@@ -127,7 +132,8 @@ def _summary(group: _Group, peers: Mapping[MethodName, _Group]) -> Summary:
     others = [peer for peer in peers.values() if peer is not group]
     reference = _reference(group.configuration.method, peers)
     stages = _stages(group)
-    terms = _rounds(group, stages)
+    plain_token_s = None if plain is None else plain.token_s()
+    terms = _rounds(group, stages, plain_token_s)
     summary = Summary(
         configuration=group.configuration,
         videos=len(group.videos),
@@ -142,12 +148,13 @@ def _summary(group: _Group, peers: Mapping[MethodName, _Group]) -> Summary:
         token_s=group.token_s(),
         speedups=tuple(found for peer in others if (found := _speedup(group, peer))),
         num_drafts=sum(one.num_drafts for one in samples),
+        plain_steps=terms.plain_steps,
         mean_nodes=_mean_nodes(samples),
         mean_accepted_tokens=terms.accepted,
         acceptance_per_depth=acceptance_per_depth([one.acceptance_histogram for one in samples]),
         exact_match=None if reference is None else _exact(group, reference),
         exact_match_against=None if reference is None else reference.configuration.method,
-        plain_token_s=None if plain is None else plain.token_s(),
+        plain_token_s=plain_token_s,
         draft_round_s=terms.draft_s,
         verify_round_s=terms.verify_s,
         peak_memory_bytes=max(one.peak_memory_bytes for one in samples),
@@ -185,14 +192,29 @@ def _judged(summary: Summary) -> Summary:
     return replace(summary, limit=limit(summary))
 
 
-def _rounds(group: _Group, stages: Stages) -> _Rounds:
+def _rounds(group: _Group, stages: Stages, plain_token_s: float | None) -> _Rounds:
     samples = group.all()
     rounds = sum(one.num_drafts for one in samples)
     if not rounds:
         return _Rounds()
-    accepted = sum(one.num_accepted_tokens for one in samples) / rounds
-    of_a_turn = sum(fmean(one.num_drafts for one in turns) for turns in group.videos.values())
-    return _Rounds(accepted, stages.draft_s / of_a_turn, stages.verify_s / of_a_turn)
+    steps = sum(map(_plain_steps, samples))
+    verify_s = stages.verify_s
+    if steps and plain_token_s is not None:
+        verify_s -= group.mean_total(_plain_steps) * plain_token_s
+    of_a_turn = group.mean_total(lambda one: one.num_drafts)
+    return _Rounds(
+        plain_steps=steps,
+        accepted=sum(one.num_accepted_tokens for one in samples) / rounds,
+        draft_s=stages.draft_s / of_a_turn,
+        verify_s=None if steps and plain_token_s is None else max(verify_s, 0.0) / of_a_turn,
+    )
+
+
+def _plain_steps(sample: Sample) -> int:
+    """Tokens that came neither from a guess nor as a round's bonus; a caption's last round may have no bonus."""
+    if not sample.num_drafts:
+        return 0
+    return max(sample.decode_tokens - sample.num_accepted_tokens - sample.num_drafts, 0)
 
 
 def _mean_nodes(samples: Sequence[Sample]) -> float | None:
@@ -251,13 +273,14 @@ def predicted_speedup(summary: Summary) -> float | None:
     """(mean_accepted_tokens + 1) x T_plain / (T_draft + T_verify), of one round; None where a term is missing.
 
     T_draft is the drafting of all levels. What commits, and what the host does between, is left out: what was
-    measured stays below by that much.
+    measured stays below by that much. Plain steps give one token each and cost T_plain.
     """
     accepted, plain = summary.mean_accepted_tokens, summary.plain_token_s
     if accepted is None or plain is None or summary.draft_round_s is None or summary.verify_round_s is None:
         return None
-    round_s = summary.draft_round_s + summary.verify_round_s
-    return (accepted + 1.0) * plain / round_s if round_s else None
+    steps_a_round = summary.plain_steps / summary.num_drafts
+    round_s = summary.draft_round_s + summary.verify_round_s + steps_a_round * plain
+    return (accepted + 1.0 + steps_a_round) * plain / round_s if round_s else None
 
 
 # --- in words ---

@@ -1,0 +1,45 @@
+"""The clips of a bench where the user gives none: the eight that the demo pairs were made for. Imports no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import specvlm
+from specvlm.records import Frames
+
+_SHIPPED = Path(specvlm.__file__).parent.parent / "examples" / "videos"
+
+
+class Clip(NamedTuple):
+    """One video, or one part of it."""
+
+    name: str  # unique in a bench
+    video: str | bytes | Frames
+    start_s: float = 0.0
+    end_s: float | None = None
+
+
+class Examples(NamedTuple):
+    """Clips, and in words where they came from."""
+
+    clips: tuple[Clip, ...]
+    words: str
+
+
+def example_clips(scratch: Path, shipped: Path = _SHIPPED) -> Examples:
+    """The example clips as files, so that reading them is measured like any other.
+
+    Where the source tree is at hand they are there; an installed package draws and encodes the same scenes into
+    `scratch`, which takes about a second.
+    """
+    from specvlm.demo.examples import EXAMPLES, write_examples
+
+    paths = [shipped / example.name for example in EXAMPLES]
+    if all(path.is_file() for path in paths):
+        return Examples(_named(paths), "the example clips, from examples/videos")
+    return Examples(_named(write_examples(scratch)), "the example clips, drawn anew")
+
+
+def _named(paths: list[Path]) -> tuple[Clip, ...]:
+    return tuple(Clip(path.name, str(path)) for path in paths)
