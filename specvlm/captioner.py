@@ -15,6 +15,7 @@ from typing import Any, TypedDict, Unpack
 import numpy as np
 import torch
 
+from specvlm.adaptive import AdaptiveTree, Learned
 from specvlm.choosing import FixedTree, TreeChooser
 from specvlm.config import (
     FrameSettings,
@@ -24,9 +25,11 @@ from specvlm.config import (
     SpeculationSettings,
     TreeName,
 )
+from specvlm.costs import CostStore
 from specvlm.decode import ROOT, Decoding, RowText, Speculation, TargetRows
 from specvlm.drafts.base import Draft, DraftRow, Proposer
 from specvlm.errors import ConfigError, GenerationTimeoutError
+from specvlm.estimate import PlainEstimate
 from specvlm.families.base import ModelInputs
 from specvlm.model import VideoLM
 from specvlm.prefill import Prompt, embed, prefill_target
@@ -142,8 +145,12 @@ class _Job:
         )
         limit, eos = self._generation.max_new_tokens, frozenset(rules.eos)
         self.texts = [RowText(limit, eos) for _ in videos]
-        self._chooser = captioner.chooser(self._speculation, len(videos)) if self._draft else FixedTree(ROOT)
+        self._chooser: TreeChooser = FixedTree(ROOT)
+        if self._draft is not None:
+            self._chooser = captioner.chooser(self._speculation, self._generation, videos)
         self._decoding: Decoding | None = None
+        self._end: float | None = None
+        self._plain_token_s: float | None = None
 
     def run(self) -> Iterator[list[list[int]]]:
         """Do it all; yield each row's new tokens as they come."""
@@ -156,6 +163,7 @@ class _Job:
         speculation = Speculation(self._chooser, begin, self._captioner.accept)
         self._decoding = Decoding(rows, speculation, self._rule, self.texts, self._clock)
         yield from self._decoding.run()
+        self._end = time.perf_counter()
 
     def _wait(self) -> None:
         """Prefill stages are timed on the host, each to its end."""
@@ -179,7 +187,24 @@ class _Job:
         with self._clock.host_stage("draft_prefill"):
             proposer = draft.begin(rows, self._speculation, self._rule, slots)
             self._wait()
+        self._chooser.draft_began(self._clock.seconds("draft_prefill"))
         return proposer
+
+    def estimate_plain(self) -> None:
+        """Time a few plain steps, now that the captions are done."""
+        if self._draft is None or self._decoding is None:
+            return
+        estimate = self._captioner.plain_estimate
+        steps = self._decoding.time_plain_steps(estimate.affordable(self._total_s(0)))
+        length = max(
+            v.inputs.prompt_tokens + len(t.tokens) for v, t in zip(self._videos, self.texts, strict=True)
+        )
+        self._plain_token_s = estimate.token_s(length, steps)
+
+    def _total_s(self, row: int) -> float:
+        assert self._end is not None
+        video = self._videos[row]
+        return self._end - self._start + video.video_decode_s + video.preprocess_s
 
     def is_done(self) -> bool:
         """Whether every row has come to its end."""
@@ -219,7 +244,8 @@ class _Job:
             draft_s=0.0 if plain else clock.seconds("draft"),
             verify_s=clock.seconds("verify"),
             commit_s=clock.seconds("commit"),
-            total_s=time.perf_counter() - self._start + video.video_decode_s + video.preprocess_s,
+            total_s=self._total_s(row),
+            plain_token_s=self._plain_token_s,
             peak_memory_bytes=peak_memory_bytes(self._target.device),
             device=device_words(self._target.device),
         )
@@ -236,11 +262,20 @@ class Captioner:
         self.processor, self.info, self.frames = processor, info, frames
         self.generation_config = target.model.generation_config
         self.accept: Accept = accept
+        self.costs, self.plain_estimate = CostStore(None), PlainEstimate()
+        self._learned: dict[tuple[SpeculationSettings, bool, int], Learned] = {}
 
-    def chooser(self, settings: SpeculationSettings, rows: int) -> TreeChooser:
-        """What chooses the tree of each round of a job of B rows."""
+    def chooser(
+        self, settings: SpeculationSettings, generation: GenerationSettings, videos: Sequence[PreparedVideo]
+    ) -> TreeChooser:
+        """What chooses the tree of each round of a job of B videos."""
         assert self.draft is not None
-        return FixedTree(make_shape(settings, self.draft.vocabulary, self.target.device))
+        if settings.tree != "auto":
+            return FixedTree(make_shape(settings, self.draft.vocabulary, self.target.device))
+        learned = self._learned.setdefault((settings, generation.temperature > 0, len(videos)), Learned())
+        prompt_tokens = max(video.inputs.prompt_tokens for video in videos)
+        costs = self.costs.costs(prompt_tokens, len(videos))
+        return AdaptiveTree(learned, costs, generation.max_new_tokens, self.target.device)
 
     @property
     def frame_multiple(self) -> int:
@@ -288,6 +323,7 @@ class Captioner:
         speculate: bool = True,
         frames: FrameSettings | None = None,
         time_limit_s: float | None = None,
+        estimate: bool = False,
         **options: Unpack[CaptionOptions],
     ) -> Caption:
         """Caption one video.
@@ -300,6 +336,8 @@ class Captioner:
             speculate: False decodes plainly: same caption, slower.
             frames: Which frames to read; None takes the captioner's own.
             time_limit_s: Give up between two rounds once this much time has passed.
+            estimate: Time a few plain steps when the caption is done, for `stats.plain_token_s`; `total_s` does not
+                count them. They take at most 2.5 % of the time of all captions, and none without a draft.
             **options: Fields of GenerationSettings and SpeculationSettings.
 
         Raises:
@@ -317,6 +355,8 @@ class Captioner:
                     f"the caption was not done after {time_limit_s:g} s and {len(job.texts[0].tokens)} tokens; "
                     "give it more time, or fewer tokens"
                 )
+        if estimate:
+            job.estimate_plain()
         return job.caption(0)
 
     def stream(

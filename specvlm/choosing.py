@@ -18,7 +18,7 @@ class Heard(NamedTuple):
     shape: TreeShape
     # per row that goes on: accepted guesses, tokens [D + 1], and if the shape tells them ranks [D + 1]; see `ranks_of`
     rows: Sequence[Sequence[int]]
-    times_s: dict[str, float]  # of the stages `draft`, `verify`, `commit`
+    times_s: dict[str, float]  # of the stages `draft`, `verify`, `commit`, and of the whole `round`
 
 
 class TreeChooser(ABC):
@@ -40,6 +40,14 @@ class TreeChooser(ABC):
     def hear(self, heard: Heard) -> None:
         """Learn from a round."""
 
+    @abstractmethod
+    def draft_began(self, seconds: float) -> None:
+        """The draft was prefilled, because a tree was chosen that needs it."""
+
+    @abstractmethod
+    def ended(self, tokens: int) -> None:
+        """The captions are done, of so many tokens each on average."""
+
 
 class FixedTree(TreeChooser):
     """The same tree in every round."""
@@ -52,4 +60,10 @@ class FixedTree(TreeChooser):
         return self._shape
 
     def hear(self, heard: Heard) -> None:
+        """There is nothing to learn."""
+
+    def draft_began(self, seconds: float) -> None:
+        """There is nothing to learn."""
+
+    def ended(self, tokens: int) -> None:
         """There is nothing to learn."""

@@ -12,7 +12,7 @@ from typing import Literal, get_args
 from specvlm.errors import ConfigError
 
 PrunerName = Literal["specvlm", "uniform", "attention", "random", "window", "none"]
-TreeName = Literal["chain", "static", "dynamic"]
+TreeName = Literal["auto", "static", "dynamic", "chain"]
 PositionsName = Literal["keep", "compact"]
 BackendName = Literal["auto", "decord", "pyav"]
 
@@ -47,7 +47,7 @@ class SpeculationSettings:
         pruner: Which video tokens the draft sees (SpecVLM, arXiv 2508.16201, section 3.2).
         prune_ratio: Share of video tokens that the draft does NOT see, 0..1. At least one is kept.
         top_p: Stage I of the `specvlm` pruner: share of the attention mass to take first, 0..1.
-        tree: Shape of one round's guesses.
+        tree: Shape of one round's guesses; `auto` learns which is fastest, or that none is.
         positions: `keep`: kept video tokens keep their positions; `compact`: renumbered without gaps.
         depth: Depth of `chain` and `dynamic` trees, in tokens. The static tree has depth 5.
         nodes: Most nodes of a `dynamic` tree, root included. The static tree has 26.

@@ -6,6 +6,7 @@ may be another one in every round. The loop knows neither videos nor files nor h
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -194,7 +195,7 @@ class _Rounds:
             accepted, finite = self._verifier.verify(shape, guesses, state.step, horizon)
         with self._clock.stage("commit"):
             report = self._commit(shape, guesses, accepted, finite, state)
-        return report.tolist()  # type: ignore[no-any-return]  # the round's only synchronisation
+        return report.tolist()  # the round's only synchronisation
 
     def _propose(self, shape: TreeShape, state: _State, horizon: Horizon) -> Guesses:
         self._rule.begin_round(state.step + 1, shape.depth)
@@ -266,9 +267,34 @@ class Decoding:
             if shape.depth:
                 self._ready_draft()
             with self._clock.host_stage("decode"):
-                reports = self._rounds.run(shape, self._horizon())
-                times = self._clock.settle()
+                reports, times = self._round(shape, self._horizon())
             yield self._hear(shape, reports, active, times)
+        self._speculation.chooser.ended(sum(len(text.tokens) for text in self._texts) // len(self._texts))
+
+    def time_plain_steps(self, count: int) -> list[float]:
+        """Time plain steps on these rows' own caches, once their captions are done; nothing of them changes.
+
+        The last `count` tokens are run once more (fewer where captions are shorter).
+
+        Returns:
+            Seconds of each step.
+        """
+        written = [len(text.tokens) for text in self._texts]
+        seconds = []
+        for back in range(min(count, min(written) - 1), 0, -1):
+            at = [length - 1 - back for length in written]
+            root = [text.tokens[index] for text, index in zip(self._texts, at, strict=True)]
+            self._rounds.rewind(root, at)
+            _, times = self._round(ROOT, Horizon(max(at), exact=len(written) == 1))
+            seconds.append(times["round"])
+            self._speculation.chooser.hear(Heard(ROOT, (), times))
+        return seconds
+
+    def _round(self, shape: TreeShape, horizon: Horizon) -> tuple[list[list[int]], dict[str, float]]:
+        began = time.perf_counter()
+        reports = self._rounds.run(shape, horizon)
+        times = self._clock.settle()
+        return reports, times | {"round": time.perf_counter() - began}
 
     def _first(self) -> list[list[int]]:
         with torch.inference_mode():
@@ -296,7 +322,7 @@ class Decoding:
         self, shape: TreeShape, reports: list[list[int]], active: Sequence[bool], times: dict[str, float]
     ) -> list[list[int]]:
         """Give every row what its round wrote."""
-        written = []
+        written: list[list[int]] = []
         for text, report, goes in zip(self._texts, reports, active, strict=True):
             if not goes:
                 written.append([])

@@ -14,9 +14,11 @@ import transformers
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
+import specvlm
 from specvlm.attention import ATTENTION, register_attention
 from specvlm.captioner import Captioner, ModelInfo
 from specvlm.config import FrameSettings
+from specvlm.costs import CostStore, cost_file
 from specvlm.drafts.base import Draft
 from specvlm.drafts.small_model import SmallModelDraft
 from specvlm.errors import ConfigError, IncompatibleDraftError, ModelLoadError
@@ -220,7 +222,15 @@ def load(
         processor_options=family.processor_options(loaded.processor),
     )
     frames = FrameSettings() if preset is None else preset.frames
-    return Captioner(loaded.model, loaded.processor, guess, info, frames)
+    captioner = Captioner(loaded.model, loaded.processor, guess, info, frames)
+    captioner.costs = CostStore(cost_file(_pair(info)))
+    return captioner
+
+
+def _pair(info: ModelInfo) -> str:
+    """A name for what the costs of rounds depend on: models, number format, device, versions, threads."""
+    told = f"{info} {torch.__version__} {torch.get_num_threads()} {specvlm.__version__}"
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
 def _small_model_draft(target: _Loaded, draft: _Loaded) -> Draft:

@@ -74,7 +74,8 @@ class CaptionStats:
         draft_s: Share of `decode_s` in which the draft proposed.
         verify_s: Share of `decode_s` in which the target scored nodes and paths were chosen.
         commit_s: Share of `decode_s` in which caches were committed.
-        total_s: Wall time of the whole caption, from opening the file to the text.
+        total_s: Wall time of the whole caption, from opening the file to its last token.
+        plain_token_s: Estimated time per token of plain decoding after the first token; None: not estimated.
         peak_memory_bytes: Peak of the device's allocator (CUDA), or of the process (CPU).
         device: The target's device, in words.
     """
@@ -101,6 +102,7 @@ class CaptionStats:
     total_s: float
     peak_memory_bytes: int
     device: str
+    plain_token_s: float | None = None
 
     @property
     def mean_accepted_tokens(self) -> float | None:

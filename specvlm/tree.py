@@ -61,6 +61,7 @@ class TreeShape(ABC):
     nodes: int  # N, root included
     depth: int  # D
     slots: int  # slots that a draft needs for the nodes it expands, root included
+    widths: tuple[int, ...]  # nodes that are expanded at each level, the root's first
 
     @abstractmethod
     def grow(self, root: torch.Tensor, expand: Expand) -> Guesses:
@@ -70,7 +71,7 @@ class TreeShape(ABC):
 class RootShape(TreeShape):
     """The tree of plain decoding: the root alone, nothing guessed."""
 
-    nodes, depth, slots = 1, 0, 1
+    nodes, depth, slots, widths = 1, 0, 1, ()
 
     def grow(self, root: torch.Tensor, expand: Expand) -> Guesses:
         """The root tokens [B]; nothing is expanded."""
@@ -104,6 +105,7 @@ class StaticShape(TreeShape):
         inner = {path[:-1] for path in index if path}
         slot = {path: i for i, path in enumerate(p for p in index if p in inner)}
         self.nodes, self.depth, self.slots = len(index), max(map(len, index)), len(slot)
+        self.widths = tuple(sum(len(path) == depth for path in inner) for depth in range(self.depth))
         self._levels = [self._level(index, slot, depth) for depth in range(1, self.depth + 1)]
         ancestors = torch.zeros(self.nodes, self.nodes, dtype=torch.bool)
         for path, i in index.items():
@@ -190,6 +192,7 @@ class DynamicShape(TreeShape):
         candidates = 1 + width + (depth - 1) * width * width
         self.nodes = min(nodes, candidates)
         self.slots = 1 + (depth - 1) * width
+        self.widths = (1, *(width,) * (depth - 1))
         level_of = [0] + [1] * width + [d for d in range(2, depth + 1) for _ in range(width * width)]
         self._candidate_depths = torch.tensor(level_of, dtype=torch.long, device=device)
 

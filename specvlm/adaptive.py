@@ -1,0 +1,301 @@
+"""Adaptive speculation: each round uses the tree that should write the most tokens per second, or none.
+
+Two things are learned while captions are made. `Acceptance`: how often the target writes the draft's first, second,
+... choice, by depth. `RoundCosts`: how long the draft takes for a tree, and the target to check it, on this machine.
+From both, the best tree is worked out every few rounds (optimal trees from acceptance by rank: Sequoia, arXiv
+2402.12374, section 3.1), and plain decoding where no tree beats it. It knows no model and no device; a choice here
+changes how fast a caption is made, never its text.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from statistics import median
+from typing import NamedTuple
+
+import torch
+
+from specvlm.choosing import Heard, TreeChooser
+from specvlm.costs import TRIALS, RoundCosts
+from specvlm.tree import RootShape, StaticShape, TreeShape
+
+Path = tuple[int, ...]
+
+RANKS = 4  # choices of the draft that are told apart; the fifth and later ones are never guessed
+MOST_DEPTH = 16
+MOST_NODES = 64
+_PRIOR = (0.6, 0.12, 0.05, 0.03)  # before anything was seen
+_PRIOR_WEIGHT = 4.0
+_POOL_WEIGHT = 6.0  # all depths together weigh as much as this many rounds at one depth
+_MEMORY = 0.99  # of one round; about a hundred rounds count
+_PLAN_EVERY = 16  # rounds
+_BETTER = 1.03  # another tree has to promise this much, so that trees do not change all the time
+_DEPTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)
+_SIZES = (2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 20, 24, 32, 48, 64)
+# Trees that are tried first on a machine that nothing is known of: they tell the costs of depth, width and nodes.
+_TRIALS = ((3, 4), (0, 1), (3, 12), (6, 7), (0, 1), (3, 4), (3, 12), (6, 7), (4, 24), (0, 1))
+assert len(_TRIALS) == TRIALS
+_RETRY_ROUNDS = 3
+_RETRY_SHARE = 0.01  # of all time may go into finding out whether guessing pays again
+
+ROOT = RootShape()
+
+
+class Acceptance:
+    """How often the target writes each of the draft's likeliest tokens, by depth; recent rounds count more."""
+
+    def __init__(self) -> None:
+        self._counts = [[0.0] * (RANKS + 1) for _ in range(MOST_DEPTH)]
+
+    def hear(self, ranks: Sequence[int]) -> None:
+        """Ranks by depth of one round of one row, as `ranks_of` tells them; -1 is not known."""
+        for counts, rank in zip(self._counts, ranks, strict=False):
+            if rank >= 0:
+                for i in range(RANKS + 1):
+                    counts[i] *= _MEMORY
+                counts[rank] += 1.0
+
+    def shares(self) -> list[tuple[float, ...]]:
+        """For each depth, the shares of ranks 0..RANKS-1 among nodes that were accepted down to there."""
+        seen = [sum(column) for column in zip(*self._counts, strict=True)]
+        total = sum(seen) + _PRIOR_WEIGHT
+        pool = [(seen[rank] + _PRIOR_WEIGHT * _PRIOR[rank]) / total for rank in range(RANKS)]
+        return [
+            tuple(
+                (counts[rank] + _POOL_WEIGHT * pool[rank]) / (sum(counts) + _POOL_WEIGHT)
+                for rank in range(RANKS)
+            )
+            for counts in self._counts
+        ]
+
+
+def likeliest_nodes(shares: Sequence[Sequence[float]], count: int) -> Iterator[tuple[float, Path]]:
+    """The nodes that are most likely accepted, the likeliest first: probability, path of ranks. No root.
+
+    Parents come before their children, and first choices before second ones, so that any number of them is a tree.
+    """
+    heap: list[tuple[float, int, Path]] = [(-shares[0][0], 1, (0,))]
+    for _ in range(count):
+        if not heap:
+            return
+        value, depth, path = heapq.heappop(heap)
+        yield -value, path
+        last = path[-1]
+        if last + 1 < len(shares[depth - 1]) and shares[depth - 1][last] > 0:
+            sibling = value * shares[depth - 1][last + 1] / shares[depth - 1][last]
+            heapq.heappush(heap, (sibling, depth, (*path[:-1], last + 1)))
+        if depth < len(shares):
+            heapq.heappush(heap, (value * shares[depth][0], depth + 1, (*path, 0)))
+
+
+class Plan(NamedTuple):
+    """A tree, and what it promises."""
+
+    paths: tuple[Path, ...]  # none: plain decoding
+    tokens: float  # expected of a round, the bonus token included
+    seconds: float  # expected of a round
+
+    @property
+    def rate(self) -> float:
+        """Expected tokens per second."""
+        return self.tokens / self.seconds
+
+
+def widths_of(paths: Sequence[Path]) -> tuple[int, ...]:
+    """How many nodes the draft runs at each level of a tree: 1 for the root, then those that have children."""
+    inner = {path[:-1] for path in paths}
+    depth = max((len(path) for path in inner), default=-1)
+    return tuple(sum(len(path) == level for path in inner) for level in range(depth + 1))
+
+
+def best_tree(shares: Sequence[Sequence[float]], costs: RoundCosts) -> Plan | None:
+    """The tree that promises the most tokens per second; None while costs are not known."""
+    best = None
+    nodes = list(likeliest_nodes(shares, MOST_NODES + MOST_NODES // 2))
+    for depth in _DEPTHS:
+        for plan in _plans([node for node in nodes if len(node[1]) <= depth], costs):
+            if best is None or plan.rate > best.rate:
+                best = plan
+    return best
+
+
+def _plans(nodes: Sequence[tuple[float, Path]], costs: RoundCosts) -> Iterator[Plan]:
+    """Plans of growing size from nodes in order."""
+    tokens, widths, inner = 1.0, [0] * MOST_DEPTH, set()
+    for count, (value, path) in enumerate(nodes[: MOST_NODES - 1], start=2):
+        tokens += value
+        if path[:-1] not in inner:
+            inner.add(path[:-1])
+            widths[len(path) - 1] += 1
+        if count in _SIZES:
+            seconds = costs.round_s(tuple(width for width in widths if width), count)
+            if seconds is None:
+                return
+            yield Plan(tuple(path for _, path in nodes[: count - 1]), tokens, seconds)
+
+
+@dataclass(slots=True)
+class Learned:
+    """What is known over the captions of one captioner.
+
+    Attributes:
+        acceptance: By depth and rank.
+        spent_s: Time of all rounds and draft prefills so far.
+        lost_s: What guessing cost of it beyond plain decoding, less what it gained since.
+        prefill_s: Times of recent draft prefills.
+        lengths: Tokens of recent captions.
+        pays: Guessing was faster than plain decoding when last judged.
+        plan: The tree that was best when last judged.
+    """
+
+    acceptance: Acceptance = field(default_factory=Acceptance)
+    spent_s: float = 0.0
+    lost_s: float = 0.0
+    prefill_s: list[float] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    pays: bool = True
+    plan: Plan | None = None
+
+
+@lru_cache(maxsize=128)
+def _shape(paths: tuple[Path, ...], device: torch.device) -> StaticShape:
+    return StaticShape(paths, device, ranks=RANKS)
+
+
+class AdaptiveTree(TreeChooser):
+    """Chooses for one job, with what was learned from those before."""
+
+    nodes = MOST_NODES
+    slots = MOST_NODES
+
+    def __init__(self, learned: Learned, costs: RoundCosts, most_tokens: int, device: torch.device) -> None:
+        """`costs` are those of prompts of about this length; `most_tokens` of a caption."""
+        self._learned, self._costs, self._device = learned, costs, device
+        self._most_tokens = most_tokens
+        self._rounds = 0
+        self._written = 1
+        self._begun = False
+        self._retries = 0  # rounds left of a retry
+        self._planned = -_PLAN_EVERY
+
+    def choose(self) -> TreeShape:
+        """The tree of the next round."""
+        if (trial := self._trial()) is not None:
+            return trial
+        if self._rounds - self._planned >= _PLAN_EVERY:
+            self._judge()
+        return self._guessing() if self._learned.pays or self._retry() else ROOT
+
+    def _trial(self) -> TreeShape | None:
+        """A tree whose costs are not known yet, but are needed to know any other's."""
+        if not self._learned.pays:
+            return None
+        if self._costs.settled:
+            return None
+        depth, count = _TRIALS[self._costs.trials % len(_TRIALS)]
+        return ROOT if depth == 0 else _shape(self._first(depth, count), self._device)
+
+    def _first(self, depth: int, count: int) -> tuple[Path, ...]:
+        nodes = likeliest_nodes(self._learned.acceptance.shares()[:depth], count - 1)
+        return tuple(path for _, path in nodes)
+
+    def _judge(self) -> None:
+        """Work out the best tree, and whether it beats plain decoding."""
+        self._planned = self._rounds
+        learned = self._learned
+        best = best_tree(learned.acceptance.shares(), self._costs)
+        plain_s = self._costs.plain_s()
+        if best is None or plain_s is None:
+            return
+        held = self._worth(learned.plan)
+        if held is None or best.rate > held.rate * _BETTER:
+            learned.plan = best
+        else:
+            learned.plan = held
+        saved_s = plain_s - learned.plan.seconds / learned.plan.tokens  # of a token
+        learned.pays = saved_s * self._tokens_to_come() > self._prefill_to_come_s()
+
+    def _worth(self, plan: Plan | None) -> Plan | None:
+        """An older plan by what is known now."""
+        if plan is None or not plan.paths:
+            return None
+        shares = self._learned.acceptance.shares()
+        tokens = 1.0 + sum(
+            _product(shares[depth][rank] for depth, rank in enumerate(path)) for path in plan.paths
+        )
+        seconds = self._costs.round_s(widths_of(plan.paths), len(plan.paths) + 1)
+        return None if seconds is None else Plan(plan.paths, tokens, seconds)
+
+    def _tokens_to_come(self) -> float:
+        usual = median(self._learned.lengths) if self._learned.lengths else self._most_tokens
+        return max(min(usual, self._most_tokens) - self._written, 1.0)
+
+    def _prefill_to_come_s(self) -> float:
+        """What the draft's prefill will take, or 0 where it is done."""
+        if self._begun or not self._learned.prefill_s:
+            return 0.0
+        return median(self._learned.prefill_s)
+
+    def _guessing(self) -> TreeShape:
+        plan = self._learned.plan
+        if plan is None:
+            return _shape(self._first(3, 4), self._device)
+        return _shape(plan.paths, self._device)
+
+    def _retry(self) -> bool:
+        """Whether to guess for a few rounds though it did not pay when last tried."""
+        learned = self._learned
+        if self._retries:
+            return True
+        assert learned.plan is not None
+        cost_s = _RETRY_ROUNDS * learned.plan.seconds + self._prefill_to_come_s()
+        if learned.lost_s + cost_s > _RETRY_SHARE * learned.spent_s:
+            return False
+        self._retries = _RETRY_ROUNDS
+        return True
+
+    def hear(self, heard: Heard) -> None:
+        """Learn from a round."""
+        self._rounds += 1
+        learned, depth = self._learned, heard.shape.depth
+        seconds = self._costs.hear(heard)
+        learned.spent_s += seconds
+        tokens = 1.0
+        if heard.rows:
+            tokens = sum(row[0] + 1 for row in heard.rows) / len(heard.rows)
+            self._written += round(tokens)
+        if depth:
+            for row in heard.rows:
+                learned.acceptance.hear(row[depth + 2 :])
+            self._count_loss(seconds - tokens * (self._costs.plain_s() or seconds))
+
+    def _count_loss(self, over_s: float) -> None:
+        """A round took this much longer than plain decoding of its tokens; what is gained pays for what was lost."""
+        self._learned.lost_s = max(0.0, self._learned.lost_s + over_s)
+        if self._retries:
+            self._retries -= 1
+            if not self._retries:
+                self._planned = -_PLAN_EVERY  # judge anew
+
+    def draft_began(self, seconds: float) -> None:
+        """The draft was prefilled, in so many seconds."""
+        self._begun = True
+        learned = self._learned
+        learned.prefill_s = [*learned.prefill_s, seconds][-9:]
+        learned.spent_s += seconds
+        learned.lost_s += seconds
+
+    def ended(self, tokens: int) -> None:
+        """The captions are done, of so many tokens on average."""
+        self._learned.lengths = [*self._learned.lengths, tokens][-25:]
+        self._costs.keep()
+
+
+def _product(values: Iterator[float]) -> float:
+    out = 1.0
+    for value in values:
+        out *= value
+    return out

@@ -1,0 +1,231 @@
+"""What rounds cost on this machine: measured while captions are made, kept in a file for the next start.
+
+A round costs the draft's time for its tree, the target's time to check it, and the rest. Trees that were used have
+their own times; others are interpolated. It knows no models, only names of what was measured.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from collections import deque
+from contextlib import suppress
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from specvlm.choosing import Heard
+
+_RECENT = 9  # measurements of one thing that count
+_KEEP_EVERY_S = 30.0
+_SCHEMA = 1
+
+TRIALS = 10  # rounds of set trees that a machine of which nothing is known begins with
+
+Widths = tuple[int, ...]
+
+
+class _Times:
+    """The recent times of one thing, in seconds.
+
+    The first time in a process pays what first use costs: it stands only until there is another one.
+    """
+
+    __slots__ = ("_count", "_known", "_recent")
+
+    def __init__(self, known: float | None = None) -> None:
+        self._known, self._count = known is not None, 0
+        self._recent: deque[float] = deque([] if known is None else [float(known)], maxlen=_RECENT)
+
+    def add(self, seconds: float) -> None:
+        self._count += 1
+        if self._count == 1 and self._known:
+            return
+        if self._count == 2 and not self._known:
+            self._recent.clear()
+        self._recent.append(seconds)
+
+    def value(self) -> float:
+        return median(self._recent)
+
+
+class RoundCosts:
+    """Seconds of rounds, for one pair of models on one device and prompts of about one length."""
+
+    def __init__(self, known: dict[str, Any] | None = None, store: CostStore | None = None) -> None:
+        """`known`: what `as_json` gave in an earlier process."""
+        known = known or {}
+        self._store = store
+        self._verify = {int(n): _Times(s) for n, s in known.get("verify_s", {}).items()}
+        self._draft = {_widths(key): _Times(s) for key, s in known.get("draft_s", {}).items()}
+        self._rest = {bool(int(key)): _Times(s) for key, s in known.get("rest_s", {}).items()}
+        self.trials = int(known.get("trials", 0))
+
+    def hear(self, heard: Heard) -> float:
+        """Learn from a round; return its seconds."""
+        self.trials += 1
+        times, shape = heard.times_s, heard.shape
+        draft_s, verify_s = times.get("draft", 0.0), times.get("verify", 0.0)
+        self._verify.setdefault(shape.nodes, _Times()).add(verify_s)
+        if shape.depth:
+            self._draft.setdefault(shape.widths, _Times()).add(draft_s)
+        whole_s = max(times.get("round", 0.0), draft_s + verify_s)
+        rest_s = whole_s - verify_s - (draft_s if shape.depth else 0.0)
+        self._rest.setdefault(shape.depth > 0, _Times()).add(rest_s)
+        return whole_s
+
+    def plain_s(self) -> float | None:
+        """One plain step; None: none was timed."""
+        if 1 not in self._verify:
+            return None
+        return self._verify[1].value() + self._rest[False].value()
+
+    def round_s(self, widths: Widths, nodes: int) -> float | None:
+        """A round of N nodes whose draft runs `widths` nodes level by level; None: not known yet."""
+        draft_s, verify_s = self._draft_s(widths), self._verify_s(nodes)
+        if draft_s is None or verify_s is None or True not in self._rest:
+            return None
+        return draft_s + verify_s + self._rest[True].value()
+
+    def _verify_s(self, nodes: int) -> float | None:
+        """Interpolated over what was measured, which must never fall with more nodes."""
+        if nodes in self._verify:
+            return self._verify[nodes].value()
+        points = sorted((n, times.value()) for n, times in self._verify.items())
+        below = [point for point in points if point[0] < nodes]
+        above = [point for point in points if point[0] > nodes]
+        if not below or len(points) < 2:
+            return None
+        low, high = (below[-1], above[0]) if above else (below[-2], below[-1])
+        slope = max(0.0, (high[1] - low[1]) / (high[0] - low[0]))
+        return low[1] + slope * (nodes - low[0])
+
+    def _draft_s(self, widths: Widths) -> float | None:
+        """What was measured, or a straight line through it: the root, each further level, each further node."""
+        if widths in self._draft:
+            return self._draft[widths].value()
+        line = self._line()
+        if line is None:
+            return None
+        level_s, node_s = line
+        return level_s * len(widths) + node_s * (sum(widths) - len(widths))
+
+    def _line(self) -> tuple[float, float] | None:
+        """Seconds of a level with one node, and of each node beyond; least squares, neither below 0."""
+        if not self._draft:
+            return None
+        rows = [(len(w), sum(w) - len(w), times.value()) for w, times in self._draft.items()]
+        a, b, c = (sum(f(row) for row in rows) for f in (_levels2, _levels_nodes, _nodes2))
+        u, v = sum(row[0] * row[2] for row in rows), sum(row[1] * row[2] for row in rows)
+        determinant = a * c - b * b
+        if determinant <= 1e-9:
+            return u / a, 0.0
+        level_s, node_s = (u * c - v * b) / determinant, (v * a - u * b) / determinant
+        if node_s < 0.0:
+            return u / a, 0.0
+        return (level_s, node_s) if level_s > 0.0 else (u / a, 0.0)
+
+    def as_json(self) -> dict[str, Any]:
+        """What the next process should know."""
+        return {
+            "verify_s": {str(n): times.value() for n, times in sorted(self._verify.items())},
+            "draft_s": {",".join(map(str, w)): times.value() for w, times in sorted(self._draft.items())},
+            "rest_s": {str(int(kind)): times.value() for kind, times in sorted(self._rest.items())},
+            "trials": self.trials,
+        }
+
+    @property
+    def settled(self) -> bool:
+        """Whether all trials were made."""
+        return self.trials >= TRIALS
+
+    def keep(self) -> None:
+        """Store what is known, now and then."""
+        if self._store is not None:
+            self._store.keep()
+
+
+def _levels2(row: tuple[int, int, float]) -> float:
+    return row[0] * row[0]
+
+
+def _levels_nodes(row: tuple[int, int, float]) -> float:
+    return row[0] * row[1]
+
+
+def _nodes2(row: tuple[int, int, float]) -> float:
+    return row[1] * row[1]
+
+
+def _widths(key: str) -> Widths:
+    return tuple(int(width) for width in key.split(","))
+
+
+class CostStore:
+    """The file with the costs of one pair of models on one device; it may be missing, broken or not writable."""
+
+    def __init__(self, file: Path | None) -> None:
+        """`file`: None keeps nothing."""
+        self._file = file
+        self._kept_at = time.monotonic()
+        self._settled = 0
+        self._costs: dict[str, RoundCosts] = {}
+        self._read = _read(file)
+
+    def costs(self, prompt_tokens: int, rows: int) -> RoundCosts:
+        """The costs for prompts of about this length: lengths within a factor of two share them."""
+        key = f"{rows}x{1 << (prompt_tokens - 1).bit_length()}"
+        if key not in self._costs:
+            self._costs[key] = RoundCosts(self._read.get(key), self)
+        return self._costs[key]
+
+    def keep(self) -> None:
+        """Write the file when trials have come to their end, and every half minute."""
+        settled = sum(costs.settled for costs in self._costs.values())
+        if settled > self._settled or time.monotonic() - self._kept_at >= _KEEP_EVERY_S:
+            self._settled = settled
+            self.write()
+
+    def write(self) -> None:
+        """Write the file."""
+        self._kept_at = time.monotonic()
+        if self._file is None:
+            return
+        found = self._read | {key: costs.as_json() for key, costs in self._costs.items()}
+        with suppress(OSError):
+            _replace(self._file, json.dumps({"schema": _SCHEMA, "costs": found}, indent=1))
+
+
+def _read(file: Path | None) -> dict[str, Any]:
+    if file is None:
+        return {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        costs: dict[str, Any] = found["costs"] if found["schema"] == _SCHEMA else {}
+        for one in costs.values():
+            RoundCosts(one)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return {}
+    return costs
+
+
+def _replace(file: Path, text: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=file.parent, prefix=file.name)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+            stream.write(text)
+        os.replace(name, file)
+    except OSError:
+        with suppress(OSError):
+            os.unlink(name)
+        raise
+
+
+def cost_file(name: str) -> Path:
+    """Where costs are kept: in specvlm's folder below `XDG_CACHE_HOME`, or ~/.cache."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    folder = Path(base) if base else Path.home() / ".cache"
+    return folder / "specvlm" / f"round-costs-{name}.json"
