@@ -1,0 +1,390 @@
+"""A pair of published shapes on this machine: random weights, given acceptance, everything else as it really runs.
+
+The prompt's length, the vision towers, both prefills, the pruning and the loop are those of a real caption, so its
+costs are measured; how many guesses a round accepts is assumed. Every figure that comes of it is a model's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import transformers
+
+from specvlm.bench.clips import Clip
+from specvlm.bench.grid import Grid
+from specvlm.bench.measure import Asked, Measurer, conditions
+from specvlm.bench.records import Report
+from specvlm.bench.shapes import (
+    FRAME_SIZE,
+    Shape,
+    build,
+    parameter_count,
+    prompt_tokens,
+    random_inputs,
+    shrunk,
+    vision_patches,
+)
+from specvlm.bench.suite import Listener, Suite
+from specvlm.bench.summing import summarise
+from specvlm.captioner import Captioner, ModelInfo, PreparedVideo
+from specvlm.choosing import TreeChooser
+from specvlm.config import FrameSettings, GenerationSettings, SpeculationSettings
+from specvlm.drafts.base import Draft
+from specvlm.drafts.small_model import SmallModelDraft
+from specvlm.errors import ConfigError
+from specvlm.model import VideoLM
+from specvlm.stats import device_words
+from specvlm.tree import STATIC_PATHS, Guesses
+from specvlm.verify import Accepted, accept
+
+_STATIC_DEPTH = max(map(len, STATIC_PATHS))
+_DRAWS = 1 << 12  # rounds until the draws repeat
+_DEEPEST = 64  # guesses; no tree is deeper
+_GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
+_RESERVE = 1.1  # of what was reckoned, for the allocator's rounding and what is small
+
+
+# --- acceptance ---
+
+
+def survival(mean: float, depth: int) -> float:
+    """The chance q of one more accepted guess at which a tree of this depth accepts `mean` guesses a round.
+
+    The number of accepted guesses is geometric and cut at the depth: P(at least k) = q^k for k = 1..D, as if each
+    guess were right with the same chance. So mean = q + q^2 + ... + q^D.
+
+    Raises:
+        ConfigError: No q gives that mean.
+    """
+    if not 0.0 <= mean <= depth:
+        raise ConfigError(
+            f"assume_accepted={mean:g} is not what a tree of depth {depth} can give; give 0 to {depth}"
+        )
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2.0
+        if sum(middle**k for k in range(1, depth + 1)) < mean:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def _draws(chance: float, seed: int) -> list[int]:
+    """Accepted guesses of `_DRAWS` rounds, before any tree cuts them.
+
+    Evenly spread draws (multiples of the golden ratio) rather than independent ones: then a caption of a few dozen
+    rounds has the mean that was asked for, too.
+    """
+    spread = ((seed * math.sqrt(2.0) + 0.5 + i * _GOLDEN) % 1.0 for i in range(_DRAWS))
+    if chance <= 0.0:
+        return [0] * _DRAWS
+    if chance >= 1.0:
+        return [_DEEPEST] * _DRAWS
+    return [min(_DEEPEST, int(math.log(max(u, 1e-12)) / math.log(chance))) for u in spread]
+
+
+class ForcedAcceptance:
+    """Accepts as many guesses as were drawn beforehand, whatever the target chose; see `specvlm.verify.Accept`.
+
+    Accepted is the path to the first node of the drawn depth: in chains and static trees that of the draft's first
+    choices. The target's choices are overwritten along it and handed to the real `accept`, so that a round does all of
+    its own work. Draws lie on the device, and so does the count of rounds, which each call moves on in place: nothing
+    asks the host, and a captured graph moves on like a run without one.
+    """
+
+    def __init__(self, mean: float, depth: int, device: torch.device, seed: int = 0) -> None:
+        """`mean`: accepted guesses of a round with a tree of `depth`; other depths follow from the same q.
+
+        Raises:
+            ConfigError: A tree of that depth cannot give that mean.
+        """
+        draws = _draws(survival(mean, depth), seed)
+        self._drawn = torch.tensor(draws, device=device)
+        self._round = torch.zeros(1, dtype=torch.long, device=device)
+
+    def restart(self) -> None:
+        """Begin the draws anew, so that every caption gets the same."""
+        self._round.zero_()
+
+    def __call__(self, guesses: Guesses, choices: torch.Tensor, depth: int) -> Accepted:
+        """See `specvlm.verify.accept`. A round that guesses nothing takes no draw."""
+        if depth == 0:
+            return accept(guesses, choices, depth)
+        rows, nodes = choices.shape
+        row = torch.arange(rows, device=choices.device)
+        drawn = self._drawn[(self._round + row * 97) % _DRAWS]  # [B]
+        self._round.add_(1)
+        wanted = torch.minimum(drawn, guesses.depths.max(dim=1).values)
+        last = (guesses.depths == wanted[:, None]).to(torch.uint8).argmax(dim=1)  # [B]
+        path = guesses.ancestors.gather(1, last[:, None, None].expand(-1, 1, nodes)).squeeze(1)
+        path = path & (guesses.depths > 0)  # [B, N]
+        # Each node of the path is what the target writes at its parent. All other nodes are sent to the end's own
+        # place, which then gets a token that no guess has, so that nothing below the end is accepted.
+        written = torch.where(path, guesses.parents, last[:, None])
+        forced = choices.scatter(1, written, guesses.tokens)
+        forced = forced.scatter(1, last[:, None], -1)
+        accepted = accept(guesses, forced, depth)
+        bonus = choices.gather(1, last[:, None])
+        return accepted._replace(tokens=torch.where(accepted.tokens < 0, bonus, accepted.tokens))
+
+
+# --- the pair ---
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """What is modelled.
+
+    Attributes:
+        target: Its shape, shrunk or whole.
+        draft: The draft's; None: no draft.
+        accepted: Mean accepted guesses of a round, the bonus token not counted.
+        layers: Layers of the target, where it was shrunk.
+    """
+
+    target: Shape
+    draft: Shape | None
+    accepted: float
+    layers: int | None = None
+
+    @property
+    def label(self) -> str:
+        """What stands beside every figure."""
+        depth = "" if self.layers is None else f", shrunk to {self.layers} layers of the target"
+        return f"modelled: published shapes with random weights{depth}, {self.accepted:g} accepted tokens assumed"
+
+
+def make_pair(target: Shape, draft: Shape | None, accepted: float, layers: int | None = None) -> Pair:
+    """The pair, with `layers` layers in the target and all else shrunk in proportion.
+
+    Raises:
+        ConfigError: The families differ, the target has not so many layers, or nothing can accept so much.
+    """
+    if draft is not None and draft.family != target.family:
+        raise ConfigError(
+            f"draft shape {draft.name} is of the family {draft.family}, {target.name} of {target.family}; "
+            "use a draft of the same family"
+        )
+    if not 0.0 <= accepted <= _DEEPEST:
+        raise ConfigError(f"assume_accepted={accepted:g} is out of range; give 0 to the depth of the tree")
+    if layers is None:
+        return Pair(target, draft, accepted)
+    whole = target.text.layers
+    if not 1 <= layers <= whole:
+        raise ConfigError(f"layers={layers} is not what {target.name} can have; give 1 to {whole}")
+    small = None if draft is None else shrunk(draft, layers, whole)
+    return Pair(shrunk(target, layers, whole), small, accepted, layers)
+
+
+class ModelledCaptioner(Captioner):
+    """A captioner of random weights whose rounds accept what they are told to. It has no processor or tokenizer."""
+
+    def __init__(self, pair: Pair, target: VideoLM, draft: VideoLM | None) -> None:
+        """`target`, `draft`: models of the pair's shapes, as `build` makes them."""
+        guess: Draft | None = None
+        if draft is not None:
+            guess = SmallModelDraft(draft, min(target.vocabulary, draft.vocabulary))
+        super().__init__(target, None, guess, _info(pair, target), FrameSettings())
+        self.pair = pair
+        self._forced: dict[int, ForcedAcceptance] = {}
+
+    def chooser(
+        self, settings: SpeculationSettings, generation: GenerationSettings, videos: Sequence[PreparedVideo]
+    ) -> TreeChooser:
+        """As any captioner's; what the trees of this job accept begins anew."""
+        depth = reference_depth(settings)
+        if depth not in self._forced:
+            self._forced[depth] = ForcedAcceptance(self.pair.accepted, depth, self.target.device)
+        self._forced[depth].restart()
+        self.accept = self._forced[depth]
+        return super().chooser(settings, generation, videos)
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        """Nothing: random tokens have no text."""
+        return ""
+
+
+def reference_depth(settings: SpeculationSettings) -> int:
+    """The depth at which a tree accepts the assumed mean: its own, or the static tree's where depths vary."""
+    if settings.tree == "chain":
+        return settings.depth
+    if settings.tree == "dynamic":
+        return min(settings.depth, settings.nodes - 1)
+    return _STATIC_DEPTH
+
+
+def _info(pair: Pair, target: VideoLM) -> ModelInfo:
+    def named(shape: Shape) -> str:
+        return f"{shape.name} (modelled, {shape.text.layers} layers)"
+
+    return ModelInfo(
+        target=named(pair.target),
+        target_revision=None,
+        draft=None if pair.draft is None else named(pair.draft),
+        draft_revision=None,
+        family=pair.target.family,
+        dtype=str(target.dtype).removeprefix("torch."),
+        device=device_words(target.device),
+        transformers_version=transformers.__version__,
+        processor_options={},
+    )
+
+
+def build_pair(pair: Pair, device: torch.device, dtype: torch.dtype, seed: int = 0) -> ModelledCaptioner:
+    """Make both models on the device."""
+    target = build(pair.target, device, dtype, seed)
+    draft = None if pair.draft is None else build(pair.draft, device, dtype, seed + 1)
+    return ModelledCaptioner(pair, target, draft)
+
+
+def modelled_video(
+    captioner: ModelledCaptioner, num_frames: int, size: tuple[int, int] = FRAME_SIZE, seed: int = 0
+) -> PreparedVideo:
+    """A prompt with a video of random pixels, on the target's device.
+
+    Raises:
+        ConfigError: The family does not take such frames.
+    """
+    inputs = random_inputs(captioner.pair.target, num_frames, size, captioner.target.device, seed)
+    return PreparedVideo(inputs, num_frames, None, 0.0, 0.0)
+
+
+# --- memory ---
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How large a caption is. `num_frames`: the most of any."""
+
+    num_frames: int
+    frame_size: tuple[int, int]
+    max_new_tokens: int
+
+
+def memory_needed(pair: Pair, load: Load, dtype: torch.dtype) -> int:
+    """Bytes for weights, both caches, and the widest layer of the prefill, about."""
+    shapes = [pair.target] if pair.draft is None else [pair.target, pair.draft]
+    weights = sum(map(parameter_count, shapes)) * dtype.itemsize
+    caches = sum(_cache_bytes(shape, load, dtype.itemsize) for shape in shapes)
+    return round((weights + caches + max(_working_bytes(s, load, dtype.itemsize) for s in shapes)) * _RESERVE)
+
+
+def _cache_bytes(shape: Shape, load: Load, element: int) -> int:
+    slots = prompt_tokens(shape, load.num_frames, load.frame_size) + load.max_new_tokens + _DEEPEST
+    return shape.text.slot_bytes(element) * slots
+
+
+def _working_bytes(shape: Shape, load: Load, element: int) -> int:
+    """What stands in memory at once within a layer: a few hidden states and the MLP's two halves with their product."""
+    patches = vision_patches(shape, load.num_frames, load.frame_size)
+    text, vision = shape.text, shape.vision
+    in_decoder = prompt_tokens(shape, load.num_frames, load.frame_size) * (
+        6 * text.hidden + 3 * text.intermediate
+    )
+    in_tower = patches * (6 * vision.hidden + 3 * vision.intermediate)
+    return max(in_decoder, in_tower) * element
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Memory that is free on the device; of a CPU, what the system can give; None where it does not tell."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return None
+    free = (int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    return next((kibibytes << 10 for kibibytes in free), None)
+
+
+def refuse_without_memory(pair: Pair, load: Load, dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse what will not fit, before anything is made.
+
+    Raises:
+        ConfigError: It does not fit.
+    """
+    needed, free = memory_needed(pair, load, dtype), available_bytes(device)
+    if free is None or needed <= free:
+        return
+    names = pair.target.name if pair.draft is None else f"{pair.target.name} with {pair.draft.name}"
+    raise ConfigError(
+        f"{names} in {str(dtype).removeprefix('torch.')} at {load.num_frames} frames needs about "
+        f"{needed / 2**30:.0f} GiB, and {device} has {free / 2**30:.0f} GiB free; give fewer --layers, smaller "
+        "shapes, --dtype bfloat16 or fewer frames"
+    )
+
+
+# --- the bench ---
+
+
+@dataclass(frozen=True, slots=True)
+class ModelledSetup:
+    """What a shape bench is about.
+
+    Attributes:
+        grid: What is compared; its `num_frames` are numbers.
+        frame_size: Height and width of a frame; LLaVA-OneVision's are 384 x 384 whatever it says.
+        asked: The rest, as the conditions tell it.
+        seed: Of pixels and tokens.
+    """
+
+    grid: Grid
+    frame_size: tuple[int, int]
+    asked: Asked
+    seed: int = 0
+
+
+def check_setup(pair: Pair, grid: Grid) -> None:
+    """Refuse what cannot be modelled, before anything is made.
+
+    Raises:
+        ConfigError: A method's acceptance cannot be given; a method needs a draft; a tree cannot accept so much.
+    """
+    if "assisted" in grid.methods:
+        raise ConfigError(
+            "method 'assisted' cannot be modelled, transformers' own loop accepts what random weights give; "
+            "leave it out"
+        )
+    if pair.draft is None and grid.needs_draft is not None:
+        raise ConfigError(f"method {grid.needs_draft!r} needs a draft, and there is none; give a draft shape")
+    for tree in grid.trees if pair.draft is not None else ():
+        survival(pair.accepted, reference_depth(SpeculationSettings(tree=tree)))
+    if None in grid.num_frames:
+        raise ConfigError(
+            "num_frames is not given; a modelled video has no length of its own, so give a number"
+        )
+
+
+def bench_modelled(captioner: ModelledCaptioner, setup: ModelledSetup, listener: Listener) -> Report:
+    """Measure everything that was asked for.
+
+    Captions of forced acceptance differ from plain ones by design, so nothing is said of exactness.
+
+    Raises:
+        ConfigError: What was asked for cannot be modelled.
+    """
+    grid, asked = setup.grid, setup.asked
+    check_setup(captioner.pair, grid)
+
+    def prepare(clip: Clip, num_frames: int | None) -> PreparedVideo:
+        assert num_frames is not None
+        return modelled_video(captioner, num_frames, setup.frame_size, setup.seed)
+
+    clips = [Clip("random video", b"")]
+    measurer = Measurer(captioner, asked.max_new_tokens)
+    found = Suite(grid, clips, asked.repeat, prepare, measurer, listener).run()
+    configurations = [one for number in grid.num_frames for one in grid.configurations(number)]
+    kept = tuple(one for one in found.samples if one.configuration not in found.errors)
+    summaries = summarise(configurations, kept, found.errors)
+    return Report(
+        conditions(captioner, asked, tuple(dict.fromkeys(one.video for one in kept))),
+        tuple(replace(one, exact_match=None, exact_match_against=None) for one in summaries),
+        kept,
+        modelled=True,
+        label=captioner.pair.label,
+    )
