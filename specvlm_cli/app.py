@@ -15,6 +15,8 @@ import typer
 
 from specvlm.errors import ConfigError, IncompatibleDraftError, PromptError, SpecvlmError
 from specvlm_cli import streams
+from specvlm_cli.commands.bench import bench
+from specvlm_cli.commands.bench_flags import BenchFlags
 from specvlm_cli.commands.caption import caption
 from specvlm_cli.commands.caption_flags import CaptionFlags
 from specvlm_cli.commands.doctor import doctor
@@ -42,6 +44,7 @@ app.command(name="export")(export)
 app.command(name="inspect")(command(InspectFlags, inspect))
 app.command(name="presets")(presets)
 app.command(name="doctor")(doctor)
+app.command(name="bench")(command(BenchFlags, bench))
 
 
 def _print_version(wanted: bool) -> None:

@@ -32,11 +32,12 @@ from specvlm.inspection.looking import FIRST, SECOND, Inspection, Step
 
 MOST_PICTURES = 12
 _MARGIN, _GAP = 28, 18
-_WIDEST, _NARROWEST = 1400, 980  # of a sheet, in pixels
+_WIDEST, _NARROWEST = 1440, 1000  # of a sheet, in pixels
 _PICTURE = range(240, 441)  # width of a picture
 _TALLEST = 440  # picture
 _CELL = 20  # width of a cell that is easily seen
 _LABEL_HEIGHT = 42
+_LEGEND_LINE = 26
 _TIMELINE_HEIGHT = 96
 _COLD, _HOT = 1.0, 99.0  # percentiles of the scores between which heat goes from nothing to all
 _STEEPNESS = (
@@ -80,11 +81,12 @@ class Heat:
     def of(cls, scores: NDArray[np.float32]) -> Heat:
         """The scale for these scores [V]."""
         low, high = np.percentile(scores.astype(np.float64), (_COLD, _HOT)).tolist()
-        return cls(low, max(high, low + np.finfo(np.float32).tiny), max(float(scores.mean()), 1e-30))
+        return cls(low, high, max(float(scores.mean()), 1e-30))
 
     def opacity(self, scores: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
         """Scores -> 0..1."""
-        share = np.clip((scores.astype(np.float64) - self.low) / (self.high - self.low), 0.0, 1.0)
+        span = max(self.high - self.low, 1e-30)  # all scores may be the same
+        share = np.clip((scores.astype(np.float64) - self.low) / span, 0.0, 1.0)
         opacity: NDArray[np.float64] = _OPAQUE * share**_STEEPNESS
         return opacity
 
@@ -103,7 +105,10 @@ def draw_sheet(found: Inspection, text: SheetText, most: int = MOST_PICTURES) ->
     heat = Heat.of(found.scores)
     parts: list[tuple[int, Callable[[ImageDraw.ImageDraw, Image.Image, int], None]]] = [
         (146, lambda draw, _, top: _draw_head(draw, top, layout, found, text)),
-        (76, lambda draw, _, top: _draw_legend(draw, top, found, heat)),
+        (
+            _LEGEND_LINE * (len(found.stages) + 1) + 18,
+            lambda draw, _, top: _draw_legend(draw, top, found, heat),
+        ),
     ]
     for line in range(lines):
         numbers = chosen[line * layout.per_line : (line + 1) * layout.per_line]
@@ -167,18 +172,19 @@ def _headline(found: Inspection) -> list[tuple[str, str]]:
         (pruner, settings or "nothing is pruned"),
         (f"{found.video_tokens:,}", "video tokens"),
         (f"{kept:,}", f"kept ({kept / found.video_tokens:.1%})"),
-        (f"{found.attention_kept():.1%}", "of the attention is on kept tokens"),
-        (f"{found.attention_to_video:.1%}", "of the text's attention is on the video"),
+        (f"{found.attention_kept():.1%}", "of the attention is kept"),
+        (f"{found.attention_to_video:.1%}", "of all attention is on the video"),
     ]
 
 
 def _draw_legend(draw: ImageDraw.ImageDraw, top: int, found: Inspection, heat: Heat) -> None:
-    face, left = font(14), _MARGIN
+    face = font(14)
     for one in found.stages:
-        outline(draw, (left, top, left + 18, top + 18), *_STROKES[one.stage])
+        outline(draw, (_MARGIN, top, _MARGIN + 18, top + 18), *_STROKES[one.stage])
         label = f"{one.name}: {one.kept:,} tokens, {one.attention:.1%} of the attention"
-        left = write(draw, (left + 27, top + 1), label, face) + 30
-    _draw_heat_scale(draw, top + 32, heat)
+        write(draw, (_MARGIN + 27, top + 1), label, face)
+        top += _LEGEND_LINE
+    _draw_heat_scale(draw, top, heat)
 
 
 _GREY = 96  # of a picture, on the heat scale
@@ -187,12 +193,12 @@ _STROKES: dict[int, tuple[Colour, int]] = {FIRST: (FIRST_COLOUR, 3), SECOND: (SE
 
 def _draw_heat_scale(draw: ImageDraw.ImageDraw, top: int, heat: Heat) -> None:
     face, width = font(14), 160
-    left = write(draw, (_MARGIN, top + 1), f"attention: {heat.low / heat.mean:.2g} x", face) + 8
+    left = write(draw, (_MARGIN, top + 1), f"attention: {heat.low / heat.mean:.2f} x", face) + 8
     opacity = heat.opacity(np.linspace(heat.low, heat.high, width))[:, None]
     mixed = np.rint(_GREY * (1 - opacity) + np.array(HEAT) * opacity).astype(int)
     for x, colour in enumerate(mixed.tolist()):
         draw.line((left + x, top, left + x, top + 18), fill=tuple(colour))
-    words = f"{heat.high / heat.mean:.2g} x the mean of a video token"
+    words = f"{heat.high / heat.mean:.2f} x the mean of a video token"
     write(draw, (left + width + 8, top + 1), words, face)
 
 
