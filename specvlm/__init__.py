@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from specvlm.records import CaptionStats as CaptionStats
     from specvlm.records import Frames as Frames
     from specvlm.records import VideoSource as VideoSource
+    from specvlm.session import PromptSession as PromptSession
 
 _HOME = {
     "Caption": "records",
@@ -69,6 +70,7 @@ _HOME = {
     "Preset": "preset",
     "PreprocessError": "errors",
     "PromptError": "errors",
+    "PromptSession": "session",
     "SpeculationSettings": "config",
     "SpecvlmError": "errors",
     "UnknownFamilyError": "errors",

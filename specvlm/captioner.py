@@ -9,8 +9,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from functools import partial
-from typing import Any, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -32,13 +31,16 @@ from specvlm.errors import ConfigError, GenerationTimeoutError
 from specvlm.estimate import PlainEstimate
 from specvlm.families.base import ModelInputs
 from specvlm.model import VideoLM
-from specvlm.prefill import Prompt, embed, prefill_target
+from specvlm.prefill import Features, Prompt, TargetReader, embed
 from specvlm.records import Caption, CaptionStats, Frames, VideoSource
 from specvlm.sampling import TokenRule, logits_rules
 from specvlm.stats import StageClock, device_words, peak_memory_bytes, reset_peak_memory
 from specvlm.tree import make_shape
 from specvlm.verify import Accept, accept
 from specvlm.video import read_video
+
+if TYPE_CHECKING:
+    from specvlm.session import PromptSession
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,19 +124,59 @@ def _settings(options: CaptionOptions) -> tuple[GenerationSettings, SpeculationS
     return GenerationSettings(**pick(GenerationSettings)), SpeculationSettings(**pick(SpeculationSettings))
 
 
-class _Job:
-    """Captions in the making, for B prepared videos in one loop."""
+class Seen:
+    """What a captioner's models know of one video, kept between the captions of its several prompts.
+
+    Attributes:
+        features: Of the vision towers.
+        reader: The target's cache.
+        prompt_tokens: S of the longest prompt to come; the cache has room for it at once.
+    """
+
+    def __init__(self, target: VideoLM, prompt_tokens: int) -> None:
+        """Nothing is known yet."""
+        self.features, self.reader = Features(), TargetReader(target)
+        self.prompt_tokens = prompt_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class _DraftStart:
+    """Prefills the draft, when the first tree is to be filled. It knows no job, so that none has to be collected."""
+
+    draft: Draft
+    rows: Sequence[DraftRow]
+    settings: SpeculationSettings
+    rule: TokenRule
+    slots: int
+    chooser: TreeChooser
+    clock: StageClock
+
+    def __call__(self) -> Proposer:
+        with self.clock.awaited_stage("draft_prefill"):
+            proposer = self.draft.begin(self.rows, self.settings, self.rule, self.slots)
+        self.chooser.draft_began(self.clock.seconds("draft_prefill"))
+        return proposer
+
+
+class Job:
+    """Captions in the making: of B prepared videos in one loop, or of one whose video may be `seen` already."""
 
     def __init__(
-        self, captioner: Captioner, videos: Sequence[PreparedVideo], speculate: bool, options: CaptionOptions
+        self,
+        captioner: Captioner,
+        videos: Sequence[PreparedVideo],
+        speculate: bool,
+        options: CaptionOptions,
+        seen: Seen | None = None,
     ) -> None:
-        self._captioner, self._videos = captioner, videos
+        """Options are checked; nothing is done yet."""
+        self._captioner, self._videos, self._seen = captioner, videos, seen
         self._generation, self._speculation = _settings(options)
         self._draft = captioner.draft if speculate else None
         self._start = time.perf_counter()
         self._target = captioner.target
         reset_peak_memory(self._target.device)
-        self._clock = StageClock(self._target.device)
+        self.clock = StageClock(self._target.device)
         rules = logits_rules(captioner.generation_config, self._generation)
         self._rule = TokenRule(
             rules,
@@ -155,40 +197,60 @@ class _Job:
     def run(self) -> Iterator[list[list[int]]]:
         """Do it all; yield each row's new tokens as they come."""
         with torch.inference_mode():
-            with self._clock.host_stage("vision"):
-                prompts = [embed(self._target, video.inputs) for video in self._videos]
-                self._wait()
-            rows, scores = self._prefill_target(prompts)
-        begin = partial(self._prefill_draft, self._draft, scores) if self._draft else None
+            rows, scores = self._prefill_target(self._embed())
+        begin = self._draft_start(self._draft, scores) if self._draft else None
         speculation = Speculation(self._chooser, begin, self._captioner.accept)
-        self._decoding = Decoding(rows, speculation, self._rule, self.texts, self._clock)
+        self._decoding = Decoding(rows, speculation, self._rule, self.texts, self.clock)
         yield from self._decoding.run()
         self._end = time.perf_counter()
 
-    def _wait(self) -> None:
-        """Prefill stages are timed on the host, each to its end."""
-        if self._target.device.type == "cuda":
-            torch.cuda.synchronize()
+    def _embed(self) -> list[Prompt]:
+        features = None if self._seen is None else self._seen.features
+        if features is not None and self._target not in features:
+            with self.clock.awaited_stage("tower"):
+                features.of(self._target, self._videos[0].inputs)
+        with self.clock.awaited_stage("vision"):
+            return [embed(self._target, video.inputs, features) for video in self._videos]
+
+    def _room(self, prompts: list[Prompt]) -> int:
+        """Slots of a row. What a video's later captions need, with the draft too, is there from the first one on."""
+        longest, nodes = max(prompt.length for prompt in prompts), self._chooser.nodes
+        if self._seen is not None:
+            longest = max(longest, self._seen.prompt_tokens)
+            if self._draft is None and self._captioner.draft is not None:
+                chooser = self._captioner.chooser(self._speculation, self._generation, self._videos)
+                nodes = max(nodes, chooser.nodes)
+        return longest + self._generation.max_new_tokens + nodes
 
     def _prefill_target(self, prompts: list[Prompt]) -> tuple[TargetRows, list[torch.Tensor]]:
-        with self._clock.host_stage("target_prefill"):
-            longest = max(prompt.length for prompt in prompts)
-            capacity = longest + self._generation.max_new_tokens + self._chooser.nodes
-            cache = self._target.new_cache(len(prompts), capacity)
-            read = [prefill_target(self._target, prompt, cache, row) for row, prompt in enumerate(prompts)]
-            self._wait()
+        reader = TargetReader(self._target) if self._seen is None else self._seen.reader
+        with self.clock.host_stage("target_prefill"):
+            cache = reader.make_room(len(prompts), self._room(prompts))
+            read = [reader.read(prompt, row, self.clock) for row, prompt in enumerate(prompts)]
         rows = TargetRows(self._target, cache, prompts, torch.cat([one.logits for one in read]))
         return rows, [one.scores for one in read]
 
-    def _prefill_draft(self, draft: Draft, scores: list[torch.Tensor]) -> Proposer:
-        """Called when the first tree is to be filled."""
-        rows = [DraftRow(video.inputs, score) for video, score in zip(self._videos, scores, strict=True)]
+    def _draft_start(self, draft: Draft, scores: list[torch.Tensor]) -> _DraftStart:
+        features = None if self._seen is None else self._seen.features
+        rows = [
+            DraftRow(video.inputs, score, features) for video, score in zip(self._videos, scores, strict=True)
+        ]
         slots = self._generation.max_new_tokens + self._chooser.slots
-        with self._clock.host_stage("draft_prefill"):
-            proposer = draft.begin(rows, self._speculation, self._rule, slots)
-            self._wait()
-        self._chooser.draft_began(self._clock.seconds("draft_prefill"))
-        return proposer
+        return _DraftStart(draft, rows, self._speculation, self._rule, slots, self._chooser, self.clock)
+
+    def finish(self, began: float, time_limit_s: float | None) -> None:
+        """Do it all, unless that takes longer than the limit, counted from `began` on the monotonic clock.
+
+        Raises:
+            GenerationTimeoutError: It does, which is seen between two rounds.
+        """
+        for _ in self.run():
+            late = time_limit_s is not None and time.monotonic() - began > time_limit_s
+            if late and not all(text.finish_reason is not None for text in self.texts):
+                raise GenerationTimeoutError(
+                    f"the caption was not done after {time_limit_s:g} s and {len(self.texts[0].tokens)} tokens; "
+                    "give it more time, or fewer tokens"
+                )
 
     def estimate_plain(self) -> None:
         """Time a few plain steps, now that the captions are done."""
@@ -206,10 +268,6 @@ class _Job:
         video = self._videos[row]
         return self._end - self._start + video.video_decode_s + video.preprocess_s
 
-    def is_done(self) -> bool:
-        """Whether every row has come to its end."""
-        return all(text.finish_reason is not None for text in self.texts)
-
     def caption(self, row: int) -> Caption:
         """The finished caption of one row."""
         text, video = self.texts[row], self._videos[row]
@@ -220,7 +278,7 @@ class _Job:
         )
 
     def _stats(self, row: int) -> CaptionStats:
-        text, video, clock = self.texts[row], self._videos[row], self._clock
+        text, video, clock = self.texts[row], self._videos[row], self.clock
         plain = self._draft is None
         speculation = self._speculation
         proposer = self._decoding.proposer if self._decoding else None
@@ -237,7 +295,7 @@ class _Job:
             acceptance_histogram=tuple(text.histogram),
             video_decode_s=video.video_decode_s,
             preprocess_s=video.preprocess_s,
-            vision_s=clock.seconds("vision"),
+            vision_s=clock.seconds("tower") + clock.seconds("vision"),
             target_prefill_s=clock.seconds("target_prefill"),
             draft_prefill_s=clock.seconds("draft_prefill"),
             decode_s=clock.seconds("decode"),
@@ -297,7 +355,14 @@ class Captioner:
             PromptError: The prompt cannot be used.
             ConfigError: Frame settings were given for frames that are read already.
         """
-        family = self.target.family
+        read, decode_s = self._read(video, frames)
+        start = time.perf_counter()
+        inputs = self.target.family.prepare(self.processor, read, prompt, system)
+        preprocess_s = time.perf_counter() - start
+        return PreparedVideo(inputs, len(read.pixels), read.source, decode_s, preprocess_s)
+
+    def _read(self, video: Video, frames: FrameSettings | None) -> tuple[Frames, float]:
+        """Frames of a video, and how long reading them took."""
         settings = self.frames if frames is None else frames
         start = time.perf_counter()
         if isinstance(video, Frames) and frames is not None:
@@ -307,12 +372,59 @@ class Captioner:
         if not isinstance(video, Frames):
             video = read_video(video, settings, frame_multiple=self.frame_multiple)
         _check_frames(video)
-        decoded = time.perf_counter()
-        inputs = family.prepare(self.processor, video, prompt, system)
-        preprocess_s = time.perf_counter() - decoded
+        elapsed_s = time.perf_counter() - start
         # Frames that another process read took their time there.
-        decode_s = decoded - start if video.source is None else video.source.decode_s
-        return PreparedVideo(inputs, len(video.pixels), video.source, decode_s, preprocess_s)
+        return video, elapsed_s if video.source is None else video.source.decode_s
+
+    def session(
+        self,
+        video: Video,
+        prompts: Sequence[str],
+        *,
+        system: str | None = None,
+        frames: FrameSettings | None = None,
+    ) -> PromptSession:
+        """Read and preprocess a video once, to caption it with several prompts that share its prefill.
+
+        Args:
+            video: A path, or decoded frames.
+            prompts: As in `caption`. One that cannot be used is an error when it is captioned.
+            system: The system message of all of them.
+            frames: Which frames to read; None takes the captioner's own.
+
+        Raises:
+            VideoError: The file gives no frames.
+            ConfigError: There are no prompts, or frame settings were given for frames that are read already.
+        """
+        from specvlm.session import PromptSession  # which runs jobs of this module
+
+        if isinstance(prompts, str) or not prompts:
+            raise ConfigError(f"prompts={prompts!r} is no list of prompts; give at least one, in a list")
+        read, decode_s = self._read(video, frames)
+        return PromptSession(self, read, prompts, system, decode_s)
+
+    def caption_prompts(
+        self,
+        video: Video,
+        prompts: Sequence[str],
+        *,
+        system: str | None = None,
+        speculate: bool = True,
+        frames: FrameSettings | None = None,
+        time_limit_s: float | None = None,
+        **options: Unpack[CaptionOptions],
+    ) -> list[Caption]:
+        """Caption one video once for each of several prompts: read, preprocessed, seen and prefilled once.
+
+        Each caption is what `caption` gives for its prompt. Arguments and errors are those of `caption`;
+        `time_limit_s` is for each caption.
+        """
+        _settings(options)  # wrong options fail before a video is read
+        session = self.session(video, prompts, system=system, frames=frames)
+        return [
+            session.caption(index, speculate=speculate, time_limit_s=time_limit_s, **options)
+            for index in range(len(prompts))
+        ]
 
     def caption(
         self,
@@ -349,12 +461,7 @@ class Captioner:
         """
         began = time.monotonic()
         job = self._job(video, prompt, system, speculate, frames, options)
-        for _ in job.run():
-            if time_limit_s is not None and time.monotonic() - began > time_limit_s and not job.is_done():
-                raise GenerationTimeoutError(
-                    f"the caption was not done after {time_limit_s:g} s and {len(job.texts[0].tokens)} tokens; "
-                    "give it more time, or fewer tokens"
-                )
+        job.finish(began, time_limit_s)
         if estimate:
             job.estimate_plain()
         return job.caption(0)
@@ -393,14 +500,14 @@ class Captioner:
         speculate: bool,
         frames: FrameSettings | None,
         options: CaptionOptions,
-    ) -> _Job:
+    ) -> Job:
         _settings(options)  # wrong options fail before a video is read
         if not isinstance(video, PreparedVideo):
             prompt = DEFAULT_PROMPT if prompt is None else prompt
             video = self.prepare(video, prompt, system=system, frames=frames)
         elif (prompt, system, frames) != (None, None, None):
             raise ConfigError("a prepared video has its prompt and frames already; give them to prepare()")
-        return _Job(self, [video], speculate, options)
+        return Job(self, [video], speculate, options)
 
     def caption_rows(
         self, videos: Sequence[PreparedVideo], *, speculate: bool = True, **options: Unpack[CaptionOptions]
@@ -408,7 +515,7 @@ class Captioner:
         """Caption several prepared videos in one loop, B rows at a time; each gets what it would get alone."""
         if not videos:
             return []
-        job = _Job(self, videos, speculate, options)
+        job = Job(self, videos, speculate, options)
         for _ in job.run():
             pass
         return [job.caption(row) for row in range(len(videos))]

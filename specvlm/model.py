@@ -78,11 +78,15 @@ class VideoLM:
             )
         return SlabCache(self._slab_shape, rows, capacity)
 
-    def embed_prompt(self, inputs: ModelInputs) -> torch.Tensor:
-        """Token embeddings with the video's features in their places, [1, S, hidden]."""
+    def see(self, inputs: ModelInputs) -> torch.Tensor:
+        """Run the vision tower: features of the video tokens, [V, hidden], where hidden states start."""
+        embeds = self._embed.weight
+        return self.family.embed_video(self.model, inputs).to(embeds.device, embeds.dtype)
+
+    def embed_prompt(self, inputs: ModelInputs, features: torch.Tensor) -> torch.Tensor:
+        """Token embeddings with the video's features [V, hidden] in their places, [1, S, hidden]."""
         device = self.embedding_device
         embeds = self._embed(inputs.token_ids.to(device))
-        features = self.family.embed_video(self.model, inputs).to(device, embeds.dtype)
         where = inputs.is_video.to(device).nonzero().squeeze(1)
         return embeds.index_copy(1, where, features[None])  # type: ignore[no-any-return]
 

@@ -54,6 +54,8 @@ class Frames(NamedTuple):
 class CaptionStats:
     """What one caption took. Metric names follow vLLM's `spec_decode` metrics.
 
+    What several captions of one `PromptSession` share counts in the first of them alone, so times can be summed.
+
     Attributes:
         method: `"plain"`, or `"specvlm/<pruner>/<tree>"`.
         num_frames: F, frames given to the processor.
@@ -74,7 +76,7 @@ class CaptionStats:
         draft_s: Share of `decode_s` in which the draft proposed.
         verify_s: Share of `decode_s` in which the target scored nodes and paths were chosen.
         commit_s: Share of `decode_s` in which caches were committed.
-        total_s: Wall time of the whole caption, from opening the file to its last token.
+        total_s: Time of the whole caption, from opening the file to its last token.
         plain_token_s: Estimated time per token of plain decoding after the first token; None: not estimated.
         peak_memory_bytes: Peak of the device's allocator (CUDA), or of the process (CPU).
         device: The target's device, in words.

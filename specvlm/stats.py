@@ -52,6 +52,14 @@ class StageClock:
         finally:
             self._host_s[name] = self._host_s.get(name, 0.0) + time.perf_counter() - start
 
+    @contextmanager
+    def awaited_stage(self, name: str) -> Iterator[None]:
+        """Time a piece of device work to its very end, for which the host waits."""
+        with self.host_stage(name):
+            yield
+            if self._cuda:
+                torch.cuda.synchronize()
+
     def settle(self) -> dict[str, float]:
         """Add up the stages since the last call, and return them. Call it right after a synchronisation."""
         for name, begin, end in self._events:

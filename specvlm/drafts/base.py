@@ -14,6 +14,7 @@ import torch
 
 from specvlm.config import SpeculationSettings
 from specvlm.families.base import ModelInputs
+from specvlm.prefill import Features
 from specvlm.sampling import TokenRule
 from specvlm.tree import Guesses, TreeShape
 from specvlm.verify import Accepted
@@ -24,6 +25,7 @@ class DraftRow(NamedTuple):
 
     inputs: ModelInputs
     scores: torch.Tensor  # float32 [V], the target's attention to each video token
+    features: Features | None = None  # of its video, to be used and kept for its further prompts
 
 
 class Horizon(NamedTuple):

@@ -37,9 +37,8 @@ class SmallModelDraft(Draft):
         for row in rows:
             keep = prune(row.scores, settings)
             kept.append(int(keep.sum()))
-            prompts.append(
-                prune_prompt(embed(self.model, row.inputs), keep, compact=settings.positions == "compact")
-            )
+            prompt = embed(self.model, row.inputs, row.features)
+            prompts.append(prune_prompt(prompt, keep, compact=settings.positions == "compact"))
         proposer = _SmallModelProposer(self.model, self.vocabulary, prompts, rule, slots)
         proposer.kept = tuple(kept)
         return proposer

@@ -126,6 +126,28 @@ class Family(ABC):
         video_id = processor.tokenizer.convert_tokens_to_ids(self.video_token(processor))
         return ModelInputs(ids, ids[0] == video_id, tensors)
 
+    def prepare_again(
+        self, processor: Any, inputs: ModelInputs, prompt: str, system: str | None = None
+    ) -> ModelInputs:
+        """What `prepare` gives for another prompt about the video of `inputs`, whose pixel tensors are shared.
+
+        Only the text is rendered and tokenised; its one video token becomes the V that this video has.
+
+        Raises:
+            PromptError: The prompt holds special tokens, or more than one `<video>`.
+        """
+        text = self._render(processor, prompt, system)
+        ids = processor.tokenizer([text], return_tensors="pt")["input_ids"]
+        video_id = processor.tokenizer.convert_tokens_to_ids(self.video_token(processor))
+        at = int((ids[0] == video_id).nonzero())
+        ids = torch.cat(
+            (ids[:, :at], ids.new_full((1, inputs.video_tokens), video_id), ids[:, at + 1 :]), dim=1
+        )
+        tensors = dict(inputs.tensors) | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if "mm_token_type_ids" in tensors:
+            tensors["mm_token_type_ids"] = torch.tensor(processor.create_mm_token_type_ids(ids.tolist()))
+        return ModelInputs(ids, ids[0] == video_id, tensors)
+
     def _metadata(self, frames: Frames) -> VideoMetadata:
         """True frame times, told to the processor as the mean rate of the frames that it gets."""
         count = len(frames.times_s)
