@@ -1,7 +1,8 @@
 """The plain baseline of a run: which videos get one, in which order, and what the two runs say together.
 
-Both runs decode the same prepared input in the same process. So that neither profits from being second, every
-other video, by a hash of its id, is decoded plainly first, the others with the draft first.
+Both runs decode the same video in the same process, and share what comes before the first token; each counts it in
+full, as if it were alone. So that neither profits from being second, every other video, by a hash of its id, is
+decoded plainly first, the others with the draft first.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ class Comparison:
         baseline_decode_s: Plain time of everything after the first token.
         decode_speedup: Plain time per token / speculative time per token, both after the first token. With
             equal tokens, which `exact_match` says, this is baseline_decode_s / decode_s.
-        e2e_speedup: Plain total_s / speculative total_s. Reading and preprocessing were done once and count
-            fully in both; so do vision, prefill and, on the speculative side, the draft's own prefill.
+        e2e_speedup: Plain total_s / speculative total_s. Reading, preprocessing, vision and the target's prefill
+            were done once and count fully in both; the draft's own prefill counts on the speculative side. Of a
+            video's several prompts the first has what they share, in both.
         exact_match: The same token ids, the end-of-sequence token included.
     """
 
@@ -45,7 +47,7 @@ def plain_first(item_id: str) -> bool:
 
 
 def compare(caption: Caption, plain: Caption) -> Comparison:
-    """Compare the two captions of one prepared video."""
+    """Compare the two captions of one video and prompt."""
     ours, theirs = caption.stats.token_s, plain.stats.token_s
     return Comparison(
         baseline_token_s=theirs,

@@ -7,6 +7,7 @@ one, tests give a fake.
 from __future__ import annotations
 
 import gc
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -19,7 +20,7 @@ from specvlm_cli.settings import CaptionSettings, ModelChoice, Plain
 DEMO_WEIGHTS = Path(specvlm.__file__).parent / "demo" / "weights"
 
 if TYPE_CHECKING:
-    from specvlm import Captioner, PreparedVideo
+    from specvlm import Captioner, PromptSession
 
 WARM_UP_TOKENS = 8
 
@@ -45,6 +46,18 @@ class Models:
     resolved: Plain = field(default_factory=dict)
 
 
+class Session(Protocol):
+    """One video with its prompts, which share all that they have in common."""
+
+    def caption(self, index: int, *, speculate: bool, time_limit_s: float | None = None) -> Caption:
+        """Caption the video with prompt number `index`, with the draft or plainly.
+
+        Raises:
+            PromptError: The prompt cannot be used.
+            GenerationTimeoutError: Not within the time limit.
+        """
+
+
 class Engine(Protocol):
     """Makes captions with settings fixed beforehand."""
 
@@ -52,18 +65,15 @@ class Engine(Protocol):
     def models(self) -> Models:
         """What the loaded models turned out to be."""
 
-    def prepare(self, frames: Frames, prompt: str) -> Any:
-        """Preprocess frames and a prompt; the result may be captioned several times and is never changed."""
+    def open(self, frames: Frames, prompts: Sequence[str]) -> Session:
+        """Preprocess frames and prompts."""
 
-    def caption(self, prepared: Any, *, speculate: bool, time_limit_s: float | None = None) -> Caption:
-        """Caption a prepared video, with the draft or plainly.
+    def warm_up(self, frames: Frames, prompt: str) -> None:
+        """Generate a few tokens both ways, so that the first video does not pay what first use costs.
 
         Raises:
-            GenerationTimeoutError: Not within the time limit.
+            PromptError: The prompt cannot be used.
         """
-
-    def warm_up(self, prepared: Any) -> None:
-        """Generate a few tokens both ways, so that the first video does not pay what first use costs."""
 
     def is_out_of_memory(self, error: Exception) -> bool:
         """Say whether an error means that memory ran out, and give back what can be given back."""
@@ -77,6 +87,16 @@ class EngineFactory(Protocol):
 
     def load(self, device: str | None) -> Engine:
         """Load the models onto a device; None: where the settings say."""
+
+
+class _SpecvlmSession:
+    """The library's session behind the `Session` protocol."""
+
+    def __init__(self, session: PromptSession, options: dict[str, Any]) -> None:
+        self._session, self._options = session, options
+
+    def caption(self, index: int, *, speculate: bool, time_limit_s: float | None = None) -> Caption:
+        return self._session.caption(index, speculate=speculate, time_limit_s=time_limit_s, **self._options)
 
 
 class SpecvlmEngine:
@@ -104,22 +124,15 @@ class SpecvlmEngine:
             resolved=resolved,
         )
 
-    def prepare(self, frames: Frames, prompt: str) -> PreparedVideo:
-        return self._captioner.prepare(frames, prompt, system=self._settings.system)
+    def open(self, frames: Frames, prompts: Sequence[str]) -> Session:
+        session = self._captioner.session(frames, prompts, system=self._settings.system)
+        return _SpecvlmSession(session, self._options)
 
-    def caption(
-        self, prepared: PreparedVideo, *, speculate: bool, time_limit_s: float | None = None
-    ) -> Caption:
-        return self._captioner.caption(
-            prepared, speculate=speculate, time_limit_s=time_limit_s, **self._options
-        )
-
-    def warm_up(self, prepared: PreparedVideo) -> None:
+    def warm_up(self, frames: Frames, prompt: str) -> None:
         few = min(WARM_UP_TOKENS, self._settings.generation.max_new_tokens)
+        session = self._captioner.session(frames, [prompt], system=self._settings.system)
         for speculate in (False, True):
-            self._captioner.caption(
-                prepared, speculate=speculate, **(self._options | {"max_new_tokens": few})
-            )
+            session.caption(0, speculate=speculate, **(self._options | {"max_new_tokens": few}))
 
     def is_out_of_memory(self, error: Exception) -> bool:
         import torch

@@ -44,7 +44,7 @@ class Figures:
         decode_estimated: The same where the plain time was estimated from a few plain steps.
         end_to_end_estimated: The same where the plain time was estimated from a few plain steps.
         tokens_per_s: Tokens after the first / time of the rounds, over all captions; None without rounds.
-        stages_s: Time of each stage over all captions; reading a file counts once for all its prompts.
+        stages_s: Time of each stage over all captions; what the prompts of a video share counts once.
         failures_by_kind: Failed videos by `stage:error_type`, where the tally was told of them.
         targets: The targets whose captions these are.
         drafts: The drafts that guessed.
@@ -206,7 +206,7 @@ class Tally:
             self._identical += row["exact_match"] is True
 
     def _add_stages(self, row: Row) -> None:
-        for stage in STAGES[row["prompt_index"] > 0 :]:  # the file was read for the first prompt
+        for stage in STAGES:
             self._stages_s[stage] += row[stage]
 
     def fail(self, failure: Failure, videos: int = 1) -> None:

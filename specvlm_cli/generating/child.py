@@ -15,14 +15,13 @@ from collections.abc import Iterator
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle
-from typing import Any
 
 from specvlm.errors import ConfigError, GenerationTimeoutError, ModelError, PromptError
 from specvlm.records import Caption, Frames
 from specvlm_cli import baseline
 from specvlm_cli.baseline import Comparison
 from specvlm_cli.decoding import open_frames
-from specvlm_cli.engine import Engine
+from specvlm_cli.engine import Engine, Session
 from specvlm_cli.exits import FatalError
 from specvlm_cli.failure import Failure, failure_of
 from specvlm_cli.generating.messages import REDUCED, Broken, Failed, Hello, Made, Ready, Setup, Task
@@ -116,19 +115,19 @@ class _Service:
 
     def _captions(self, task: Task, frames: Frames) -> Iterator[tuple[Caption, Comparison | None]]:
         began = time.monotonic()
-        for prompt in task.prompts:
-            prepared = self._prepare(frames, prompt)
-            if task.compare and self._cold:
-                self._engine.warm_up(prepared)
-                self._cold = False
+        session = self._open(frames, task.prompts)
+        if task.compare and self._cold:
+            self._engine.warm_up(frames, task.prompts[0])
+            self._cold = False
+        for index in range(len(task.prompts)):
             left_s = None if task.time_limit_s is None else task.time_limit_s - (time.monotonic() - began)
             if left_s is not None and left_s <= 0:
                 raise GenerationTimeoutError(f"the captions were not done after {task.time_limit_s:g} s")
-            yield self._caption(task, prepared, left_s)
+            yield _caption(session, index, task, left_s)
 
-    def _prepare(self, frames: Frames, prompt: str) -> Any:
+    def _open(self, frames: Frames, prompts: tuple[str, ...]) -> Session:
         try:
-            return self._engine.prepare(frames, prompt)
+            return self._engine.open(frames, prompts)
         except (*_FOR_ALL, PromptError):
             raise
         except Exception as error:
@@ -136,17 +135,19 @@ class _Service:
                 raise
             raise _Refused(failure_of("preprocess", error)) from error
 
-    def _caption(
-        self, task: Task, prepared: Any, time_limit_s: float | None
-    ) -> tuple[Caption, Comparison | None]:
-        if not task.compare:
-            return _written(self._engine.caption(prepared, speculate=True, time_limit_s=time_limit_s)), None
-        order = (False, True) if task.plain_first else (True, False)
-        made = {
-            speculate: self._engine.caption(prepared, speculate=speculate, time_limit_s=time_limit_s)
-            for speculate in order
-        }
-        return _written(made[True]), baseline.compare(made[True], made[False])
+
+def _caption(
+    session: Session, index: int, task: Task, time_limit_s: float | None
+) -> tuple[Caption, Comparison | None]:
+    """Caption one prompt, and where that was asked for, do it plainly too."""
+    if not task.compare:
+        return _written(session.caption(index, speculate=True, time_limit_s=time_limit_s)), None
+    order = (False, True) if task.plain_first else (True, False)
+    made = {
+        speculate: session.caption(index, speculate=speculate, time_limit_s=time_limit_s)
+        for speculate in order
+    }
+    return _written(made[True]), baseline.compare(made[True], made[False])
 
 
 def _failed(error: Exception, stage: str) -> Failed:

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,9 +31,15 @@ ROUNDS = 4
 ACCEPTED = (0, 1, 2, 1)  # rounds that accepted 0, 1, 2, 3 tokens: 8 accepted in 4 rounds
 
 
-def stats(*, plain: bool, tokens: int = 13, frames: int = 8) -> CaptionStats:
-    """Statistics of a made-up caption; plain decoding takes three times as long."""
+def stats(*, plain: bool, tokens: int = 13, frames: int = 8, first: bool = True) -> CaptionStats:
+    """Statistics of a made-up caption; plain decoding takes three times as long.
+
+    Further prompts of a video share the reading, half of the preprocessing and the draft's vision.
+    """
     decode_s = 0.6 if plain else 0.2
+    read_s, draft_s = (0.1, 0.1) if first else (0.0, 0.05)
+    draft_s = 0.0 if plain else draft_s
+    preprocess_s = 0.1 if first else 0.05
     return CaptionStats(
         method="plain" if plain else "specvlm/specvlm/static",
         num_frames=frames,
@@ -44,16 +51,16 @@ def stats(*, plain: bool, tokens: int = 13, frames: int = 8) -> CaptionStats:
         num_draft_tokens=0 if plain else 100,
         num_accepted_tokens=0 if plain else 8,
         acceptance_histogram=() if plain else ACCEPTED,
-        video_decode_s=0.1,
-        preprocess_s=0.1,
+        video_decode_s=read_s,
+        preprocess_s=preprocess_s,
         vision_s=0.0,
         target_prefill_s=0.0,
-        draft_prefill_s=0.0 if plain else 0.1,
+        draft_prefill_s=draft_s,
         decode_s=decode_s,
         draft_s=0.0,
         verify_s=0.0,
         commit_s=0.0,
-        total_s=decode_s + (0.2 if plain else 0.3),
+        total_s=read_s + preprocess_s + draft_s + decode_s,
         peak_memory_bytes=1000,
         device="fake",
     )
@@ -131,40 +138,46 @@ class FakeEngine:
             "fake/target", revision, "fake/draft", self._device, 1, resolved={"target_revision": revision}
         )
 
-    def prepare(self, frames: Frames, prompt: str) -> tuple[str, str, VideoSource | None, int]:
+    def open(self, frames: Frames, prompts: Sequence[str]) -> FakeSession:
         text = text_of(frames)
-        self._factory.note("prepared", text, prompt)
+        self._factory.note("prepared", text)
+        return FakeSession(self._factory, self._device, text, prompts, frames)
+
+    def warm_up(self, frames: Frames, prompt: str) -> None:
+        self._factory.note("warm_up")
+
+    def is_out_of_memory(self, error: Exception) -> bool:
+        return isinstance(error, MemoryError)
+
+
+@dataclass(frozen=True)
+class FakeSession:
+    """One video, and what it is to be asked."""
+
+    factory: FakeFactory
+    device: str
+    text: str
+    prompts: Sequence[str]
+    frames: Frames
+
+    def caption(self, index: int, *, speculate: bool, time_limit_s: float | None = None) -> Caption:
+        text, prompt, number = self.text, self.prompts[index], len(self.frames.pixels)
         if text.startswith("prompt"):
             raise PromptError("the prompt has no place for a video")
-        return text, prompt, frames.source, len(frames.pixels)
-
-    def caption(
-        self,
-        prepared: tuple[str, str, VideoSource | None, int],
-        *,
-        speculate: bool,
-        time_limit_s: float | None = None,
-    ) -> Caption:
-        text, prompt, source, number = prepared
-        time.sleep(self._factory.delay_s)
-        self._factory.note("captioned", text, speculate, self._device)
+        time.sleep(self.factory.delay_s)
+        self.factory.note("captioned", text, speculate, self.device)
         _misbehave(text, number, time_limit_s)
         words = "" if text.startswith("empty") else f"a caption of {text}" + self._more(text)
         if prompt.startswith("second"):
             words += " (second)"
         ids = (1, 2, 3) if not (text.startswith("differs") and not speculate) else (1, 2, 4)
-        return Caption(words, ids, "stop", stats(plain=not speculate, frames=number), source)
+        took = stats(plain=not speculate, frames=number, first=index == 0)
+        return Caption(words, ids, "stop", took, self.frames.source)
 
     def _more(self, text: str) -> str:
         """Return words that no compression makes short, and that are the same each time."""
-        numbers = range(self._factory.words)
+        numbers = range(self.factory.words)
         return "".join(f" {hashlib.sha256(f'{text} {number}'.encode()).hexdigest()}" for number in numbers)
-
-    def warm_up(self, prepared: object) -> None:
-        self._factory.note("warm_up")
-
-    def is_out_of_memory(self, error: Exception) -> bool:
-        return isinstance(error, MemoryError)
 
 
 def _misbehave(text: str, frames: int, time_limit_s: float | None) -> None:
@@ -203,7 +216,7 @@ class Log:
 
     @property
     def prepared(self) -> list[object]:
-        return [text for text, _ in self._lines("prepared")]
+        return [text for (text,) in self._lines("prepared")]
 
     @property
     def captioned(self) -> list[tuple[object, object]]:
