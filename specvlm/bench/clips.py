@@ -12,12 +12,21 @@ _SHIPPED = Path(specvlm.__file__).parent.parent / "examples" / "videos"
 
 
 class Clip(NamedTuple):
-    """One video, or one part of it."""
+    """One video, or one part of it.
 
-    name: str  # unique in a bench
+    Attributes:
+        name: Unique in a bench.
+        video: A path, or frames that are read already.
+        start_s: Start of the part.
+        end_s: Its end; None: that of the video.
+        prompt: Its own; None: that of the bench.
+    """
+
+    name: str
     video: str | bytes | Frames
     start_s: float = 0.0
     end_s: float | None = None
+    prompt: str | None = None
 
 
 class Examples(NamedTuple):

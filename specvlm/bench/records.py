@@ -42,9 +42,21 @@ class Configuration:
 
     @property
     def label(self) -> str:
-        """The configuration in a few words, frames left out, e.g. `specvlm uniform 0.9 static`."""
-        ratio = None if self.prune_ratio is None else f"{self.prune_ratio:g}"
-        return " ".join(word for word in (self.method, self.pruner, ratio, self.tree) if word)
+        """The configuration in a few words, frames left out, e.g. `specvlm 0.9 static` or `sd static`.
+
+        The pruner is named where it is not the one that has the method's name.
+        """
+        if self.method != "specvlm" or self.pruner is None or self.prune_ratio is None:
+            words: list[str] = [self.method]
+        elif self.pruner == "none":
+            words = [self.method, self.pruner]
+        else:
+            words = [
+                self.method,
+                *([] if self.pruner == "specvlm" else [self.pruner]),
+                f"{self.prune_ratio:g}",
+            ]
+        return " ".join([*words, self.tree] if self.tree else words)
 
 
 @dataclass(frozen=True, slots=True)

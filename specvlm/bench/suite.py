@@ -7,6 +7,7 @@ results nor a terminal; what goes on is told to whoever listens.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
@@ -59,6 +60,20 @@ class Found:
     left_out: dict[str, Left] = field(default_factory=dict)
 
 
+class Budget:
+    """Time for a quick check: once it is spent, no further video is begun."""
+
+    def __init__(self, seconds: float | None, clock: Callable[[], float] = time.monotonic) -> None:
+        """Begins now; None: no end."""
+        self._clock, self._end_s = clock, None if seconds is None else clock() + seconds
+
+    def is_spent(self) -> bool:
+        return self._end_s is not None and self._clock() > self._end_s
+
+
+_ENDLESS = Budget(None)
+
+
 class Suite:
     """A bench that is ready to run."""
 
@@ -70,10 +85,12 @@ class Suite:
         prepare: Callable[[Clip, int | None], PreparedVideo],
         measurer: Measuring,
         listener: Listener,
+        budget: Budget = _ENDLESS,
     ) -> None:
         """`prepare` reads and preprocesses a clip; `repeat` timed turns follow one of warm-up."""
         self._grid, self._clips, self._repeat = grid, clips, repeat
         self._prepare, self._measurer, self._listener = prepare, measurer, listener
+        self._budget = budget
         self._found = Found()
         self._done = 0
         self._total = len(grid.all()) * len(clips) * (repeat + 1)
@@ -91,6 +108,8 @@ class Suite:
         """Yield the clips that can be read; the first is read once before, since first use costs more."""
         is_warm = False
         for clip in self._clips:
+            if self._found.samples and self._budget.is_spent():
+                return
             try:
                 if not is_warm:
                     self._prepare(clip, num_frames)
@@ -138,12 +157,14 @@ class Setup:
         clips: On which videos.
         frames: Which frames to read where the grid gives no number, and how large; None: the captioner's own.
         asked: The rest, as the conditions tell it.
+        budget_s: Begin no further video after this time; None: take them all.
     """
 
     grid: Grid
     clips: Sequence[Clip]
     frames: FrameSettings | None
     asked: Asked
+    budget_s: float | None = None
 
 
 def bench(captioner: Captioner, setup: Setup, listener: Listener) -> Report:
@@ -162,12 +183,14 @@ def bench(captioner: Captioner, setup: Setup, listener: Listener) -> Report:
     base = captioner.frames if setup.frames is None else setup.frames
 
     def prepare(clip: Clip, num_frames: int | None) -> PreparedVideo:
+        prompt = asked.prompt if clip.prompt is None else clip.prompt
         if isinstance(clip.video, Frames):
-            return captioner.prepare(_spread(clip.video, num_frames), asked.prompt)
-        return captioner.prepare(clip.video, asked.prompt, frames=_frames_of(base, clip, num_frames))
+            return captioner.prepare(_spread(clip.video, num_frames), prompt)
+        return captioner.prepare(clip.video, prompt, frames=_frames_of(base, clip, num_frames))
 
     measurer = Measurer(captioner, asked.max_new_tokens)
-    found = Suite(grid, setup.clips, asked.repeat, prepare, measurer, listener).run()
+    budget = Budget(setup.budget_s)
+    found = Suite(grid, setup.clips, asked.repeat, prepare, measurer, listener, budget).run()
     kept = tuple(one for one in found.samples if one.configuration not in found.errors)
     videos = tuple(dict.fromkeys(one.video for one in kept))
     return Report(

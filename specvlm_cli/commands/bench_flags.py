@@ -1,0 +1,139 @@
+"""The flags of `specvlm bench`. What they mean is worked out in `bench.py`.
+
+Lists are separated by commas. A flag that `caption` has too shares its variable, except
+where that holds one value, or names a run folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import typer
+
+from specvlm.bench.grid import Grid
+from specvlm.bench.records import METHODS
+from specvlm.config import PRUNERS, TREES
+from specvlm_cli.commands.caption_flags import MOST, CaptionFlags, DtypeName
+from specvlm_cli.commands.options import flag, same_as
+from specvlm_cli.exits import UsageError
+from specvlm_cli.text import clean
+
+_INPUT, _COMPARED, _TALKING = "Input and output", "What is compared", "Messages"
+_GRID = Grid()
+REPEAT = 3
+MOST_REPEATS = 1000
+
+Value = TypeVar("Value")
+
+
+def listed(values: tuple[object, ...]) -> str:
+    """Return values as they are typed."""
+    return ",".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
+
+
+def values_of(name: str, text: str, kind: Callable[[str], Value], example: str) -> tuple[Value, ...]:
+    """Return the values that a list names, each once.
+
+    Raises:
+        UsageError: It names none, or one that is not of this kind.
+    """
+    found: dict[Value, None] = {}
+    for part in filter(None, (one.strip() for one in text.split(","))):
+        try:
+            found[kind(part)] = None
+        except ValueError as error:
+            raise UsageError(
+                f"{name} {clean(text)}: {clean(part)!r} is no number; give e.g. {example}"
+            ) from error
+    if not found:
+        raise UsageError(f"{name} {clean(text)!r} names none; give e.g. {example}")
+    return tuple(found)
+
+
+def _list(panel: str, names: str, text: str) -> object:
+    """Declare a list, without a variable: that of `caption` holds one value."""
+    long, *others = names.split()
+    return typer.Option(long, *others, help=text, rich_help_panel=panel, metavar="LIST")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchFlags:
+    """All of them."""
+
+    inputs: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[INPUT...]",
+            help="Videos, folders, quoted globs, manifests or - as for caption. Default: the example clips.",
+        ),
+    ] = None
+    limit: Annotated[
+        int | None, flag(_INPUT, "--limit", "At most N videos.", metavar="N", min=1, max=MOST)
+    ] = None
+    out: Annotated[  # no variable: SPECVLM_OUT is a run folder
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            help="Folder for bench.parquet, a row for each timed caption, and bench.html, a page with plots.",
+            rich_help_panel=_INPUT,
+            metavar="FOLDER",
+        ),
+    ] = None
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            "--prompt",
+            help="What to ask: TEXT, or @FILE. Default: the preset's.",
+            rich_help_panel=_INPUT,
+            metavar="TEXT",
+        ),
+    ] = None
+    methods: Annotated[str, _list(_COMPARED, "--methods", f"Of {listed(METHODS)}.")] = listed(_GRID.methods)
+    pruner: Annotated[
+        str, _list(_COMPARED, "--pruner", f"Pruners of the specvlm method, of {listed(PRUNERS)}.")
+    ] = listed(_GRID.pruners)
+    prune_ratio: Annotated[
+        str, _list(_COMPARED, "--prune-ratio", "Its shares of video tokens that the draft does not see.")
+    ] = listed(_GRID.prune_ratios)
+    tree: Annotated[
+        str, _list(_COMPARED, "--tree", f"Trees of the methods sd and specvlm, of {listed(TREES)}.")
+    ] = listed(_GRID.trees)
+    num_frames: Annotated[
+        str | None,
+        _list(
+            _COMPARED, "--num-frames", "Frames to read, each number for itself. Default: as the preset says."
+        ),
+    ] = None
+    repeat: Annotated[
+        int,
+        flag(
+            _COMPARED,
+            "--repeat",
+            "Timed turns of each video, after one of warm-up.",
+            metavar="N",
+            min=1,
+            max=MOST_REPEATS,
+        ),
+    ] = REPEAT
+    max_new_tokens: Annotated[int, same_as(CaptionFlags, "max_new_tokens")] = CaptionFlags.max_new_tokens
+    preset: Annotated[str | None, same_as(CaptionFlags, "preset")] = None
+    target: Annotated[str | None, same_as(CaptionFlags, "target")] = None
+    draft: Annotated[str | None, same_as(CaptionFlags, "draft")] = None
+    revision: Annotated[str | None, same_as(CaptionFlags, "revision")] = None
+    draft_revision: Annotated[str | None, same_as(CaptionFlags, "draft_revision")] = None
+    dtype: Annotated[DtypeName, same_as(CaptionFlags, "dtype")] = "auto"
+    device_map: Annotated[str | None, same_as(CaptionFlags, "device_map")] = None
+    local_files_only: Annotated[bool, same_as(CaptionFlags, "local_files_only")] = False
+    trust_remote_code: Annotated[bool, same_as(CaptionFlags, "trust_remote_code")] = False
+    json_output: Annotated[
+        bool, flag(_TALKING, "--json", "Print conditions and summaries as one JSON object, on one line.")
+    ] = False
+    quiet: Annotated[bool, flag(_TALKING, "--quiet -q", "No progress and no notes.")] = False
+    verbose: Annotated[  # the app looks for it, see app.py
+        bool,
+        typer.Option("--verbose", "-v", help="Show the traceback of an error.", rich_help_panel=_TALKING),
+    ] = False
