@@ -1,0 +1,364 @@
+"""A bench as one HTML file that needs nothing else: no network, no script, plots and pictures inside.
+
+Text from outside (paths, errors, model names, the command) is escaped, and what could not be seen in it is shown.
+The page forbids itself to load anything, so that a browser would refuse what slipped through. Importing this file
+is cheap; matplotlib is loaded when a page is made.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable, Iterable, Sequence
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from specvlm.bench.records import BASELINES, Conditions, MethodName, Report, Summary
+
+if TYPE_CHECKING:
+    from specvlm.bench.plots import Plot
+
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+
+
+class PageSheet(NamedTuple):
+    """A picture for the page, as `specvlm inspect` draws it."""
+
+    title: str  # text from outside, e.g. the clip's name
+    png: bytes
+
+
+class _Column(NamedTuple):
+    """One column of a table: its heading, and what stands in it, as text."""
+
+    name: str
+    cell: Callable[[Summary], str]
+
+
+def write_page(report: Report, path: Path, sheets: Sequence[PageSheet] = ()) -> None:
+    """Write the page; what is at `path` is replaced.
+
+    Args:
+        report: What was measured.
+        path: The file, usually `.html`.
+        sheets: Pictures of what the draft was given.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    path.write_text(page(report, sheets), encoding="utf-8")
+
+
+def page(report: Report, sheets: Sequence[PageSheet] = ()) -> str:
+    """The page as text, without lone surrogates."""
+    from specvlm.bench.plots import plots
+
+    its = report.conditions
+    title = f"{'Modelled: ' if report.modelled else ''}{its.target}, {its.device}"
+    parts = [
+        _head(report, title),
+        _conditions(its),
+        _left_out(report),
+        _section("results", "Results", _results(report)),
+        *(_plot(plot, report) for plot in plots(report)),
+        _section("rounds", "Rounds", _rounds(report)) if any(s.num_drafts for s in report.summaries) else "",
+        _section("limits", "What is the limit", _limits(report)),
+        *(_sheet(number, sheet) for number, sheet in enumerate(sheets, 1)),
+        _section("reading", "How to read it", _READING),
+    ]
+    return (
+        "<!DOCTYPE html>\n"
+        f'<html lang="en"{" class=modelled" if report.modelled else ""}>\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n'
+        f"<title>specvlm bench: {safe(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
+        + "\n".join(part for part in parts if part)
+        + "\n</main>\n</body>\n</html>\n"
+    )
+
+
+def safe(text: str) -> str:
+    """Text from outside, escaped; white space folded, and what cannot be seen shown as U+FFFD."""
+    folded = " ".join(text.split())
+    return escape("".join(character if character.isprintable() else "\ufffd" for character in folded))
+
+
+# --- parts of the page ---
+
+
+def _head(report: Report, title: str) -> str:
+    its = report.conditions
+    label = safe(report.label) if report.label else "random weights, given acceptance: a model's cost"
+    banner = (
+        f'<p class="banner" role="note"><strong>MODELLED</strong> <span>{label}</span></p>'
+        if report.modelled
+        else ""
+    )
+    pair = safe(its.target) + (f" with {safe(its.draft)}" if its.draft else "")
+    return (
+        f'{banner}<header><h1>specvlm bench</h1><p class="pair">{pair}</p>'
+        f"{_headline(report)}<p><code>{safe(its.command)}</code></p></header>"
+    )
+
+
+def _headline(report: Report) -> str:
+    """The fastest configuration from the file to the text, its numbers large."""
+    base = _baseline(report)
+    if base is None:
+        return ""
+    ran = [(one, found) for one in report.summaries if (found := one.speedup(base)) is not None]
+    best, found = max(ran, key=lambda pair: pair[1].e2e)
+    accepted = best.mean_accepted_tokens
+    figures = [
+        (f"{found.e2e:.2f} ×", "end to end"),  # noqa: RUF001
+        ("" if found.decode is None else f"{found.decode:.2f} ×", "decoding"),  # noqa: RUF001
+        ("" if accepted is None else f"{accepted:.2f}", "accepted tokens a round"),
+        ("" if best.exact_match is None else _percent(best.exact_match), "of captions the same"),
+    ]
+    shown = "".join(
+        f"<li><b>{value}</b> {name}{' <i>modelled</i>' if report.modelled else ''}</li>"
+        for value, name in figures
+        if value
+    )
+    frames = _frames(best) if _several_frames(report) else ""
+    name = best.configuration.label + (f", {frames} frames" if frames else "")
+    return f'<p>Fastest end to end: <b>{safe(name)}</b>, against {base}.</p><ul class="figures">{shown}</ul>'
+
+
+def _conditions(its: Conditions) -> str:
+    versions = {
+        "specvlm": its.specvlm_version,
+        "torch": its.torch_version,
+        "transformers": its.transformers_version,
+        "Python": its.python_version,
+    }
+    rows = [
+        ("target", its.target),
+        ("draft", its.draft or "none"),
+        ("family, dtype", f"{its.family}, {its.dtype}"),
+        ("device", its.device),
+        ("machine", ", ".join(word for word in (its.machine, its.processor) if word)),
+        ("cores, threads", f"{_counted(its.cores, 'core')}, {_counted(its.threads, 'thread')}"),
+        ("versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
+        ("clips", f"{its.clips}: {_counted(len(its.videos), 'video')}"),
+        ("prompt", its.prompt),
+        ("captions", f"at most {_counted(its.max_new_tokens, 'token')}"),
+        ("turns", f"{its.repeat} timed, after one of warm-up"),
+        ("begun", its.started_at),
+    ]
+    shown = "".join(f"<div><dt>{name}</dt><dd>{safe(value)}</dd></div>" for name, value in rows)
+    return f'<section id="conditions"><h2>Conditions</h2><dl>{shown}</dl></section>'
+
+
+def _left_out(report: Report) -> str:
+    if not report.left_out:
+        return ""
+    lines = "".join(f"<li><b>{safe(one.video)}</b>: {safe(one.reason)}</li>" for one in report.left_out)
+    return _section("left-out", "Left out", f"<ul>{lines}</ul>")
+
+
+def _plot(plot: Plot, report: Report) -> str:
+    note = f"<p>{_modelled(report)}{safe(plot.note)}</p>"
+    title = safe(plot.title)
+    drawing = plot.svg.replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)
+    return _section(f"plot-{plot.name}", title, f'{note}<div class="scroll plot">{drawing}</div>')
+
+
+def _sheet(number: int, sheet: PageSheet) -> str:
+    data = base64.b64encode(sheet.png).decode("ascii")
+    title = safe(sheet.title)
+    picture = f'<img alt="Kept video tokens of {title}" src="data:image/png;base64,{data}">'
+    note = "<p>What the target looked at, and what the draft was given. <code>specvlm inspect</code> draws it.</p>"
+    return _section(f"sheet-{number}", title, f'{note}<div class="scroll sheet">{picture}</div>')
+
+
+def _section(name: str, title: str, inner: str) -> str:
+    return f'<section id="{name}"><h2>{title}</h2>{inner}</section>'
+
+
+def _modelled(report: Report) -> str:
+    return "<strong>Modelled.</strong> " if report.modelled else ""
+
+
+# --- tables ---
+
+
+def _results(report: Report) -> str:
+    bases = [base for base in BASELINES if any(one.speedup(base) for one in report.summaries)]
+    columns = [
+        *(_Column(f"decoding × {base}", _decode(base)) for base in bases),  # noqa: RUF001
+        *(_Column(f"end to end × {base}", _e2e(base)) for base in bases),  # noqa: RUF001
+        _Column("accepted tokens", lambda one: _number(one.mean_accepted_tokens)),
+        _Column(f"same as {_reference(report)}", lambda one: _percent(one.exact_match)),
+        _Column("ms/token", lambda one: _ms(one.token_s)),
+        _Column("ms/video", lambda one: _ms(one.total_s / one.videos, 1)),
+        _Column("video tokens", lambda one: f"{one.video_tokens:.0f}"),
+        _Column("draft sees", lambda one: f"{one.video_tokens_kept:.0f}" if one.video_tokens_kept else ""),
+        _Column("peak memory", lambda one: _size(one.peak_memory_bytes)),
+    ]
+    note = (
+        "<p>Peak memory is that of the process so far: a method's figure holds all that ran before it.</p>"
+        if report.conditions.peak_memory_of == "process"
+        else ""
+    )
+    return _modelled(report) + _table(report, report.summaries, columns) + note
+
+
+def _rounds(report: Report) -> str:
+    columns = [
+        _Column("nodes", lambda one: "" if one.mean_nodes is None else f"{one.mean_nodes:.1f}"),
+        _Column("plain step, ms", lambda one: _ms(one.plain_token_s)),
+        _Column("draft, ms a round", lambda one: _ms(one.draft_round_s)),
+        _Column("verify, ms a round", lambda one: _ms(one.verify_round_s)),
+        _Column("host share", lambda one: _percent(one.host_share)),
+        _Column("formula's speedup", lambda one: _number(one.predicted_decode_speedup)),
+        _Column("measured / formula", lambda one: _number(one.measured_over_predicted)),
+        _Column(
+            "accepted by depth", lambda one: " ".join(_number(x) or "-" for x in one.acceptance_per_depth[:8])
+        ),
+    ]
+    shown = [one for one in report.summaries if one.num_drafts]
+    return _modelled(report) + _table(report, shown, columns)
+
+
+def _table(report: Report, summaries: Iterable[Summary], columns: Sequence[_Column]) -> str:
+    """A table that scrolls by itself where it is too wide; columns without a word are left out."""
+    shown, several = list(summaries), _several_frames(report)
+    cells = {column.name: [column.cell(one) if one.videos else "" for one in shown] for column in columns}
+    names = [name for name, column in cells.items() if any(column)]
+    head = ["method", *(["frames"] if several else []), *names]
+    lines = []
+    for number, one in enumerate(shown):
+        first = f'<th scope="row">{safe(one.configuration.label)}</th>'
+        frames = f"<td>{_frames(one)}</td>" if several else ""
+        if one.error is not None:
+            rest = f'<td class="failed" colspan="{max(len(names), 1)}">failed: {safe(one.error)}</td>'
+        else:
+            rest = "".join(f"<td>{safe(cells[name][number])}</td>" for name in names)
+        begins = number > 0 and one.configuration.frames_asked != shown[number - 1].configuration.frames_asked
+        lines.append(f"<tr{' class=begins' if begins else ''}>{first}{frames}{rest}</tr>")
+    top = "".join(f'<th scope="col">{safe(name)}</th>' for name in head)
+    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+
+
+def _limits(report: Report) -> str:
+    several = _several_frames(report)
+    lines = []
+    for one in report.summaries:
+        frames = f", {_frames(one)} frames" if several else ""
+        said = f"failed: {one.error}" if one.error is not None else one.limit
+        if said:
+            lines.append(f"<li><b>{safe(one.configuration.label + frames)}</b>: {safe(said)}</li>")
+    return f"<ul>{''.join(lines)}</ul>" if lines else "<p>Nothing can be said: no captions were timed.</p>"
+
+
+# --- words and numbers ---
+
+
+def _baseline(report: Report) -> MethodName | None:
+    return next((base for base in BASELINES if any(one.speedup(base) for one in report.summaries)), None)
+
+
+def _reference(report: Report) -> str:
+    return next((one.exact_match_against for one in report.summaries if one.exact_match_against), "stock")
+
+
+def _several_frames(report: Report) -> bool:
+    return len({one.configuration.frames_asked for one in report.summaries}) > 1
+
+
+def _frames(one: Summary) -> str:
+    asked = one.configuration.frames_asked
+    return "preset's" if asked is None else str(asked)
+
+
+def _decode(base: MethodName) -> Callable[[Summary], str]:
+    def cell(one: Summary) -> str:
+        found = one.speedup(base)
+        return "" if found is None else _number(found.decode)
+
+    return cell
+
+
+def _e2e(base: MethodName) -> Callable[[Summary], str]:
+    def cell(one: Summary) -> str:
+        found = one.speedup(base)
+        return "" if found is None else _number(found.e2e)
+
+    return cell
+
+
+def _counted(number: int, name: str) -> str:
+    return f"{number} {name}{'' if number == 1 else 's'}"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _percent(share: float | None) -> str:
+    """A share in percent that says 100 only where it is all."""
+    if share is None:
+        return ""
+    text = f"{100.0 * share:.1f}"
+    return f"{'>99.9' if text == '100.0' and share < 1.0 else text.removesuffix('.0')} %"
+
+
+def _ms(seconds: float | None, digits: int = 2) -> str:
+    return "" if seconds is None else f"{1e3 * seconds:.{digits}f}"
+
+
+def _size(size_bytes: int) -> str:
+    return f"{size_bytes / 1e9:.2f} GB" if size_bytes else ""
+
+
+_READING = """<ul>
+<li><b>Decoding</b> is all after the first token; <b>end to end</b> is from opening the file to the text, which is
+what a user waits for. Both are ratios of totals over the videos, of each video the median over the turns, against
+the baseline on the same videos in the same process.</li>
+<li><b>Accepted tokens</b> are guesses that a round accepts, in the mean, without the token that the target adds
+itself.</li>
+<li><b>The same</b> is the share of captions equal to the reference's, token for token.</li>
+<li><b>The formula</b>: (accepted tokens + 1) × plain step / (draft + verify), with the terms as measured here.</li>
+</ul>"""  # noqa: RUF001
+
+_STYLE = """
+:root{--ink:#1b1f24;--faint:#5b6570;--paper:#fff;--panel:#f5f7f9;--rule:#d5dbe1;--link:#1c6fb5;--alarm:#b3261e}
+@media (prefers-color-scheme:dark){:root{--ink:#e6e9ed;--faint:#9aa5b1;--paper:#14171b;--panel:#1c2127;
+--rule:#343c45;--link:#6cb2ee;--alarm:#ff8a80}}
+*{box-sizing:border-box}
+body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.5 system-ui,sans-serif}
+main{max-width:1080px;margin:0 auto;padding:24px 20px 64px}
+h1{font-size:1.05rem;margin:0;color:var(--faint);font-weight:600}
+h2{font-size:1.2rem;margin:0 0 10px}
+section{margin-top:40px}
+p{margin:0 0 10px;max-width:75ch}
+.pair{font-size:1.6rem;font-weight:700;line-height:1.25;overflow-wrap:anywhere;max-width:none}
+.banner{background:var(--alarm);color:var(--paper);padding:14px 18px;border-radius:8px;max-width:none;
+margin-bottom:24px}
+.banner strong{font-size:1.7rem;letter-spacing:.06em;margin-right:10px;vertical-align:-2px}
+code{font:.9em ui-monospace,monospace;background:var(--panel);padding:2px 6px;border-radius:4px;
+overflow-wrap:anywhere}
+.figures{display:flex;flex-wrap:wrap;gap:12px 36px;list-style:none;padding:0;margin:8px 0 16px}
+.figures li{color:var(--faint);font-size:.9rem}
+.figures b{display:block;font-size:1.9rem;line-height:1.2;color:var(--ink);font-variant-numeric:tabular-nums}
+.figures i{color:var(--alarm);font-style:normal;font-weight:600}
+dl{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));gap:6px 32px;margin:0}
+dl div{display:flex;gap:12px;border-bottom:1px solid var(--rule);padding:4px 0}
+dt{flex:0 0 8.5em;color:var(--faint)}
+dd{margin:0;min-width:0;overflow-wrap:anywhere}
+ul{padding-left:1.2em;margin:0}
+li{overflow-wrap:anywhere}
+.scroll{overflow-x:auto}
+table{border-collapse:collapse;font-size:.92rem;font-variant-numeric:tabular-nums;min-width:100%}
+th,td{padding:6px 12px;border-bottom:1px solid var(--rule);text-align:right;white-space:nowrap}
+thead th{color:var(--faint);font-weight:600;vertical-align:bottom;white-space:normal;min-width:5.5em}
+th:first-child{text-align:left;padding-left:0;position:sticky;left:0;background:var(--paper);font-weight:600}
+tr.begins>*{border-top:2px solid var(--faint)}
+table+*,.scroll+p{margin-top:10px}
+td.failed{text-align:left;color:var(--alarm);white-space:normal}
+.plot svg{display:block;width:100%;min-width:640px;height:auto}
+.sheet img{display:block;width:100%;min-width:640px;height:auto;border-radius:8px}
+.modelled section strong{color:var(--alarm)}
+"""

@@ -1,0 +1,331 @@
+"""The plots of a bench as SVG, to stand inside a page. Knows records and matplotlib; no pages, no files.
+
+What is black in a plot is drawn in `INK`, which becomes the page's own text colour, so that one plot suits light
+and dark pages. Text stays text. All words come from this package, none from outside.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from specvlm.bench.records import BASELINES, STAGES, Configuration, MethodName, Report, Summary
+
+INK = "#010203"  # stands for the page's text colour
+# Told apart by colour-blind eyes, and clear on white as on near-black.
+COLOURS = ("#2b83c6", "#e0762b", "#2a9d72", "#c2549c", "#a48a00", "#7a6bd6", "#cf4a45", "#2aa0ad")
+MOST_SERIES = 2 * len(COLOURS)  # lines of one plot
+_MOST_DEPTHS = 12
+_WIDTH = 9.6  # inches
+_MOST_TICKS = 6  # else matplotlib chooses
+_MARKERS = "osD^vPX*"
+
+STAGE_NAMES = {
+    "read_s": "read",
+    "preprocess_s": "preprocess",
+    "vision_s": "vision",
+    "target_prefill_s": "target prefill",
+    "draft_prefill_s": "draft prefill",
+    "prefill_s": "all before the first token",
+    "draft_s": "draft",
+    "verify_s": "verify (plain: steps)",
+    "commit_s": "commit",
+    "host_s": "host",
+    "steps_s": "all after the first token",
+    "rest_s": "rest",
+}
+# Before the first token in cool colours, rounds in warm ones, the rest in grey.
+STAGE_COLOURS = {
+    "read_s": "#7f8c8d",
+    "preprocess_s": "#4f86a8",
+    "vision_s": "#2b83c6",
+    "target_prefill_s": "#5b6fd0",
+    "draft_prefill_s": "#2aa0ad",
+    "prefill_s": "#6f9fd8",
+    "draft_s": "#e0a02b",
+    "verify_s": "#e0662b",
+    "commit_s": "#b8452f",
+    "host_s": "#c2549c",
+    "steps_s": "#e58f66",
+    "rest_s": "#9aa0a6",
+}
+
+_STYLE: Any = {
+    "svg.fonttype": "none",
+    "font.size": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.alpha": 0.18,
+    "lines.linewidth": 2.0,
+    "lines.markersize": 6.0,
+    "legend.frameon": False,
+    "axes.titlesize": 12,
+    "axes.titlelocation": "left",
+    **dict.fromkeys(
+        ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color"), INK
+    ),
+}
+
+
+class Plot(NamedTuple):
+    """One plot.
+
+    Attributes:
+        name: For links and tests: `speedup`, `ratio`, `frames`, `stages` or `depth`.
+        title: What it shows.
+        note: What must be known to read it; may be empty.
+        svg: An `<svg>` element.
+    """
+
+    name: str
+    title: str
+    note: str
+    svg: str
+
+
+class _Line(NamedTuple):
+    """One line of a plot: a configuration, but for what the x axis says."""
+
+    label: str
+    points: list[tuple[float, Summary]]
+
+
+def baseline_of(report: Report) -> MethodName | None:
+    """What speedups are shown against: the first of the baselines that ran."""
+    return next((name for name in BASELINES if any(one.speedup(name) for one in report.summaries)), None)
+
+
+def plots(report: Report) -> list[Plot]:
+    """Every plot that has something to show, in the page's order."""
+    ran = [one for one in report.summaries if one.videos]
+    base = baseline_of(report)
+    with rc_context(_STYLE):
+        found = [
+            _speedups(ran, base) if base else None,
+            _over_ratio(ran, base),
+            _over_frames(ran, base),
+            _stages(ran),
+            _depths(ran),
+        ]
+    return [one for one in found if one is not None]
+
+
+def name_of(how: Configuration, several_frames: bool) -> str:
+    """A configuration's label, with its frames where there are several."""
+    if not several_frames:
+        return how.label
+    return f"{how.label}, {_frames(how)} frames"
+
+
+def _frames(how: Configuration) -> str:
+    return "preset's" if how.frames_asked is None else str(how.frames_asked)
+
+
+def has_several_frames(summaries: Iterable[Summary]) -> bool:
+    """Whether configurations differ in the frames asked for."""
+    return len({one.configuration.frames_asked for one in summaries}) > 1
+
+
+# --- the plots ---
+
+
+def _speedups(ran: Sequence[Summary], base: MethodName) -> Plot | None:
+    shown = [(one, found) for one in ran if (found := one.speedup(base)) is not None]
+    if not shown:
+        return None
+    names = [name_of(one.configuration, has_several_frames(ran)) for one, _ in shown]
+    figure, axes = _bars(names, 0.56)
+    rows = range(len(shown))
+    bars = (
+        ("decoding", [found.decode or 0.0 for _, found in shown], -0.2, COLOURS[0]),
+        ("end to end", [found.e2e for _, found in shown], 0.2, COLOURS[1]),
+    )
+    for label, values, shift, colour in bars:
+        drawn = axes.barh([row + shift for row in rows], values, 0.36, color=colour, label=label)
+        axes.bar_label(drawn, [f"{value:.2f}" if value else "" for value in values], padding=4, color=INK)
+    axes.axvline(1.0, color=INK, linewidth=1.2, linestyle=(0, (4, 3)))
+    axes.set_xlim(0, 1.12 * max(1.0, *(max(found.decode or 0.0, found.e2e) for _, found in shown)))
+    axes.set_xlabel(f"times as fast as {base}")
+    _legend(figure, axes, 2)
+    return Plot("speedup", f"Speedup against {base}", _ONE, _svg(figure, "speedup"))
+
+
+_ONE = "Above the dashed line at 1 is faster than the baseline, below it slower."
+
+
+def _over_ratio(ran: Sequence[Summary], base: MethodName | None) -> Plot | None:
+    def line(how: Configuration) -> str | None:
+        if how.method != "specvlm" or how.pruner == "none":
+            return None
+        frames = f", {_frames(how)} frames" if several else ""
+        return f"pruner {how.pruner}, tree {how.tree}{frames}"
+
+    several = has_several_frames(ran)
+    lines = _lines(ran, line, lambda one: one.configuration.prune_ratio)
+    note = "At a prune ratio of 0 the draft sees all video tokens."
+    return _panels("ratio", "Over the prune ratio", note, lines, base, "prune ratio")
+
+
+def _over_frames(ran: Sequence[Summary], base: MethodName | None) -> Plot | None:
+    def line(how: Configuration) -> str | None:
+        return None if how.method == base else how.label
+
+    lines = _lines(ran, line, lambda one: one.num_frames)
+    return _panels("frames", "Over the frames of a video", "", lines, base, "frames of a video, mean")
+
+
+def _panels(
+    name: str, title: str, note: str, lines: list[_Line], base: MethodName | None, x_label: str
+) -> Plot | None:
+    """Side by side: decoding, end to end, accepted tokens; without a baseline the last alone."""
+    lines = [line for line in lines if len({x for x, _ in line.points}) > 1]
+    if not lines:
+        return None
+    shown = lines[:MOST_SERIES]
+    panels: list[tuple[str, Callable[[Summary], float | None]]] = [("accepted tokens a round", _accepted)]
+    if base is not None:
+        panels = [
+            (f"decoding, times {base}", lambda one: _speedup(one, base)[0]),
+            (f"end to end, times {base}", lambda one: _speedup(one, base)[1]),
+            *panels,
+        ]
+    figure = Figure(figsize=(_WIDTH, 3.4 + 0.25 * -(-len(shown) // 2)), layout="constrained")
+    handles: dict[str, Line2D] = {}
+    for axes, (heading, y) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for number, line in enumerate(shown):
+            points = [(x, value) for x, one in line.points if (value := y(one)) is not None]
+            if points:
+                (handles[line.label],) = axes.plot(*zip(*points, strict=True), **_look(number))
+        if y is not _accepted:
+            axes.axhline(1.0, color=INK, linewidth=1.2, linestyle=(0, (4, 3)))
+        places = sorted({x for line in shown for x, _ in line.points})
+        axes.set(xlabel=x_label, title=heading, ylim=(0, 1.08 * axes.dataLim.y1))
+        if len(places) <= _MOST_TICKS:
+            axes.set_xticks(places, [f"{place:g}" for place in places])
+    figure.legend(list(handles.values()), list(handles), loc="outside lower left", ncols=2)
+    return Plot(name, title, (note + _more(len(lines))).strip(), _svg(figure, name))
+
+
+def _accepted(one: Summary) -> float | None:
+    return one.mean_accepted_tokens
+
+
+def _look(number: int) -> dict[str, Any]:
+    """Colour, marker and stroke of a line; the second half of the lines is dashed."""
+    place = number % len(COLOURS)
+    dashed = number >= len(COLOURS)
+    return {
+        "color": COLOURS[place],
+        "marker": _MARKERS[place],
+        "linestyle": (0, (4, 2)) if dashed else "-",
+        "markerfacecolor": "none" if dashed else COLOURS[place],
+    }
+
+
+def _more(lines: int) -> str:
+    return (
+        "" if lines <= MOST_SERIES else f" Shown are the first {MOST_SERIES} of {lines}; the table has all."
+    )
+
+
+def _stages(ran: Sequence[Summary]) -> Plot | None:
+    if not ran:
+        return None
+    names = [name_of(one.configuration, has_several_frames(ran)) for one in ran]
+    figure, axes = _bars(names, 0.42)
+    left = [0.0] * len(ran)
+    used = [name for name in STAGES if any(_per_video(one, name) > 0 for one in ran)]
+    for name in used:
+        values = [max(0.0, 1e3 * _per_video(one, name)) for one in ran]
+        axes.barh(range(len(ran)), values, 0.7, left=left, color=STAGE_COLOURS[name], label=STAGE_NAMES[name])
+        left = [before + value for before, value in zip(left, values, strict=True)]
+    axes.set_xlim(0, 1.1 * max(left))
+    for row, whole in enumerate(left):
+        axes.annotate(f"{whole:.0f}" if whole >= 10 else f"{whole:.1f}", (whole, row), (5, 0),
+                      textcoords="offset points", va="center")  # fmt: skip
+    axes.set_xlabel("milliseconds a video")
+    _legend(figure, axes, 4)
+    note = "Medians over the turns, totals over the videos, divided by the videos."
+    return Plot("stages", "Where the time goes", note, _svg(figure, "stages"))
+
+
+def _depths(ran: Sequence[Summary]) -> Plot | None:
+    with_rounds = [one for one in ran if any(share is not None for share in one.acceptance_per_depth)]
+    if not with_rounds:
+        return None
+    shown = with_rounds[:MOST_SERIES]
+    figure = Figure(figsize=(_WIDTH, 3.5 + 0.25 * -(-len(shown) // 2)), layout="constrained")
+    axes = figure.subplots()
+    for number, one in enumerate(shown):
+        shares = enumerate(one.acceptance_per_depth[:_MOST_DEPTHS], 1)
+        points = [(depth, share) for depth, share in shares if share is not None]
+        label = name_of(one.configuration, has_several_frames(ran))
+        axes.plot(*zip(*points, strict=True), label=label, **_look(number))
+    axes.set(xlabel="depth in the tree", ylabel="share accepted", ylim=(0, 1.03))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.legend(loc="outside lower left", ncols=2)
+    note = "The share of rounds that accepted a guess at this depth, of those that accepted one at the depth before."
+    return Plot("depth", "Acceptance by depth", note + _more(len(with_rounds)), _svg(figure, "depth"))
+
+
+# --- helpers ---
+
+
+def _lines(
+    ran: Sequence[Summary], line: Callable[[Configuration], str | None], x: Callable[[Summary], float | None]
+) -> list[_Line]:
+    """Group summaries into lines, by the label that `line` gives; None leaves one out."""
+    found: dict[str, _Line] = {}
+    for one in ran:
+        label, place = line(one.configuration), x(one)
+        if label is not None and place is not None:
+            found.setdefault(label, _Line(label, [])).points.append((place, one))
+    return [_Line(one.label, sorted(one.points, key=lambda point: point[0])) for one in found.values()]
+
+
+def _speedup(one: Summary, base: MethodName) -> tuple[float | None, float | None]:
+    found = one.speedup(base)
+    return (None, None) if found is None else (found.decode, found.e2e)
+
+
+def _per_video(one: Summary, stage: str) -> float:
+    seconds: float = getattr(one.stages, stage)
+    return seconds / one.videos
+
+
+def _bars(names: Sequence[str], height: float) -> tuple[Figure, Axes]:
+    """A figure for one horizontal bar, or a pair of them, for each name, the first on top."""
+    figure = Figure(figsize=(_WIDTH, 1.3 + height * len(names)), layout="constrained")
+    axes = figure.subplots()
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(visible=False, axis="y")
+    return figure, axes
+
+
+def _legend(figure: Figure, axes: Axes, columns: int) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper left", ncols=columns)
+
+
+def _svg(figure: Figure, name: str) -> str:
+    """The figure as one element that takes the width it is given; its ids are not those of another plot."""
+    drawn = io.StringIO()
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    with rc_context({"svg.hashsalt": f"specvlm-{name}"}):
+        figure.savefig(drawn, format="svg", transparent=True, metadata=nothing)
+    svg = drawn.getvalue()
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, count=1, flags=re.DOTALL)
+    return re.sub(r' (width|height)="[0-9.]+pt"', "", svg, count=2)
