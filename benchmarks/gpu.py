@@ -1,0 +1,762 @@
+"""Everything that a GPU is asked, in one go: parity in bfloat16, costs of real shapes, choices, roofline, profile.
+
+    python benchmarks/gpu.py --out FOLDER             on a machine with CUDA, under ten minutes
+    python benchmarks/gpu.py --out FOLDER --cpu-smoke   the same parts in small, on any machine, in half a minute
+
+Needs no checkpoint and no network. Writes gpu.json, anew after every part, and gpu.md with the tables for
+docs/benchmarks.md. What does not fit into the time is left out and named, and so is what fails. Figures of pairs
+with published shapes are modelled: random weights, and as many accepted tokens as were told.
+
+A new choice for the hot path is one row of `CHOICES`: a name and a context manager that switches it on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from gpu_tables import markdown
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import specvlm
+from specvlm.bench.grid import Grid
+from specvlm.bench.measure import Asked, Measurer
+from specvlm.bench.modelled import (
+    Load,
+    ModelledCaptioner,
+    ModelledSetup,
+    Pair,
+    bench_modelled,
+    build_pair,
+    make_pair,
+    modelled_video,
+    reference_depth,
+    refuse_without_memory,
+)
+from specvlm.bench.records import Configuration, Report, Summary
+from specvlm.bench.shapes import (
+    FRAME_SIZE,
+    LLAVA,
+    QWEN,
+    TEXT_AFTER,
+    TEXT_BEFORE,
+    Shape,
+    TextShape,
+    VisionShape,
+    build,
+    find_shape,
+    prompt_tokens,
+)
+from specvlm.bench.suite import Step
+from specvlm.captioner import Captioner, PreparedVideo
+from specvlm.choosing import FixedTree, TreeChooser
+from specvlm.config import GenerationSettings, SpeculationSettings, TreeName
+from specvlm.costs import CostStore
+from specvlm.decode import ROOT, Decoding, RowText, Speculation, TargetRows
+from specvlm.demo.clips import render, scene_for, seed_for
+from specvlm.drafts.base import DraftRow, Proposer
+from specvlm.prefill import embed, prefill_target
+from specvlm.records import Frames
+from specvlm.sampling import TokenRule, logits_rules
+from specvlm.stats import StageClock, device_words
+from specvlm.tree import STATIC_PATHS, TreeShape, make_shape
+
+SCHEMA = 1
+ACCEPTED = 3.9  # SpecVLM, arXiv 2508.16201, reports 3.2 to 4.3 for its pairs
+TOLERANCE = 2.0**-6  # of the best score: what two orders of adding in bfloat16 may move a logit by
+TOP = 15
+PARTS = ("parity", "shapes", "rounds")
+JSON, MARKDOWN = "gpu.json", "gpu.md"
+
+
+# --- what is run ---
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How large everything is."""
+
+    device: torch.device
+    dtype: torch.dtype
+    pairs: tuple[tuple[Shape, Shape], ...]
+    frames: tuple[int, ...]  # the largest first: what comes later is cheaper
+    frame_size: tuple[int, int]
+    trees: tuple[TreeName, ...]
+    new_tokens: int
+    turns: int
+    clips: int  # of each demo pair
+    seeds: int  # of each random pair
+    rounds: int  # timed in a row
+    copy_bytes: int
+    budget_s: float
+    parts: tuple[str, ...] = PARTS
+
+
+def _tiny(family: str, layers: int, vocabulary: int) -> Shape:
+    text = TextShape(64, 128, layers, 4, 2, vocabulary, tied=False)
+    return Shape(f"tiny-{family}", "", family, text, VisionShape(2, 32, 64, 2), 0, 290)
+
+
+TINY = tuple((_tiny(family, 4, 320), _tiny(family, 1, 300)) for family in (QWEN, LLAVA))
+
+
+def full_plan(budget_s: float) -> Plan:
+    """On a GPU."""
+    pairs = (("qwen2.5-vl-32b", "qwen2.5-vl-7b"), ("qwen2.5-vl-7b", "qwen2.5-vl-3b"))
+    return Plan(
+        device=torch.device("cuda:0"),
+        dtype=torch.bfloat16,
+        pairs=tuple((find_shape(target), find_shape(draft)) for target, draft in pairs),
+        frames=(128, 64, 16),
+        frame_size=FRAME_SIZE,
+        trees=("static", "chain", "dynamic", "auto"),
+        new_tokens=128,
+        turns=2,
+        clips=16,
+        seeds=12,
+        rounds=12,
+        copy_bytes=4 << 30,
+        budget_s=budget_s,
+    )
+
+
+def smoke_plan(budget_s: float) -> Plan:
+    """On any machine, in small."""
+    return Plan(
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        pairs=TINY,
+        frames=(4, 2),
+        frame_size=(56, 84),
+        trees=("static", "chain", "dynamic", "auto"),
+        new_tokens=20,
+        turns=1,
+        clips=1,
+        seeds=1,
+        rounds=4,
+        copy_bytes=64 << 20,
+        budget_s=budget_s,
+    )
+
+
+class Run:
+    """One run: its plan, the time that is left, and what was found so far."""
+
+    def __init__(self, plan: Plan, out: Path) -> None:
+        self.plan, self._out, self._start = plan, out, time.perf_counter()
+        self.found: dict[str, Any] = {
+            "schema": SCHEMA,
+            "conditions": _conditions(plan),
+            "bandwidth": {},
+            "parity": {},
+            "shapes": [],
+            "choices": [],
+            "rounds": [],
+            "profiles": [],
+            "skipped": [],
+            "seconds": 0.0,
+        }
+
+    def passed_s(self) -> float:
+        """Time since the start."""
+        return time.perf_counter() - self._start
+
+    def skip(self, what: str, why: str) -> None:
+        """Note what was left out."""
+        print(f"[{self.passed_s():6.1f} s] left out: {what}: {why}", file=sys.stderr, flush=True)
+        self.found["skipped"].append({"what": what, "why": why})
+
+    @contextmanager
+    def part(self, what: str) -> Iterator[None]:
+        """Do a part; if it fails, say so and go on with the others. Everything found is on disk afterwards."""
+        print(f"[{self.passed_s():6.1f} s] {what}", file=sys.stderr, flush=True)
+        try:
+            yield
+        except Exception as error:  # one part's failure must not cost the others' figures
+            self.skip(what, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        self.write()
+
+    def fits(self, what: str, needed_s: float) -> bool:
+        """Whether the time left is enough; if not, note it."""
+        left = self.plan.budget_s - self.passed_s()
+        if needed_s > left:
+            self.skip(what, f"needs about {needed_s:.0f} s, {max(left, 0.0):.0f} s are left")
+        return needed_s <= left
+
+    def write(self) -> None:
+        """Write what there is."""
+        self.found["seconds"] = self.passed_s()
+        self._out.mkdir(parents=True, exist_ok=True)
+        (self._out / JSON).write_text(json.dumps(self.found, indent=1, allow_nan=False) + "\n")
+        (self._out / MARKDOWN).write_text(markdown(self.found))
+
+
+def _conditions(plan: Plan) -> dict[str, Any]:
+    return {
+        "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": " ".join(["python", "benchmarks/gpu.py", *sys.argv[1:]]),
+        "device": device_words(plan.device),
+        "dtype": str(plan.dtype).removeprefix("torch."),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "transformers": transformers.__version__,
+        "specvlm": specvlm.__version__,
+        "assumed_accepted_tokens": ACCEPTED,
+        "frame_size": list(plan.frame_size),
+        "new_tokens": plan.new_tokens,
+    }
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+# --- the machine ---
+
+
+def _timed(device: torch.device, work: Callable[[], object], repeat: int = 5) -> float:
+    """Best of several, after one of warm-up."""
+    work()
+    times = []
+    for _ in range(repeat):
+        _wait(device)
+        start = time.perf_counter()
+        work()
+        _wait(device)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def bandwidth(run: Run) -> None:
+    """A large copy (bytes read and written) and a large product of matrices."""
+    plan = run.plan
+    source = torch.ones(plan.copy_bytes, dtype=torch.uint8, device=plan.device)
+    target = torch.empty_like(source)
+    copy_s = _timed(plan.device, lambda: target.copy_(source))
+    side = 8192 if plan.device.type == "cuda" else 512
+    left = torch.randn(side, side, device=plan.device, dtype=plan.dtype)
+    product_s = _timed(plan.device, lambda: left @ left)
+    run.found["bandwidth"] = {
+        "copy_bytes": plan.copy_bytes,
+        "bytes_per_s": 2 * plan.copy_bytes / copy_s,
+        "flops_per_s": 2 * side**3 / product_s,
+    }
+
+
+# --- parity ---
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A caption that leaves stock's."""
+
+    model: str
+    way: str
+    clip: int
+    first_index: int
+    margin: float  # between the best and the second score there, stock's own
+    best: float
+    within_tolerance: bool
+
+
+class _Unforced(ModelledCaptioner):
+    """Random weights whose rounds accept what really matches."""
+
+    def chooser(
+        self, settings: SpeculationSettings, generation: GenerationSettings, videos: Sequence[PreparedVideo]
+    ) -> TreeChooser:
+        return Captioner.chooser(self, settings, generation, videos)
+
+
+def parity(run: Run) -> None:
+    """Captions of the demo pairs and of random ones, each way, against stock `generate()`."""
+    found = run.found["parity"]
+    found |= {"tolerance": TOLERANCE, "captions": [], "differences": []}
+    for preset in ("demo", "demo-llava"):
+        with run.part(f"parity of the {preset} pair"):
+            _compare(run, preset, *_demo(run.plan, preset))
+    for shape, _ in TINY:
+        with run.part(f"parity of a random pair, {shape.family}"):
+            _compare_random(run, shape)
+    total = sum(one["captions"] for one in found["captions"])
+    exact = sum(one["exact"] for one in found["captions"])
+    found |= {
+        "comparisons": total,
+        "exact": exact,
+        "exact_share": exact / total if total else None,
+        "beyond_tolerance": sum(not one["within_tolerance"] for one in found["differences"]),
+    }
+
+
+def _demo(plan: Plan, preset: str) -> tuple[Captioner, list[PreparedVideo]]:
+    """The pair, and held-out clips of four seconds."""
+    captioner = specvlm.load(
+        preset, dtype=str(plan.dtype).removeprefix("torch."), device_map={"": str(plan.device)}
+    )
+    captioner.costs = CostStore(None)
+    count = 8 // captioner.frame_multiple * captioner.frame_multiple
+    times = np.array([i * 4.0 / count for i in range(count)])
+    clips = [render(scene_for(seed_for("held-out", i)), times, 96, 96) for i in range(plan.clips)]
+    return captioner, [captioner.prepare(Frames(clip, times), "Describe the video.") for clip in clips]
+
+
+def _compare_random(run: Run, shape: Shape) -> None:
+    """A draft that is the target itself, so that whole paths are accepted; another target for each seed."""
+    plan = run.plan
+    for seed in range(plan.seeds):
+        models = [build(shape, plan.device, plan.dtype, seed) for _ in range(2)]
+        captioner = _Unforced(Pair(shape, shape, 0.0), *models)
+        video = modelled_video(captioner, plan.frames[-1], (56, 84), seed)
+        _compare(run, f"random {shape.family}", captioner, [video])
+
+
+def _compare(run: Run, model: str, captioner: Captioner, videos: Sequence[PreparedVideo]) -> None:
+    plan = run.plan
+    measurer = Measurer(captioner, plan.new_tokens)
+    for clip, video in enumerate(videos):
+        stock = measurer.measure(Configuration("stock"), video, "", 1).token_ids
+        trees = [Configuration("specvlm", None, "specvlm", 0.9, tree) for tree in plan.trees]
+        for how in (Configuration("plain"), *trees):
+            ours, way = measurer.measure(how, video, "", 1).token_ids, how.tree or "plain"
+            _note(run, model, way, ours == stock)
+            if ours != stock:
+                difference = _difference(captioner, video, stock, ours)
+                run.found["parity"]["differences"].append(asdict(Difference(model, way, clip, *difference)))
+
+
+def _note(run: Run, model: str, way: str, exact: bool) -> None:
+    captions = run.found["parity"]["captions"]
+    for one in captions:
+        if (one["model"], one["way"]) == (model, way):
+            break
+    else:
+        one = {"model": model, "way": way, "captions": 0, "exact": 0}
+        captions.append(one)
+    one["captions"] += 1
+    one["exact"] += exact
+
+
+def _difference(
+    captioner: Captioner, video: PreparedVideo, stock: tuple[int, ...], ours: tuple[int, ...]
+) -> tuple[int, float, float, bool]:
+    """Where they part, and how near the two best tokens are there in stock's own scores."""
+    shortest = min(len(stock), len(ours))
+    first = next((i for i in range(shortest) if stock[i] != ours[i]), shortest)
+    model = captioner.target.model
+    tensors = {name: value.to(captioner.target.device) for name, value in video.inputs.tensors.items()}
+    with torch.inference_mode():
+        out = model.generate(
+            **tensors,
+            max_new_tokens=first + 1,
+            do_sample=False,
+            output_scores=True,
+            return_dict_in_generate=True,
+        )
+    best, second = out.scores[first][0].float().topk(2).values.tolist()
+    margin = best - second
+    return first, margin, best, margin <= TOLERANCE * max(1.0, abs(best))
+
+
+# --- pairs of published shapes ---
+
+
+class _Quiet:
+    """Hears of failures alone."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+
+    def step(self, step: Step) -> None:
+        """Nothing to say."""
+
+    def left_out(self, left: Any) -> None:
+        """No modelled video is ever left out."""
+
+    def failed(self, how: Configuration, error: str) -> None:
+        """A configuration that cannot go on."""
+        self._run.skip(how.label, error)
+
+
+def expected_s(run: Run, pair: Pair, frames: int) -> float:
+    """About what one number of frames takes: prefills at half the product's rate, tokens at half the bandwidth."""
+    plan, machine = run.plan, run.found["bandwidth"]
+    if not machine or plan.device.type != "cuda":
+        return 0.0
+    length, element = prompt_tokens(pair.target, frames, plan.frame_size), plan.dtype.itemsize
+    prefill_s: float = 2.0 * pair.target.parameters * length / (machine["flops_per_s"] / 2)
+    step_s: float = pair.target.text.pass_bytes(length, element) / (machine["bytes_per_s"] / 2)
+    captions = (1 + len(plan.trees)) * (1 + plan.turns)
+    return captions * (2.0 * prefill_s + 0.6 * plan.new_tokens * step_s)
+
+
+def shape_bench(run: Run, captioner: ModelledCaptioner, frames: int) -> None:
+    """The pair at one number of frames, plain against each tree."""
+    plan, pair = run.plan, captioner.pair
+    assert pair.draft is not None
+    grid = Grid(("plain", "specvlm"), (frames,), trees=plan.trees)
+    command = run.found["conditions"]["command"]
+    asked = Asked(
+        command, pair.target.name, pair.draft.name, "", plan.new_tokens, plan.turns, "random pixels"
+    )
+    report = bench_modelled(captioner, ModelledSetup(grid, plan.frame_size, asked), _Quiet(run))
+    run.found["shapes"].append(
+        {
+            "target": pair.target.name,
+            "draft": pair.draft.name,
+            "frames": frames,
+            "modelled": True,
+            "label": report.label,
+            "prompt_tokens": prompt_tokens(pair.target, frames, plan.frame_size),
+            "rows": [_row(run, pair, report, one) for one in report.summaries],
+        }
+    )
+
+
+def _row(run: Run, pair: Pair, report: Report, one: Summary) -> dict[str, Any]:
+    """One configuration, with the share of the roofline that it reaches."""
+    speedup = one.speedup("plain")
+    samples = [sample for sample in report.samples if sample.configuration == one.configuration]
+    rounds = statistics.fmean(sample.num_drafts for sample in samples) if samples else 0.0
+    steps = rounds or (one.completion_tokens - one.videos)
+    round_s = one.decode_s / steps if steps else None
+    row: dict[str, Any] = {
+        "configuration": one.configuration.label,
+        "tree": one.configuration.tree,
+        "error": one.error,
+        "video_tokens": one.video_tokens,
+        "video_tokens_kept": one.video_tokens_kept,
+        "accepted": one.mean_accepted_tokens,
+        "nodes": one.mean_nodes,
+        "token_s": one.token_s,
+        "round_s": round_s,
+        "draft_round_s": one.draft_round_s,
+        "verify_round_s": one.verify_round_s,
+        "target_prefill_s": one.stages.target_prefill_s,
+        "draft_prefill_s": one.stages.draft_prefill_s,
+        "vision_s": one.stages.vision_s,
+        "decode_speedup": speedup.decode if speedup else None,
+        "e2e_speedup": speedup.e2e if speedup else None,
+        "predicted": one.predicted_decode_speedup,
+        "peak_memory_bytes": one.peak_memory_bytes,
+        "limit": one.limit,
+    }
+    return row | roofline(run, pair, one, round_s)
+
+
+def roofline(run: Run, pair: Pair, one: Summary, round_s: float | None) -> dict[str, Any]:
+    """Bytes that a round must read over the bandwidth, as a share of what the round takes; and of its two halves.
+
+    One pass of the target over its weights and all slots; as many of the draft as the tree has levels, each over its
+    weights and what pruning left. Of `auto`, whose levels vary, nothing is said.
+    """
+    tree, element = one.configuration.tree, run.plan.dtype.itemsize
+    known = run.found["bandwidth"].get("bytes_per_s")
+    nothing = {"round_bytes": None, "roofline": None, "verify_roofline": None, "draft_roofline": None}
+    if tree == "auto" or not known or not round_s or one.error:
+        return nothing
+    text, written = TEXT_BEFORE + TEXT_AFTER, one.completion_tokens / 2
+    verify = pair.target.text.pass_bytes(round(text + one.video_tokens + written), element)
+    draft = 0
+    if tree is not None and pair.draft is not None:
+        levels = reference_depth(SpeculationSettings(tree=tree))
+        draft = levels * pair.draft.text.pass_bytes(round(text + one.video_tokens_kept + written), element)
+    return {
+        "round_bytes": verify + draft,
+        "roofline": (verify + draft) / known / round_s,
+        "verify_roofline": verify / known / one.verify_round_s if one.verify_round_s else None,
+        "draft_roofline": draft / known / one.draft_round_s if one.draft_round_s else None,
+    }
+
+
+# --- rounds on one prefilled state ---
+
+
+@dataclass(frozen=True)
+class Times:
+    """Medians over rounds."""
+
+    round_s: float
+    draft_s: float
+    verify_s: float
+    commit_s: float
+
+
+class Held:
+    """A caption whose prompts are read and whose rounds can be run again and again, on the same keys and values."""
+
+    def __init__(
+        self, captioner: ModelledCaptioner, video: PreparedVideo, tree: TreeName, rounds: int
+    ) -> None:
+        """`rounds`: the most that are run in a row."""
+        self._captioner = captioner
+        settings = SpeculationSettings(tree=tree)
+        assert captioner.draft is not None
+        self.tree = make_shape(settings, captioner.draft.vocabulary, captioner.target.device)
+        self.limit = (rounds + 2) * (self.tree.depth + 1)
+        generation = GenerationSettings(max_new_tokens=self.limit)
+        target = captioner.target
+        rules = logits_rules(captioner.generation_config, generation)
+        ids = [video.inputs.token_ids[0]]
+        self._rule = TokenRule(rules, generation, ids, target.vocabulary, target.device)
+        captioner.chooser(settings, generation, [video])  # sets what rounds accept
+        with torch.inference_mode():
+            prompt = embed(target, video.inputs)
+            cache = target.new_cache(1, prompt.length + self.limit + self.tree.nodes)
+            read = prefill_target(target, prompt, cache, 0)
+            self._rows = TargetRows(target, cache, [prompt], read.logits)
+            row = DraftRow(video.inputs, read.scores)
+            slots = self.limit + self.tree.slots
+            self._proposer: Proposer = captioner.draft.begin([row], settings, self._rule, slots)
+
+    def rounds(self, shape: TreeShape) -> Iterator[StageClock]:
+        """Run rounds from the prompt's end on, until the caption is full; yield the clock after each."""
+        clock = StageClock(self._captioner.target.device)
+        speculation = Speculation(FixedTree(shape), lambda: self._proposer, self._captioner.accept)
+        text = RowText(self.limit, frozenset())
+        decoding = Decoding(self._rows, speculation, self._rule, [text], clock)
+        running = decoding.run()
+        next(running)  # the token that the prefill gave
+        for _ in running:
+            yield clock
+
+    def time(self, shape: TreeShape, rounds: int) -> Times:
+        """Time rounds, after two that warm up."""
+        seen: list[tuple[float, ...]] = []
+        names = ("decode", "draft", "verify", "commit")
+        for _, clock in zip(range(rounds + 2), self.rounds(shape), strict=False):
+            seen.append(tuple(clock.seconds(name) for name in names))
+        each = [
+            [after - before for before, after in zip(first, second, strict=True)]
+            for first, second in itertools.pairwise(seen[1:])
+        ]
+        return Times(*(statistics.median(column) for column in zip(*each, strict=True)))
+
+
+Switch = Callable[[ModelledCaptioner], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to do a part of a round. Of each group, the first is how it is done now."""
+
+    group: str
+    name: str
+    switch: Switch
+
+
+def _as_it_is(captioner: ModelledCaptioner) -> AbstractContextManager[Any]:
+    return nullcontext()
+
+
+def _kernel(*backends: SDPBackend) -> Switch:
+    return lambda captioner: sdpa_kernel(list(backends))
+
+
+CHOICES = (
+    Choice("kernel of sdpa", "as it is", _as_it_is),
+    Choice("kernel of sdpa", "memory-efficient", _kernel(SDPBackend.EFFICIENT_ATTENTION)),
+    Choice("kernel of sdpa", "cuDNN", _kernel(SDPBackend.CUDNN_ATTENTION)),
+    Choice("kernel of sdpa", "matrix products", _kernel(SDPBackend.MATH)),
+)
+
+
+def compare_choices(
+    run: Run, captioner: ModelledCaptioner, held: Held, tree: str, shape: TreeShape, frames: int
+) -> None:
+    """All choices in turn on the same state, each turn beginning with another one; medians over turns."""
+    times: dict[Choice, list[Times]] = {choice: [] for choice in CHOICES}
+    errors: dict[Choice, str] = {}
+    for turn in range(run.plan.turns + 1):
+        first = turn % len(CHOICES)
+        for choice in (*CHOICES[first:], *CHOICES[:first]):
+            if choice in errors:
+                continue
+            try:
+                with choice.switch(captioner):
+                    taken = held.time(shape, run.plan.rounds)
+            except Exception as error:  # a choice that this machine does not have must not cost the others
+                errors[choice] = " ".join(str(error).split())[:200]
+            else:
+                times[choice] += [taken] if turn else []
+    for choice in CHOICES:
+        medians = {
+            name: statistics.median(getattr(one, name) for one in times[choice]) if times[choice] else None
+            for name in Times.__dataclass_fields__
+        }
+        run.found["choices"].append(
+            {
+                **_where(captioner, frames, tree),
+                "group": choice.group,
+                "choice": choice.name,
+                **medians,
+                "error": errors.get(choice),
+            }
+        )
+
+
+def _where(captioner: ModelledCaptioner, frames: int, tree: str) -> dict[str, Any]:
+    pair = captioner.pair
+    assert pair.draft is not None
+    return {
+        "target": pair.target.name,
+        "draft": pair.draft.name,
+        "frames": frames,
+        "tree": tree,
+        "modelled": True,
+    }
+
+
+def profile(
+    run: Run, captioner: ModelledCaptioner, held: Held, tree: str, shape: TreeShape, frames: int
+) -> None:
+    """Which operations take the device's time, and how long the device waits for the host.
+
+    On CUDA the device's time of a round is that of its kernels, and the host's what is left of the round's wall time,
+    without the profiler; on the CPU the stages' own times stand for the kernels'.
+    """
+    cuda, rounds = run.plan.device.type == "cuda", run.plan.rounds
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    activities += [torch.profiler.ProfilerActivity.CUDA] if cuda else []
+    plain = held.time(shape, rounds)
+    running = held.rounds(shape)
+    next(running)
+    next(running)
+    _wait(run.plan.device)
+    with torch.profiler.profile(activities=activities) as profiler:
+        counted = sum(1 for _ in zip(range(rounds - 2), running, strict=False))
+        _wait(run.plan.device)
+    name = "self_device_time_total" if cuda else "self_cpu_time_total"
+    spent = [(event.key, event.count, getattr(event, name) / 1e6) for event in profiler.key_averages()]
+    if cuda:  # operators and the kernels that they launch both bear the kernels' time
+        kernels = {
+            e.key
+            for e in profiler.key_averages()
+            if "CUDA" in str(e.device_type) and not e.is_user_annotation
+        }
+        spent = [one for one in spent if one[0] in kernels]
+    total = sum(seconds for *_, seconds in spent)
+    where = _where(captioner, frames, tree)
+    busy_s = total / counted if cuda else plain.draft_s + plain.verify_s + plain.commit_s
+    run.found["rounds"].append(
+        where
+        | {
+            "round_s": plain.round_s,
+            "device_s": busy_s,
+            "host_s": max(plain.round_s - busy_s, 0.0),
+            "host_over_device": max(plain.round_s - busy_s, 0.0) / busy_s,
+        }
+    )
+    top = sorted(spent, key=lambda one: -one[2])[:TOP]
+    run.found["profiles"].append(
+        where
+        | {
+            "rounds": counted,
+            "top": [
+                {
+                    "name": key[:120],
+                    "calls": count / counted,
+                    "round_s": seconds / counted,
+                    "share": seconds / total,
+                }
+                for key, count, seconds in top
+            ],
+        }
+    )
+
+
+def of_rounds(run: Run, captioner: ModelledCaptioner, frames: int) -> None:
+    """Choices and profile, of the static tree and of plain steps, on one prefilled state."""
+    video = modelled_video(captioner, frames, run.plan.frame_size)
+    held = Held(captioner, video, "static", run.plan.rounds)
+    for tree, shape in (("static", held.tree), ("plain", ROOT)):
+        compare_choices(run, captioner, held, tree, shape, frames)
+        profile(run, captioner, held, tree, shape, frames)
+
+
+def of_a_pair(run: Run, target: Shape, draft: Shape) -> None:
+    """Everything that is asked of one pair."""
+    plan = run.plan
+    pair = make_pair(target, draft, ACCEPTED)
+    # A state that is held takes rounds of all guesses.
+    longest = max(plan.new_tokens, (plan.rounds + 2) * (1 + max(map(len, STATIC_PATHS))))
+    refuse_without_memory(pair, Load(plan.frames[0], plan.frame_size, longest), plan.dtype, plan.device)
+    start = time.perf_counter()
+    captioner = build_pair(pair, plan.device, plan.dtype)
+    _wait(plan.device)
+    print(f"built in {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
+    name = f"{target.name} + {draft.name}"
+    for frames in plan.frames if "shapes" in plan.parts else ():
+        what = f"{name} at {frames} frames"
+        if run.fits(what, expected_s(run, pair, frames)):
+            with run.part(what):
+                shape_bench(run, captioner, frames)
+    for frames in sorted({plan.frames[0], plan.frames[-1]}, reverse=True) if "rounds" in plan.parts else ():
+        what = f"choices and profile of {name} at {frames} frames"
+        if run.fits(what, expected_s(run, pair, frames) / 4):
+            with run.part(what):
+                of_rounds(run, captioner, frames)
+
+
+def everything(run: Run) -> None:
+    """All parts, the most wanted first."""
+    with run.part("bandwidth"):
+        bandwidth(run)
+    if "parity" in run.plan.parts:
+        parity(run)
+    for target, draft in run.plan.pairs:
+        with run.part(f"{target.name} + {draft.name}"):
+            of_a_pair(run, target, draft)
+        gc.collect()  # the models of this pair, before those of the next
+        if run.plan.device.type == "cuda":
+            torch.cuda.empty_cache()
+    run.write()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse and run."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for gpu.json and gpu.md")
+    parser.add_argument("--cpu-smoke", action="store_true", help="every part in small, on the CPU")
+    parser.add_argument("--budget", type=float, default=570.0, metavar="SECONDS", help="default 570")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all")
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help="pairs whose target's name holds one of these"
+    )
+    options = parser.parse_args(arguments)
+    if not options.cpu_smoke and not torch.cuda.is_available():
+        parser.error("no CUDA device; --cpu-smoke runs every part in small on the CPU")
+    plan = smoke_plan(options.budget) if options.cpu_smoke else full_plan(options.budget)
+    plan = replace(plan, parts=tuple(options.parts))
+    if options.only:
+        pairs = tuple(pair for pair in plan.pairs if any(name in pair[0].name for name in options.only))
+        plan = replace(plan, pairs=pairs)
+    run = Run(plan, options.out)
+    everything(run)
+    print((options.out / MARKDOWN).read_text())
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
