@@ -1,4 +1,4 @@
-"""The attention function of text models: causal prefill, scored text rows, and trees, over one slab cache.
+"""The attention function of text models: causal prefill, scored text rows, and rounds, over one slab cache.
 
 It is registered with `transformers` under the name `specvlm` and is told what to do by an `AttentionPlan`, which
 travels where the attention mask would (`attention_mask={"full_attention": plan}`). Called without a plan, by stock
@@ -7,8 +7,10 @@ travels where the attention mask would (`attention_mask={"full_attention": plan}
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
@@ -20,6 +22,16 @@ ATTENTION = "specvlm"
 
 # Text rows are scored in slices of this many, so that [H, rows, S] stays small when a long text follows the video.
 SCORED_ROWS = 128
+
+# How the nodes of a round look at what is committed: one kernel under one mask; the long prefix without a mask and
+# the rest under one, merged; FlexAttention.
+RoundAttention = Literal["masked", "split", "flex"]
+# A prefix is split off in steps of this many slots, so that prompts of nearly one length share their graphs.
+PREFIX_STEP = 128
+# A shorter one is not worth a second kernel and the merge.
+SHORTEST_PREFIX = 512
+# Kernels want the rows of a mask aligned; 16 elements suit every dtype.
+_MASK_ALIGN = 16
 
 
 class ScoreSum:
@@ -45,29 +57,49 @@ class ScoreSum:
         return self.total / max(self.terms, 1)
 
 
+class NodeTable(NamedTuple):
+    """What a round's nodes see, by distance from the end of what their row has committed."""
+
+    # float [B, groups * n, m + 2], additive; column 0: committed slots, 1..m: the round's own, m + 1: those behind
+    columns: torch.Tensor
+    lengths: torch.Tensor  # int64 [B], committed slots
+
+
 @dataclass(frozen=True, slots=True)
 class AttentionPlan:
     """What one forward attends to.
 
     Attributes:
         first: Causal forwards: slot of the first query row; row i sees slots 0..first+i.
-        mask: Tree forwards: additive, [B, 1, groups * n, visible slots], groups being query heads per key head, as
-            `tree_plan` makes it; None: causal from `first`.
+        mask: Rounds: additive, [B, 1, groups * n, visible - prefix], groups being query heads per key head;
+            None: causal from `first`.
         scores: Where to add the attention paid to the video, or None.
+        prefix: Rounds: this many first slots are seen by all nodes, and `mask` begins behind them.
+        table: Rounds: given to FlexAttention instead of a mask.
     """
 
     first: int = 0
     mask: torch.Tensor | None = None
     scores: ScoreSum | None = None
+    prefix: int = 0
+    table: NodeTable | None = None
 
     def to(self, device: Any, *_: Any, **__: Any) -> AttentionPlan:
         """Follow a layer to its device (accelerate moves what it finds in a forward's arguments)."""
-        return self if self.mask is None else replace(self, mask=self.mask.to(device))
+        mask = None if self.mask is None else self.mask.to(device)
+        table = None if self.table is None else NodeTable(*(one.to(device) for one in self.table))
+        return replace(self, mask=mask, table=table)
 
 
 def plan_for(mask: AttentionPlan) -> dict[str, AttentionPlan]:
     """The mapping that text models hand to their layers untouched."""
     return {"full_attention": mask, "sliding_attention": mask}
+
+
+def prefix_of(certain: int) -> int:
+    """How much of the first `certain` slots, which every node sees, to split off; 0: nothing."""
+    prefix = certain // PREFIX_STEP * PREFIX_STEP
+    return prefix if prefix >= SHORTEST_PREFIX else 0
 
 
 def _additive(visible: torch.Tensor, groups: int, dtype: torch.dtype) -> torch.Tensor:
@@ -76,32 +108,43 @@ def _additive(visible: torch.Tensor, groups: int, dtype: torch.dtype) -> torch.T
     return mask.masked_fill_(~visible, float("-inf")).repeat(1, groups, 1)[:, None]
 
 
-def tree_plan(visible: torch.Tensor, groups: int, dtype: torch.dtype) -> AttentionPlan:
-    """The plan of a forward in which node i of row b sees the slots where `visible` [B, n, slots] is True."""
-    return AttentionPlan(mask=_additive(visible, groups, dtype))
-
-
-def tail_plan(sees: torch.Tensor, visible: int, groups: int, dtype: torch.dtype) -> AttentionPlan:
-    """The plan of one row whose nodes see all slots but, of the last m, only those where `sees` [1, n, m] is True."""
-    return AttentionPlan(mask=pad(_additive(sees, groups, dtype), (visible - sees.shape[-1], 0)))
-
-
-def round_mask(lengths: torch.Tensor, sees: torch.Tensor, visible: int) -> torch.Tensor:
-    """What the nodes of one round see: all committed slots of their row, and of the round's own slots what `sees` says.
+def node_table(lengths: torch.Tensor, sees: torch.Tensor, groups: int, dtype: torch.dtype) -> NodeTable:
+    """What nodes see: all slots that their row has committed, and of the round's own what `sees` says.
 
     Args:
         lengths: int64 [B], committed slots; the round's own slots follow them.
         sees: bool [B, n, m], for the first m of the round's own slots.
-        visible: Slots of the mask, at least `lengths.max() + m`.
-
-    Returns:
-        bool [B, n, visible].
+        groups: Query heads per key head.
+        dtype: Of the table.
     """
-    rows, nodes, own = sees.shape
-    committed = torch.arange(visible, device=lengths.device) < lengths[:, None]
-    where = lengths[:, None] + torch.arange(own, device=lengths.device)
-    mask = committed[:, None].repeat(1, nodes, 1)
-    return mask.scatter_(2, where[:, None].expand(rows, nodes, own), sees)
+    seen = pad(pad(sees, (1, 0), value=True), (0, 1), value=False)
+    return NodeTable(_additive(seen, groups, dtype)[:, 0], lengths)
+
+
+def round_plan(table: NodeTable, visible: int, prefix: int = 0) -> AttentionPlan:
+    """The plan of rows that have committed different numbers of slots, or of one row whose number is not known.
+
+    Args:
+        table: What the nodes see.
+        visible: Slots of the pass, at least those committed and the round's own.
+        prefix: Slots without a mask, none of them behind what the shortest row has committed.
+    """
+    width = (visible - prefix + _MASK_ALIGN - 1) // _MASK_ALIGN * _MASK_ALIGN
+    last = table.columns.shape[2] - 1
+    slot = torch.arange(prefix, prefix + width, device=table.lengths.device)
+    column = (slot - table.lengths[:, None] + 1).clamp(0, last)  # [B, width]
+    mask = table.columns.gather(2, column[:, None].expand(-1, table.columns.shape[1], -1))
+    return AttentionPlan(mask=mask[:, None, :, : visible - prefix], prefix=prefix)
+
+
+def tail_plan(
+    sees: torch.Tensor, visible: int, groups: int, dtype: torch.dtype, prefix: int = 0
+) -> AttentionPlan:
+    """The plan of one row whose nodes see all slots but, of the last m, only those where `sees` [1, n, m] is True."""
+    before = visible - prefix - sees.shape[-1]
+    behind = -(visible - prefix) % _MASK_ALIGN if prefix else 0
+    mask = pad(_additive(sees, groups, dtype), (before, behind))
+    return AttentionPlan(mask=mask[..., : visible - prefix], prefix=prefix)
 
 
 def _pack_groups(query: torch.Tensor, kv_heads: int) -> torch.Tensor:
@@ -130,6 +173,110 @@ def _masked(
     return _unpack_groups(
         scaled_dot_product_attention(packed, key, value, attn_mask=mask, scale=scaling), query.shape[1]
     )
+
+
+class _Part(NamedTuple):
+    """Attention over a part of the slots."""
+
+    output: torch.Tensor  # [B, kv heads, groups * n, d]
+    total: torch.Tensor  # float32 [B, kv heads, groups * n], log of the sum of exponentials
+
+
+class _Kernels(NamedTuple):
+    """Which of the kernels that tell their log-sum-exp a device has for a dtype and head size."""
+
+    flash: bool  # takes no mask; splits the slots over the whole device
+    efficient: bool
+
+
+@lru_cache(maxsize=64)
+def _cuda_kernels(device: torch.device, dtype: torch.dtype, width: int) -> _Kernels:
+    probe = torch.empty(1, 1, 16, width, dtype=dtype, device=device)
+    asked = torch.backends.cuda.SDPAParams(probe, probe, probe, None, 0.0, False, False)
+    return _Kernels(
+        torch.backends.cuda.can_use_flash_attention(asked),
+        torch.backends.cuda.can_use_efficient_attention(asked),
+    )
+
+
+def _part(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float
+) -> _Part:
+    """Attention of packed queries over some slots by the best kernel that tells its log-sum-exp."""
+    aten = torch.ops.aten
+    if query.device.type == "cpu":
+        return _Part(
+            *aten._scaled_dot_product_flash_attention_for_cpu(
+                query, key, value, attn_mask=mask, scale=scaling
+            )
+        )
+    if query.device.type == "cuda":
+        kernels = _cuda_kernels(query.device, query.dtype, query.shape[-1])
+        if kernels.flash and mask is None:
+            return _Part(*aten._scaled_dot_product_flash_attention(query, key, value, scale=scaling)[:2])
+        if kernels.efficient:
+            bias = None if mask is None else mask.expand(-1, key.shape[1], -1, -1)
+            output, total, *_ = aten._scaled_dot_product_efficient_attention(
+                query, key, value, bias, True, scale=scaling
+            )
+            return _Part(output, total[..., : query.shape[2]])  # its rows are padded to 32
+    return _part_by_hand(query, key, value, mask, scaling)
+
+
+def _part_by_hand(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float
+) -> _Part:
+    logits = (query.float() @ key.float().transpose(2, 3)) * scaling
+    if mask is not None:
+        logits = logits + mask
+    return _Part((logits.softmax(dim=-1) @ value.float()).to(value.dtype), logits.logsumexp(dim=-1))
+
+
+def _merge(one: _Part, other: _Part) -> torch.Tensor:
+    """Attention over both parts' slots. Neither part of any row is empty, so both totals are finite."""
+    weight = (one.total - other.total).sigmoid()[..., None]
+    merged = torch.lerp(other.output.float(), one.output.float(), weight)
+    return merged.to(one.output.dtype)
+
+
+def _split(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: AttentionPlan, scaling: float
+) -> torch.Tensor:
+    """The prefix without a mask, the rest under it, merged by log-sum-exp; -> [B, n, H, d].
+
+    Flash-Decoding splits slots in the same way (Dao et al., 2023); here the split is where the mask begins, because
+    the kernel that reads slots at full bandwidth takes no mask.
+    """
+    packed, prefix = _pack_groups(query, key.shape[1]), plan.prefix
+    far = _part(packed, key[:, :, :prefix], value[:, :, :prefix], None, scaling)
+    near = _part(packed, key[:, :, prefix:], value[:, :, prefix:], plan.mask, scaling)
+    return _unpack_groups(_merge(far, near), query.shape[1])
+
+
+@lru_cache(maxsize=2)
+def _flex_kernel(kind: str) -> Callable[..., torch.Tensor]:
+    """FlexAttention; without a compiler behind it, on the CPU, its reference."""
+    from torch.nn.attention.flex_attention import flex_attention  # slow to import
+
+    if kind == "cpu":
+        return flex_attention
+    return torch.compile(flex_attention, dynamic=True)
+
+
+def _flex(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, table: NodeTable, scaling: float
+) -> torch.Tensor:
+    """FlexAttention (arXiv 2412.05496) over all slots; -> [B, n, H, d]."""
+    columns, lengths = table
+
+    def score(
+        logit: torch.Tensor, row: torch.Tensor, _: torch.Tensor, node: torch.Tensor, slot: torch.Tensor
+    ) -> torch.Tensor:
+        return logit + columns[row, node, (slot - lengths[row] + 1).clamp(0, columns.shape[2] - 1)]
+
+    packed = _pack_groups(query, key.shape[1])
+    out = _flex_kernel(query.device.type)(packed, key, value, score_mod=score, scale=scaling)
+    return _unpack_groups(out, query.shape[1])
 
 
 def _scored(
@@ -184,6 +331,10 @@ def _attend(
     plan = attention_mask
     if plan.scores is not None:
         return _scored(query, key, value, plan, scale), None
+    if plan.table is not None:
+        return _flex(query, key, value, plan.table, scale), None
+    if plan.prefix:
+        return _split(query, key, value, plan, scale), None
     if plan.mask is None and query.shape[2] > 1:
         return _causal(query, key, value, plan, scale), None
     return _masked(query, key, value, plan.mask, scale), None

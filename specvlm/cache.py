@@ -23,6 +23,25 @@ class SlabShape(NamedTuple):
     devices: tuple[torch.device, ...]  # [L], where each layer computes
 
 
+class Slabs:
+    """The memory of a cache: for each device [L, 2, rows * capacity, kv heads, head_dim], of the layers there."""
+
+    def __init__(self, shape: SlabShape, rows: int, capacity: int) -> None:
+        """Allocate `rows` x `capacity` slots for every layer."""
+        self.rows, self.capacity = rows, capacity
+        self.name = object()  # of this memory, for those who must not keep it
+        self.by_device: dict[torch.device, torch.Tensor] = {}
+        for device in dict.fromkeys(shape.devices):
+            count = shape.devices.count(device)
+            size = (count, 2, rows * capacity, shape.kv_heads, shape.head_dim)
+            self.by_device[device] = torch.zeros(size, dtype=shape.dtype, device=device)
+
+    def clear(self) -> None:
+        """Make it as new. A slot that nobody wrote may hold anything but NaN: masked, it still takes part in sums."""
+        for slab in self.by_device.values():
+            slab.zero_()
+
+
 class _Aim:
     """Where the next forward writes, and how far it sees. Shared by all layers of a cache."""
 
@@ -79,35 +98,43 @@ class _SlabLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
 
 class SlabCache(Cache):
-    """Keys and values of B rows in slabs [L, 2, B * capacity, kv heads, head_dim], one per device."""
+    """Keys and values of B rows in slabs, for one job."""
 
-    def __init__(self, shape: SlabShape, rows: int, capacity: int) -> None:
-        """Allocate `rows` x `capacity` slots for every layer.
+    def __init__(
+        self, shape: SlabShape, rows: int, capacity: int, slabs: Slabs | None = None, grain: int = 1
+    ) -> None:
+        """Lay `rows` x `capacity` slots out for every layer.
 
-        `capacity` is what this very job needs: prompt + max_new_tokens + the slots of one round.
+        Args:
+            shape: What layers store.
+            rows: B.
+            capacity: What this very job needs: prompt + max_new_tokens + the slots of one round.
+            slabs: Memory to use, of as many rows and at least as many slots; None allocates it.
+            grain: Rounds are told lengths in steps of so many slots.
         """
-        self.rows, self.capacity = rows, capacity
-        self._aim = _Aim()
-        self._slabs: dict[torch.device, torch.Tensor] = {}
-        for device in dict.fromkeys(shape.devices):
-            count = shape.devices.count(device)
-            size = (count, 2, rows * capacity, shape.kv_heads, shape.head_dim)
-            self._slabs[device] = torch.zeros(size, dtype=shape.dtype, device=device)
+        self._slabs = Slabs(shape, rows, capacity) if slabs is None else slabs
+        self.rows, self.capacity = rows, self._slabs.capacity
+        self.grain, self._aim = grain, _Aim()
         super().__init__(layers=self._make_layers(shape.devices))
 
     def _make_layers(self, devices: Sequence[torch.device]) -> list[Any]:
         taken = dict.fromkeys(devices, 0)
         layers = []
         for device in devices:
-            keys, values = self._slabs[device][taken[device]]
+            keys, values = self._slabs.by_device[device][taken[device]]
             layers.append(_SlabLayer(keys, values, self.rows, self._aim))
             taken[device] += 1
         return layers
 
     @property
+    def slabs(self) -> Slabs:
+        """The memory."""
+        return self._slabs
+
+    @property
     def size_bytes(self) -> int:
         """Memory of all slabs."""
-        return sum(slab.numel() * slab.element_size() for slab in self._slabs.values())
+        return sum(slab.numel() * slab.element_size() for slab in self._slabs.by_device.values())
 
     def flat(self, slots: torch.Tensor) -> torch.Tensor:
         """Slots per row [B, n] -> flat slots [B * n]."""
@@ -132,6 +159,6 @@ class SlabCache(Cache):
     def commit(self, source: torch.Tensor, destination: torch.Tensor) -> None:
         """Move slots source [B, n] to destination [B, n] in every layer, as if read all at once before writing."""
         source, destination = self.flat(source), self.flat(destination)
-        for device, slab in self._slabs.items():
+        for device, slab in self._slabs.by_device.items():
             moved = slab.index_select(2, source.to(device))
             slab.index_copy_(2, destination.to(device), moved)

@@ -7,9 +7,9 @@ may be another one in every round. The loop knows neither videos nor files nor h
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,7 +17,8 @@ from specvlm.cache import SlabCache
 from specvlm.choosing import Heard, TreeChooser
 from specvlm.drafts.base import Horizon, Proposer
 from specvlm.errors import NonFiniteLogitsError
-from specvlm.model import Nodes, Reach, VideoLM
+from specvlm.graphs import Stage, index_step
+from specvlm.model import Extent, Nodes, VideoLM
 from specvlm.prefill import Prompt
 from specvlm.records import FinishReason
 from specvlm.sampling import TokenRule
@@ -107,9 +108,16 @@ class _Verifier:
     def __init__(self, rows: TargetRows, rule: TokenRule, accept: Accept) -> None:
         self._rows, self._rule, self._accept = rows, rule, accept
         device = rows.model.device
-        self._lengths = torch.tensor([prompt.length for prompt in rows.prompts], device=device)
+        lengths = [prompt.length for prompt in rows.prompts]
+        self._lengths = torch.tensor(lengths, device=device)
         self._positions = torch.tensor([prompt.next_position for prompt in rows.prompts], device=device)
-        self._longest_prompt = max(prompt.length for prompt in rows.prompts)
+        self._extent = Extent.of(lengths, rows.cache)
+
+    @property
+    def host_state(self) -> Hashable:
+        """All that this half depends on beside its tensors and the weights."""
+        model = self._rows.model
+        return model, model.round_attention, self._rows.cache.slabs.name, self._extent, self._accept
 
     def verify(
         self, shape: TreeShape, guesses: Guesses, step: torch.Tensor, horizon: Horizon
@@ -120,7 +128,7 @@ class _Verifier:
         slots = lengths[:, None] + torch.arange(shape.nodes, device=lengths.device)
         positions = (self._positions + step)[:, None] + guesses.depths
         sees = guesses.ancestors if shape.depth else None
-        reach = Reach(self._longest_prompt + horizon.longest + shape.nodes, shape.nodes, horizon.exact)
+        reach = self._extent.reach(horizon.longest, shape.nodes, exact=horizon.exact)
         hidden = model.forward_nodes(
             Nodes(guesses.tokens, positions[None], slots, sees), cache, lengths, reach
         )
@@ -153,18 +161,49 @@ def _refuse_non_finite(finite: bool) -> None:
         )
 
 
+class _Verified(NamedTuple):
+    """What a round's commit is told."""
+
+    guesses: Guesses
+    accepted: Accepted
+    finite: torch.Tensor  # bool [B]
+
+
 class _Rounds:
-    """Everything that a round reads and changes."""
+    """Everything that a round reads and changes.
+
+    A round is three stages, each a function of what the one before gave. They change nothing but tensors, in place,
+    and everything else that they depend on is in `_key`; so a rig may run them as graphs.
+    """
 
     def __init__(self, rows: TargetRows, rule: TokenRule, clock: StageClock, accept: Accept) -> None:
         self._verifier = _Verifier(rows, rule, accept)
         self._rule, self._clock = rule, clock
         self._state: _State | None = None
-        self.proposer: Proposer | None = None
+        self._proposer: Proposer | None = None
+        graphs = rows.model.graphs
+        self._rig = None if graphs is None else graphs.rig(rows.cache)
+        if self._rig is not None:
+            self._rig.adopt("rule", rule)
+            self._rig.adopt("verifier", self._verifier)
+
+    @property
+    def proposer(self) -> Proposer | None:
+        """The draft at work; None: none yet."""
+        return self._proposer
+
+    @proposer.setter
+    def proposer(self, proposer: Proposer | None) -> None:
+        if self._rig is not None and proposer is not None:
+            self._rig.adopt("proposer", proposer)
+        self._proposer = proposer
 
     def start(self, first: torch.Tensor) -> None:
         """The rows begin with the tokens first [B]."""
-        self._state = _State(first, torch.zeros_like(first), torch.ones_like(first))
+        state = _State(first, torch.zeros_like(first), torch.ones_like(first))
+        if self._rig is not None:
+            state = _State(*map(self._rig.place, _State._fields, state))
+        self._state = state
 
     @torch.inference_mode()
     def only(self, active: Sequence[bool], written: Sequence[int]) -> None:
@@ -187,30 +226,46 @@ class _Rounds:
     @torch.inference_mode()
     def run(self, shape: TreeShape, horizon: Horizon) -> list[list[int]]:
         """One round; -> per row [finite, accepted, tokens [D + 1]..., ranks [D + 1] if they are told...]."""
+        value: Any = None
+        for name, stage in zip(("draft", "verify", "commit"), self._stages(shape, horizon), strict=True):
+            with self._clock.stage(name):
+                value = stage(value)
+        return value.tolist()  # type: ignore[no-any-return]  # the round's only synchronisation
+
+    def _stages(self, shape: TreeShape, horizon: Horizon) -> Sequence[Stage]:
+        if self._rig is not None:
+            horizon = Horizon(index_step(horizon.longest), exact=False)
+        stages = (
+            lambda _: self._propose(shape, horizon),
+            lambda guesses: self._verify(shape, guesses, horizon),
+            lambda verified: self._commit(shape, verified),
+        )
+        return stages if self._rig is None else self._rig.stages(self._key(shape, horizon), stages)
+
+    def _key(self, shape: TreeShape, horizon: Horizon) -> Hashable:
+        guessing = self._proposer.host_state if self._proposer is not None and shape.depth else None
+        return shape, horizon, self._verifier.host_state, self._rule.host_state, guessing
+
+    def _propose(self, shape: TreeShape, horizon: Horizon) -> Guesses:
         state = self._state
         assert state is not None
-        with self._clock.stage("draft"):
-            guesses = self._propose(shape, state, horizon)
-        with self._clock.stage("verify"):
-            accepted, finite = self._verifier.verify(shape, guesses, state.step, horizon)
-        with self._clock.stage("commit"):
-            report = self._commit(shape, guesses, accepted, finite, state)
-        return report.tolist()  # the round's only synchronisation
-
-    def _propose(self, shape: TreeShape, state: _State, horizon: Horizon) -> Guesses:
         self._rule.begin_round(state.step + 1, shape.depth)
         if shape.depth == 0:
             return ROOT.grow(state.root, _never)
-        assert self.proposer is not None
-        return self.proposer.propose(shape, state.root, state.step, horizon)
+        assert self._proposer is not None
+        return self._proposer.propose(shape, state.root, state.step, horizon)
 
-    def _commit(
-        self, shape: TreeShape, guesses: Guesses, accepted: Accepted, finite: torch.Tensor, state: _State
-    ) -> torch.Tensor:
+    def _verify(self, shape: TreeShape, guesses: Guesses, horizon: Horizon) -> _Verified:
+        assert self._state is not None
+        return _Verified(guesses, *self._verifier.verify(shape, guesses, self._state.step, horizon))
+
+    def _commit(self, shape: TreeShape, verified: _Verified) -> torch.Tensor:
+        state, (guesses, accepted, finite) = self._state, verified
+        assert state is not None
         self._verifier.commit(shape, accepted, state.step)
         if shape.depth:
-            assert self.proposer is not None
-            self.proposer.commit(shape, guesses, accepted, state.step)
+            assert self._proposer is not None
+            self._proposer.commit(shape, guesses, accepted, state.step)
         count = (accepted.guessed + 1) * state.going
         self._rule.commit(accepted.tokens, count)
         bonus = accepted.tokens.gather(1, accepted.guessed[:, None]).squeeze(1)

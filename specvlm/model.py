@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 
-from specvlm.attention import AttentionPlan, plan_for, round_mask, tail_plan, tree_plan
+from specvlm.attention import (
+    AttentionPlan,
+    RoundAttention,
+    node_table,
+    plan_for,
+    prefix_of,
+    round_plan,
+    tail_plan,
+)
 from specvlm.cache import SlabCache, SlabShape
 from specvlm.errors import GenerationError
 from specvlm.families.base import Family, ModelInputs
+from specvlm.graphs import Graphs, can_capture
 
 
 class Nodes(NamedTuple):
@@ -28,10 +38,44 @@ class Reach(NamedTuple):
     visible: int  # slots of a row that the pass may look at: at least those committed and those of the round so far
     own: int  # m, of the round so far
     exact: bool  # one row, whose committed slots are the first visible - own
+    certain: int = 0  # that many first slots are committed in every row
+
+
+class Extent(NamedTuple):
+    """How long the prompts of a job's rows are, as far as rounds must know it on the host."""
+
+    certain: int  # every row has committed this many slots before the last token of its prompt, or more
+    longest: int  # slots of the longest prompt, or more
+    exact: bool  # both are the very numbers
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], cache: SlabCache) -> Extent:
+        """What rounds must know of prompts of these lengths."""
+        grain = cache.grain
+        certain, longest = (min(lengths) - 1) // grain * grain, -(-max(lengths) // grain) * grain
+        return cls(certain, longest, grain == 1)
+
+    def reach(self, index: int, own: int, *, exact: bool) -> Reach:
+        """How far nodes look.
+
+        Args:
+            index: In the caption, of the last token, the largest of all rows, or more.
+            own: Slots of the round so far.
+            exact: There is one row, and `index` is the index of its last token.
+        """
+        return Reach(self.longest + index + own, own, exact and self.exact, self.certain)
 
 
 class VideoLM:
-    """A stock `transformers` model seen through what decoding needs of it."""
+    """A stock `transformers` model seen through what decoding needs of it.
+
+    Attributes:
+        round_attention: How rounds attend: `masked`, one kernel under one mask; `split`, the long prefix without a
+            mask and the rest under one; `flex`, FlexAttention. `split` on CUDA and `masked` elsewhere: chosen by
+            reasoning (the kernel that reads a long prefix at full bandwidth takes no mask), not by measurement.
+        graphs: What makes this model's rounds CUDA graphs, None: they run eagerly. Set to None to turn them off;
+            rounds follow the target's, a draft's own only keeps its slabs in place.
+    """
 
     def __init__(self, model: Any, family: Family) -> None:
         """`model` was loaded with the attention of this library for its text part."""
@@ -47,6 +91,9 @@ class VideoLM:
         self._slab_shape = SlabShape(int(config.num_key_value_heads), int(head_dim), model.dtype, devices)
         self._groups = heads // self._slab_shape.kv_heads
         self._window = config.sliding_window if "sliding_attention" in config.layer_types else None
+        on_cuda = all(device.type == "cuda" for device in devices)
+        self.round_attention: RoundAttention = "split" if on_cuda else "masked"
+        self.graphs: Graphs | None = Graphs() if can_capture(model, devices) else None
 
     @property
     def embedding_device(self) -> torch.device:
@@ -76,7 +123,9 @@ class VideoLM:
                 f"{capacity} tokens exceed the sliding window of {self._window} that this checkpoint uses; "
                 "give fewer frames or a smaller --max-new-tokens"
             )
-        return SlabCache(self._slab_shape, rows, capacity)
+        if self.graphs is None:
+            return SlabCache(self._slab_shape, rows, capacity)
+        return self.graphs.new_cache(self._slab_shape, rows, capacity)
 
     def see(self, inputs: ModelInputs) -> torch.Tensor:
         """Run the vision tower: features of the video tokens, [V, hidden], where hidden states start."""
@@ -140,19 +189,23 @@ class VideoLM:
         Returns:
             Hidden states [B, n, hidden].
         """
-        cache.aim_nodes(nodes.slots, reach.visible)
-        plan = self._round_plan(nodes, lengths, reach)
+        visible = min(reach.visible, cache.capacity)
+        cache.aim_nodes(nodes.slots, visible)
+        plan = self._round_plan(nodes, lengths, reach._replace(visible=visible))
         return self.forward(self.embed_tokens(nodes.tokens), nodes.positions, cache, plan)
 
     def _round_plan(self, nodes: Nodes, lengths: torch.Tensor, reach: Reach) -> AttentionPlan:
-        if reach.exact:
-            if nodes.sees is None:  # a lone node sees every visible slot
-                return AttentionPlan()
-            return tail_plan(nodes.sees, reach.visible, self._groups, self.dtype)
         sees = nodes.sees
         if sees is None:
+            if reach.exact:  # a lone node sees every visible slot
+                return AttentionPlan()
             sees = torch.ones(*nodes.tokens.shape, reach.own, dtype=torch.bool, device=lengths.device)
-        return tree_plan(round_mask(lengths, sees, reach.visible), self._groups, self.dtype)
+        if self.round_attention == "flex":
+            return AttentionPlan(table=node_table(lengths, sees, self._groups, torch.float32))
+        prefix = prefix_of(reach.certain) if self.round_attention == "split" else 0
+        if reach.exact:
+            return tail_plan(sees, reach.visible, self._groups, self.dtype, prefix)
+        return round_plan(node_table(lengths, sees, self._groups, self.dtype), reach.visible, prefix)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states [B, n, hidden] -> logits float32 [B, n, C]."""

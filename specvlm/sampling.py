@@ -8,7 +8,7 @@ depends on its path. It knows nothing of models or caches.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -158,6 +158,11 @@ class TokenRule:
         self._suppress_first = self._column(rules.suppress_first)
         self._no_eos = self._column(rules.eos)
         self._not_forced = ~self._column(rules.forced_eos)
+
+    @property
+    def host_state(self) -> Hashable:
+        """All that scores depend on beside their arguments and the tensors among the attributes."""
+        return self._rules, self._settings, self._vocabulary, self._ends_late
 
     def _column(self, tokens: Sequence[int]) -> torch.Tensor:
         """Token ids -> bool [C]; ids beyond the vocabulary cannot be written anyway."""

@@ -7,7 +7,7 @@ rule, so that it guesses under the same logits processors and noise.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -39,6 +39,14 @@ class Proposer(ABC):
     """A draft at work on the B rows of one job."""
 
     kept: tuple[int, ...]  # [B], video tokens that it sees
+
+    @property
+    @abstractmethod
+    def host_state(self) -> Hashable:
+        """All that `propose` and `commit` depend on beside their arguments, weights, and tensors among the attributes.
+
+        They change nothing but tensors, in place; a round may be recorded and repeated where this is the same.
+        """
 
     @abstractmethod
     def propose(self, shape: TreeShape, root: torch.Tensor, index: torch.Tensor, horizon: Horizon) -> Guesses:

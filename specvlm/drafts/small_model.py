@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 
 from specvlm.config import SpeculationSettings
 from specvlm.drafts.base import Draft, DraftRow, Horizon, Proposer
-from specvlm.model import Nodes, Reach, VideoLM
+from specvlm.model import Extent, Nodes, Reach, VideoLM
 from specvlm.prefill import Prompt, embed, prefill_draft, prune_prompt
 from specvlm.pruning import prune
 from specvlm.sampling import TokenRule
@@ -56,15 +56,22 @@ class _SmallModelProposer(Proposer):
     ) -> None:
         self._model, self._vocabulary, self._rule = model, vocabulary, rule
         device = model.device
-        self._longest_prompt = max(prompt.length for prompt in prompts)
-        self._cache = model.new_cache(len(prompts), self._longest_prompt + slots)
+        lengths = [prompt.length for prompt in prompts]
+        self._cache = model.new_cache(len(prompts), max(lengths) + slots)
+        self._extent = Extent.of(lengths, self._cache)
         for row, prompt in enumerate(prompts):
             prefill_draft(model, prompt, self._cache, row)
-        self._prompt_lengths = torch.tensor([prompt.length for prompt in prompts], device=device)
+        self._prompt_lengths = torch.tensor(lengths, device=device)
         self._next_position = torch.tensor([prompt.next_position for prompt in prompts], device=device)
         # Of the two tokens that begin a round, the committed one does not see the root.
         self._root_sees = torch.tensor([[[False], [True]]], device=device).expand(len(prompts), 2, 1)
         self._previous = torch.stack([prompt.inputs.token_ids[0, -1] for prompt in prompts]).to(device)
+
+    @property
+    def host_state(self) -> Hashable:
+        """See `Proposer`."""
+        model = self._model
+        return model, model.round_attention, self._cache.slabs.name, self._extent, self._vocabulary
 
     def propose(self, shape: TreeShape, root: torch.Tensor, index: torch.Tensor, horizon: Horizon) -> Guesses:
         """One tree, grown level by level."""
@@ -109,7 +116,7 @@ class _SmallModelProposer(Proposer):
         return self._forward(nodes, lengths, self._reach(horizon, end))
 
     def _reach(self, horizon: Horizon, own: int) -> Reach:
-        return Reach(self._longest_prompt + horizon.longest + own, own, horizon.exact)
+        return self._extent.reach(horizon.longest, own, exact=horizon.exact)
 
     def _forward(self, nodes: Nodes, lengths: torch.Tensor, reach: Reach) -> torch.Tensor:
         # The target may write a token of its padding that the draft has no row for; any row serves a guess.

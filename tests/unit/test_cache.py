@@ -82,7 +82,7 @@ def test_a_rewound_cache_equals_one_that_never_advanced(tree: str) -> None:
             read = prefill_target(captioner.target, prompt, cache, 0)
             rules = logits_rules(captioner.generation_config, _generation())
             rule = TokenRule(rules, _generation(), [video.inputs.token_ids[0]], 300, CPU)
-        chooser = captioner.chooser(settings, 1) if speculate else FixedTree(ROOT)
+        chooser = captioner.chooser(settings, _generation(), [video]) if speculate else FixedTree(ROOT)
         assert captioner.draft is not None
         begin = partial(captioner.draft.begin, [DraftRow(video.inputs, read.scores)], settings, rule, 60)
         texts = [RowText(20, frozenset())]
@@ -90,7 +90,7 @@ def test_a_rewound_cache_equals_one_that_never_advanced(tree: str) -> None:
         for _ in Decoding(rows, Speculation(chooser, begin), rule, texts, StageClock(CPU)).run():
             pass
         length = prompt.length + 19  # the last token is never run
-        kept[speculate] = (texts[0].tokens, [slab[:, :, :length] for slab in cache._slabs.values()])
+        kept[speculate] = (texts[0].tokens, [slab[:, :, :length] for slab in cache.slabs.by_device.values()])
     assert kept[True][0] == kept[False][0]
     for ours, plain in zip(kept[True][1], kept[False][1], strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
