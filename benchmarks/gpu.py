@@ -22,7 +22,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -71,6 +71,7 @@ from specvlm.costs import CostStore
 from specvlm.decode import ROOT, Decoding, RowText, Speculation, TargetRows
 from specvlm.demo.clips import render, scene_for, seed_for
 from specvlm.drafts.base import DraftRow, Proposer
+from specvlm.drafts.small_model import SmallModelDraft
 from specvlm.prefill import embed, prefill_target
 from specvlm.records import Frames
 from specvlm.sampling import TokenRule, logits_rules
@@ -177,6 +178,10 @@ class Run:
         """Time since the start."""
         return time.perf_counter() - self._start
 
+    def left_s(self) -> float:
+        """Time that is left."""
+        return self.plan.budget_s - self.passed_s()
+
     def skip(self, what: str, why: str) -> None:
         """Note what was left out."""
         print(f"[{self.passed_s():6.1f} s] left out: {what}: {why}", file=sys.stderr, flush=True)
@@ -194,10 +199,10 @@ class Run:
 
     def fits(self, what: str, needed_s: float) -> bool:
         """Whether the time left is enough; if not, note it."""
-        left = self.plan.budget_s - self.passed_s()
-        if needed_s > left:
-            self.skip(what, f"needs about {needed_s:.0f} s, {max(left, 0.0):.0f} s are left")
-        return needed_s <= left
+        left_s = self.left_s()
+        if needed_s > left_s:
+            self.skip(what, f"needs about {needed_s:.0f} s, {max(left_s, 0.0):.0f} s are left")
+        return needed_s <= left_s
 
     def write(self) -> None:
         """Write what there is."""
@@ -557,7 +562,7 @@ Switch = Callable[[ModelledCaptioner], AbstractContextManager[Any]]
 
 @dataclass(frozen=True)
 class Choice:
-    """One way to do a part of a round. Of each group, the first is how it is done now."""
+    """One way to do rounds. The first of all is how they are done now, and the others stand beside it."""
 
     group: str
     name: str
@@ -568,15 +573,62 @@ def _as_it_is(captioner: ModelledCaptioner) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def _kernel(*backends: SDPBackend) -> Switch:
-    return lambda captioner: sdpa_kernel(list(backends))
+def _models_with(name: str, value: object) -> Switch:
+    """Both models have another value of an attribute."""
+
+    @contextmanager
+    def switch(captioner: ModelledCaptioner) -> Iterator[None]:
+        assert isinstance(captioner.draft, SmallModelDraft)
+        models = (captioner.target, captioner.draft.model)
+        before = [getattr(model, name) for model in models]
+        for model in models:
+            setattr(model, name, value)
+        try:
+            yield
+        finally:
+            for model, old in zip(models, before, strict=True):
+                setattr(model, name, old)
+
+    return switch
+
+
+def _together(*switches: Switch) -> Switch:
+    """Several switches at once."""
+
+    @contextmanager
+    def switch(captioner: ModelledCaptioner) -> Iterator[None]:
+        with ExitStack() as stack:
+            for one in switches:
+                stack.enter_context(one(captioner))
+            yield
+
+    return switch
+
+
+_EAGER, _MASKED = _models_with("graphs", None), _models_with("round_attention", "masked")
+
+
+def _masked_by(*backends: SDPBackend) -> Switch:
+    """Rounds under one mask, by one kernel of sdpa; eager, since a graph would keep the kernel it was captured with."""
+    return _together(
+        _EAGER, _MASKED, lambda captioner: sdpa_kernel(list(backends)) if backends else nullcontext()
+    )
 
 
 CHOICES = (
-    Choice("kernel of sdpa", "as it is", _as_it_is),
-    Choice("kernel of sdpa", "memory-efficient", _kernel(SDPBackend.EFFICIENT_ATTENTION)),
-    Choice("kernel of sdpa", "cuDNN", _kernel(SDPBackend.CUDNN_ATTENTION)),
-    Choice("kernel of sdpa", "matrix products", _kernel(SDPBackend.MATH)),
+    Choice("rounds", "as they are", _as_it_is),
+    Choice("rounds", "without CUDA graphs", _EAGER),
+    Choice("attention", "masked", _MASKED),
+    Choice("attention", "split", _models_with("round_attention", "split")),
+    Choice("attention", "flex", _models_with("round_attention", "flex")),
+    Choice("kernel under a mask, without CUDA graphs", "torch's own choice", _masked_by()),
+    Choice(
+        "kernel under a mask, without CUDA graphs",
+        "memory-efficient",
+        _masked_by(SDPBackend.EFFICIENT_ATTENTION),
+    ),
+    Choice("kernel under a mask, without CUDA graphs", "cuDNN", _masked_by(SDPBackend.CUDNN_ATTENTION)),
+    Choice("kernel under a mask, without CUDA graphs", "matrix products", _masked_by(SDPBackend.MATH)),
 )
 
 
@@ -589,7 +641,7 @@ def compare_choices(
     for turn in range(run.plan.turns + 1):
         first = turn % len(CHOICES)
         for choice in (*CHOICES[first:], *CHOICES[:first]):
-            if choice in errors:
+            if choice in errors or run.left_s() <= 0:
                 continue
             try:
                 with choice.switch(captioner):
@@ -609,7 +661,7 @@ def compare_choices(
                 "group": choice.group,
                 "choice": choice.name,
                 **medians,
-                "error": errors.get(choice),
+                "error": errors.get(choice) or (None if times[choice] else "no time was left"),
             }
         )
 
