@@ -22,6 +22,7 @@ from specvlm.config import GenerationSettings, PrunerName, TreeName
 from specvlm.preset import Preset
 from specvlm_cli import engine
 from specvlm_cli.commands.bench_flags import BenchFlags, values_of
+from specvlm_cli.commands.bench_shapes import modelled, modelled_grid, refuse_mixture
 from specvlm_cli.commands.choices import DEFAULT_PRESET, check_models, pair_of, prompt_texts
 from specvlm_cli.exits import ExitCode, FatalError, UsageError
 from specvlm_cli.inputs import Inputs, Item
@@ -49,22 +50,30 @@ def bench(flags: BenchFlags) -> int:
     to the text. Without INPUT it is a quick check on the example clips: with the tiny demo pair, about a minute
     on two cores.
     """
-    pair = pair_of(flags.preset, flags.target)
-    check_models(pair, flags.draft, flags.draft_revision, flags.device_map)
-    grid, prompt = _grid(flags), prompt_texts(None if flags.prompt is None else [flags.prompt], pair)[0]
+    refuse_mixture(flags)
     GenerationSettings(max_new_tokens=flags.max_new_tokens)
-    _refuse_without_draft(grid, pair, flags.draft)
+    grid, talk = _grid(flags), BenchTalk(flags.quiet)
     if flags.out is not None:
         from specvlm_cli import bench_files
 
         bench_files.ready(flags.out)
-    talk = BenchTalk(flags.quiet)
-    with ExitStack() as stack:
-        videos = _videos(flags, talk, stack)
-        report = _measured(flags, pair, grid, prompt, videos, talk)
+    if flags.shape is not None:
+        report = modelled(flags, modelled_grid(flags, grid), _command(flags), talk)
+    else:
+        report = _of_checkpoints(flags, grid, talk)
     _refuse_empty(report)
     _show(report, flags, talk)
     return ExitCode.SOME_FAILED if report.left_out else ExitCode.OK
+
+
+def _of_checkpoints(flags: BenchFlags, grid: Grid, talk: BenchTalk) -> Report:
+    pair = pair_of(flags.preset, flags.target)
+    check_models(pair, flags.draft, flags.draft_revision, flags.device_map)
+    prompt = prompt_texts(None if flags.prompt is None else [flags.prompt], pair)[0]
+    _refuse_without_draft(grid, pair, flags.draft)
+    with ExitStack() as stack:
+        videos = _videos(flags, talk, stack)
+        return _measured(flags, pair, grid, prompt, videos, talk)
 
 
 def _grid(flags: BenchFlags) -> Grid:
@@ -72,12 +81,16 @@ def _grid(flags: BenchFlags) -> Grid:
     if flags.num_frames is not None:
         frames = values_of("--num-frames", flags.num_frames, int, "16,64")  # type: ignore[assignment]
     return Grid(
-        methods=cast("tuple[MethodName, ...]", values_of("--methods", flags.methods, str, ",".join(METHODS))),
+        methods=METHODS if flags.methods is None else _methods(flags.methods),
         num_frames=frames,
         pruners=cast("tuple[PrunerName, ...]", values_of("--pruner", flags.pruner, str, "specvlm,uniform")),
         prune_ratios=values_of("--prune-ratio", flags.prune_ratio, float, "0,0.5,0.9"),
         trees=cast("tuple[TreeName, ...]", values_of("--tree", flags.tree, str, "static,dynamic")),
     )
+
+
+def _methods(text: str) -> tuple[MethodName, ...]:
+    return cast("tuple[MethodName, ...]", values_of("--methods", text, str, ",".join(METHODS)))
 
 
 def _refuse_without_draft(grid: Grid, pair: Preset | None, draft: str | None) -> None:
