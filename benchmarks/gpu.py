@@ -703,7 +703,7 @@ def profile(
         kernels = {
             e.key
             for e in profiler.key_averages()
-            if "CUDA" in str(e.device_type) and not e.is_user_annotation
+            if "CUDA" in str(e.device_type) and not getattr(e, "is_user_annotation", False)
         }
         spent = [one for one in spent if one[0] in kernels]
     total = sum(seconds for *_, seconds in spent)
