@@ -292,9 +292,9 @@ def limit(summary: Summary) -> str:
     share = sum(before.values()) / summary.total_s if summary.total_s else 0.0
     decoding = _limit_of_rounds(summary) if summary.num_drafts else ""
     if share <= _MOSTLY:
-        return decoding or f"decoding, token by token, takes {1.0 - share:.0%} of the time"
+        return decoding or f"decoding, token by token, takes {_percent(1.0 - share)} of the time"
     largest = max(before, key=lambda name: before[name])
-    first = f"{share:.0%} of the time passes before the first token, most of it in {_IN_WORDS[largest]}"
+    first = f"{_percent(share)} of the time passes before the first token, most of it in {_IN_WORDS[largest]}"
     return f"{first}; then {decoding}" if decoding else first
 
 
@@ -328,4 +328,8 @@ def _largest_share(summary: Summary) -> str:
         "all but drafting and verifying": stages.commit_s + stages.host_s,
     }
     name = max(parts, key=lambda part: parts[part])
-    return f"{name} takes {parts[name] / summary.decode_s:.0%} of a round" if summary.decode_s else ""
+    return f"{name} takes {_percent(parts[name] / summary.decode_s)} of a round" if summary.decode_s else ""
+
+
+def _percent(share: float) -> str:
+    return f"{100.0 * share:.0f} %"

@@ -1,0 +1,447 @@
+"""The bench: order of the methods, arithmetic of the summaries, and each method's times on tiny random models."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from dataclasses import astuple, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from specvlm.bench.clips import Clip, example_clips
+from specvlm.bench.grid import Grid
+from specvlm.bench.measure import Asked, Measurer, MethodError
+from specvlm.bench.records import Configuration, Left, MethodName, Report, Sample, Stages, Summary
+from specvlm.bench.suite import Budget, Setup, Step, Suite, bench, rotated
+from specvlm.bench.summing import acceptance_per_depth, limit, predicted_speedup, summarise
+from specvlm.captioner import Captioner, PreparedVideo
+from specvlm.errors import ConfigError, NotAVideoError
+from tests.tiny import FamilyName, Size, random_frames, stock_ids, tiny_captioner
+
+STOCK, PLAIN = Configuration("stock"), Configuration("plain")
+OURS = Configuration("specvlm", None, "specvlm", 0.9, "static")
+ASKED = Asked("specvlm bench", "tiny", "tiny", "What is it?", 12, 2, "noise")
+FAMILIES: tuple[FamilyName, ...] = ("qwen", "llava")
+
+
+class Heard:
+    """A listener that keeps what it hears."""
+
+    def __init__(self) -> None:
+        self.steps: list[Step] = []
+        self.left: list[Left] = []
+        self.failures: list[tuple[str, str]] = []
+
+    def step(self, step: Step) -> None:
+        self.steps.append(step)
+
+    def left_out(self, left: Left) -> None:
+        self.left.append(left)
+
+    def failed(self, how: Configuration, error: str) -> None:
+        self.failures.append((how.label, error))
+
+
+def sample(
+    how: Configuration, video: str, turn: int, decode_s: float, total_s: float = 0.0, **more: Any
+) -> Sample:
+    """A caption of eleven tokens."""
+    figures: dict[str, Any] = {
+        "num_frames": 8,
+        "video_tokens": 100,
+        "video_tokens_kept": 10,
+        "prompt_tokens": 120,
+        "token_ids": tuple(range(11)),
+        "stages": Stages(),
+        "decode_tokens": 10,
+        "num_drafts": 0,
+        "num_draft_tokens": 0,
+        "num_accepted_tokens": 0,
+        "acceptance_histogram": (),
+        "peak_memory_bytes": 7,
+    }
+    return Sample(how, video, turn, decode_s=decode_s, total_s=total_s or decode_s + 1.0, **(figures | more))
+
+
+# What is compared
+
+
+def test_a_grid_is_every_method_and_every_combination_once() -> None:
+    grid = Grid(("stock", "sd", "specvlm"), (16, 64), ("none", "uniform"), (0.0, 0.9), ("chain", "static"))
+    found = [one.label for one in grid.configurations(16)]
+    assert found == [
+        *("stock", "sd chain", "sd static", "specvlm none chain", "specvlm none static"),
+        *("specvlm uniform 0 chain", "specvlm uniform 0 static"),
+        *("specvlm uniform 0.9 chain", "specvlm uniform 0.9 static"),
+    ]
+    assert [one.frames_asked for one in grid.all()] == [16] * 9 + [64] * 9
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"methods": ("stock", "fast")}, "methods='fast' is unknown"),
+        ({"prune_ratios": (0.5, 1.5)}, "prune_ratio=1.5 is out of range"),
+        ({"trees": ("bush",)}, "tree='bush' is unknown"),
+        ({"num_frames": (0,)}, "num_frames=0 is out of range"),
+    ],
+)
+def test_a_wrong_value_is_refused_before_anything_is_loaded(wrong: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        Grid(**wrong)
+
+
+# Summing up
+
+
+def test_ratios_are_of_totals_of_medians_and_medians_are_of_videos() -> None:
+    times = {
+        (STOCK, "a"): (1.0, 9.0, 2.0),  # the slow turn is no median
+        (STOCK, "b"): (4.0, 4.0, 4.0),
+        (OURS, "a"): (0.5, 0.5, 7.0),
+        (OURS, "b"): (4.0, 2.0, 1.0),
+    }
+    samples = [
+        sample(how, video, turn, seconds)
+        for (how, video), turns in times.items()
+        for turn, seconds in enumerate(turns, 1)
+    ]
+    stock, ours = summarise([STOCK, OURS], samples)
+    assert (stock.videos, stock.turns, stock.completion_tokens) == (2, 3, 22)
+    assert (stock.decode_s, ours.decode_s) == (6.0, 2.5)
+    assert (stock.token_s, ours.token_s) == (0.3, 0.125)
+    found = ours.speedup("stock")
+    assert found is not None
+    assert found.decode == pytest.approx(6.0 / 2.5)
+    assert found.decode_median == pytest.approx((4.0 + 2.0) / 2)
+    assert found.e2e == pytest.approx((6.0 + 2.0) / (2.5 + 2.0))
+    assert (stock.speedups, stock.exact_match, ours.speedup("plain")) == ((), None, None)
+
+
+def test_captions_that_differ_are_counted_and_compared_by_the_token() -> None:
+    other = sample(OURS, "b", 1, 1.0, token_ids=(9, 9, 9), decode_tokens=2)
+    samples = [sample(STOCK, "a", 1, 2.0), sample(STOCK, "b", 1, 2.0), sample(OURS, "a", 1, 1.0), other]
+    _, ours = summarise([STOCK, OURS], samples)
+    assert (ours.exact_match, ours.exact_match_against) == (0.5, "stock")
+    found = ours.speedup("stock")
+    assert found is not None
+    assert found.decode == pytest.approx((4.0 / 20) / (2.0 / 12))
+
+
+def test_without_stock_plain_is_the_reference() -> None:
+    samples = [sample(PLAIN, "a", 1, 2.0), sample(OURS, "a", 1, 1.0)]
+    plain, ours = summarise([PLAIN, OURS], samples)
+    assert (ours.exact_match, ours.exact_match_against) == (1.0, "plain")
+    assert (plain.exact_match, plain.exact_match_against) == (None, None)
+
+
+def test_only_equal_numbers_of_frames_are_compared() -> None:
+    few, many = replace(PLAIN, frames_asked=16), replace(OURS, frames_asked=64)
+    summaries = summarise([few, many], [sample(few, "a", 1, 2.0), sample(many, "a", 1, 1.0)])
+    assert [one.speedups for one in summaries] == [(), ()]
+
+
+def test_what_failed_has_no_figures_and_is_no_baseline() -> None:
+    samples = [sample(STOCK, "a", 1, 2.0), sample(OURS, "a", 1, 1.0)]
+    stock, ours = summarise([STOCK, OURS], samples, {STOCK: "out of memory"})
+    assert (stock.error, stock.videos, ours.error) == ("out of memory", 0, None)
+    assert (ours.speedups, ours.exact_match) == ((), None)
+
+
+def rounds(plain_token_s: float = 0.1, **more: Any) -> tuple[Summary, ...]:
+    """Two rounds of 5 guesses in all: 10 tokens, 8 of them accepted, 0.02 s of drafting and 0.04 s of verifying."""
+    figures: dict[str, Any] = {
+        "stages": Stages(draft_s=0.02, verify_s=0.04, commit_s=0.002, host_s=0.008),
+        "num_drafts": 2,
+        "num_draft_tokens": 10,
+        "num_accepted_tokens": 8,
+        "acceptance_histogram": (0, 0, 0, 1, 0, 1),
+    }
+    ours = sample(OURS, "a", 1, 0.07, **(figures | more))
+    return summarise([PLAIN, OURS], [sample(PLAIN, "a", 1, 10 * plain_token_s), ours])
+
+
+def test_the_formula_predicts_from_measured_terms() -> None:
+    _, ours = rounds()
+    assert (ours.mean_accepted_tokens, ours.mean_nodes, ours.plain_steps) == (4.0, 6.0, 0)
+    assert (ours.draft_round_s, ours.verify_round_s) == (0.01, 0.02)
+    assert ours.predicted_decode_speedup == pytest.approx(5.0 * 0.1 / 0.03)
+    assert ours.measured_over_predicted == pytest.approx((1.0 / 0.07) / (5.0 * 0.1 / 0.03))
+    assert ours.host_share == pytest.approx(0.008 / 0.07)
+
+
+def test_steps_without_guesses_count_as_plain_ones() -> None:
+    """Ten tokens of which one round gave five: the others were plain, at T_plain each."""
+    plain_s = 0.1
+    _, ours = rounds(
+        plain_s,
+        num_drafts=1,
+        num_draft_tokens=5,
+        num_accepted_tokens=4,
+        acceptance_histogram=(0, 0, 0, 0, 1, 0),
+        stages=Stages(draft_s=0.01, verify_s=0.02 + 5 * plain_s),
+    )
+    assert ours.plain_steps == 5
+    assert ours.verify_round_s == pytest.approx(0.02)
+    assert ours.predicted_decode_speedup == pytest.approx(10 * plain_s / (0.03 + 5 * plain_s))
+
+
+def test_without_plain_nothing_is_predicted_and_the_share_is_named() -> None:
+    _, ours = rounds()
+    alone = replace(ours, plain_token_s=None, speedups=())
+    assert predicted_speedup(alone) is None
+    assert limit(alone) == "verifying takes 57 % of a round"
+
+
+@pytest.mark.parametrize(
+    ("terms", "words"),
+    [
+        ({"draft_s": 0.2, "verify_s": 0.2}, "drafting costs 1.0 plain steps a round"),
+        ({"draft_s": 0.02, "verify_s": 0.6}, "verifying 6 nodes costs 3.0 plain steps"),
+        ({"draft_s": 0.02, "verify_s": 0.2, "host_s": 0.5}, "all but drafting and verifying costs 2.5"),
+        ({"draft_s": 0.01, "verify_s": 0.2}, "4.0 of 5 guesses in a row are accepted"),
+        (
+            {"draft_s": 0.02, "verify_s": 0.6, "read_s": 1.0, "vision_s": 5.0},
+            "91 % of the time passes before the first token, most of it in vision; then verifying",
+        ),
+    ],
+)
+def test_the_term_whose_ideal_gains_most_is_the_limit(terms: dict[str, float], words: str) -> None:
+    stages = Stages(**terms)
+    decode_s = stages.draft_s + stages.verify_s + stages.host_s
+    before_s = stages.read_s + stages.vision_s
+    _, ours = rounds(stages=stages, total_s=before_s + decode_s if before_s else 9.0)
+    assert ours.limit.startswith(words)
+
+
+def test_acceptance_per_depth_is_conditional() -> None:
+    # Ten rounds: two accept nothing, four stop at one, three at two, one goes to the end of the deeper tree.
+    found = acceptance_per_depth([(2, 4, 2), (0, 0, 1, 1)])
+    assert found == (pytest.approx(8 / 10), pytest.approx(4 / 8), pytest.approx(1 / 4))
+    assert acceptance_per_depth([(3, 0, 0)]) == (0.0, None)
+    assert acceptance_per_depth([(), ()]) == ()
+
+
+def test_everything_becomes_plain_json() -> None:
+    samples = (sample(STOCK, "a", 1, 2.0), sample(OURS, "a", 1, 1.0))
+    captioner = tiny_captioner("qwen", Size(), None)
+    from specvlm.bench.measure import conditions
+
+    report = Report(conditions(captioner, ASKED, ("a",)), summarise([STOCK, OURS], samples), samples)
+    told = json.loads(json.dumps(report.as_json(samples=True), allow_nan=False))
+    assert told["schema"] == 1
+    assert told["summaries"][1]["label"] == "specvlm 0.9 static"
+    assert told["summaries"][1]["speedups"][0]["baseline"] == "stock"
+    assert told["samples"][0]["method"] == "stock"
+    assert told["conditions"]["peak_memory_of"] == "process"
+
+
+# The order
+
+
+class FakeMeasurer:
+    """Notes what it is asked for; `stock` takes two seconds, all else one."""
+
+    def __init__(self, fails: MethodName | None = None, at: int = 0) -> None:
+        self.asked: list[tuple[str, int, MethodName]] = []
+        self._fails, self._at = fails, at
+
+    def measure(self, how: Configuration, video: Any, name: str, turn: int) -> Sample:
+        self.asked.append((name, turn, how.method))
+        if how.method == self._fails and turn == self._at:
+            raise MethodError("it cannot")
+        return sample(how, name, turn, 2.0 if how.method == "stock" else 1.0)
+
+
+def run(
+    measurer: FakeMeasurer,
+    clips: tuple[str, ...] = ("a", "b"),
+    bad: tuple[str, ...] = (),
+    budget: Budget | None = None,
+    repeat: int = 2,
+) -> tuple[Any, Heard]:
+    """Run a suite of three methods."""
+    heard = Heard()
+
+    def prepare(clip: Clip, num_frames: int | None) -> Any:
+        if clip.name in bad:
+            raise NotAVideoError(clip.name, "it is text")
+        return None
+
+    grid = Grid(("stock", "plain", "specvlm"))
+    suite = Suite(
+        grid,
+        [Clip(name, name) for name in clips],
+        repeat,
+        prepare,
+        measurer,
+        heard,
+        budget or Budget(None),
+    )
+    return suite.run(), heard
+
+
+def test_methods_alternate_and_each_turn_begins_with_another_one() -> None:
+    measurer = FakeMeasurer()
+    found, heard = run(measurer)
+    of_a = [(turn, method) for name, turn, method in measurer.asked if name == "a"]
+    assert of_a == [
+        *((0, "stock"), (0, "plain"), (0, "specvlm")),
+        *((1, "plain"), (1, "specvlm"), (1, "stock")),
+        *((2, "specvlm"), (2, "stock"), (2, "plain")),
+    ]
+    assert [name for name, _, _ in measurer.asked] == ["a"] * 9 + ["b"] * 9, "one video in memory at a time"
+    assert {one.turn for one in found.samples} == {1, 2}, "the warm-up is not kept"
+    assert len(found.samples) == 12
+    assert [step.done for step in heard.steps] == list(range(18))
+    assert {step.total for step in heard.steps} == {18}
+
+
+def test_the_order_is_a_rotation() -> None:
+    configurations = [STOCK, PLAIN, OURS]
+    orders = [rotated(configurations, turn) for turn in range(4)]
+    assert orders[0] == orders[3] == configurations
+    assert orders[1] == [PLAIN, OURS, STOCK]
+    assert rotated([], 3) == []
+
+
+def test_a_method_that_fails_is_left_out_from_there_on_and_told_once() -> None:
+    measurer = FakeMeasurer(fails="plain", at=1)
+    found, heard = run(measurer)
+    assert heard.failures == [("plain", "it cannot")]
+    assert [turn for _, turn, method in measurer.asked if method == "plain"] == [0, 1]
+    assert sum(one.configuration.method == "stock" for one in found.samples) == 4
+    assert found.errors == {Configuration("plain"): "it cannot"}
+
+
+def test_a_video_that_cannot_be_read_is_left_out_with_its_reason() -> None:
+    measurer = FakeMeasurer()
+    found, heard = run(measurer, ("bad", "good"), bad=("bad",))
+    assert {name for name, _, _ in measurer.asked} == {"good"}
+    assert [one.video for one in heard.left] == ["bad"]
+    assert "it is text" in heard.left[0].reason
+    assert list(found.left_out) == ["bad"]
+    assert heard.steps[0].done == 9, "its captions count as done"
+
+
+def test_a_spent_budget_begins_no_further_video_but_always_one() -> None:
+    clock = itertools.count(0.0, 10.0).__next__
+    measurer = FakeMeasurer()
+    found, _ = run(measurer, ("a", "b", "c"), budget=Budget(15.0, clock))
+    assert {one.video for one in found.samples} == {"a", "b"}
+    found, _ = run(FakeMeasurer(), ("a", "b"), budget=Budget(-1.0))
+    assert {one.video for one in found.samples} == {"a"}
+
+
+# Each method, on tiny random models
+
+
+def ticking() -> Callable[[], float]:
+    """A clock that moves on by a second whenever it is asked."""
+    return itertools.count(0.0, 1.0).__next__
+
+
+def prepared(captioner: Captioner) -> PreparedVideo:
+    return captioner.prepare(random_frames(3, 4), "What is it?")
+
+
+def attentions(captioner: Captioner) -> list[str]:
+    config = captioner.target.model.config
+    return [config._attn_implementation, config.text_config._attn_implementation]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_methods_give_stock_tokens_and_their_stages_add_up(family: FamilyName) -> None:
+    captioner = tiny_captioner(family, Size(), Size(layers=1, seed=1))
+    video, measurer = prepared(captioner), Measurer(captioner, 12)
+    expected = stock_ids(captioner.target.model, video.inputs.tensors, 12)
+    for how in Grid(trees=("chain",)).configurations(None):
+        one = measurer.measure(how, video, "noise", 1)
+        assert one.token_ids == expected, how.label
+        assert sum(astuple(one.stages)) == pytest.approx(one.total_s)
+        assert 0.0 < one.decode_s < one.total_s
+        has_rounds = how.method in ("sd", "specvlm")
+        assert (one.num_drafts > 0) == has_rounds == bool(one.acceptance_histogram)
+        assert (one.stages.steps_s > 0.0) == (how.method in ("stock", "assisted"))
+        assert one.decode_tokens == 11 or how.method == "assisted"
+    assert attentions(captioner) == ["sdpa", "specvlm"], "this library's attention is back in its place"
+
+
+def test_stock_runs_on_sdpa_and_its_clock_starts_at_the_first_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    captioner = tiny_captioner("qwen", Size(), None)
+    model, seen = captioner.target.model, []
+    generate = model.generate
+    monkeypatch.setattr(
+        model, "generate", lambda **given: seen.append(attentions(captioner)) or generate(**given)
+    )
+    one = Measurer(captioner, 6, ticking()).measure(STOCK, prepared(captioner), "noise", 1)
+    assert seen == [["sdpa", "sdpa"]]
+    # Asked at the begin, at the first token, at the end of generate() and at the end of the text.
+    assert (one.stages.prefill_s, one.stages.steps_s, one.stages.rest_s) == (1.0, 1.0, 1.0)
+    assert one.decode_s == 1.0
+    assert one.decode_tokens == len(one.token_ids) - 1
+
+
+def test_assisted_that_fails_says_its_own_error_and_puts_the_attention_back() -> None:
+    captioner = tiny_captioner("qwen", Size(vocabulary=300), Size(layers=1, vocabulary=290, seed=1))
+    with pytest.raises(MethodError, match="different tokenizers"):
+        Measurer(captioner, 6).measure(Configuration("assisted"), prepared(captioner), "noise", 1)
+    assert attentions(captioner) == ["sdpa", "specvlm"]
+
+
+def test_a_caption_that_fails_is_the_methods_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    captioner = tiny_captioner("qwen", Size(), None)
+    monkeypatch.setattr(captioner, "caption", raising(torch.OutOfMemoryError("no\nmemory")))
+    with pytest.raises(MethodError, match=r"^no memory$"):
+        Measurer(captioner, 6).measure(PLAIN, prepared(captioner), "noise", 1)
+
+
+def raising(error: Exception) -> Callable[..., Any]:
+    def raises(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return raises
+
+
+def test_a_whole_bench_on_frames() -> None:
+    captioner = tiny_captioner("qwen", Size(), Size(layers=1, vocabulary=290, seed=1))
+    grid = Grid(num_frames=(2, 4), prune_ratios=(0.0, 0.9), trees=("chain",))
+    clips = [Clip(f"noise {seed}", random_frames(seed, 4)) for seed in range(2)]
+    heard = Heard()
+    report = bench(captioner, Setup(grid, clips, None, ASKED), heard)
+    assert [one.error is None for one in report.summaries] == [True, False, True, True, True, True] * 2
+    assert [label for label, _ in heard.failures] == ["assisted", "assisted"], (
+        "once for each number of frames"
+    )
+    ran = [one for one in report.summaries if one.error is None]
+    assert {(one.videos, one.turns) for one in ran} == {(2, 2)}
+    assert {one.num_frames for one in ran} == {2.0, 4.0}
+    assert {one.exact_match for one in ran} == {None, 1.0}
+    assert all(one.speedup("stock") is not None for one in ran if one.configuration.method != "stock")
+    assert all(one.limit for one in ran)
+    assert report.conditions.videos == ("noise 0", "noise 1")
+    pruned = [one for one in ran if one.configuration.prune_ratio == 0.9]
+    assert all(one.video_tokens_kept < one.video_tokens / 2 for one in pruned)
+
+
+def test_a_bench_without_a_draft_needs_methods_without_one() -> None:
+    captioner = tiny_captioner("qwen", Size(), None)
+    clips = [Clip("noise", random_frames(1, 4))]
+    with pytest.raises(ConfigError, match="'assisted' needs a draft"):
+        bench(captioner, Setup(Grid(), clips, None, ASKED), Heard())
+    report = bench(captioner, Setup(Grid(("stock", "plain")), clips, None, ASKED), Heard())
+    assert [one.exact_match for one in report.summaries] == [None, 1.0]
+
+
+def test_example_clips_are_drawn_where_there_are_none(tmp_path: Path) -> None:
+    drawn = example_clips(tmp_path, shipped=tmp_path / "nowhere")
+    assert drawn.words == "the example clips, drawn anew"
+    assert len(drawn.clips) == 8
+    assert all(Path(str(clip.video)).parent == tmp_path for clip in drawn.clips)
+    shipped = example_clips(tmp_path / "unused")
+    assert [clip.name for clip in shipped.clips] == [clip.name for clip in drawn.clips]
+    assert not (tmp_path / "unused").exists()
