@@ -329,17 +329,16 @@ _STYLE = """
 --rule:#343c45;--link:#6cb2ee;--alarm:#ff8a80}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.5 system-ui,sans-serif}
-main{max-width:1080px;margin:0 auto;padding:24px 20px 64px}
+main{overflow-wrap:anywhere;max-width:1080px;margin:0 auto;padding:24px 20px 64px}
 h1{font-size:1.05rem;margin:0;color:var(--faint);font-weight:600}
 h2{font-size:1.2rem;margin:0 0 10px}
 section{margin-top:40px}
 p{margin:0 0 10px;max-width:75ch}
-.pair{font-size:1.6rem;font-weight:700;line-height:1.25;overflow-wrap:anywhere;max-width:none}
+.pair{font-size:1.6rem;font-weight:700;line-height:1.25;max-width:none}
 .banner{background:var(--alarm);color:var(--paper);padding:14px 18px;border-radius:8px;max-width:none;
 margin-bottom:24px}
 .banner strong{font-size:1.7rem;letter-spacing:.06em;margin-right:10px;vertical-align:-2px}
-code{font:.9em ui-monospace,monospace;background:var(--panel);padding:2px 6px;border-radius:4px;
-overflow-wrap:anywhere}
+code{font:.9em ui-monospace,monospace;background:var(--panel);padding:2px 6px;border-radius:4px}
 .figures{display:flex;flex-wrap:wrap;gap:12px 36px;list-style:none;padding:0;margin:8px 0 16px}
 .figures li{color:var(--faint);font-size:.9rem}
 .figures b{display:block;font-size:1.9rem;line-height:1.2;color:var(--ink);font-variant-numeric:tabular-nums}
@@ -347,11 +346,10 @@ overflow-wrap:anywhere}
 dl{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));gap:6px 32px;margin:0}
 dl div{display:flex;gap:12px;border-bottom:1px solid var(--rule);padding:4px 0}
 dt{flex:0 0 8.5em;color:var(--faint)}
-dd{margin:0;min-width:0;overflow-wrap:anywhere}
+dd{margin:0;min-width:0}
 ul{padding-left:1.2em;margin:0}
-li{overflow-wrap:anywhere}
 .scroll{overflow-x:auto}
-table{border-collapse:collapse;font-size:.92rem;font-variant-numeric:tabular-nums;min-width:100%}
+table{overflow-wrap:normal;border-collapse:collapse;font-size:.92rem;font-variant-numeric:tabular-nums;min-width:100%}
 th,td{padding:6px 12px;border-bottom:1px solid var(--rule);text-align:right;white-space:nowrap}
 thead th{color:var(--faint);font-weight:600;vertical-align:bottom;white-space:normal;min-width:5.5em}
 th:first-child{text-align:left;padding-left:0;position:sticky;left:0;background:var(--paper);font-weight:600}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from matplotlib import rc_context
@@ -25,7 +26,7 @@ COLOURS = ("#2b83c6", "#e0762b", "#2a9d72", "#c2549c", "#a48a00", "#7a6bd6", "#c
 MOST_SERIES = 2 * len(COLOURS)  # lines of one plot
 _MOST_DEPTHS = 12
 _WIDTH = 9.6  # inches
-_MOST_TICKS = 6  # else matplotlib chooses
+_LEAST_GAP = 0.18  # between ticks, of the axis; with less matplotlib chooses ticks
 _MARKERS = "osD^vPX*"
 
 STAGE_NAMES = {
@@ -210,10 +211,16 @@ def _panels(
             axes.axhline(1.0, color=INK, linewidth=1.2, linestyle=(0, (4, 3)))
         places = sorted({x for line in shown for x, _ in line.points})
         axes.set(xlabel=x_label, title=heading, ylim=(0, 1.08 * axes.dataLim.y1))
-        if len(places) <= _MOST_TICKS:
+        if _are_apart(places):
             axes.set_xticks(places, [f"{place:g}" for place in places])
     figure.legend(list(handles.values()), list(handles), loc="outside lower left", ncols=2)
     return Plot(name, title, (note + _more(len(lines))).strip(), _svg(figure, name))
+
+
+def _are_apart(places: Sequence[float]) -> bool:
+    """Whether each place can have a tick of its own."""
+    gaps = [after - before for before, after in pairwise(places)]
+    return min(gaps) >= _LEAST_GAP * (places[-1] - places[0])
 
 
 def _accepted(one: Summary) -> float | None:
@@ -327,5 +334,6 @@ def _svg(figure: Figure, name: str) -> str:
         figure.savefig(drawn, format="svg", transparent=True, metadata=nothing)
     svg = drawn.getvalue()
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # nothing refers to groups, and other plots have the same
     svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, count=1, flags=re.DOTALL)
     return re.sub(r' (width|height)="[0-9.]+pt"', "", svg, count=2)

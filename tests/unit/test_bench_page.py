@@ -1,0 +1,218 @@
+"""The page of a bench as text: what stands in it, and what must not. How it looks is for tests/browser."""
+
+from __future__ import annotations
+
+import base64
+import re
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from specvlm.bench.grid import Grid
+from specvlm.bench.page import PageSheet, page, safe, write_page
+from specvlm.bench.plots import MOST_SERIES, STAGE_COLOURS, STAGE_NAMES, plots
+from specvlm.bench.records import STAGES, Configuration, Report, Summary
+from tests.bench_reports import FULL, HOSTILE, hostile, made
+
+VOID = {"meta", "img", "br"}
+
+
+class Reader(HTMLParser):
+    """Collects tags, attributes and the cells of tables, and refuses what is not closed in order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: Counter[str] = Counter()
+        self.attributes: list[tuple[str, str, str]] = []
+        self.rows: list[list[str]] = []
+        self._cell: list[str] | None = None
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        self.attributes += [(tag, name, value or "") for name, value in attributes]
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self._cell = []
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        self.attributes += [(tag, name, value or "") for name, value in attributes]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+        if tag in ("td", "th") and self._cell is not None:
+            self.rows[-1].append("".join(self._cell))
+            self._cell = None
+
+    def handle_data(self, data: str) -> None:
+        if self._cell is not None:
+            self._cell.append(data)
+
+
+REPORTS = {
+    "quick": made(),
+    "full": made(FULL),
+    "hostile": hostile(),
+    "no baseline": made(Grid(("sd", "specvlm"))),
+    "nothing but the baseline": made(Grid(("stock",))),
+    "all failed": replace(made(), summaries=(Summary(Configuration("stock"), error="out of memory"),)),
+    "nothing": replace(made(), summaries=()),
+}
+
+
+@pytest.mark.parametrize("name", REPORTS)
+def test_a_page_is_whole_and_refers_to_nothing_outside(name: str) -> None:
+    text = page(REPORTS[name], [PageSheet("clip", b"png")])
+    read = Reader(text)
+    assert text.startswith("<!DOCTYPE html>")
+    assert read.tags["main"] == read.tags["title"] == 1
+    assert not set(read.tags) & {"script", "link", "iframe", "object", "embed", "form", "base"}
+    for tag, attribute, value in read.attributes:
+        assert not attribute.startswith("on")
+        if attribute in ("src", "href", "xlink:href"):
+            assert value.startswith(("#", "data:image/png;base64,")), (tag, value)
+    assert not re.search(r"url\((?!#)|@import", text)
+    ((_, _, policy),) = [one for one in read.attributes if one[2].startswith("default-src")]
+    assert policy.startswith("default-src 'none'; img-src data:; style-src 'unsafe-inline'")
+    ids = Counter(value for _, attribute, value in read.attributes if attribute == "id")
+    assert [one for one, count in ids.items() if count > 1] == []
+
+
+@pytest.mark.parametrize("name", ["quick", "full"])
+def test_the_table_has_every_configuration_with_its_figures(name: str) -> None:
+    report = REPORTS[name]
+    head, *rows = Reader(page(report)).rows[: len(report.summaries) + 1]
+    assert len(rows) == len(report.summaries)
+    assert ("frames" in head) == (name == "full")
+    for row, one in zip(rows, report.summaries, strict=True):
+        told = dict(zip(head, row, strict=True))
+        assert told["method"] == one.configuration.label
+        found = one.speedup("stock")
+        assert told["decoding × stock"] == ("" if found is None else f"{found.decode:.2f}")  # noqa: RUF001
+        assert told["end to end × stock"] == ("" if found is None else f"{found.e2e:.2f}")  # noqa: RUF001
+        accepted = one.mean_accepted_tokens
+        assert told["accepted tokens"] == ("" if accepted is None else f"{accepted:.2f}")
+        assert told["same as stock"] == ("" if found is None else "100 %")
+        assert told["ms/token"] == f"{1e3 * (one.token_s or 0.0):.2f}"
+        if name == "full":
+            assert told["frames"] == str(one.configuration.frames_asked)
+
+
+def test_the_headline_is_the_fastest_end_to_end() -> None:
+    text = page(made())
+    assert re.search(r"Fastest end to end: <b>sd static</b>, against stock\..*?<b>1\.91 ", text)
+
+
+def test_all_but_one_caption_the_same_is_not_all() -> None:
+    summaries = [replace(one, exact_match=0.9999) if one.exact_match else one for one in made().summaries]
+    cells = {cell for row in Reader(page(replace(made(), summaries=tuple(summaries)))).rows for cell in row}
+    assert ">99.9 %" in cells
+    assert "100 %" not in cells
+
+
+def test_an_error_stands_in_its_row_and_the_others_go_on() -> None:
+    failed = Summary(Configuration("assisted"), error="vocabularies differ: 640 & 624 <b>")
+    summaries = [failed if one.configuration.method == "assisted" else one for one in made().summaries]
+    text = page(replace(made(), summaries=tuple(summaries)))
+    rows = Reader(text).rows
+    assert ["assisted", "failed: vocabularies differ: 640 & 624 <b>"] in rows
+    assert len(rows[1]) > 5
+    assert "<b>assisted</b>: failed: vocabularies differ" in text
+
+
+def test_modelled_reports_say_so_everywhere() -> None:
+    grid = Grid(num_frames=(16, 64), prune_ratios=(0.5, 0.9))
+    plain, modelled = page(made(grid)), page(made(grid, modelled=True, label="3.9 accepted assumed"))
+    assert "odelled" not in re.sub(r"<style>.*?</style>", "", plain, flags=re.DOTALL)
+    assert modelled.index("MODELLED") < modelled.index("<h1>")
+    assert "3.9 accepted assumed" in modelled
+    for section in re.findall(r'<section id="(?:plot|results|rounds).*?</section>', modelled, re.DOTALL):
+        assert "Modelled." in section
+    assert len(re.findall(r"<i>modelled</i>", modelled)) == 4
+
+
+def test_text_from_outside_is_escaped_and_seen() -> None:
+    assert safe("<b>&\"'") == "&lt;b&gt;&amp;&quot;&#x27;"
+    assert safe(" a\n\tb ") == "a b"
+    assert safe("x\x1b[0m\u202e\ud800y") == "x\ufffd[0m\ufffd\ufffdy"
+
+
+def test_the_file_is_utf8_whatever_stands_in_it(tmp_path: Path) -> None:
+    sheet = PageSheet(HOSTILE, b"\x89PNG not really")
+    write_page(hostile(), tmp_path / "page.html", [sheet])
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert f"data:image/png;base64,{base64.b64encode(sheet.png).decode()}" in text
+    assert "<script" not in text
+
+
+def test_the_same_report_gives_the_same_page() -> None:
+    assert page(made()) == page(made())
+
+
+@pytest.mark.parametrize(
+    ("grid", "names"),
+    [
+        (Grid(), ["speedup", "stages", "depth"]),
+        (Grid(prune_ratios=(0.5, 0.9)), ["speedup", "ratio", "stages", "depth"]),
+        (Grid(num_frames=(16, 64)), ["speedup", "frames", "stages", "depth"]),
+        (FULL, ["speedup", "ratio", "frames", "stages", "depth"]),
+        (Grid(("stock", "plain")), ["speedup", "stages"]),
+        (Grid(("sd", "specvlm"), prune_ratios=(0.5, 0.9)), ["ratio", "stages", "depth"]),
+    ],
+)
+def test_there_is_a_plot_for_what_varies(grid: Grid, names: list[str]) -> None:
+    found = plots(made(grid))
+    assert [one.name for one in found] == names
+    for one in found:
+        ElementTree.fromstring(one.svg)
+        assert "currentColor" in one.svg
+        assert "#010203" not in one.svg
+
+
+def test_plots_without_a_baseline_have_no_speedups() -> None:
+    report = made(Grid(("sd", "specvlm"), prune_ratios=(0.5, 0.9)))
+    (ratio, *_) = plots(report)
+    words = "".join(ElementTree.fromstring(ratio.svg).itertext())
+    assert "accepted tokens a round" in words
+    assert "times" not in words
+
+
+def test_lines_that_do_not_fit_are_counted() -> None:
+    grid = Grid(num_frames=(8, 16), prune_ratios=tuple(number / 20 for number in range(20)))
+    report = made(grid)
+    (frames,) = [one for one in plots(report) if one.name == "frames"]
+    lines = len(grid.configurations(8)) - 1
+    assert lines > MOST_SERIES
+    assert frames.note == f"Shown are the first {MOST_SERIES} of {lines}; the table has all."
+
+
+def test_every_stage_has_a_name_and_a_colour_of_its_own() -> None:
+    assert STAGE_NAMES.keys() == STAGE_COLOURS.keys() == set(STAGES)
+    assert len(set(STAGE_COLOURS.values())) == len(set(STAGE_NAMES.values())) == len(STAGES)
+
+
+def test_importing_the_page_costs_no_plotting_library() -> None:
+    program = "import sys, specvlm.bench.page; print({'matplotlib', 'torch', 'PIL'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
+def test_a_report_of_one_video_is_told_in_the_singular() -> None:
+    report: Report = made()
+    its = replace(report.conditions, videos=("a.mp4",), cores=1, threads=1)
+    text = page(replace(report, conditions=its))
+    assert "eight clips: 1 video<" in text
+    assert "1 core, 1 thread<" in text
