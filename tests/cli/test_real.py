@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from tokenizers.pre_tokenizers import ByteLevel
 
+import specvlm
 from specvlm.demo.tokenizer import tokenizer_from
 from specvlm_cli import app
 from tests.cli import invariants
@@ -101,6 +102,29 @@ def test_good_videos_are_captioned_and_bad_files_explained(
     assert {row["stage"] for row in failures.values()} <= {"open", "decode"}
     assert all(row["error"] and "\n" not in row["error"] for row in failures.values())
     assert err.count("failed: ") == 5
+
+
+def test_prompts_of_one_video_share_what_comes_before_them(
+    run: Run, models: Path, films: Path, out: Path
+) -> None:
+    """Rows are as if each prompt were alone; what is shared stands in the first row, with a baseline too."""
+    film, target, draft = films / "good.mp4", models / "llava", models / "llava-draft"
+    prompts = ("What is it?", "And <video> here?", "What is it, said at length? " * 9)
+    asked = [part for prompt in prompts for part in ("--prompt", prompt)]
+    pair = ("--target", target, "--draft", draft, "--num-frames", 4)
+    code, said, _ = run(film, "-o", out, *pair, *asked, "--baseline-sample", 1)
+    assert (code, said["figures"]["identical"], said["figures"]["compared"]) == (0, 3, 3)
+    together = sorted(rows(out), key=lambda row: row["prompt_index"])
+    captioner = specvlm.load(str(target), draft=str(draft))
+    few = specvlm.FrameSettings(num_frames=4)
+    for row, prompt in zip(together, prompts, strict=True):
+        alone = captioner.caption(film, prompt, frames=few, max_new_tokens=24)
+        assert (row["prompt"], row["caption"]) == (prompt, alone.text)
+        assert row["prompt_tokens"] == alone.stats.prompt_tokens
+    assert [row["video_decode_s"] > 0 for row in together] == [True, False, False]
+    assert all(row["total_s"] > row["decode_s"] + row["target_prefill_s"] > 0 for row in together)
+    for stage, total_s in said["figures"]["stages_s"].items():
+        assert total_s == pytest.approx(sum(row[stage] for row in together)), stage
 
 
 def test_the_draft_cannot_change_a_caption(run: Run, models: Path, films: Path, tmp_path: Path) -> None:

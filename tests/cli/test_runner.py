@@ -182,6 +182,8 @@ def test_several_prompts_give_several_rows(specvlm: Specvlm, videos: Path, out: 
     assert found["a.mp4", 0]["caption"] == "a caption of video a.mp4"
     assert found["a.mp4", 1]["caption"] == "a caption of video a.mp4 (second)"
     assert found["a.mp4", 1]["prompt"] == "second question"
+    assert len(specvlm.engine.prepared) == 4, "each video once"
+    assert [found["a.mp4", index]["video_decode_s"] for index in (0, 1)] == [0.1, 0.0], "read for the first"
     again = specvlm("caption", videos, "-o", out, *prompts)
     assert "nothing to do: 4 done" in again.err
     assert specvlm("caption", videos, "-o", out, *prompts[:2]).code == 2, "another set of prompts is a change"
