@@ -61,6 +61,7 @@ from specvlm.bench.shapes import (
     VisionShape,
     build,
     find_shape,
+    frame_size_of,
     prompt_tokens,
 )
 from specvlm.bench.suite import Step
@@ -97,7 +98,7 @@ class Plan:
     dtype: torch.dtype
     pairs: tuple[tuple[Shape, Shape], ...]
     frames: tuple[int, ...]  # the largest first: what comes later is cheaper
-    frame_size: tuple[int, int]
+    qwen_frame: tuple[int, int]  # height and width; LLaVA-OneVision's frames have one size
     trees: tuple[TreeName, ...]
     new_tokens: int
     turns: int
@@ -107,6 +108,10 @@ class Plan:
     copy_bytes: int
     budget_s: float
     parts: tuple[str, ...] = PARTS
+
+    def frame_size(self, shape: Shape) -> tuple[int, int]:
+        """Of this shape's frames."""
+        return self.qwen_frame if shape.family == QWEN else frame_size_of(shape)
 
 
 def _tiny(family: str, layers: int, vocabulary: int) -> Shape:
@@ -125,7 +130,7 @@ def full_plan(budget_s: float) -> Plan:
         dtype=torch.bfloat16,
         pairs=tuple((find_shape(target), find_shape(draft)) for target, draft in pairs),
         frames=(128, 64, 16),
-        frame_size=FRAME_SIZE,
+        qwen_frame=FRAME_SIZE,
         trees=("static", "chain", "dynamic", "auto"),
         new_tokens=128,
         turns=2,
@@ -144,7 +149,7 @@ def smoke_plan(budget_s: float) -> Plan:
         dtype=torch.float32,
         pairs=TINY,
         frames=(4, 2),
-        frame_size=(56, 84),
+        qwen_frame=(56, 84),
         trees=("static", "chain", "dynamic", "auto"),
         new_tokens=20,
         turns=1,
@@ -226,7 +231,7 @@ def _conditions(plan: Plan) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "specvlm": specvlm.__version__,
         "assumed_accepted_tokens": ACCEPTED,
-        "frame_size": list(plan.frame_size),
+        "qwen_frame": list(plan.qwen_frame),
         "new_tokens": plan.new_tokens,
     }
 
@@ -331,7 +336,7 @@ def _compare_random(run: Run, shape: Shape) -> None:
     for seed in range(plan.seeds):
         models = [build(shape, plan.device, plan.dtype, seed) for _ in range(2)]
         captioner = _Unforced(Pair(shape, shape, 0.0), *models)
-        video = modelled_video(captioner, plan.frames[-1], (56, 84), seed)
+        video = modelled_video(captioner, plan.frames[-1], plan.frame_size(shape), seed)
         _compare(run, f"random {shape.family}", captioner, [video])
 
 
@@ -407,7 +412,7 @@ def expected_s(run: Run, pair: Pair, frames: int) -> float:
     plan, machine = run.plan, run.found["bandwidth"]
     if not machine or plan.device.type != "cuda":
         return 0.0
-    length, element = prompt_tokens(pair.target, frames, plan.frame_size), plan.dtype.itemsize
+    length, element = prompt_tokens(pair.target, frames, plan.frame_size(pair.target)), plan.dtype.itemsize
     prefill_s: float = 2.0 * pair.target.parameters * length / (machine["flops_per_s"] / 2)
     step_s: float = pair.target.text.pass_bytes(length, element) / (machine["bytes_per_s"] / 2)
     captions = (1 + len(plan.trees)) * (1 + plan.turns)
@@ -423,7 +428,7 @@ def shape_bench(run: Run, captioner: ModelledCaptioner, frames: int) -> None:
     asked = Asked(
         command, pair.target.name, pair.draft.name, "", plan.new_tokens, plan.turns, "random pixels"
     )
-    report = bench_modelled(captioner, ModelledSetup(grid, plan.frame_size, asked), _Quiet(run))
+    report = bench_modelled(captioner, ModelledSetup(grid, plan.frame_size(pair.target), asked), _Quiet(run))
     run.found["shapes"].append(
         {
             "target": pair.target.name,
@@ -431,7 +436,7 @@ def shape_bench(run: Run, captioner: ModelledCaptioner, frames: int) -> None:
             "frames": frames,
             "modelled": True,
             "label": report.label,
-            "prompt_tokens": prompt_tokens(pair.target, frames, plan.frame_size),
+            "prompt_tokens": prompt_tokens(pair.target, frames, plan.frame_size(pair.target)),
             "rows": [_row(run, pair, report, one) for one in report.summaries],
         }
     )
@@ -738,7 +743,7 @@ def profile(
 
 def of_rounds(run: Run, captioner: ModelledCaptioner, frames: int) -> None:
     """Choices and profile, of the static tree and of plain steps, on one prefilled state."""
-    video = modelled_video(captioner, frames, run.plan.frame_size)
+    video = modelled_video(captioner, frames, run.plan.frame_size(captioner.pair.target))
     held = Held(captioner, video, "static", run.plan.rounds)
     for tree, shape in (("static", held.tree), ("plain", ROOT)):
         compare_choices(run, captioner, held, tree, shape, frames)
@@ -751,7 +756,9 @@ def of_a_pair(run: Run, target: Shape, draft: Shape) -> None:
     pair = make_pair(target, draft, ACCEPTED)
     # A state that is held takes rounds of all guesses.
     longest = max(plan.new_tokens, (plan.rounds + 2) * (1 + max(map(len, STATIC_PATHS))))
-    refuse_without_memory(pair, Load(plan.frames[0], plan.frame_size, longest), plan.dtype, plan.device)
+    refuse_without_memory(
+        pair, Load(plan.frames[0], plan.frame_size(target), longest), plan.dtype, plan.device
+    )
     start = time.perf_counter()
     captioner = build_pair(pair, plan.device, plan.dtype)
     _wait(plan.device)

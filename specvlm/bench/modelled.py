@@ -19,9 +19,9 @@ from specvlm.bench.grid import Grid
 from specvlm.bench.measure import Asked, Measurer, conditions
 from specvlm.bench.records import Report
 from specvlm.bench.shapes import (
-    FRAME_SIZE,
     Shape,
     build,
+    check_frames,
     parameter_count,
     prompt_tokens,
     random_inputs,
@@ -243,7 +243,7 @@ def build_pair(pair: Pair, device: torch.device, dtype: torch.dtype, seed: int =
 
 
 def modelled_video(
-    captioner: ModelledCaptioner, num_frames: int, size: tuple[int, int] = FRAME_SIZE, seed: int = 0
+    captioner: ModelledCaptioner, num_frames: int, size: tuple[int, int], seed: int = 0
 ) -> PreparedVideo:
     """A prompt with a video of random pixels, on the target's device.
 
@@ -328,7 +328,7 @@ class ModelledSetup:
 
     Attributes:
         grid: What is compared; its `num_frames` are numbers.
-        frame_size: Height and width of a frame; LLaVA-OneVision's are 384 x 384 whatever it says.
+        frame_size: Height and width of a frame.
         asked: The rest, as the conditions tell it.
         seed: Of pixels and tokens.
     """
@@ -339,11 +339,12 @@ class ModelledSetup:
     seed: int = 0
 
 
-def check_setup(pair: Pair, grid: Grid) -> None:
+def check_setup(pair: Pair, grid: Grid, frame_size: tuple[int, int]) -> None:
     """Refuse what cannot be modelled, before anything is made.
 
     Raises:
-        ConfigError: A method's acceptance cannot be given; a method needs a draft; a tree cannot accept so much.
+        ConfigError: A method's acceptance cannot be given; a method needs a draft; a tree cannot accept so much; the
+            family does not take such frames.
     """
     if "assisted" in grid.methods:
         raise ConfigError(
@@ -354,10 +355,12 @@ def check_setup(pair: Pair, grid: Grid) -> None:
         raise ConfigError(f"method {grid.needs_draft!r} needs a draft, and there is none; give a draft shape")
     for tree in grid.trees if pair.draft is not None else ():
         survival(pair.accepted, reference_depth(SpeculationSettings(tree=tree)))
-    if None in grid.num_frames:
-        raise ConfigError(
-            "num_frames is not given; a modelled video has no length of its own, so give a number"
-        )
+    for frames in grid.num_frames:
+        if frames is None:
+            raise ConfigError(
+                "num_frames is not given; a modelled video has no length of its own, so give a number"
+            )
+        check_frames(pair.target, frames, frame_size)
 
 
 def bench_modelled(captioner: ModelledCaptioner, setup: ModelledSetup, listener: Listener) -> Report:
@@ -369,7 +372,7 @@ def bench_modelled(captioner: ModelledCaptioner, setup: ModelledSetup, listener:
         ConfigError: What was asked for cannot be modelled.
     """
     grid, asked = setup.grid, setup.asked
-    check_setup(captioner.pair, grid)
+    check_setup(captioner.pair, grid, setup.frame_size)
 
     def prepare(clip: Clip, num_frames: int | None) -> PreparedVideo:
         assert num_frames is not None

@@ -318,7 +318,7 @@ def _grid(size: tuple[int, int]) -> tuple[int, int]:
 
 
 def video_tokens(shape: Shape, frames: int, size: tuple[int, int]) -> int:
-    """V of a video of so many frames; `size` (height, width) counts for Qwen2.5-VL alone."""
+    """V of a video of so many frames; `size`: height and width of each."""
     if shape.family == QWEN:
         rows, columns = _grid(size)
         return frames // _PAIR * (rows // _MERGE) * (columns // _MERGE)
@@ -339,6 +339,29 @@ def prompt_tokens(shape: Shape, frames: int, size: tuple[int, int]) -> int:
     return TEXT_BEFORE + video_tokens(shape, frames, size) + TEXT_AFTER
 
 
+def check_frames(shape: Shape, frames: int, size: tuple[int, int]) -> None:
+    """Refuse frames that the family does not take.
+
+    Raises:
+        ConfigError: It does not.
+    """
+    multiple = frame_multiple(shape)
+    if frames < 1 or frames % multiple:
+        raise ConfigError(f"num_frames={frames} does not suit {shape.name}; give a multiple of {multiple}")
+    given = f"frame_size={size[0]}x{size[1]}"
+    if shape.family == LLAVA and size != frame_size_of(shape):
+        raise ConfigError(
+            f"{given} does not suit {shape.name}, which scales every frame to 384x384; leave it out"
+        )
+    if min(size) < _PATCH * _MERGE:
+        raise ConfigError(f"{given} is too small; give at least 28x28")
+
+
+def frame_size_of(shape: Shape) -> tuple[int, int]:
+    """Height and width of a frame where nobody says: those of the preset's limit, or the one that there is."""
+    return (LLAVA_SIDE, LLAVA_SIDE) if shape.family == LLAVA else FRAME_SIZE
+
+
 def random_inputs(
     shape: Shape, frames: int, size: tuple[int, int], device: torch.device, seed: int = 0
 ) -> ModelInputs:
@@ -347,11 +370,7 @@ def random_inputs(
     Raises:
         ConfigError: The family does not take so many frames, or frames so small.
     """
-    multiple = frame_multiple(shape)
-    if frames < 1 or frames % multiple:
-        raise ConfigError(f"num_frames={frames} does not suit {shape.name}; give a multiple of {multiple}")
-    if min(size) < _PATCH * _MERGE:
-        raise ConfigError(f"frame_size={size[0]}x{size[1]} is too small; give at least 28x28")
+    check_frames(shape, frames, size)
     generator = torch.Generator(device).manual_seed(seed)
     count = video_tokens(shape, frames, size)
     is_video = torch.zeros(TEXT_BEFORE + count + TEXT_AFTER, dtype=torch.bool)

@@ -151,6 +151,15 @@ class BenchFlags:
         int | None,
         flag(_SHAPES, "--layers", "Build so many of the target's layers, for a small machine.", metavar="N"),
     ] = None
+    frame_size: Annotated[
+        str | None,
+        flag(
+            _SHAPES,
+            "--frame-size",
+            "Height and width of its frames. Default: 360x640; LLaVA-OneVision's are 384x384.",
+            metavar="HxW",
+        ),
+    ] = None
     json_output: Annotated[
         bool, flag(_TALKING, "--json", "Print conditions and summaries as one JSON object, on one line.")
     ] = False

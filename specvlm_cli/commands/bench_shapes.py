@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, cast
 
 from specvlm.bench.grid import WITH_DRAFT, Grid
@@ -10,6 +11,7 @@ from specvlm_cli.commands.bench_flags import BenchFlags
 from specvlm_cli.commands.choices import check_device
 from specvlm_cli.exits import UsageError
 from specvlm_cli.screen.bench import BenchTalk
+from specvlm_cli.text import clean
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +30,7 @@ def refuse_mixture(flags: BenchFlags) -> None:
         UsageError: It is so.
     """
     if flags.shape is None:
-        for name in ("draft_shape", "assume_accepted", "layers"):
+        for name in ("draft_shape", "assume_accepted", "layers", "frame_size"):
             if getattr(flags, name) is not None:
                 raise UsageError(f"{_flag(name)} {getattr(flags, name)} has no --shape to go with; give one")
         return
@@ -69,13 +71,14 @@ def modelled(flags: BenchFlags, grid: Grid, command: str, talk: BenchTalk) -> Re
         check_setup,
         refuse_without_memory,
     )
-    from specvlm.bench.shapes import FRAME_SIZE
+    from specvlm.bench.shapes import frame_size_of
 
     pair, device = _pair(flags), _device(flags)
     dtype = _dtype(flags, device)
-    check_setup(pair, grid)
+    size = frame_size_of(pair.target) if flags.frame_size is None else _size(flags.frame_size)
+    check_setup(pair, grid, size)
     frames = max(number for number in grid.num_frames if number is not None)
-    refuse_without_memory(pair, Load(frames, FRAME_SIZE, flags.max_new_tokens), dtype, device)
+    refuse_without_memory(pair, Load(frames, size, flags.max_new_tokens), dtype, device)
     talk.note(pair.label)
     captioner = build_pair(pair, device, dtype)
     asked = Asked(
@@ -85,10 +88,22 @@ def modelled(flags: BenchFlags, grid: Grid, command: str, talk: BenchTalk) -> Re
         prompt="random tokens",
         max_new_tokens=flags.max_new_tokens,
         repeat=flags.repeat,
-        clips=f"random pixels of {FRAME_SIZE[0]} x {FRAME_SIZE[1]}",
+        clips=f"random pixels of {size[0]} x {size[1]}",
     )
     with talk.working():
-        return bench_modelled(captioner, ModelledSetup(grid, FRAME_SIZE, asked), talk)
+        return bench_modelled(captioner, ModelledSetup(grid, size, asked), talk)
+
+
+def _size(text: str) -> tuple[int, int]:
+    """Read HxW.
+
+    Raises:
+        UsageError: It is not that.
+    """
+    found = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", text)
+    if found is None:
+        raise UsageError(f"--frame-size {clean(text)} is not a height and a width; give e.g. 360x640")
+    return int(found[1]), int(found[2])
 
 
 def _pair(flags: BenchFlags) -> Pair:

@@ -38,21 +38,24 @@ from specvlm.bench.shapes import (
     build,
     empty_model,
     find_shape,
+    frame_size_of,
     parameter_count,
     random_inputs,
     shrunk,
     video_tokens,
 )
 from specvlm.bench.suite import Step
-from specvlm.config import TREES, SpeculationSettings
+from specvlm.config import TREES, SpeculationSettings, TreeName
 from specvlm.errors import ConfigError
 from specvlm.families import family_of
 from specvlm.tree import Guesses, make_shape
 from specvlm.verify import accept
+from tests.emulated_graphs import emulate
 from tests.tiny import processor_for, random_frames
 
 CPU = torch.device("cpu")
 SIZE = (56, 84)
+SIZES = {QWEN: SIZE, LLAVA: (384, 384)}
 BILLIONS = {
     "qwen2.5-vl-3b": 3.75,
     "qwen2.5-vl-7b": 8.29,
@@ -167,7 +170,7 @@ def test_a_prompt_is_like_the_processors() -> None:
     """Same names, dtypes and ranks as the real processors give; video tokens in one run, as many as features."""
     for family, name in ((QWEN, "qwen"), (LLAVA, "llava")):
         shape = tiny_shape(family)
-        inputs = random_inputs(shape, 4, SIZE, CPU)
+        inputs = random_inputs(shape, 4, SIZES[family], CPU)
         lm = build(shape, CPU, torch.float32)
         real = family_of(lm.model.config, "").prepare(processor_for(name), random_frames(1), "Hi.")  # type: ignore[arg-type]
         assert {key: (value.dtype, value.ndim) for key, value in inputs.tensors.items()} == {
@@ -193,6 +196,13 @@ def test_llava_has_196_tokens_a_frame_and_a_newline() -> None:
 def test_frames_that_do_not_fit_are_refused(frames: int, size: tuple[int, int]) -> None:
     with pytest.raises(ConfigError, match="give"):
         random_inputs(tiny_shape(QWEN), frames, size, CPU)
+
+
+def test_llavas_frames_have_one_size() -> None:
+    with pytest.raises(ConfigError, match=r"360x640.*384x384; leave it out"):
+        random_inputs(tiny_shape(LLAVA), 2, (360, 640), CPU)
+    assert frame_size_of(find_shape("llava-onevision-7b")) == (384, 384)
+    assert frame_size_of(find_shape("qwen2.5-vl-7b")) == (360, 640)
 
 
 # --- acceptance ---
@@ -296,7 +306,7 @@ class Nobody:
 
 def modelled(family: str, **grid: Any) -> Report:
     captioner = tiny_pair(family)
-    setup = ModelledSetup(Grid(**grid), SIZE, Asked("command", "t", "d", "", 40, 1, "random"))
+    setup = ModelledSetup(Grid(**grid), SIZES[family], Asked("command", "t", "d", "", 40, 1, "random"))
     return bench_modelled(captioner, setup, Nobody())
 
 
@@ -336,13 +346,15 @@ def test_auto_runs_with_forced_acceptance() -> None:
 def test_what_cannot_be_modelled_is_refused() -> None:
     pair = make_pair(tiny_shape(QWEN), tiny_shape(QWEN), 5.5)
     with pytest.raises(ConfigError, match="depth 5"):
-        check_setup(pair, Grid(methods=("plain", "specvlm"), num_frames=(2,), trees=("static",)))
+        check_setup(pair, Grid(methods=("plain", "specvlm"), num_frames=(2,), trees=("static",)), SIZE)
     with pytest.raises(ConfigError, match="assisted"):
-        check_setup(replace(pair, accepted=1.0), Grid(num_frames=(2,)))
+        check_setup(replace(pair, accepted=1.0), Grid(num_frames=(2,)), SIZE)
     with pytest.raises(ConfigError, match="num_frames"):
-        check_setup(replace(pair, accepted=1.0), Grid(methods=("plain",)))
+        check_setup(replace(pair, accepted=1.0), Grid(methods=("plain",)), SIZE)
     with pytest.raises(ConfigError, match="draft"):
-        check_setup(replace(pair, draft=None), Grid(methods=("plain", "specvlm"), num_frames=(2,)))
+        check_setup(replace(pair, draft=None), Grid(methods=("plain", "specvlm"), num_frames=(2,)), SIZE)
+    with pytest.raises(ConfigError, match="num_frames=3"):  # before minutes pass in making the models
+        check_setup(replace(pair, accepted=1.0), Grid(methods=("plain",), num_frames=(2, 3)), SIZE)
 
 
 def test_what_does_not_fit_is_refused_before_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -377,3 +389,20 @@ def test_a_video_is_the_same_for_a_seed() -> None:
     key = "pixel_values_videos"
     assert torch.equal(first.inputs.tensors[key], again.inputs.tensors[key])
     assert not torch.equal(first.inputs.tensors[key], other.inputs.tensors[key])
+
+
+@pytest.mark.parametrize("tree", ["static", "dynamic"])
+def test_told_acceptance_moves_on_in_a_replayed_round(tree: TreeName) -> None:
+    """Rounds as graphs ask nothing of the host and write what eager rounds write, caption after caption."""
+    captioner = tiny_pair(QWEN)
+    video = modelled_video(captioner, 2, SIZE)
+
+    def caption() -> tuple[tuple[int, ...], tuple[int, ...]]:
+        made = captioner.caption(video, tree=tree, max_new_tokens=40)
+        return made.token_ids, made.stats.acceptance_histogram
+
+    eager = caption()
+    emulator = emulate(captioner)
+    assert [caption() for _ in range(3)] == [eager] * 3
+    assert emulator.replayed > 20
+    assert sum(eager[1]) > eager[1][-1]  # rounds differ
