@@ -5,6 +5,7 @@ Knows records and a terminal, nothing of models. Columns that have nothing to sa
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ from specvlm.bench.records import (
 from specvlm_cli import show
 from specvlm_cli.screen.words import amount, counted
 from specvlm_cli.talk import LOG_EVERY_S, STDERR
-from specvlm_cli.text import MOST_CHARACTERS, short
+from specvlm_cli.text import MOST_CHARACTERS, cells, short
 
 if TYPE_CHECKING:
     from typing import TextIO
@@ -39,13 +40,13 @@ _STAGES_IN_WORDS = {
     "preprocess_s": "prepare",
     "vision_s": "vision",
     "target_prefill_s": "prefill",
-    "draft_prefill_s": "draft prefill",
-    "prefill_s": "until token 1",
+    "draft_prefill_s": "draft\nprefill",
+    "prefill_s": "until\ntoken 1",
     "draft_s": "draft",
     "verify_s": "verify",
     "commit_s": "commit",
     "host_s": "host",
-    "steps_s": "tokens 2...",
+    "steps_s": "tokens\n2...",
     "rest_s": "rest",
 }
 _NAME_CHARACTERS = 60
@@ -108,14 +109,14 @@ class BenchTalk:
 
 
 class Column(NamedTuple):
-    """One column of a table."""
+    """One column of a table; its name stands on one or two lines."""
 
     name: str
     cell: Callable[[Summary], str]
 
 
 def tell(report: Report) -> None:
-    """Print a report."""
+    """Print a report, in tables as wide as the terminal at most."""
     if report.modelled:
         show.line(report.label, "bold yellow")
     show.pairs(_conditions(report.conditions))
@@ -128,33 +129,61 @@ def tell(report: Report) -> None:
 def _table(
     title: str, report: Report, columns: Sequence[Column], summaries: Sequence[Summary] | None = None
 ) -> None:
-    """Print what has something to say."""
+    """Print the columns that have something to say, below each other where they do not stand side by side."""
     shown = report.summaries if summaries is None else summaries
     if not shown:
         return
     head = [Column("method", lambda one: one.configuration.label)]
     if len({one.configuration.frames_asked for one in report.summaries}) > 1:
         head.append(Column("frames", lambda one: str(one.configuration.frames_asked or "preset's")))
-    cells = {column.name: [column.cell(one) for one in shown] for column in [*head, *columns]}
-    names = [name for name, column in cells.items() if any(column)]
+    first = [_cells(column, shown) for column in head]
+    rest = [found for column in columns if any((found := _cells(column, shown))[2:])]
     show.line("")
     show.line(title, "bold")
-    rows = list(zip(*(cells[name] for name in names), strict=True))
-    show.table(names, rows, right=set(range(1, len(names))))
+    for block in _blocks(first, rest, show.console().width if sys.stdout.isatty() else None):
+        lines = list(zip(*first, *block, strict=True))
+        for text in show.aligned(lines, right=set(range(1, len(lines[0])))):
+            show.line(text)
+
+
+def _cells(column: Column, summaries: Sequence[Summary]) -> list[str]:
+    """A column from top to bottom: two lines of its name, then its cells."""
+    above, _, below = column.name.rpartition("\n")
+    return [above, below, *(column.cell(one) for one in summaries)]
+
+
+def _blocks(
+    first: Sequence[list[str]], rest: Sequence[list[str]], width: int | None
+) -> Iterator[list[list[str]]]:
+    """Deal columns out to tables that fit into the width, each beside the first columns."""
+    room = float("inf") if width is None else width - sum(map(_width, first))
+    block: list[list[str]] = []
+    for column in rest:
+        if block and sum(map(_width, [*block, column])) > room:
+            yield block
+            block = []
+        block.append(column)
+    yield block
+
+
+def _width(column: Sequence[str]) -> int:
+    return max(map(cells, column)) + 2
 
 
 def _speed(report: Report) -> list[Column]:
-    columns = [Column("ms/token", lambda one: "failed" if one.error else _ms(one.token_s))]
-    columns += [Column(f"decode x {base}", _decode(base)) for base in BASELINES]
-    columns += [Column(f"end to end x {base}", _e2e(base)) for base in BASELINES]
+    columns = [Column("ms/\ntoken", lambda one: "failed" if one.error else _ms(one.token_s))]
+    columns += [Column(f"decode\nx {base}", _decode(base)) for base in BASELINES]
+    columns += [Column(f"end to end\nx {base}", _e2e(base)) for base in BASELINES]
     columns += [
         Column("accepted", lambda one: _number(one.mean_accepted_tokens)),
-        Column(f"same as {_reference(report)}", lambda one: _share(one.exact_match)),
-        Column("video tokens", lambda one: f"{one.video_tokens:.0f}" if one.videos else ""),
-        Column("draft sees", lambda one: f"{one.video_tokens_kept:.0f}" if one.video_tokens_kept else ""),
+        Column(f"same as\n{_reference(report)}", lambda one: _share(one.exact_match)),
+        Column("video\ntokens", lambda one: f"{one.video_tokens:.0f}" if one.videos else ""),
+        Column("draft\nsees", lambda one: f"{one.video_tokens_kept:.0f}" if one.video_tokens_kept else ""),
     ]
     if report.conditions.peak_memory_of == "device":
-        columns.append(Column("peak", lambda one: amount(one.peak_memory_bytes) if one.videos else ""))
+        columns.append(
+            Column("peak\nmemory", lambda one: amount(one.peak_memory_bytes) if one.videos else "")
+        )
     return columns
 
 
@@ -197,13 +226,13 @@ def _stage(name: str) -> Callable[[Summary], str]:
 def _rounds() -> list[Column]:
     return [
         Column("nodes", lambda one: "" if one.mean_nodes is None else f"{one.mean_nodes:.1f}"),
-        Column("T_plain ms", lambda one: _ms(one.plain_token_s)),
-        Column("T_draft ms", lambda one: _ms(one.draft_round_s)),
-        Column("T_verify ms", lambda one: _ms(one.verify_round_s)),
-        Column("host", lambda one: _share(one.host_share)),
-        Column("accepted at depth 1, 2, ...", _depths),
-        Column("predicted", lambda one: _number(one.predicted_decode_speedup)),
-        Column("measured/predicted", lambda one: _number(one.measured_over_predicted)),
+        Column("T_plain\nms", lambda one: _ms(one.plain_token_s)),
+        Column("T_draft\nms", lambda one: _ms(one.draft_round_s)),
+        Column("T_verify\nms", lambda one: _ms(one.verify_round_s)),
+        Column("host\nshare", lambda one: _share(one.host_share)),
+        Column("accepted at depth\n1, 2, ...", _depths),
+        Column("speedup\npredicted", lambda one: _number(one.predicted_decode_speedup)),
+        Column("measured/\npredicted", lambda one: _number(one.measured_over_predicted)),
     ]
 
 
@@ -229,7 +258,8 @@ def _limits(report: Report) -> None:
     for one in report.summaries:
         frames = one.configuration.frames_asked if several else None
         name = one.configuration.label + ("" if frames is None else f", {frames} frames")
-        show.line(f"{name}: failed: {one.error}" if one.error else f"{name}: limit: {one.limit}")
+        if one.error or one.limit:
+            show.line(f"{name}: failed: {one.error}" if one.error else f"{name}: limit: {one.limit}")
 
 
 def _conditions(its: Conditions) -> list[tuple[str, str]]:

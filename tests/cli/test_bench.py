@@ -1,0 +1,318 @@
+"""`specvlm bench`: what it prints and writes, on the demo pair and on reports made by hand; what it refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from specvlm.bench.records import STAGES, Configuration, Left, Report, Sample, Stages
+from specvlm.bench.suite import Step
+from specvlm.bench.summing import summarise
+from specvlm_cli import app, bench_files
+from specvlm_cli.commands.bench_flags import BenchFlags
+from specvlm_cli.screen.bench import BenchTalk, tell
+from tests.bench_reports import CONDITIONS
+
+ROOT = Path(__file__).parents[2]
+CLIP = ROOT / "examples" / "videos" / "two-meet.mp4"
+Run = Callable[..., tuple[int, str, str]]
+STOCK, PLAIN = Configuration("stock"), Configuration("plain")
+OURS = Configuration("specvlm", None, "uniform", 0.9, "static")
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str]) -> Run:
+    """Run the command in this process; return its exit code, stdout and stderr."""
+
+    def runs(*arguments: object) -> tuple[int, str, str]:
+        capfd.readouterr()
+        code = app.main(["bench", *map(str, arguments)])
+        return code, *capfd.readouterr()
+
+    return runs
+
+
+def sample(how: Configuration, turn: int, decode_s: float, video: str = "clip.mp4") -> Sample:
+    """A caption of eleven tokens, in two rounds where it is ours."""
+    rounds = 2 if how.method == "specvlm" else 0
+    stages = Stages(read_s=0.25, prefill_s=0.25, steps_s=decode_s)
+    if rounds:
+        stages = Stages(read_s=0.25, vision_s=0.25, draft_s=0.25 * decode_s, verify_s=0.75 * decode_s)
+    return Sample(
+        configuration=how,
+        video=video,
+        turn=turn,
+        num_frames=8,
+        video_tokens=100,
+        video_tokens_kept=10 if rounds else 0,
+        prompt_tokens=120,
+        token_ids=tuple(range(11)),
+        stages=stages,
+        decode_s=decode_s,
+        decode_tokens=10,
+        total_s=0.5 + decode_s,
+        num_drafts=rounds,
+        num_draft_tokens=25 * rounds,
+        num_accepted_tokens=4 * rounds,
+        acceptance_histogram=(0, 0, 0, 1, 0, 1) if rounds else (),
+        peak_memory_bytes=1 << 30,
+    )
+
+
+def report(*more: Configuration) -> Report:
+    """Stock and plain in a second, ours in half a second; what else is asked for has failed."""
+    samples = [sample(how, turn, 1.0) for how in (STOCK, PLAIN) for turn in (1, 2)]
+    samples += [sample(OURS, turn, 0.5) for turn in (1, 2)]
+    errors = dict.fromkeys(more, "its tokenizer \x1b[31mdiffers")
+    return Report(CONDITIONS, summarise([STOCK, *more, PLAIN, OURS], samples, errors), tuple(samples))
+
+
+# On the demo pair
+
+
+def test_a_bench_of_the_demo_pair(run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "out"
+    asked = ("--limit", 1, "--repeat", 1, "--max-new-tokens", 24, "--prune-ratio", "0.5,0.9", "-o", out)
+    code, said, told = run(*asked, "--json", "-q")
+    assert (code, told) == (0, "")
+    assert said.count("\n") == 1, "one JSON line"
+    found = json.loads(said)
+    assert (found["schema"], found["modelled"], found["left_out"]) == (1, False, [])
+    conditions = found["conditions"]
+    assert conditions["videos"] == ["one-drifts-left.mp4"]
+    assert (conditions["target"], conditions["draft"]) == (
+        "specvlm-demo/qwen-target",
+        "specvlm-demo/qwen-draft",
+    )
+    assert conditions["command"] == (
+        "specvlm bench --limit 1 --prune-ratio 0.5,0.9 --repeat 1 --max-new-tokens 24"
+    )
+    summaries = {one["label"]: one for one in found["summaries"]}
+    assert list(summaries)[:3] == ["stock", "assisted", "plain"]
+    assert "different tokenizers" in summaries["assisted"]["error"], "the demo pair's vocabularies differ"
+    for label, one in summaries.items():
+        if label not in ("stock", "assisted"):
+            assert one["exact_match"] == 1.0, label
+            assert one["speedups"][0]["baseline"] == "stock"
+            assert one["limit"]
+    drafting = [one for one in found["summaries"] if one["method"] in ("sd", "specvlm")]
+    assert [one["prune_ratio"] for one in drafting] == [0.0, 0.5, 0.9]
+    seen = [one["video_tokens_kept"] for one in drafting]
+    assert seen[0] == drafting[0]["video_tokens"] > seen[1] > seen[2] > 0
+    rows = pq.read_table(out / "bench.parquet").to_pylist()
+    assert {(row["method"], row["prune_ratio"]) for row in rows} == {
+        *(("stock", None), ("plain", None), ("sd", 0.0), ("specvlm", 0.5), ("specvlm", 0.9))
+    }
+    assert {tuple(row["token_ids"]) for row in rows} == {tuple(rows[0]["token_ids"])}
+    for row in rows:
+        assert sum(row[stage] for stage in STAGES) == pytest.approx(row["total_s"])
+    assert "specvlm 0.9 static" in (out / "bench.html").read_text()
+    assert sorted(path.name for path in out.iterdir()) == ["bench.html", "bench.parquet"]
+
+
+def test_videos_that_cannot_be_read_are_left_out(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "text.mp4").write_text("not a video\n" * 50)
+    asked = ("--repeat", 1, "--max-new-tokens", 4, "--methods", "plain,stock")
+    code, said, told = run(CLIP, tmp_path, *asked, "--num-frames", "2,4")
+    assert code == 3
+    assert [line for line in told.splitlines() if "left out" in line] == [
+        next(line for line in told.splitlines() if line.startswith("left out: text.mp4: "))
+    ], "once, although two numbers of frames were asked for"
+    assert "stock, 4 frames: limit: " in said
+    code, said, told = run(tmp_path, *asked)
+    assert (code, said) == (1, "")
+    assert "specvlm: error: no video could be read; " in told
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--methods", "stock,fast"], "--methods 'fast' is unknown; choose from stock, assisted, plain, sd"),
+        (["--methods", ","], "--methods ',' names none; give e.g. stock,"),
+        (["--prune-ratio", "0.5,x"], "--prune-ratio 0.5,x: 'x' is no number; give e.g. 0,0.5,0.9"),
+        (["--prune-ratio", "0.5,1.5"], "--prune-ratio 1.5 is out of range"),
+        (["--pruner", "best"], "--pruner 'best' is unknown"),
+        (["--tree", "bush"], "--tree 'bush' is unknown"),
+        (["--num-frames", "16,0"], "--num-frames 0 is out of range"),
+        (["--num-frames", "1.5"], "'1.5' is no number"),
+        (["--max-new-tokens", "0"], "--max-new-tokens 0 is out of range"),
+        (["--repeat", "0"], "--repeat"),
+        (
+            ["--draft", "none"],
+            "--methods assisted needs a draft, and there is none; give --draft, or --methods s",
+        ),
+        (["--target", "some/model"], "--methods assisted needs a draft"),
+        (["--draft", "none", "--methods", "plain,sd"], "--methods sd needs a draft"),
+        (["--preset", "nope"], "--preset nope is unknown"),
+        (["--prompt", " "], "--prompt is empty"),
+        (["nowhere.mp4"], "nowhere.mp4: no such file or folder"),
+        (["--layers", "2"], "--layers 2 has no --shape to go with"),
+        (["--shape", "qwen2.5-vl-7b", "clip.mp4"], "INPUT and --shape exclude each other"),
+        (["--shape", "qwen2.5-vl-7b", "--preset", "demo"], "--preset and --shape exclude each other"),
+        (["--shape", "qwen2.5-vl-7b", "--draft-shape", "qwen2.5-vl-3b"], "--assume-accepted belong together"),
+        (["--shape", "qwen2.5-vl-7b", "--device-map", "cuda:99"], "one device that is there"),
+        (["--shape", "nope"], "nope"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(run: Run, arguments: list[str], words: str) -> None:
+    code, said, told = run(*arguments)
+    assert (code, said) == (2, "")
+    last = told.splitlines()[-1]
+    assert last.startswith("specvlm: error: ")
+    assert words in last
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_the_measuring(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    code, _, told = run("-o", tmp_path / "file" / "out")
+    assert code == 2
+    assert "Not a directory; give a folder that can be made" in told
+
+
+def test_a_folder_without_videos_is_an_error(run: Run, tmp_path: Path) -> None:
+    code, _, told = run(tmp_path)
+    assert code == 1
+    assert "no videos there" in told
+
+
+def test_wrong_flags_are_refused_without_torch() -> None:
+    program = """
+import sys
+from specvlm_cli.app import main
+assert main(["bench", "--tree", "bush"]) == 2
+assert main(["bench", "--draft", "none"]) == 2
+print({"torch", "transformers", "torchvision", "matplotlib"} & set(sys.modules))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert done.stdout == "set()\n"
+
+
+# What is shown and written
+
+
+def test_the_tables_off_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    tell(report(Configuration("assisted")))
+    lines = capsys.readouterr().out.splitlines()
+    above, below, stock, assisted, plain, ours = lines[lines.index("Speed") + 1 :][:6]
+    assert above.split() == "ms/ decode decode end to end end to end same as video draft".split()
+    assert below.split() == "method token x stock x plain x stock x plain accepted stock tokens sees".split()
+    assert ours.split() == "specvlm uniform 0.9 static 50.00 2.00 2.00 1.50 1.50 4.00 100 % 100 10".split()
+    assert stock.split() == "stock 100.00 1.00 1.00 100".split()
+    assert stock.index(" 1.00") + 5 == below.index("x plain") + 7, "under its name"
+    assert assisted.split() == ["assisted", "failed"]
+    assert plain.split()[2] == "1.00"
+    assert "assisted: failed: its tokenizer \\x1b[31mdiffers" in lines, "harmless on a terminal"
+    assert lines[-1] == "specvlm uniform 0.9 static: limit: verifying 26 nodes costs 1.9 plain steps"
+    rounds = lines[lines.index("Rounds") + 3]
+    assert rounds.split()[:5] == "specvlm uniform 0.9 static 26.0".split()
+    assert "1.00 1.00 1.00 0.50 1.00" in rounds
+    assert not any("peak" in line for line in lines), "a process's peak says nothing of one method"
+
+
+@pytest.mark.parametrize("width", [60, 80, 130])
+def test_no_table_is_wider_than_the_terminal(
+    width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setattr(type(sys.stdout), "isatty", lambda _: True)
+    tell(report())
+    lines = re.sub(r"\x1b\[[0-9]*m", "", capsys.readouterr().out).splitlines()
+    tables = lines[lines.index("Speed") : lines.index("Rounds") + 6]
+    assert max(map(len, tables)) <= width
+    assert "ms/" in lines[lines.index("Speed") + 1]
+    told = " ".join(" ".join(tables).split())
+    for figures in (
+        "50.00 2.00 2.00",
+        "1.50 1.50",
+        "4.00 100 %",
+        "125.0",
+        "375.0",
+        "1.00 1.00 1.00 0.50 1.00",
+    ):
+        assert figures in told, "nothing is lost"
+
+
+def test_frames_are_a_column_where_there_are_several(capsys: pytest.CaptureFixture[str]) -> None:
+    few, many = Configuration("stock", 16), Configuration("stock", 64)
+    samples = (sample(few, 1, 1.0), sample(many, 1, 2.0))
+    tell(Report(CONDITIONS, summarise([few, many], samples), samples))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[lines.index("Speed") + 2].split()[:2] == ["method", "frames"]
+    assert "stock, 64 frames: limit: decoding, token by token, takes 80 % of the time" in lines
+
+
+def test_rows_hold_all_that_a_sample_has(tmp_path: Path) -> None:
+    its = report()
+    assert set(bench_files.SCHEMA.names) == {*its.samples[0].as_row(), "modelled"}
+    bench_files.write(its, bench_files.ready(tmp_path / "out"))
+    bench_files.write(its, tmp_path / "out")  # a second bench replaces the first
+    table = pq.read_table(tmp_path / "out" / "bench.parquet")
+    assert table.num_rows == 6
+    note = json.loads(table.schema.metadata[b"specvlm.bench"])
+    assert note["conditions"]["target"] == CONDITIONS.target
+    row = table.to_pylist()[-1]
+    assert (row["method"], row["pruner"], row["acceptance_histogram"]) == (
+        "specvlm",
+        "uniform",
+        [0, 0, 0, 1, 0, 1],
+    )
+
+
+def test_progress_off_a_terminal_is_a_line_now_and_then(capfd: pytest.CaptureFixture[str]) -> None:
+    now = [0.0]
+    talk = BenchTalk(quiet=False, clock=lambda: now[0])
+    with talk.working():
+        for done, now[0] in enumerate((10.0, 31.0, 40.0, 62.0)):
+            talk.step(Step(done, 4, f"clip\x07 {done}"))
+        talk.left_out(Left("a\nb.mp4", "no video"))
+        talk.failed(STOCK, "broken")
+    assert capfd.readouterr().err.splitlines() == [
+        "1 of 4 captions: clip\\x07 1",
+        "3 of 4 captions: clip\\x07 3",
+        "left out: a\\x0ab.mp4: no video",
+        "stock fails, and the others go on",
+    ]
+
+
+def test_quiet_says_only_what_went_wrong(capfd: pytest.CaptureFixture[str]) -> None:
+    talk = BenchTalk(quiet=True, clock=lambda: 1e6)
+    talk.step(Step(1, 2, "clip"))
+    talk.note("something")
+    talk.failed(STOCK, "broken")
+    talk.left_out(Left("a.mp4", "no video"))
+    assert capfd.readouterr().err == "left out: a.mp4: no video\n"
+
+
+def test_flags_of_lists_have_no_variable_of_captions() -> None:
+    """SPECVLM_TREE holds one tree, SPECVLM_OUT a run folder: a bench must not be steered by them unseen."""
+    options: dict[str, Any] = {one.name: one for one in _options()}
+    for name in ("methods", "pruner", "prune_ratio", "tree", "num_frames", "out"):
+        assert options[name].envvar is None, name
+    assert options["repeat"].envvar == "SPECVLM_REPEAT"
+    assert {one.name for one in fields(BenchFlags)} == set(options) | {"inputs"}
+
+
+def _options() -> list[Any]:
+    import typer.main
+
+    group: Any = typer.main.get_command(app.app)
+    return [
+        one
+        for one in group.commands["bench"].params
+        if one.param_type_name == "option" and one.name != "help"
+    ]
