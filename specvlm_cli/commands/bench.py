@@ -17,6 +17,7 @@ from typing import NamedTuple, cast
 
 from specvlm.bench.clips import Clip, example_clips
 from specvlm.bench.grid import WITH_DRAFT, Grid
+from specvlm.bench.page import PageSheet
 from specvlm.bench.records import METHODS, Left, MethodName, Report
 from specvlm.config import GenerationSettings, PrunerName, TreeName
 from specvlm.preset import Preset
@@ -43,6 +44,13 @@ class _Videos(NamedTuple):
     left_out: tuple[Left, ...] = ()
 
 
+class _Measured(NamedTuple):
+    """What came of it, and pictures for the page."""
+
+    report: Report
+    sheets: tuple[PageSheet, ...] = ()
+
+
 def bench(flags: BenchFlags) -> int:
     """Compare stock generate(), its assisted generation, plain decoding, and speculation, on the same videos.
 
@@ -58,15 +66,14 @@ def bench(flags: BenchFlags) -> int:
 
         bench_files.ready(flags.out)
     if flags.shape is not None:
-        report = modelled(flags, modelled_grid(flags, grid), _command(flags), talk)
+        measured = _Measured(modelled(flags, modelled_grid(flags, grid), _command(flags), talk))
     else:
-        report = _of_checkpoints(flags, grid, talk)
-    _refuse_empty(report)
-    _show(report, flags, talk)
-    return ExitCode.SOME_FAILED if report.left_out else ExitCode.OK
+        measured = _of_checkpoints(flags, grid, talk)
+    _show(measured, flags, talk)
+    return ExitCode.SOME_FAILED if measured.report.left_out else ExitCode.OK
 
 
-def _of_checkpoints(flags: BenchFlags, grid: Grid, talk: BenchTalk) -> Report:
+def _of_checkpoints(flags: BenchFlags, grid: Grid, talk: BenchTalk) -> _Measured:
     pair = pair_of(flags.preset, flags.target)
     check_models(pair, flags.draft, flags.draft_revision, flags.device_map)
     prompt = prompt_texts(None if flags.prompt is None else [flags.prompt], pair)[0]
@@ -155,7 +162,7 @@ def _last_part(name: str) -> str:
 
 def _measured(
     flags: BenchFlags, pair: Preset | None, grid: Grid, prompt: str, videos: _Videos, talk: BenchTalk
-) -> Report:
+) -> _Measured:
     if pair is not None and flags.preset is None:
         talk.note(
             f"no --preset or --target: using the tiny {DEFAULT_PRESET} pair, it knows only drawn shapes"
@@ -165,6 +172,7 @@ def _measured(
     captioner = engine.load_captioner(models, quiet=flags.quiet)
 
     from specvlm.bench.measure import Asked
+    from specvlm.bench.pictures import sheets_of
     from specvlm.bench.suite import Setup
     from specvlm.bench.suite import bench as run
 
@@ -183,7 +191,8 @@ def _measured(
         report = run(captioner, Setup(grid, videos.clips, None, asked, QUICK_S if quick else None), talk)
     if quick and (done := len(report.conditions.videos)) < len(videos.clips):
         talk.note(f"{QUICK_S:g} s were up after {done} of them; --limit {len(videos.clips)} takes all")
-    return replace(report, left_out=(*videos.left_out, *report.left_out))
+    report = replace(report, left_out=(*videos.left_out, *report.left_out))
+    return _Measured(report, () if flags.out is None else sheets_of(captioner, report, videos.clips))
 
 
 def _models(flags: BenchFlags, pair: Preset | None) -> ModelChoice:
@@ -227,7 +236,9 @@ def _refuse_empty(report: Report) -> None:
     raise FatalError(f"no video could be read; {report.left_out[0].reason}")
 
 
-def _show(report: Report, flags: BenchFlags, talk: BenchTalk) -> None:
+def _show(measured: _Measured, flags: BenchFlags, talk: BenchTalk) -> None:
+    report, sheets = measured
+    _refuse_empty(report)
     if flags.json_output:
         print(json.dumps(report.as_json(), allow_nan=False))
     else:
@@ -235,5 +246,5 @@ def _show(report: Report, flags: BenchFlags, talk: BenchTalk) -> None:
     if flags.out is not None:
         from specvlm_cli import bench_files
 
-        bench_files.write(report, flags.out)
+        bench_files.write(report, flags.out, sheets)
         talk.note(f"rows and a page are in {flags.out}")
