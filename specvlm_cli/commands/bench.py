@@ -20,6 +20,7 @@ from specvlm.bench.grid import WITH_DRAFT, Grid
 from specvlm.bench.page import PageSheet
 from specvlm.bench.records import METHODS, Left, MethodName, Report
 from specvlm.config import GenerationSettings, PrunerName, TreeName
+from specvlm.errors import SpecvlmError
 from specvlm.preset import Preset
 from specvlm_cli import engine
 from specvlm_cli.commands.bench_flags import BenchFlags, values_of
@@ -172,7 +173,6 @@ def _measured(
     captioner = engine.load_captioner(models, quiet=flags.quiet)
 
     from specvlm.bench.measure import Asked
-    from specvlm.bench.pictures import sheets_of
     from specvlm.bench.suite import Setup
     from specvlm.bench.suite import bench as run
 
@@ -192,7 +192,20 @@ def _measured(
     if quick and (done := len(report.conditions.videos)) < len(videos.clips):
         talk.note(f"{QUICK_S:g} s were up after {done} of them; --limit {len(videos.clips)} takes all")
     report = replace(report, left_out=(*videos.left_out, *report.left_out))
-    return _Measured(report, () if flags.out is None else sheets_of(captioner, report, videos.clips))
+    return _Measured(report, () if flags.out is None else _sheets(captioner, report, videos.clips, talk))
+
+
+def _sheets(
+    captioner: Captioner, report: Report, clips: Sequence[Clip], talk: BenchTalk
+) -> tuple[PageSheet, ...]:
+    """Draw the page's picture; what was measured is not lost for want of it."""
+    from specvlm.bench.pictures import sheets_of
+
+    try:
+        return sheets_of(captioner, report, clips)
+    except SpecvlmError as error:
+        talk.warn(f"the page has no picture: {error}")
+        return ()
 
 
 def _models(flags: BenchFlags, pair: Preset | None) -> ModelChoice:
