@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from specvlm.bench.clips import Clip, example_clips
 from specvlm.bench.grid import WITH_DRAFT, Grid
@@ -31,6 +31,9 @@ from specvlm_cli.inputs import Inputs, Item
 from specvlm_cli.screen.bench import BenchTalk, tell
 from specvlm_cli.settings import ModelChoice
 from specvlm_cli.text import clean, path_text, storable
+
+if TYPE_CHECKING:
+    from specvlm import Captioner
 
 QUICK_S = (
     60.0  # without INPUT: no further clip is begun after this time, so that a slow machine answers soon too
