@@ -97,7 +97,7 @@ def _summary(how: Configuration, plain: tuple[float, float], baseline: str) -> S
 
 def made(grid: Grid | None = None, **more: Any) -> Report:
     """A report of a grid; the first of stock and plain in it is the baseline."""
-    grid = Grid() if grid is None else grid
+    grid = Grid(trees=("static",)) if grid is None else grid
     baseline = next((one for one in ("stock", "plain") if one in grid.methods), "stock")
     summaries = []
     for how in grid.all():
@@ -109,7 +109,12 @@ def made(grid: Grid | None = None, **more: Any) -> Report:
     return replace(Report(CONDITIONS, tuple(summaries), ()), **more)
 
 
-FULL = Grid(num_frames=(16, 64, 128), pruners=("specvlm", "uniform"), prune_ratios=(0.0, 0.5, 0.9))
+FULL = Grid(
+    num_frames=(16, 64, 128),
+    pruners=("specvlm", "uniform"),
+    prune_ratios=(0.0, 0.5, 0.9),
+    trees=("static",),
+)
 HOSTILE = '<script>fetch("https://example.invalid/x")</script>\x1b[31m\u202e&"\'\n\ud800'
 
 

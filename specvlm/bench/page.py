@@ -18,6 +18,7 @@ from specvlm.bench.records import BASELINES, Conditions, MethodName, Report, Sum
 if TYPE_CHECKING:
     from specvlm.bench.plots import Plot
 
+_MOST_CHARACTERS = 60  # of an error in a table
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 
@@ -233,13 +234,18 @@ def _table(report: Report, summaries: Iterable[Summary], columns: Sequence[_Colu
         first = f'<th scope="row">{safe(one.configuration.label)}</th>'
         frames = f"<td>{_frames(one)}</td>" if several else ""
         if one.error is not None:
-            rest = f'<td class="failed" colspan="{max(len(names), 1)}">failed: {safe(one.error)}</td>'
+            rest = f'<td class="failed" colspan="{max(len(names), 1)}">failed: {safe(_short(one.error))}</td>'
         else:
             rest = "".join(f"<td>{safe(cells[name][number])}</td>" for name in names)
         begins = number > 0 and one.configuration.frames_asked != shown[number - 1].configuration.frames_asked
         lines.append(f"<tr{' class=begins' if begins else ''}>{first}{frames}{rest}</tr>")
     top = "".join(f'<th scope="col">{safe(name)}</th>' for name in head)
     return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+
+
+def _short(error: str) -> str:
+    """An error as it fits into a table; the page has all of it further down."""
+    return error if len(error) <= _MOST_CHARACTERS else error[:_MOST_CHARACTERS].rstrip() + "…"
 
 
 def _limits(report: Report) -> str:
@@ -329,7 +335,7 @@ _STYLE = """
 --rule:#343c45;--link:#6cb2ee;--alarm:#ff8a80}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.5 system-ui,sans-serif}
-main{overflow-wrap:anywhere;max-width:1080px;margin:0 auto;padding:24px 20px 64px}
+main{overflow-wrap:anywhere;max-width:1200px;margin:0 auto;padding:24px 20px 64px}
 h1{font-size:1.05rem;margin:0;color:var(--faint);font-weight:600}
 h2{font-size:1.2rem;margin:0 0 10px}
 section{margin-top:40px}
@@ -350,7 +356,7 @@ dd{margin:0;min-width:0}
 ul{padding-left:1.2em;margin:0}
 .scroll{overflow-x:auto}
 table{overflow-wrap:normal;border-collapse:collapse;font-size:.92rem;font-variant-numeric:tabular-nums;min-width:100%}
-th,td{padding:6px 12px;border-bottom:1px solid var(--rule);text-align:right;white-space:nowrap}
+th,td{padding:6px 10px;border-bottom:1px solid var(--rule);text-align:right;white-space:nowrap}
 thead th{color:var(--faint);font-weight:600;vertical-align:bottom;white-space:normal;min-width:5.5em}
 th:first-child{text-align:left;padding-left:0;position:sticky;left:0;background:var(--paper);font-weight:600}
 tr.begins>*{border-top:2px solid var(--faint)}

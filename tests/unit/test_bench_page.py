@@ -133,6 +133,15 @@ def test_an_error_stands_in_its_row_and_the_others_go_on() -> None:
     assert "<b>assisted</b>: failed: vocabularies differ" in text
 
 
+def test_a_long_error_is_short_in_the_table_and_whole_below() -> None:
+    error = "out of memory: " + 20 * "a long story, "
+    text = page(replace(made(), summaries=(Summary(Configuration("stock"), error=error),)))
+    (_, row) = Reader(text).rows
+    assert row[1].startswith("failed: out of memory: a long story, ")
+    assert len(row[1]) < 80
+    assert f"failed: {error.strip()}</li>" in text
+
+
 def test_modelled_reports_say_so_everywhere() -> None:
     grid = Grid(num_frames=(16, 64), prune_ratios=(0.5, 0.9))
     plain, modelled = page(made(grid)), page(made(grid, modelled=True, label="3.9 accepted assumed"))
