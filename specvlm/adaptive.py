@@ -25,15 +25,14 @@ from specvlm.tree import RootShape, StaticShape, TreeShape
 Path = tuple[int, ...]
 
 RANKS = 4  # choices of the draft that are told apart; the fifth and later ones are never guessed
-MOST_DEPTH = 16
-MOST_NODES = 64
+MOST_DEPTH = 64  # of any tree that is asked for
 _PRIOR = (0.6, 0.12, 0.05, 0.03)  # before anything was seen
 _PRIOR_WEIGHT = 4.0
 _POOL_WEIGHT = 6.0  # all depths together weigh as much as this many rounds at one depth
 _MEMORY = 0.99  # of one round; about a hundred rounds count
 _PLAN_EVERY = 16  # rounds
 _BETTER = 1.03  # another tree has to promise this much, so that trees do not change all the time
-_DEPTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)
+_DEPTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 64)
 _SIZES = (2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 20, 24, 32, 48, 64)
 # Trees that are tried first on a machine that nothing is known of: they tell the costs of depth, width and nodes.
 _TRIALS = ((3, 4), (0, 1), (3, 12), (6, 7), (0, 1), (3, 4), (3, 12), (6, 7), (4, 24), (0, 1))
@@ -91,6 +90,13 @@ def likeliest_nodes(shares: Sequence[Sequence[float]], count: int) -> Iterator[t
             heapq.heappush(heap, (value * shares[depth][0], depth + 1, (*path, 0)))
 
 
+class Bounds(NamedTuple):
+    """The largest tree that may be used."""
+
+    depth: int = 16
+    nodes: int = 64
+
+
 class Plan(NamedTuple):
     """A tree, and what it promises."""
 
@@ -111,12 +117,13 @@ def widths_of(paths: Sequence[Path]) -> tuple[int, ...]:
     return tuple(sum(len(path) == level for path in inner) for level in range(depth + 1))
 
 
-def best_tree(shares: Sequence[Sequence[float]], costs: RoundCosts) -> Plan | None:
+def best_tree(shares: Sequence[Sequence[float]], costs: RoundCosts, bounds: Bounds) -> Plan | None:
     """The tree that promises the most tokens per second; None while costs are not known."""
     best = None
-    nodes = list(likeliest_nodes(shares, MOST_NODES + MOST_NODES // 2))
-    for depth in _DEPTHS:
-        for plan in _plans([node for node in nodes if len(node[1]) <= depth], costs):
+    nodes = list(likeliest_nodes(shares[: bounds.depth], bounds.nodes + bounds.nodes // 2))
+    for depth in {min(depth, bounds.depth) for depth in _DEPTHS}:
+        below = [node for node in nodes if len(node[1]) <= depth][: bounds.nodes - 1]
+        for plan in _plans(below, costs):
             if best is None or plan.rate > best.rate:
                 best = plan
     return best
@@ -125,12 +132,12 @@ def best_tree(shares: Sequence[Sequence[float]], costs: RoundCosts) -> Plan | No
 def _plans(nodes: Sequence[tuple[float, Path]], costs: RoundCosts) -> Iterator[Plan]:
     """Plans of growing size from nodes in order."""
     tokens, widths, inner = 1.0, [0] * MOST_DEPTH, set()
-    for count, (value, path) in enumerate(nodes[: MOST_NODES - 1], start=2):
+    for count, (value, path) in enumerate(nodes, start=2):
         tokens += value
         if path[:-1] not in inner:
             inner.add(path[:-1])
             widths[len(path) - 1] += 1
-        if count in _SIZES:
+        if count in _SIZES or count == len(nodes) + 1:
             seconds = costs.round_s(tuple(width for width in widths if width), count)
             if seconds is None:
                 return
@@ -168,11 +175,12 @@ def _shape(paths: tuple[Path, ...], device: torch.device) -> StaticShape:
 class AdaptiveTree(TreeChooser):
     """Chooses for one job, with what was learned from those before."""
 
-    nodes = MOST_NODES
-    slots = MOST_NODES
-
-    def __init__(self, learned: Learned, costs: RoundCosts, most_tokens: int, device: torch.device) -> None:
+    def __init__(
+        self, learned: Learned, costs: RoundCosts, most_tokens: int, device: torch.device, bounds: Bounds
+    ) -> None:
         """`costs` are those of prompts of about this length; `most_tokens` of a caption."""
+        self.nodes = self.slots = bounds.nodes
+        self._bounds = bounds
         self._learned, self._costs, self._device = learned, costs, device
         self._most_tokens = most_tokens
         self._rounds = 0
@@ -199,6 +207,7 @@ class AdaptiveTree(TreeChooser):
         return ROOT if depth == 0 else _shape(self._first(depth, count), self._device)
 
     def _first(self, depth: int, count: int) -> tuple[Path, ...]:
+        depth, count = min(depth, self._bounds.depth), min(count, self._bounds.nodes)
         nodes = likeliest_nodes(self._learned.acceptance.shares()[:depth], count - 1)
         return tuple(path for _, path in nodes)
 
@@ -206,7 +215,7 @@ class AdaptiveTree(TreeChooser):
         """Work out the best tree, and whether it beats plain decoding."""
         self._planned = self._rounds
         learned = self._learned
-        best = best_tree(learned.acceptance.shares(), self._costs)
+        best = best_tree(learned.acceptance.shares(), self._costs, self._bounds)
         plain_s = self._costs.plain_s()
         if best is None or plain_s is None:
             return

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 import numpy as np
 import torch
 
-from specvlm.adaptive import AdaptiveTree, Learned
+from specvlm.adaptive import AdaptiveTree, Bounds, Learned
 from specvlm.choosing import FixedTree, TreeChooser
 from specvlm.config import (
     FrameSettings,
@@ -333,7 +333,8 @@ class Captioner:
         learned = self._learned.setdefault((settings, generation.temperature > 0, len(videos)), Learned())
         prompt_tokens = max(video.inputs.prompt_tokens for video in videos)
         costs = self.costs.costs(prompt_tokens, len(videos))
-        return AdaptiveTree(learned, costs, generation.max_new_tokens, self.target.device)
+        bounds = Bounds(settings.most_depth, settings.most_nodes)
+        return AdaptiveTree(learned, costs, generation.max_new_tokens, self.target.device, bounds)
 
     @property
     def frame_multiple(self) -> int:

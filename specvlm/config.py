@@ -49,8 +49,10 @@ class SpeculationSettings:
         top_p: Stage I of the `specvlm` pruner: share of the attention mass to take first, 0..1.
         tree: Shape of one round's guesses; `auto` learns which is fastest, or that none is.
         positions: `keep`: kept video tokens keep their positions; `compact`: renumbered without gaps.
-        depth: Depth of `chain` and `dynamic` trees, in tokens. The static tree has depth 5.
-        nodes: Most nodes of a `dynamic` tree, root included. The static tree has 26.
+        depth: Depth of `chain` and `dynamic` trees in tokens, 5 if None; most depth of `auto`, 16 if None. The
+            static tree has depth 5.
+        nodes: Most nodes of a `dynamic` tree, root included, 26 if None; of `auto`, 64 if None. The static tree has
+            26, a chain depth + 1.
         width: Frontier of the `dynamic` tree: how many nodes each level expands.
         seed: Seed of the `random` pruner.
     """
@@ -58,24 +60,51 @@ class SpeculationSettings:
     pruner: PrunerName = "specvlm"
     prune_ratio: float = 0.9
     top_p: float = 0.4
-    tree: TreeName = "static"
+    tree: TreeName = "auto"
     positions: PositionsName = "keep"
-    depth: int = 5
-    nodes: int = 26
+    depth: int | None = None
+    nodes: int | None = None
     width: int = 4
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name in ("depth", "nodes", "width", "seed"):
-            _whole(name, getattr(self, name))
+            if getattr(self, name) is not None:
+                _whole(name, getattr(self, name))
         _one_of("pruner", self.pruner, PRUNERS)
         _one_of("tree", self.tree, TREES)
         _one_of("positions", self.positions, POSITIONS)
         _within("prune_ratio", self.prune_ratio, 0.0, 1.0, "give a share between 0 (see all) and 1 (see one)")
         _within("top_p", self.top_p, 0.0, 1.0, "give a share of the attention between 0 and 1")
-        _within("depth", self.depth, 1, 64, "give 1 to 64 tokens")
-        _within("nodes", self.nodes, 2, 1024, "give 2 to 1024 nodes, root included")
+        if self.depth is not None:
+            _within("depth", self.depth, 1, 64, "give 1 to 64 tokens")
+            self._refuse_without_effect("depth", self.depth, ("auto", "dynamic", "chain"))
+        if self.nodes is not None:
+            _within("nodes", self.nodes, 2, 1024, "give 2 to 1024 nodes, root included")
+            self._refuse_without_effect("nodes", self.nodes, ("auto", "dynamic"))
         _within("width", self.width, 1, 64, "give 1 to 64 nodes a level")
+
+    def _refuse_without_effect(self, name: str, value: int, trees: Collection[TreeName]) -> None:
+        if self.tree not in trees:
+            raise ConfigError(
+                f"{name}={value} has no effect on tree={self.tree!r}; it is for {', '.join(trees)}"
+            )
+
+    @property
+    def most_depth(self) -> int:
+        """Depth of the deepest tree, in tokens."""
+        if self.tree == "static":
+            return 5
+        return self.depth or (16 if self.tree == "auto" else 5)
+
+    @property
+    def most_nodes(self) -> int:
+        """Nodes of the largest tree, root included."""
+        if self.tree == "static":
+            return 26
+        if self.tree == "chain":
+            return self.most_depth + 1
+        return self.nodes or (64 if self.tree == "auto" else 26)
 
 
 @dataclass(frozen=True, slots=True)

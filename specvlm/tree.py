@@ -278,7 +278,7 @@ def ancestors_of(parents: torch.Tensor, depth: int) -> torch.Tensor:
 def make_shape(settings: SpeculationSettings, vocabulary: int, device: torch.device) -> TreeShape:
     """The shape that settings ask for, built once; no wider than the `vocabulary` that is to choose from."""
     if settings.tree == "chain":
-        return StaticShape(tuple((0,) * d for d in range(1, settings.depth + 1)), device)
+        return StaticShape(tuple((0,) * d for d in range(1, settings.most_depth + 1)), device)
     if settings.tree == "static":
         return StaticShape(STATIC_PATHS, device)
-    return DynamicShape(settings.depth, settings.nodes, min(settings.width, vocabulary), device)
+    return DynamicShape(settings.most_depth, settings.most_nodes, min(settings.width, vocabulary), device)

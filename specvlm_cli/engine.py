@@ -49,8 +49,12 @@ class Models:
 class Session(Protocol):
     """One video with its prompts, which share all that they have in common."""
 
-    def caption(self, index: int, *, speculate: bool, time_limit_s: float | None = None) -> Caption:
+    def caption(
+        self, index: int, *, speculate: bool, time_limit_s: float | None = None, estimate: bool = False
+    ) -> Caption:
         """Caption the video with prompt number `index`, with the draft or plainly.
+
+        With `estimate`, a few plain steps are timed afterwards.
 
         Raises:
             PromptError: The prompt cannot be used.
@@ -95,8 +99,12 @@ class _SpecvlmSession:
     def __init__(self, session: PromptSession, options: dict[str, Any]) -> None:
         self._session, self._options = session, options
 
-    def caption(self, index: int, *, speculate: bool, time_limit_s: float | None = None) -> Caption:
-        return self._session.caption(index, speculate=speculate, time_limit_s=time_limit_s, **self._options)
+    def caption(
+        self, index: int, *, speculate: bool, time_limit_s: float | None = None, estimate: bool = False
+    ) -> Caption:
+        return self._session.caption(
+            index, speculate=speculate, time_limit_s=time_limit_s, estimate=estimate, **self._options
+        )
 
 
 class SpecvlmEngine:

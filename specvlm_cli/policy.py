@@ -17,6 +17,7 @@ class Policy:
         frames: Which frames to read of each video.
         prompts: What to ask about a video that brings no prompts of its own.
         baseline_sample: Share of videos that are also decoded plainly, 0..1.
+        estimate: Time a few plain steps on the caches of the others.
         limit: Most videos to work on; None: all.
         max_failures: Stop once this many videos have failed in this start; None: never.
         retries: Further tries of a video after a fault that may pass.
@@ -36,6 +37,7 @@ class Policy:
     frames: FrameSettings
     prompts: tuple[str, ...]
     baseline_sample: float = 0.0
+    estimate: bool = False
     limit: int | None = None
     max_failures: int | None = None
     retries: int = 2

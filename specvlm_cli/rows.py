@@ -109,6 +109,5 @@ def _statistics(stats: CaptionStats) -> Row:
 
 def _speed(comparison: Comparison | None) -> Row:
     if comparison is None:
-        names = Comparison.__dataclass_fields__
-        return {**dict.fromkeys(names), "speedup_source": None}
-    return {**asdict(comparison), "speedup_source": "measured"}
+        return dict.fromkeys(Comparison.__dataclass_fields__)
+    return asdict(comparison)

@@ -193,6 +193,7 @@ class Runner:
             own_prompts=own is not None,
             frames=video.handle()[1],
             compare=baseline.sampled(claim.item.id, self._policy.baseline_sample),
+            estimate=self._policy.estimate,
             plain_first=baseline.plain_first(claim.item.id),
             time_limit_s=self._policy.timeout_s,
             on_oom=self._policy.on_oom,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -10,6 +12,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Options of the long randomised mode: `pytest -m fuzz --fuzz-cases 1000 --fuzz-seed 0`."""
     parser.addoption("--fuzz-cases", type=int, default=200, help="randomised parity cases")
     parser.addoption("--fuzz-seed", type=int, default=0, help="seed of the first case")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What is measured here is not kept for the user of this machine."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -212,9 +212,9 @@ class ModelledCaptioner(Captioner):
 def reference_depth(settings: SpeculationSettings) -> int:
     """The depth at which a tree accepts the assumed mean: its own, or the static tree's where depths vary."""
     if settings.tree == "chain":
-        return settings.depth
+        return settings.most_depth
     if settings.tree == "dynamic":
-        return min(settings.depth, settings.nodes - 1)
+        return min(settings.most_depth, settings.most_nodes - 1)
     return _STATIC_DEPTH
 
 

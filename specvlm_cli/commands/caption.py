@@ -117,6 +117,7 @@ def _policy(flags: CaptionFlags, settings: CaptionSettings) -> Policy:
         frames=settings.frames,
         prompts=settings.prompts,
         baseline_sample=flags.baseline_sample,
+        estimate=flags.estimate,
         limit=flags.limit,
         max_failures=_most_failures(flags)[0],
         retries=flags.retries,

@@ -223,10 +223,12 @@ class SpeculationFlags(PruningFlags):
 
     tree: Annotated[TreeName, flag(_GUESSING, "--tree", "Shape of one round's guesses.")] = _SPECULATION.tree
     depth: Annotated[
-        int, flag(_GUESSING, "--depth", "Depth of chain and dynamic trees, in tokens.", metavar="N")
+        int | None,
+        flag(_GUESSING, "--depth", "Depth of chain and dynamic trees, most depth of auto.", metavar="N"),
     ] = _SPECULATION.depth
     nodes: Annotated[
-        int, flag(_GUESSING, "--nodes", "Most nodes of a dynamic tree, root included.", metavar="N")
+        int | None,
+        flag(_GUESSING, "--nodes", "Most nodes of dynamic and auto trees, root included.", metavar="N"),
     ] = _SPECULATION.nodes
     positions: Annotated[
         PositionsName, flag(_GUESSING, "--positions", "Whether kept video tokens keep their positions.")
@@ -373,6 +375,14 @@ class TalkingFlags:
             max=1.0,
         ),
     ] = 0.0
+    estimate: Annotated[
+        bool,
+        flag(
+            _TALKING,
+            "--estimate/--no-estimate",
+            "Estimate the speedup of the other videos from a few plain steps each.",
+        ),
+    ] = True
     dry_run: Annotated[bool, flag(_TALKING, "--dry-run -n", "Print the videos that would be captioned.")] = (
         False
     )

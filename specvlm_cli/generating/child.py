@@ -141,7 +141,8 @@ def _caption(
 ) -> tuple[Caption, Comparison | None]:
     """Caption one prompt, and where that was asked for, do it plainly too."""
     if not task.compare:
-        return _written(session.caption(index, speculate=True, time_limit_s=time_limit_s)), None
+        caption = session.caption(index, speculate=True, time_limit_s=time_limit_s, estimate=task.estimate)
+        return _written(caption), baseline.estimate(caption)
     order = (False, True) if task.plain_first else (True, False)
     made = {
         speculate: session.caption(index, speculate=speculate, time_limit_s=time_limit_s)

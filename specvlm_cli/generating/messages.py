@@ -31,6 +31,7 @@ class Task:
     own_prompts: bool  # the prompts are this video's own: an unusable one is no fault of the run
     frames: SharedFrames
     compare: bool  # decode plainly too
+    estimate: bool  # where not, time a few plain steps
     plain_first: bool
     time_limit_s: float | None
     on_oom: OnOom

@@ -8,7 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -160,7 +160,9 @@ class FakeSession:
     prompts: Sequence[str]
     frames: Frames
 
-    def caption(self, index: int, *, speculate: bool, time_limit_s: float | None = None) -> Caption:
+    def caption(
+        self, index: int, *, speculate: bool, time_limit_s: float | None = None, estimate: bool = False
+    ) -> Caption:
         text, prompt, number = self.text, self.prompts[index], len(self.frames.pixels)
         if text.startswith("prompt"):
             raise PromptError("the prompt has no place for a video")
@@ -172,6 +174,8 @@ class FakeSession:
             words += " (second)"
         ids = (1, 2, 3) if not (text.startswith("differs") and not speculate) else (1, 2, 4)
         took = stats(plain=not speculate, frames=number, first=index == 0)
+        if estimate:
+            took = replace(took, plain_token_s=stats(plain=True, frames=number).token_s)
         return Caption(words, ids, "stop", took, self.frames.source)
 
     def _more(self, text: str) -> str:

@@ -36,8 +36,24 @@ def test_every_video_gets_a_row(specvlm: Specvlm, videos: Path, out: Path) -> No
     assert row["prompt_sha256"] == hashlib.sha256(row["prompt"].encode()).hexdigest()
     assert (row["target_model"], row["draft_model"], row["attempts"]) == ("fake/target", "fake/draft", 1)
     assert row["acceptance_histogram"] == [0, 1, 2, 1]
-    assert row["baseline_decode_s"] is row["exact_match"] is row["speedup_source"] is None
+    assert row["exact_match"] is None  # nothing was decoded plainly
     invariants.check(out, videos)
+
+
+def test_speedups_are_estimated_where_nothing_was_decoded_plainly(
+    specvlm: Specvlm, videos: Path, out: Path
+) -> None:
+    specvlm("caption", videos, "-o", out, "--limit", 1)
+    row = rows(out)[0]
+    assert row["speedup_source"] == "estimated"
+    assert row["baseline_decode_s"] == pytest.approx(0.6)
+    assert row["decode_speedup"] == pytest.approx(3.0)
+    assert row["e2e_speedup"] == pytest.approx((0.1 + 0.1 + 0.6) / (0.1 + 0.1 + 0.1 + 0.2))
+    specvlm("caption", videos, "-o", out, "--no-estimate", "--limit", 1)
+    rest = [one for one in rows(out) if one["id"] != row["id"]]
+    assert len(rest) == 1
+    names = ("baseline_token_s", "baseline_decode_s", "decode_speedup", "e2e_speedup", "speedup_source")
+    assert [rest[0][name] for name in names] == [None] * 5
 
 
 def test_columns_are_those_of_the_contract(specvlm: Specvlm, videos: Path, out: Path) -> None:
@@ -305,7 +321,7 @@ def test_config_change_names_the_setting(specvlm: Specvlm, videos: Path, out: Pa
     "flags",
     [
         ["--pruner", "uniform", "--prune-ratio", "0.5", "--top-p", "0.2"],
-        ["--tree", "chain", "--depth", "3", "--nodes", "8", "--positions", "compact"],
+        ["--tree", "dynamic", "--depth", "3", "--nodes", "8", "--positions", "compact"],
         ["--draft", "none"],
         ["--seed", "7", "--top-k", "3"],  # greedy: neither is used
     ],

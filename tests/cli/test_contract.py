@@ -19,7 +19,7 @@ FLAGS = """
 --prune-ratio --top-p --tree --depth --nodes --positions --fps --num-frames --min-frames --max-frames
 --max-pixels --total-pixels --video-backend --max-new-tokens --temperature --top-k --seed --overwrite
 --retry-failed --on-config-change --fail-fast --max-failures --exit-zero --baseline-sample --dry-run -n
---json --quiet -q --verbose -v --log-file --progress --help
+--json --estimate --no-estimate --quiet -q --verbose -v --log-file --progress --help
 --path-column --id-column --start-column --end-column --prompt-column --keep-columns --min-age --root --shard
 --reshard --gpus --min-decoded --decode-timeout --decode-workers --if-locked --retries --timeout --on-oom
 --max-runtime --grace --config
@@ -142,7 +142,7 @@ def test_prompt_from_a_file(specvlm: Specvlm, videos: Path, out: Path, tmp_path:
         ([".", "--device-map", "rubbish"], "--device-map 'rubbish' is unknown; give cuda, cuda:N"),
         ([".", "--draft", "none", "--draft-revision", "x"], "--draft-revision x has no draft to go with"),
         ([".", "--target", "a/b", "--draft-revision", "x"], "--draft-revision x has no draft to go with"),
-        ([".", "--tree", "auto"], "--tree"),
+        ([".", "--tree", "oak"], "--tree"),
         ([".", "--nodes", "many"], "--nodes"),
         ([".", "--limit", "0"], "--limit"),
         ([".", "--baseline-sample", "2"], "--baseline-sample"),

@@ -38,14 +38,16 @@ def random_size(dice: random.Random, vocabulary: int) -> Size:
 
 def random_options(dice: random.Random) -> dict[str, Any]:
     """Speculation settings, any of them."""
+    tree = dice.choice(TREES)
+    depth, nodes = dice.randint(1, 8), dice.randint(2, 40)
     return {
-        "tree": dice.choice(TREES),
+        "tree": tree,
         "pruner": dice.choice(PRUNERS),
         "positions": dice.choice(POSITIONS),
         "prune_ratio": dice.choice([0.0, 0.3, 0.5, 0.9, 0.97, 1.0]),
         "top_p": dice.choice([0.0, 0.2, 0.4, 1.0]),
-        "depth": dice.randint(1, 8),
-        "nodes": dice.randint(2, 40),
+        "depth": None if tree == "static" else depth,
+        "nodes": nodes if tree in ("auto", "dynamic") else None,
         "width": dice.randint(1, 6),
         "max_new_tokens": dice.choice([1, 2, 3, 7, 16, 33]),
     }

@@ -15,6 +15,7 @@ from specvlm.adaptive import (
     ROOT,
     Acceptance,
     AdaptiveTree,
+    Bounds,
     Learned,
     best_tree,
     likeliest_nodes,
@@ -87,7 +88,7 @@ def captions(
 ) -> None:
     """Caption so many videos of so many tokens."""
     for _ in range(count):
-        chooser = AdaptiveTree(learned, costs, 256, CPU)
+        chooser = AdaptiveTree(learned, costs, 256, CPU, Bounds())
         written, begun = 1, False
         while written < tokens:
             shape = chooser.choose()
@@ -134,7 +135,7 @@ def test_likeliest_nodes_are_those_of_a_full_search() -> None:
 def test_acceptance_follows_what_is_heard() -> None:
     acceptance = Acceptance()
     before = acceptance.shares()
-    assert before[0] == before[15]
+    assert before[0] == before[15] == before[63]
     for _ in range(300):
         acceptance.hear([0, 1, -1])
         acceptance.hear([0, 4, -1])
@@ -207,12 +208,27 @@ def test_a_tree_promises_what_it_gives() -> None:
             shape = StaticShape(tuple(paths), CPU, ranks=4)
             costs.hear(world.round(shape, paths))
             costs.hear(world.round(ROOT, frozenset()))
-    plan = best_tree([world.shares] * 16, costs)
+    plan = best_tree([world.shares] * 16, costs, Bounds())
     assert plan is not None
     assert plan.seconds == pytest.approx(sum(world.seconds(widths_of(plan.paths), len(plan.paths) + 1)))
     assert plan.rate == pytest.approx(expected_rate(world, frozenset(plan.paths)))
     everything = [expected_rate(world, chain(d)) for d in range(1, 17)]
     assert plan.rate >= max(*everything, expected_rate(world, frozenset(STATIC_PATHS)))
+
+
+def test_bounds_are_kept() -> None:
+    world = World((0.95, 0.02, 0.01, 0.01), node_s=0.001, noise=0.0)
+    learned, costs, bounds = Learned(), RoundCosts(), Bounds(depth=3, nodes=4)
+    chooser = AdaptiveTree(learned, costs, 256, CPU, bounds)
+    assert (chooser.nodes, chooser.slots) == (4, 4)
+    for _ in range(60):
+        shape = chooser.choose()
+        assert shape.depth <= 3
+        assert shape.nodes <= 4
+        assert shape.slots <= 4
+        chooser.hear(world.round(shape, paths_of(shape)))
+    assert learned.plan is not None
+    assert learned.plan.paths == tuple(sorted(chain(3), key=len))
 
 
 def test_widths_are_those_of_the_shape() -> None:

@@ -91,6 +91,8 @@ def test_plain_statistics(captioner: Captioner) -> None:
         ({"temperature": -1}, "temperature=-1"),
         ({"depth": 0}, "depth=0"),
         ({"nodes": 1}, "nodes=1"),
+        ({"tree": "static", "depth": 6}, "depth=6 has no effect on tree='static'"),
+        ({"tree": "chain", "nodes": 9}, "nodes=9 has no effect on tree='chain'"),
         ({"speed": 3}, "unknown option 'speed'"),
         ({"temperature": 1e-38}, "temperature=1e-38"),
         ({"temperature": "hot"}, "temperature='hot'"),
