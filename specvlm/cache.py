@@ -36,6 +36,7 @@ class Slabs:
             size = (count, 2, rows * capacity, shape.kv_heads, shape.head_dim)
             self.by_device[device] = torch.zeros(size, dtype=shape.dtype, device=device)
 
+    @torch.inference_mode()
     def clear(self) -> None:
         """Make it as new. A slot that nobody wrote may hold anything but NaN: masked, it still takes part in sums."""
         for slab in self.by_device.values():

@@ -1,0 +1,193 @@
+"""CUDA graphs on the CPU: operations are recorded with the very tensors and numbers of one run, and repeated.
+
+As in a graph, what the host knew is fixed, every operation reads and writes the same addresses, recording changes
+nothing, and asking for a value fails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from specvlm.captioner import Captioner
+from specvlm.drafts.small_model import SmallModelDraft
+from specvlm.graphs import Graphs, Recorded, Stage
+
+# What a stream that is being captured cannot do: ask for values, shapes that depend on data, memory of the host.
+FORBIDDEN = (
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "unique",
+    "aten.equal",
+    "lift_fresh",
+    "is_nonzero",
+)
+
+
+@cache
+def forbidden(function: Any) -> bool:
+    """Whether a graph cannot hold this operation."""
+    return any(name in str(function) for name in FORBIDDEN)
+
+
+class CannotCaptureError(RuntimeError):
+    """An operation that a graph cannot hold."""
+
+
+def tensors_of(value: Any) -> list[torch.Tensor]:
+    """Those among an operation's arguments or results."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = tuple(value.values())
+    if not isinstance(value, (list, tuple)):
+        return []
+    return [tensor for one in value for tensor in tensors_of(one)]
+
+
+def address(tensor: torch.Tensor) -> int:
+    """Of the storage, which views share."""
+    return tensor.untyped_storage()._cdata
+
+
+class Operation(NamedTuple):
+    """One call, and what it gave."""
+
+    function: Any
+    args: Any
+    kwargs: dict[str, Any]
+    out: Any
+
+
+class Recorder(TorchDispatchMode):
+    """Runs operations, and notes them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[Operation] = []
+        self.made: dict[int, torch.UntypedStorage] = {}  # during the recording, by address
+        self.read: dict[int, torch.Tensor] = {}  # there before
+        self._spoilt: list[torch.Tensor] = []
+        self._steps: list[tuple[Any, Any, Any, list[torch.Tensor]]] = []
+        self._before: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if forbidden(func):
+            raise CannotCaptureError(str(func))
+        given = tensors_of((args, kwargs))
+        for tensor in given:
+            if address(tensor) not in self.made:
+                self.read[address(tensor)] = tensor
+                if func._schema.is_mutable and address(tensor) not in self._before:
+                    storage = tensor.untyped_storage()
+                    self._before[address(tensor)] = (storage, storage.clone())
+        out = func(*args, **(kwargs or {}))
+        ours = {address(tensor) for tensor in given}
+        for tensor in tensors_of(out):
+            if address(tensor) not in ours:
+                self.made[address(tensor)] = tensor.untyped_storage()
+        self.operations.append(Operation(func, args, kwargs or {}, out))
+        return out
+
+    def finish(self) -> None:
+        """Put everything that was there before back as it was."""
+        for storage, before in self._before.values():
+            storage.copy_(before, non_blocking=False)
+        self._spoilt = [torch.empty(0, dtype=torch.uint8).set_(storage) for storage in self.made.values()]
+        self._steps = [step for step in map(self._step, self.operations) if step is not None]
+
+    @staticmethod
+    def _step(operation: Operation) -> tuple[Any, Any, Any, list[torch.Tensor]] | None:
+        """An operation and where its results go; None: a view, which stays one."""
+        function, args, kwargs, out = operation
+        if function._schema.is_mutable:
+            return function, args, kwargs, []
+        given = {address(tensor) for tensor in tensors_of((args, kwargs))}
+        kept = tensors_of(out)
+        return None if all(address(tensor) in given for tensor in kept) else (function, args, kwargs, kept)
+
+    def replay(self) -> None:
+        """Repeat all operations on the same addresses.
+
+        What the recording left there is spoilt before the first time, so that nobody lives on it.
+        """
+        for left in self._spoilt:
+            left.fill_(0xFF)
+        self._spoilt = []
+        for function, args, kwargs, kept in self._steps:
+            out = function(*args, **kwargs)
+            if kept:
+                for old, new in zip(kept, tensors_of(out), strict=True):
+                    old.copy_(new)
+
+
+class Emulator:
+    """Captures as `CudaCapture` does.
+
+    Attributes:
+        captured: Stages recorded.
+        replayed: Stages repeated.
+        fails_at: Fail in the stage of this number; None: never.
+    """
+
+    def __init__(self) -> None:
+        self.captured: list[Recorder] = []
+        self.replayed = 0
+        self.fails_at: int | None = None
+
+    def __call__(self, stage: Stage, value: Any) -> Recorded:
+        recorder = Recorder()
+        if len(self.captured) == self.fails_at:
+            stage = self._failing(stage)
+        try:
+            with recorder:
+                output = stage(value)
+        finally:
+            recorder.finish()
+        self.captured.append(recorder)
+
+        def replay() -> None:
+            self.replayed += 1
+            recorder.replay()
+
+        return Recorded(output, replay)
+
+    @staticmethod
+    def _failing(stage: Stage) -> Stage:
+        def fail(value: Any) -> Any:
+            stage(value)
+            raise CannotCaptureError("no graph today")
+
+        return fail
+
+
+def emulate(captioner: Captioner) -> Emulator:
+    """Turn graphs on for a captioner on the CPU; -> what captures the target's rounds."""
+    emulator = Emulator()
+    captioner.target.graphs = Graphs(lambda _: emulator)
+    if captioner.draft is not None:
+        assert isinstance(captioner.draft, SmallModelDraft)
+        captioner.draft.model.graphs = Graphs(lambda _: Emulator())
+    return emulator
+
+
+def held_tensors(value: Any, seen: set[int] | None = None) -> Iterator[torch.Tensor]:
+    """All tensors that an object holds, at any depth of attributes, lists, tuples and dicts."""
+    seen = set() if seen is None else seen
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for one in value:
+            yield from held_tensors(one, seen)
+    elif isinstance(value, dict):
+        yield from held_tensors(list(value.values()), seen)
+    elif type(value).__module__.startswith("specvlm."):
+        yield from held_tensors(vars(value), seen)
