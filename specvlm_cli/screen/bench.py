@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from specvlm.bench.records import (
@@ -56,9 +56,11 @@ _DEPTHS = 8  # as many are shown
 class BenchTalk:
     """Tells how far a bench is: a bar on a terminal, elsewhere a line every 30 s. Warnings come in any case."""
 
-    def __init__(self, quiet: bool, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, quiet: bool, clock: Callable[[], float] = time.monotonic, console: Console | None = None
+    ) -> None:
         self._quiet, self._clock = quiet, clock
-        self._console = Console(
+        self._console = console or Console(
             file=cast("TextIO", STDERR), markup=False, emoji=False, highlight=False, soft_wrap=True
         )
         self._bar: Progress | None = None
@@ -71,9 +73,10 @@ class BenchTalk:
         if self._quiet or not (self._console.is_terminal and self._console.is_interactive):
             yield
             return
-        columns = (BarColumn(30), TextColumn("{task.completed:.0f}/{task.total:.0f}", markup=False))
+        columns = (BarColumn(30), MofNCompleteColumn(), TimeRemainingColumn())
         words = TextColumn("{task.description}", markup=False)
-        with Progress(*columns, TimeRemainingColumn(), words, console=self._console, transient=True) as bar:
+        # Drawn between captions alone: a thread that draws would take its time from what is measured.
+        with Progress(*columns, words, console=self._console, transient=True, auto_refresh=False) as bar:
             self._bar, self._task = bar, bar.add_task("", total=None)
             try:
                 yield
@@ -95,6 +98,7 @@ class BenchTalk:
         if self._bar is not None:
             words = short(step.what, _NAME_CHARACTERS)
             self._bar.update(self._task, completed=step.done, total=step.total, description=words)
+            self._bar.refresh()
         elif self._clock() - self._told_at >= LOG_EVERY_S:
             self._told_at = self._clock()
             self.note(f"{step.done} of {counted(step.total, 'caption')}: {step.what}")
@@ -119,7 +123,7 @@ def tell(report: Report) -> None:
     """Print a report, in tables as wide as the terminal at most."""
     if report.modelled:
         show.line(report.label, "bold yellow")
-    show.pairs(_conditions(report.conditions))
+    show.pairs([*_conditions(report.conditions), *_memory(report)])
     _table("Speed", report, _speed(report))
     _table("Where the time goes, in ms a video", report, _stages())
     _table("Rounds", report, _rounds(), [one for one in report.summaries if one.num_drafts])
@@ -260,6 +264,16 @@ def _limits(report: Report) -> None:
         name = one.configuration.label + ("" if frames is None else f", {frames} frames")
         if one.error or one.limit:
             show.line(f"{name}: failed: {one.error}" if one.error else f"{name}: limit: {one.limit}")
+
+
+def _memory(report: Report) -> Iterator[tuple[str, str]]:
+    """What a process has needed at most says nothing of one method; a device's is a column instead."""
+    if report.conditions.peak_memory_of == "process" and report.summaries:
+        most = max(one.peak_memory_bytes for one in report.summaries)
+        yield (
+            "peak memory",
+            f"{amount(most)} of the process, all methods together: such a peak cannot be reset",
+        )
 
 
 def _conditions(its: Conditions) -> list[tuple[str, str]]:

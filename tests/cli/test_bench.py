@@ -6,13 +6,16 @@ import json
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 
 from specvlm.bench.records import STAGES, Configuration, Left, Report, Sample, Stages
 from specvlm.bench.suite import Step
@@ -21,6 +24,7 @@ from specvlm_cli import app, bench_files
 from specvlm_cli.commands.bench_flags import BenchFlags
 from specvlm_cli.screen.bench import BenchTalk, tell
 from tests.bench_reports import CONDITIONS
+from tests.cli.terminal import Terminal
 
 ROOT = Path(__file__).parents[2]
 CLIP = ROOT / "examples" / "videos" / "two-meet.mp4"
@@ -222,7 +226,9 @@ def test_the_tables_off_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     rounds = lines[lines.index("Rounds") + 3]
     assert rounds.split()[:5] == "specvlm uniform 0.9 static 26.0".split()
     assert "1.00 1.00 1.00 0.50 1.00" in rounds
-    assert not any("peak" in line for line in lines), "a process's peak says nothing of one method"
+    peaks = [line for line in lines if "peak" in line]
+    assert len(peaks) == 1, "a process's peak says nothing of one method"
+    assert peaks[0].startswith("peak memory  1.1 GB of the process, all methods together")
 
 
 @pytest.mark.parametrize("width", [60, 80, 130])
@@ -248,6 +254,15 @@ def test_no_table_is_wider_than_the_terminal(
         "1.00 1.00 1.00 0.50 1.00",
     ):
         assert figures in told, "nothing is lost"
+
+
+def test_a_devices_peak_is_a_column(capsys: pytest.CaptureFixture[str]) -> None:
+    its = report()
+    tell(replace(its, conditions=replace(its.conditions, peak_memory_of="device")))
+    lines = capsys.readouterr().out.splitlines()
+    stock = lines[lines.index("Speed") + 3]
+    assert stock.endswith(" 1.1 GB")
+    assert [line for line in lines if "peak" in line] == [lines[lines.index("Speed") + 1]]
 
 
 def test_frames_are_a_column_where_there_are_several(capsys: pytest.CaptureFixture[str]) -> None:
@@ -290,6 +305,24 @@ def test_progress_off_a_terminal_is_a_line_now_and_then(capfd: pytest.CaptureFix
         "left out: a\\x0ab.mp4: no video",
         "stock fails, and the others go on",
     ]
+
+
+def test_progress_on_a_terminal_is_a_bar_that_goes_away() -> None:
+    file = StringIO()
+    console = Console(file=file, force_terminal=True, force_interactive=True, width=100, color_system=None)
+    talk = BenchTalk(quiet=False, console=console)
+    before = threading.active_count()
+    with talk.working():
+        for done in range(3):
+            talk.step(Step(done, 4, f"[red]clip\x07 {done}"))
+        assert threading.active_count() == before, "nothing draws while something is measured"
+        talk.left_out(Left("a.mp4", "no video"))
+    said = file.getvalue()
+    assert "2/4" in said
+    assert "[red]clip\\x07 2" in said
+    terminal = Terminal(100)
+    terminal.feed(said)
+    assert [line for line in terminal.lines if line] == ["left out: a.mp4: no video"]
 
 
 def test_quiet_says_only_what_went_wrong(capfd: pytest.CaptureFixture[str]) -> None:
