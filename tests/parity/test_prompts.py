@@ -136,7 +136,7 @@ def test_the_video_is_seen_and_prefilled_once(family: FamilyName, work: Counter[
     session = captioner_for(family, "noisy").session(FRAMES, [PROMPTS[i] for i in (0, 2, 3, 1)])
     for index in (1, 0, 2):
         for speculate in (index == 0, index != 0):  # either way first
-            session.caption(index, speculate=speculate, max_new_tokens=NEW_TOKENS)
+            session.caption(index, speculate=speculate, tree="static", max_new_tokens=NEW_TOKENS)
     assert work == {"see": 2, "prefill_video": 1, "prefill_text": 3}, (
         "two towers; plainly and not from one prefill"
     )
@@ -148,7 +148,7 @@ def test_the_video_is_seen_and_prefilled_once(family: FamilyName, work: Counter[
 
 def test_more_room_is_made_when_it_is_needed(work: Counter[str]) -> None:
     session = captioner_for("qwen", "noisy").session(FRAMES, PROMPTS)
-    session.caption(0, speculate=False, max_new_tokens=10)
+    session.caption(0, speculate=False, tree="static", max_new_tokens=10)
     session.caption(2, tree="static", max_new_tokens=10)
     session.caption(0, tree="chain", max_new_tokens=3)
     assert work["prefill_video"] == 1, "there is room for the longest prompt, and for trees"
@@ -209,6 +209,7 @@ def half(function: Any, session: PromptSession) -> Any:
 
 
 TIMES = ("video_decode_s", "preprocess_s", "vision_s", "target_prefill_s", "draft_prefill_s", "decode_s")
+FEW: dict[str, Any] = {"max_new_tokens": 3, "tree": "static"}
 SOURCE = specvlm.VideoSource(2.0, 25.0, 64, 48, "elsewhere", decode_s=64.0)
 
 
@@ -250,7 +251,7 @@ def times_of(stats: CaptionStats) -> tuple[float, ...]:
 def test_shared_time_counts_once_for_each_way_to_decode(ticks: None, plain_first: bool) -> None:
     session = captioner_for("qwen", "noisy").session(FRAMES._replace(source=SOURCE), PROMPTS)
     took = {
-        (index, speculate): times_of(session.caption(index, speculate=speculate, max_new_tokens=3).stats)
+        (index, speculate): times_of(session.caption(index, speculate=speculate, **FEW).stats)
         for index in (3, 0, 1)
         for speculate in (not plain_first, plain_first)
     }
@@ -262,24 +263,24 @@ def test_shared_time_counts_once_for_each_way_to_decode(ticks: None, plain_first
         (1, False): (0.0, 0.25, 0.0, 8.5, 0.0),  # other text before the video
         (1, True): (0.0, 0.25, 0.0, 8.5, 0.0),
     }
-    again = session.caption(1, speculate=plain_first, max_new_tokens=3).stats
+    again = session.caption(1, speculate=plain_first, **FEW).stats
     assert times_of(again) == (0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 def test_time_of_a_caption_that_failed_counts_in_the_next(ticks: None) -> None:
     session = captioner_for("qwen", "noisy").session(FRAMES._replace(source=SOURCE), PROMPTS)
     with pytest.raises(specvlm.GenerationTimeoutError):
-        session.caption(0, max_new_tokens=NEW_TOKENS, time_limit_s=0.0)
-    stats = session.caption(3, max_new_tokens=3).stats
+        session.caption(0, tree="static", max_new_tokens=NEW_TOKENS, time_limit_s=0.0)
+    stats = session.caption(3, **FEW).stats
     assert times_of(stats) == (64.0, 32.25, 16.0, 8.5, 16.0)
 
 
 def test_a_caption_alone_takes_what_it_takes_in_a_session(ticks: None) -> None:
     frames = FRAMES._replace(source=SOURCE)
     captioner = captioner_for("qwen", "noisy")
-    alone = captioner.caption(frames, PROMPTS[0], max_new_tokens=3).stats
+    alone = captioner.caption(frames, PROMPTS[0], **FEW).stats
     assert times_of(alone) == (64.0, 32.0, 16.0, 8.5, 16.0)
-    shared = captioner.caption_prompts(frames, PROMPTS[:1], max_new_tokens=3)[0].stats
+    shared = captioner.caption_prompts(frames, PROMPTS[:1], **FEW)[0].stats
     assert times_of(shared) == times_of(alone)
 
 
