@@ -90,7 +90,17 @@ class RoundCosts:
         return draft_s + verify_s + self._rest[True].value()
 
     def _verify_s(self, nodes: int) -> float | None:
-        """Interpolated over what was measured, which must never fall with more nodes."""
+        """What was measured, or a straight line through it; never less than a plain step.
+
+        Trees and plain steps are timed at different moments of a machine that others use too. More nodes never cost
+        less, so a plain step that was timed in a slow moment says that all passes are slow now.
+        """
+        found = self._interpolated(nodes)
+        if found is None or 1 not in self._verify:
+            return found
+        return max(found, self._verify[1].value())
+
+    def _interpolated(self, nodes: int) -> float | None:
         if nodes in self._verify:
             return self._verify[nodes].value()
         points = sorted((n, times.value()) for n, times in self._verify.items())

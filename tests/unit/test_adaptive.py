@@ -84,9 +84,15 @@ def paths_of(shape: TreeShape) -> frozenset[tuple[int, ...]]:
 
 
 def captions(
-    world: World, learned: Learned, costs: RoundCosts, count: int, tokens: int = 80, prefill_s: float = 0.5
-) -> None:
-    """Caption so many videos of so many tokens."""
+    world: World,
+    learned: Learned,
+    costs: RoundCosts,
+    count: int,
+    tokens: int = 80,
+    prefill_s: float = 0.5,
+) -> int:
+    """Caption so many videos of so many tokens; -> tokens written, those beyond the end in the last rounds too."""
+    all_written = 0
     for _ in range(count):
         chooser = AdaptiveTree(learned, costs, 256, CPU, Bounds())
         written, begun = 1, False
@@ -100,6 +106,8 @@ def captions(
             written += heard.rows[0][0] + 1
             chooser.hear(heard)
         chooser.ended(tokens)
+        all_written += written - 1
+    return all_written
 
 
 def expected_rate(world: World, paths: frozenset[tuple[int, ...]]) -> float:
@@ -164,9 +172,8 @@ def test_it_is_as_fast_as_the_best_fixed_tree(name: str) -> None:
     learned, costs = Learned(), RoundCosts()
     captions(world, learned, costs, 10, prefill_s=0.0)
     world.spent_s = 0.0
-    captions(world, learned, costs, 40, prefill_s=0.0)
-    rate = 40 * 79 / world.spent_s
-    assert rate > 0.95 * best
+    written = captions(world, learned, costs, 40, prefill_s=0.0)
+    assert written / world.spent_s > 0.97 * best
 
 
 @pytest.mark.parametrize("level_s", [0.05, 0.4])
