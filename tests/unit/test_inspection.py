@@ -85,7 +85,7 @@ def test_it_is_what_the_draft_of_a_caption_gets(
     monkeypatch.setattr(small_model, "prune", heard)
     frames = frames_of(family, 5)
     stats = captioner.caption(
-        frames, "What is it?", pruner=pruner, prune_ratio=0.7, top_p=0.1, max_new_tokens=2
+        frames, "What is it?", pruner=pruner, prune_ratio=0.7, top_p=0.1, tree="static", max_new_tokens=2
     ).stats
     found = look(captioner, frames, "What is it?", settings)
     ((scores, keep),) = given
