@@ -85,8 +85,19 @@ def report(*more: Configuration) -> Report:
 
 def test_a_bench_of_the_demo_pair(run: Run, tmp_path: Path) -> None:
     out = tmp_path / "new" / "out"
-    asked = ("--limit", 1, "--repeat", 1, "--max-new-tokens", 24, "--prune-ratio", "0.5,0.9", "-o", out)
-    code, said, told = run(*asked, "--json", "-q")
+    asked = (
+        "--limit",
+        1,
+        "--repeat",
+        1,
+        "--max-new-tokens",
+        24,
+        "--prune-ratio",
+        "0.5,0.9",
+        "--tree",
+        "static",
+    )
+    code, said, told = run(*asked, "-o", out, "--json", "-q")
     assert (code, told) == (0, "")
     assert said.count("\n") == 1, "one JSON line"
     found = json.loads(said)
@@ -98,7 +109,7 @@ def test_a_bench_of_the_demo_pair(run: Run, tmp_path: Path) -> None:
         "specvlm-demo/qwen-draft",
     )
     assert conditions["command"] == (
-        "specvlm bench --limit 1 --prune-ratio 0.5,0.9 --repeat 1 --max-new-tokens 24"
+        "specvlm bench --limit 1 --prune-ratio 0.5,0.9 --tree static --repeat 1 --max-new-tokens 24"
     )
     summaries = {one["label"]: one for one in found["summaries"]}
     assert list(summaries)[:3] == ["stock", "assisted", "plain"]
