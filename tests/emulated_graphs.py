@@ -79,6 +79,11 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if forbidden(func):
             raise CannotCaptureError(str(func))
+        if func.namespace == "aten":  # what is made of other operations may hide one that asks
+            with self:
+                out = func.decompose(*args, **(kwargs or {}))
+            if out is not NotImplemented:
+                return out
         given = tensors_of((args, kwargs))
         for tensor in given:
             if address(tensor) not in self.made:

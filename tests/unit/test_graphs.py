@@ -9,18 +9,28 @@ from typing import Any
 import pytest
 import torch
 
-from specvlm import attention, graphs
+from specvlm import attention, decode, graphs
 from specvlm.captioner import Captioner, PreparedVideo
 from specvlm.config import TREES
 from specvlm.errors import NonFiniteLogitsError
 from specvlm.graphs import Graphs, index_step
-from tests.emulated_graphs import CannotCaptureError, Emulator, Recorder, address, emulate, held_tensors
+from specvlm.tree import STATIC_PATHS, DynamicShape, StaticShape
+from tests.emulated_graphs import (
+    FORBIDDEN,
+    CannotCaptureError,
+    Emulator,
+    Recorder,
+    address,
+    emulate,
+    held_tensors,
+)
+from tests.fake_cuda import Case, run_round
 from tests.tiny import FamilyName, Size, random_frames, tiny_captioner
 
 FAMILIES: tuple[FamilyName, ...] = ("qwen", "llava")
 TARGET = Size(layers=2, seed=1, vocabulary=320)
 PROMPTS = ("Hi there.", "Look at <video> and tell.", "What? And why? Say more than that of it.")
-NEW_TOKENS = 17
+NEW_TOKENS = 13
 
 
 @pytest.fixture(autouse=True)
@@ -312,3 +322,38 @@ def test_a_recording_changes_nothing_and_bakes_what_the_host_knew() -> None:
     tensor.fill_(20)
     recorded.replay()
     assert (tensor.tolist(), recorded.output.tolist()) == ([21], [42])
+
+
+SHAPES = {
+    "root": decode.ROOT,
+    "chain": StaticShape(tuple((0,) * depth for depth in range(1, 4)), torch.device("cpu")),
+    "static": StaticShape(STATIC_PATHS, torch.device("cpu"), ranks=4),
+    "dynamic": DynamicShape(4, 20, 3, torch.device("cpu")),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("how", ["masked", "split"])
+@pytest.mark.parametrize(
+    ("family", "dtype", "exact"),
+    [("qwen", torch.bfloat16, False), ("llava", torch.float32, False), ("llava", torch.bfloat16, True)],
+)
+def test_a_round_on_cuda_stays_there(
+    shape: str,
+    how: attention.RoundAttention,
+    family: FamilyName,
+    dtype: torch.dtype,
+    exact: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No operation touches the host's memory or asks for a value, and none copies the cache."""
+    flash = dtype == torch.bfloat16
+    monkeypatch.setattr(attention, "_cuda_kernels", lambda *_: attention._Kernels(flash, True))
+    seen = run_round(Case(family, SHAPES[shape], how, dtype, exact), 4000)
+    assert seen.elsewhere == set()
+    assert [name for name in seen.names if any(word in name for word in FORBIDDEN)] == []
+    if how == "split":  # the mask of `masked` is as long as the prompt
+        assert seen.largest < 4000 * 2 * 16  # one row's keys in one layer
+    parts = how == "split" and not (exact and shape == "root")
+    assert ("aten._scaled_dot_product_efficient_attention.default" in seen.names) == parts
+    assert ("aten._scaled_dot_product_flash_attention.default" in seen.names) == (parts and flash)
