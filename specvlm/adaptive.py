@@ -107,7 +107,7 @@ class Plan(NamedTuple):
     @property
     def rate(self) -> float:
         """Expected tokens per second."""
-        return self.tokens / self.seconds
+        return self.tokens / max(self.seconds, 1e-9)
 
 
 def widths_of(paths: Sequence[Path]) -> tuple[int, ...]:

@@ -84,8 +84,9 @@ def test_a_draft_equal_to_its_target_is_always_right(family: FamilyName) -> None
     """Every guess is accepted to the end: the draft's cache, positions and rewinds are exact."""
     prepared, _ = case(family, "Hi there.")
     for tree, depth in (("chain", 3), ("static", 5), ("chain", 7)):
+        options = {} if tree == "static" else {"depth": depth}
         stats = captioner_for(family, "same").caption(
-            prepared, tree=tree, depth=depth, prune_ratio=0.0, max_new_tokens=NEW_TOKENS
+            prepared, tree=tree, **options, prune_ratio=0.0, max_new_tokens=NEW_TOKENS
         ).stats  # fmt: skip
         full, rest = divmod(NEW_TOKENS - 1, depth + 1)
         expected = [0] * (depth + 1)
