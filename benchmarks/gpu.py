@@ -16,6 +16,7 @@ import argparse
 import gc
 import itertools
 import json
+import math
 import os
 import platform
 import statistics
@@ -36,7 +37,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import specvlm
 from specvlm.bench.grid import Grid
-from specvlm.bench.measure import Asked, Measurer
+from specvlm.bench.measure import Asked, Measurer, stock_attention
 from specvlm.bench.modelled import (
     Load,
     ModelledCaptioner,
@@ -213,8 +214,17 @@ class Run:
         """Write what there is."""
         self.found["seconds"] = self.passed_s()
         self._out.mkdir(parents=True, exist_ok=True)
-        (self._out / JSON).write_text(json.dumps(self.found, indent=1, allow_nan=False) + "\n")
+        (self._out / JSON).write_text(json.dumps(_plain(self.found), indent=1, allow_nan=False) + "\n")
         (self._out / MARKDOWN).write_text(markdown(self.found))
+
+
+def _plain(value: Any) -> Any:
+    """As JSON can hold it: what is not finite is null."""
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _conditions(plan: Plan) -> dict[str, Any]:
@@ -374,7 +384,7 @@ def _difference(
     first = next((i for i in range(shortest) if stock[i] != ours[i]), shortest)
     model = captioner.target.model
     tensors = {name: value.to(captioner.target.device) for name, value in video.inputs.tensors.items()}
-    with torch.inference_mode():
+    with stock_attention([model]), torch.inference_mode():
         out = model.generate(
             **tensors,
             max_new_tokens=first + 1,
@@ -782,7 +792,7 @@ def everything(run: Run) -> None:
         bandwidth(run)
     if "parity" in run.plan.parts:
         parity(run)
-    for target, draft in run.plan.pairs:
+    for target, draft in run.plan.pairs if {"shapes", "rounds"} & set(run.plan.parts) else ():
         with run.part(f"{target.name} + {draft.name}"):
             of_a_pair(run, target, draft)
         gc.collect()  # the models of this pair, before those of the next

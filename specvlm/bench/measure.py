@@ -86,7 +86,7 @@ class Measurer:
         """`generate()` with its KV cache and sdpa, greedy, on the loaded weights and the same inputs."""
         target, inputs, streamer = self._captioner.target.model, video.inputs, _FirstTokens(self._clock)
         more = {"assistant_model": _assistant(self._captioner)} if how.method == "assisted" else {}
-        with _stock_attention([target, *more.values()]), torch.inference_mode():
+        with stock_attention([target, *more.values()]), torch.inference_mode():
             began = self._clock()
             try:
                 tensors = {
@@ -148,7 +148,7 @@ def _assistant(captioner: Captioner) -> Any:
 
 
 @contextmanager
-def _stock_attention(models: list[Any]) -> Iterator[None]:
+def stock_attention(models: list[Any]) -> Iterator[None]:
     """Have loaded models run stock sdpa throughout, and put this library's attention back."""
     for model in models:
         model.set_attn_implementation(_STOCK)

@@ -204,6 +204,14 @@ def test_a_difference_tells_where_and_how_near_it_was(gpu: Any) -> None:
     assert gpu._difference(captioner, video, stock, stock[:5])[0] == 5
 
 
+def test_what_is_not_finite_does_not_cost_the_rest(gpu: Any, tmp_path: Path) -> None:
+    run = gpu.Run(gpu.smoke_plan(60.0), tmp_path)
+    run.found["bandwidth"] = {"copy_bytes": 1, "bytes_per_s": 1e12, "flops_per_s": float("inf")}
+    run.write()
+    written = json.loads((tmp_path / "gpu.json").read_text(), parse_constant=_no_constant)
+    assert written["bandwidth"] == {"copy_bytes": 1, "bytes_per_s": 1e12, "flops_per_s": None}
+
+
 def test_without_cuda_it_says_what_to_do(
     gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
