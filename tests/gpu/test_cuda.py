@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+from typing import Any, get_args
+
 import pytest
 import torch
 
+from specvlm import attention, graphs
+from specvlm.attention import RoundAttention, node_table, round_plan
 from specvlm.captioner import Captioner
 from specvlm.config import TREES, FrameSettings
 from specvlm.drafts.small_model import SmallModelDraft
@@ -18,10 +23,15 @@ pytestmark = [
 ]
 
 
+DEVICE = "cuda"
+WIDE = {"width": 64, "heads": 4, "kv_heads": 2}  # heads of 16: fit for every kernel
+
+
 def cuda_captioner(family: FamilyName, dtype: torch.dtype) -> Captioner:
     """A random pair on the first GPU."""
     info = tiny_captioner(family, Size(), None).info
-    large, small = (tiny_model(family, size).to("cuda", dtype) for size in (Size(3, seed=1), Size(1, seed=2)))
+    sizes = (Size(3, seed=1, **WIDE), Size(1, seed=2, **WIDE))
+    large, small = (tiny_model(family, size).to(DEVICE, dtype) for size in sizes)
     target, draft = (VideoLM(model, family_of(model.config, "tiny")) for model in (large, small))
     return Captioner(target, processor_for(family), SmallModelDraft(draft, 300), info, FrameSettings())
 
@@ -31,7 +41,7 @@ def cuda_captioner(family: FamilyName, dtype: torch.dtype) -> Captioner:
 def test_float32_is_stock(family: FamilyName, tree: str) -> None:
     captioner = cuda_captioner(family, torch.float32)
     video = captioner.prepare(random_frames(1), "Hi there.")
-    tensors = {name: value.to("cuda") for name, value in video.inputs.tensors.items()}
+    tensors = {name: value.to(DEVICE) for name, value in video.inputs.tensors.items()}
     stock = stock_ids(captioner.target.model, tensors, 24)
     caption = captioner.caption(video, tree=tree, max_new_tokens=24)  # type: ignore[arg-type]
     assert caption.token_ids == stock
@@ -55,9 +65,117 @@ def test_bfloat16_differs_only_at_near_ties(family: FamilyName) -> None:
     if fast == plain:
         return
     first = next(i for i, pair in enumerate(zip(fast, plain, strict=False)) if pair[0] != pair[1])
-    tensors = {name: value.to("cuda") for name, value in video.inputs.tensors.items()}
+    tensors = {name: value.to(DEVICE) for name, value in video.inputs.tensors.items()}
     out = captioner.target.model.generate(
         **tensors, max_new_tokens=first + 1, do_sample=False, output_logits=True, return_dict_in_generate=True
     )
     best, second = out.logits[first][0].float().topk(2).values.tolist()
     assert best - second < 2**-6 * abs(best)
+
+
+def attend_as(captioner: Captioner, how: RoundAttention) -> None:
+    """Target and draft."""
+    assert isinstance(captioner.draft, SmallModelDraft)
+    for model in (captioner.target, captioner.draft.model):
+        model.round_attention = how
+
+
+def captured(captioner: Captioner) -> int:
+    """Kinds of rounds that were captured."""
+    made = captioner.target.graphs
+    assert made is not None
+    assert made.working
+    assert made._kept is not None
+    return sum(stages is not None for stages in made._kept.rig._rounds.values())
+
+
+@pytest.fixture
+def _small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short prompts have a prefix, and captions cross borders."""
+    monkeypatch.setattr(graphs, "STEP", 16)
+    monkeypatch.setattr(attention, "PREFIX_STEP", 16)
+    monkeypatch.setattr(attention, "SHORTEST_PREFIX", 16)
+
+
+@pytest.mark.usefixtures("_small_steps")
+@pytest.mark.parametrize("family", ["qwen", "llava"])
+@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("how", ["masked", "split"])
+def test_graphs_write_what_eager_rounds_write(
+    family: FamilyName, tree: Any, temperature: float, how: RoundAttention
+) -> None:
+    """In float32, for several videos in one rig, one row and two; without a warning."""
+    captioner = cuda_captioner(family, torch.float32)
+    captioner.generation_config.repetition_penalty = 1.2
+    attend_as(captioner, how)
+    videos = [captioner.prepare(random_frames(seed), "Hi there."[: 9 - seed]) for seed in range(3)]
+    jobs = [[video] for video in videos] + [videos[:2], videos[1:]]
+    options: dict[str, Any] = {"tree": tree, "temperature": temperature, "max_new_tokens": 40}
+
+    def run() -> list[list[tuple[int, ...]]]:
+        return [[one.token_ids for one in captioner.caption_rows(job, **options)] for job in jobs]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        graphed = run()
+        assert captured(captioner)
+    captioner.target.graphs = None
+    assert run() == graphed
+
+
+@pytest.mark.usefixtures("_small_steps")
+@pytest.mark.parametrize("family", ["qwen", "llava"])
+@pytest.mark.parametrize("how", get_args(RoundAttention))
+def test_every_way_to_attend_is_stock_in_float32(family: FamilyName, how: RoundAttention) -> None:
+    captioner = cuda_captioner(family, torch.float32)
+    attend_as(captioner, how)
+    captioner.target.graphs = None
+    video = captioner.prepare(random_frames(1), "Hi there.")
+    tensors = {name: value.to(DEVICE) for name, value in video.inputs.tensors.items()}
+    stock = stock_ids(captioner.target.model, tensors, 24)
+    for tree in ("chain", "static", "dynamic"):
+        caption = captioner.caption(video, tree=tree, max_new_tokens=24)  # type: ignore[arg-type]
+        assert caption.token_ids == stock, tree
+
+
+@pytest.mark.parametrize("how", get_args(RoundAttention))
+@pytest.mark.parametrize(
+    ("dtype", "off"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)], ids=str
+)
+@pytest.mark.parametrize(("width", "nodes", "own"), [(128, 26, 26), (64, 1, 5), (128, 7, 12)])
+def test_every_way_to_attend_gives_the_same_numbers(
+    how: RoundAttention, dtype: torch.dtype, off: float, width: int, nodes: int, own: int
+) -> None:
+    """Two rows over a long prefix, 28 heads on 4, against plain arithmetic in float64; keys as they lie in a slab."""
+    torch.manual_seed(nodes)
+    visible, lengths = 3100, torch.tensor([2990, 3001], device=DEVICE)
+    query = torch.randn(2, nodes, 28, width, device=DEVICE, dtype=dtype).transpose(1, 2)
+    slab = torch.randn(2, 2, visible + 100, 4, width, device=DEVICE, dtype=dtype)
+    key, value = slab[:, :, :visible].transpose(2, 3)
+    sees = torch.rand(2, nodes, own, device=DEVICE) < 0.5
+    table = node_table(lengths, sees, 7, torch.float32 if how == "flex" else dtype)
+    plan = attention.AttentionPlan(table=table)
+    if how != "flex":
+        plan = round_plan(table, visible, 2944 if how == "split" else 0)
+    out, _ = attention._attend(torch.nn.Identity(), query, key, value, plan)
+    mask = round_plan(node_table(lengths, sees, 7, torch.float64), visible).mask
+    assert mask is not None
+    packed = attention._pack_groups(query, 4).double()
+    weights = (packed @ key.double().transpose(2, 3) * width**-0.5 + mask).softmax(-1)
+    exact = attention._unpack_groups(weights @ value.double(), 28)
+    assert (out.double() - exact).abs().max() < off
+
+
+@pytest.mark.parametrize("how", ["masked", "split"])
+def test_bfloat16_by_graphs_is_bfloat16_without(how: RoundAttention) -> None:
+    """The same kernels on the same numbers: to the last token."""
+    captioner = cuda_captioner("qwen", torch.bfloat16)
+    attend_as(captioner, how)
+    video = captioner.prepare(random_frames(1), "Hi there.")
+    assert captioner.target.graphs is not None
+    captioner.target.graphs.working = False  # the same slabs and shapes, run eagerly
+    eager = captioner.caption(video, tree="static", max_new_tokens=60).token_ids
+    captioner.target.graphs = graphs.Graphs()
+    assert captioner.caption(video, tree="static", max_new_tokens=60).token_ids == eager
+    assert captured(captioner)
