@@ -17,9 +17,9 @@ from collections import defaultdict
 from typing import Any, NamedTuple
 
 import torch
+from acceptance import PROMPT, conditions, drawn
 
 import specvlm
-from benchmarks.demo_pairs import PROMPT, conditions, drawn
 from specvlm.captioner import Captioner, PreparedVideo
 from specvlm.costs import CostStore
 from specvlm.preset import find_preset
