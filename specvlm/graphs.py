@@ -21,7 +21,7 @@ from specvlm.cache import SlabCache, Slabs, SlabShape
 # The host tells lengths and indices in steps of this many slots, so that a graph serves as many rounds.
 STEP = 128
 # Kept at once; the one that was not used for longest goes. Each holds a description of a few thousand kernels.
-MOST_ROUNDS = 64
+MOST_ROUNDS = 32
 
 Stage = Callable[[Any], Any]  # what the stage before gave -> what the next one gets
 

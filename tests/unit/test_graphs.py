@@ -100,6 +100,16 @@ def test_graphs_write_what_eager_rounds_write(
     assert emulator.replayed >= 6
 
 
+@pytest.mark.parametrize("tree", ["chain", "dynamic"])
+def test_a_long_caption_looks_further_and_further(tree: str) -> None:
+    """Six borders of the index; twice, so that each stretch has been captured before."""
+    captioner, videos = pair("qwen")
+    eager = written(captioner, videos[:1], tree=tree, max_new_tokens=45)
+    emulate(captioner)
+    for _ in range(2):
+        assert written(captioner, videos[:1], tree=tree, max_new_tokens=45) == eager
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_plain_rounds_and_trees_that_change_share_a_rig(family: FamilyName) -> None:
     """Plain, `auto`, rules that come and go, and another limit, one after the other over the same slabs."""
