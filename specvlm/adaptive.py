@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 from specvlm.choosing import Heard, TreeChooser
-from specvlm.costs import TRIALS, RoundCosts
+from specvlm.costs import TRIALS, Prices, RoundCosts
 from specvlm.tree import RootShape, StaticShape, TreeShape
 
 Path = tuple[int, ...]
@@ -30,7 +30,7 @@ _PRIOR = (0.6, 0.12, 0.05, 0.03)  # before anything was seen
 _PRIOR_WEIGHT = 4.0
 _POOL_WEIGHT = 12.0  # all depths together weigh as much as this many rounds at one depth
 _MEMORY = 0.995  # of one round; about two hundred rounds count
-_PLAN_EVERY = 16  # rounds
+_JUDGE_EVERY, _JUDGE_PLAIN_EVERY = 24, 1000  # rounds; nothing new is heard of guesses where there are none
 _BETTER = 1.03  # another tree has to promise this much, so that trees do not change all the time
 _DEPTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 64)
 _SIZES = (2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 20, 24, 32, 48, 64)
@@ -100,7 +100,7 @@ class Bounds(NamedTuple):
 class Plan(NamedTuple):
     """A tree, and what it promises."""
 
-    paths: tuple[Path, ...]  # none: plain decoding
+    paths: tuple[Path, ...]
     tokens: float  # expected of a round, the bonus token included
     seconds: float  # expected of a round
 
@@ -117,31 +117,31 @@ def widths_of(paths: Sequence[Path]) -> tuple[int, ...]:
     return tuple(sum(len(path) == level for path in inner) for level in range(depth + 1))
 
 
-def best_tree(shares: Sequence[Sequence[float]], costs: RoundCosts, bounds: Bounds) -> Plan | None:
-    """The tree that promises the most tokens per second; None while costs are not known."""
-    best = None
+def best_tree(shares: Sequence[Sequence[float]], prices: Prices, bounds: Bounds) -> Plan:
+    """The tree that promises the most tokens per second."""
     nodes = list(likeliest_nodes(shares[: bounds.depth], bounds.nodes + bounds.nodes // 2))
-    for depth in {min(depth, bounds.depth) for depth in _DEPTHS}:
-        below = [node for node in nodes if len(node[1]) <= depth][: bounds.nodes - 1]
-        for plan in _plans(below, costs):
-            if best is None or plan.rate > best.rate:
-                best = plan
-    return best
+    deepest = max(len(path) for _, path in nodes)
+    depths = [*(depth for depth in _DEPTHS if depth < deepest), deepest]
+    found = (
+        _best_size([node for node in nodes if len(node[1]) <= depth], prices, bounds) for depth in depths
+    )
+    return max(found, key=lambda plan: plan.rate)
 
 
-def _plans(nodes: Sequence[tuple[float, Path]], costs: RoundCosts) -> Iterator[Plan]:
-    """Plans of growing size from nodes in order."""
-    tokens, widths, inner = 1.0, [0] * MOST_DEPTH, set()
-    for count, (value, path) in enumerate(nodes, start=2):
+def _best_size(nodes: Sequence[tuple[float, Path]], prices: Prices, bounds: Bounds) -> Plan:
+    """The best tree of the first nodes, however many of them."""
+    tokens, best, inner = 1.0, (0.0, 1.0, 1.0, 0), set()
+    widths = [0] * bounds.depth
+    most = min(len(nodes) + 1, bounds.nodes)
+    for count, (value, path) in enumerate(nodes[: most - 1], start=2):
         tokens += value
         if path[:-1] not in inner:
             inner.add(path[:-1])
             widths[len(path) - 1] += 1
-        if count in _SIZES or count == len(nodes) + 1:
-            seconds = costs.round_s(tuple(width for width in widths if width), count)
-            if seconds is None:
-                return
-            yield Plan(tuple(path for _, path in nodes[: count - 1]), tokens, seconds)
+        if count in _SIZES or count == most:
+            seconds = prices.round_s(tuple(width for width in widths if width), count)
+            best = max(best, (tokens / seconds, tokens, seconds, count))
+    return Plan(tuple(path for _, path in nodes[: best[3] - 1]), best[1], best[2])
 
 
 @dataclass(slots=True)
@@ -156,6 +156,7 @@ class Learned:
         lengths: Tokens of recent captions.
         pays: Guessing was faster than plain decoding when last judged.
         plan: The tree that was best when last judged.
+        rounds_to_go: Until the next judgement.
     """
 
     acceptance: Acceptance = field(default_factory=Acceptance)
@@ -165,6 +166,7 @@ class Learned:
     lengths: list[int] = field(default_factory=list)
     pays: bool = True
     plan: Plan | None = None
+    rounds_to_go: int = 0
 
 
 @lru_cache(maxsize=128)
@@ -183,18 +185,19 @@ class AdaptiveTree(TreeChooser):
         self._bounds = bounds
         self._learned, self._costs, self._device = learned, costs, device
         self._most_tokens = most_tokens
-        self._rounds = 0
         self._written = 1
         self._begun = False
         self._retries = 0  # rounds left of a retry
-        self._planned = -_PLAN_EVERY
+        self._weighed = False
 
     def choose(self) -> TreeShape:
         """The tree of the next round."""
         if (trial := self._trial()) is not None:
             return trial
-        if self._rounds - self._planned >= _PLAN_EVERY:
+        if self._learned.rounds_to_go <= 0:
             self._judge()
+        elif not self._weighed:
+            self._weigh()
         return self._guessing() if self._learned.pays or self._retry() else ROOT
 
     def _trial(self) -> TreeShape | None:
@@ -213,30 +216,22 @@ class AdaptiveTree(TreeChooser):
 
     def _judge(self) -> None:
         """Work out the best tree, and whether it beats plain decoding."""
-        self._planned = self._rounds
-        learned = self._learned
-        best = best_tree(learned.acceptance.shares(), self._costs, self._bounds)
-        plain_s = self._costs.plain_s()
-        if best is None or plain_s is None:
+        learned, prices = self._learned, self._costs.prices(self._bounds.nodes)
+        if prices is None:
             return
-        held = self._worth(learned.plan)
-        if held is None or best.rate > held.rate * _BETTER:
-            learned.plan = best
-        else:
-            learned.plan = held
-        saved_s = plain_s - learned.plan.seconds / learned.plan.tokens  # of a token
-        learned.pays = saved_s * self._tokens_to_come() > self._prefill_to_come_s()
+        shares = learned.acceptance.shares()
+        best, held = best_tree(shares, prices, self._bounds), _worth(learned.plan, shares, prices)
+        learned.plan = best if held is None or best.rate > held.rate * _BETTER else held
+        self._weigh()
+        learned.rounds_to_go = _JUDGE_EVERY if learned.pays else _JUDGE_PLAIN_EVERY
 
-    def _worth(self, plan: Plan | None) -> Plan | None:
-        """An older plan by what is known now."""
-        if plan is None or not plan.paths:
-            return None
-        shares = self._learned.acceptance.shares()
-        tokens = 1.0 + sum(
-            _product(shares[depth][rank] for depth, rank in enumerate(path)) for path in plan.paths
-        )
-        seconds = self._costs.round_s(widths_of(plan.paths), len(plan.paths) + 1)
-        return None if seconds is None else Plan(plan.paths, tokens, seconds)
+    def _weigh(self) -> None:
+        """Whether the tree that is known to be best pays in what is to come of this caption."""
+        self._weighed = True
+        plan, plain_s = self._learned.plan, self._costs.plain_s()
+        if plan is not None and plain_s is not None:
+            saved_s = plain_s - plan.seconds / plan.tokens  # of a token
+            self._learned.pays = saved_s * self._tokens_to_come() > self._prefill_to_come_s()
 
     def _tokens_to_come(self) -> float:
         usual = median(self._learned.lengths) if self._learned.lengths else self._most_tokens
@@ -268,7 +263,7 @@ class AdaptiveTree(TreeChooser):
 
     def hear(self, heard: Heard) -> None:
         """Learn from a round."""
-        self._rounds += 1
+        self._learned.rounds_to_go -= 1
         learned, depth = self._learned, heard.shape.depth
         seconds = self._costs.hear(heard)
         learned.spent_s += seconds
@@ -287,7 +282,7 @@ class AdaptiveTree(TreeChooser):
         if self._retries:
             self._retries -= 1
             if not self._retries:
-                self._planned = -_PLAN_EVERY  # judge anew
+                self._learned.rounds_to_go = 0
 
     def draft_began(self, seconds: float) -> None:
         """The draft was prefilled, in so many seconds."""
@@ -301,6 +296,14 @@ class AdaptiveTree(TreeChooser):
         """The captions are done, of so many tokens on average."""
         self._learned.lengths = [*self._learned.lengths, tokens][-25:]
         self._costs.keep()
+
+
+def _worth(plan: Plan | None, shares: Sequence[Sequence[float]], prices: Prices) -> Plan | None:
+    """An older plan by what is known now."""
+    if plan is None:
+        return None
+    chances = (_product(shares[depth][rank] for depth, rank in enumerate(path)) for path in plan.paths)
+    return Plan(plan.paths, 1.0 + sum(chances), prices.round_s(widths_of(plan.paths), len(plan.paths) + 1))
 
 
 def _product(values: Iterator[float]) -> float:

@@ -11,10 +11,11 @@ import os
 import tempfile
 import time
 from collections import deque
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 from specvlm.choosing import Heard
 
@@ -51,6 +52,32 @@ class _Times:
         return median(self._recent)
 
 
+class Prices(NamedTuple):
+    """What rounds cost, at one moment."""
+
+    verify_s: tuple[float, ...]  # by nodes
+    draft_s: dict[Widths, float]  # of trees that were used
+    level_s: float  # of other trees: for each level, with one node
+    node_s: float  # and for each further node
+    rest_s: float
+
+    def round_s(self, widths: Widths, nodes: int) -> float:
+        """A round of N nodes whose draft runs `widths` nodes level by level."""
+        draft_s = self.draft_s.get(widths)
+        if draft_s is None:
+            draft_s = self.level_s * len(widths) + self.node_s * (sum(widths) - len(widths))
+        return max(draft_s + self.verify_s[nodes] + self.rest_s, 1e-9)
+
+
+def _on_line(points: Sequence[tuple[int, float]], at: int) -> float:
+    """A value between or beyond points, which are sorted, two at least; it never falls."""
+    above = next((i for i, (x, _) in enumerate(points) if x >= at), len(points) - 1)
+    (x0, y0), (x1, y1) = points[max(above - 1, 0)], points[max(above, 1)]
+    if at == x1:
+        return y1
+    return y0 + max(0.0, (y1 - y0) / (x1 - x0)) * (at - x0)
+
+
 class RoundCosts:
     """Seconds of rounds, for one pair of models on one device and prompts of about one length."""
 
@@ -82,50 +109,20 @@ class RoundCosts:
             return None
         return self._verify[1].value() + self._rest[False].value()
 
-    def round_s(self, widths: Widths, nodes: int) -> float | None:
-        """A round of N nodes whose draft runs `widths` nodes level by level; None: not known yet."""
-        draft_s, verify_s = self._draft_s(widths), self._verify_s(nodes)
-        if draft_s is None or verify_s is None or True not in self._rest:
+    def prices(self, most_nodes: int) -> Prices | None:
+        """What rounds of up to so many nodes cost, by all that is known now; None: too little is."""
+        measured = sorted((nodes, times.value()) for nodes, times in self._verify.items())
+        if len(measured) < 2 or not self._draft or True not in self._rest:
             return None
-        return draft_s + verify_s + self._rest[True].value()
+        # Trees and plain steps are timed at different moments of a machine that others use too. More nodes never
+        # cost less, so a plain step that was timed in a slow moment says that all passes are slow now.
+        least_s = measured[0][1] if measured[0][0] == 1 else 0.0
+        verify_s = tuple(max(_on_line(measured, nodes), least_s) for nodes in range(most_nodes + 1))
+        drafts = {widths: times.value() for widths, times in self._draft.items()}
+        return Prices(verify_s, drafts, *self._line(), self._rest[True].value())
 
-    def _verify_s(self, nodes: int) -> float | None:
-        """What was measured, or a straight line through it; never less than a plain step.
-
-        Trees and plain steps are timed at different moments of a machine that others use too. More nodes never cost
-        less, so a plain step that was timed in a slow moment says that all passes are slow now.
-        """
-        found = self._interpolated(nodes)
-        if found is None or 1 not in self._verify:
-            return found
-        return max(found, self._verify[1].value())
-
-    def _interpolated(self, nodes: int) -> float | None:
-        if nodes in self._verify:
-            return self._verify[nodes].value()
-        points = sorted((n, times.value()) for n, times in self._verify.items())
-        below = [point for point in points if point[0] < nodes]
-        above = [point for point in points if point[0] > nodes]
-        if not below or len(points) < 2:
-            return None
-        low, high = (below[-1], above[0]) if above else (below[-2], below[-1])
-        slope = max(0.0, (high[1] - low[1]) / (high[0] - low[0]))
-        return low[1] + slope * (nodes - low[0])
-
-    def _draft_s(self, widths: Widths) -> float | None:
-        """What was measured, or a straight line through it: the root, each further level, each further node."""
-        if widths in self._draft:
-            return self._draft[widths].value()
-        line = self._line()
-        if line is None:
-            return None
-        level_s, node_s = line
-        return level_s * len(widths) + node_s * (sum(widths) - len(widths))
-
-    def _line(self) -> tuple[float, float] | None:
+    def _line(self) -> tuple[float, float]:
         """Seconds of a level with one node, and of each node beyond; least squares, neither below 0."""
-        if not self._draft:
-            return None
         rows = [(len(w), sum(w) - len(w), times.value()) for w, times in self._draft.items()]
         a, b, c = (sum(f(row) for row in rows) for f in (_levels2, _levels_nodes, _nodes2))
         u, v = sum(row[0] * row[2] for row in rows), sum(row[1] * row[2] for row in rows)

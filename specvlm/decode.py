@@ -325,7 +325,8 @@ class Decoding:
             if now != active:
                 active = now
                 self._rounds.only(active, [len(text.tokens) for text in self._texts])
-            shape = self._speculation.chooser.choose()
+            with self._clock.host_stage("decode"):
+                shape = self._speculation.chooser.choose()
             if shape.depth:
                 self._ready_draft()
             with self._clock.host_stage("decode"):

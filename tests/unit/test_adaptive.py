@@ -215,8 +215,9 @@ def test_a_tree_promises_what_it_gives() -> None:
             shape = StaticShape(tuple(paths), CPU, ranks=4)
             costs.hear(world.round(shape, paths))
             costs.hear(world.round(ROOT, frozenset()))
-    plan = best_tree([world.shares] * 16, costs, Bounds())
-    assert plan is not None
+    prices = costs.prices(64)
+    assert prices is not None
+    plan = best_tree([world.shares] * 16, prices, Bounds())
     assert plan.seconds == pytest.approx(sum(world.seconds(widths_of(plan.paths), len(plan.paths) + 1)))
     assert plan.rate == pytest.approx(expected_rate(world, frozenset(plan.paths)))
     everything = [expected_rate(world, chain(d)) for d in range(1, 17)]
@@ -251,14 +252,28 @@ def heard(nodes: int, widths: tuple[int, ...], draft_s: float, verify_s: float) 
 def test_costs_are_medians_and_lines_between_them() -> None:
     costs = RoundCosts()
     assert costs.plain_s() is None
+    assert costs.prices(9) is None
     for verify_s in (50.0, 1.0, 1.2, 9.0):  # the first pays what first use costs
         costs.hear(heard(1, (), 0.0, verify_s))
     assert costs.plain_s() == pytest.approx(1.2 + 0.5)
     for _ in range(2):
         costs.hear(heard(5, (1,) * 4, 0.8, 2.0))
-    assert costs.round_s((1,) * 4, 5) == pytest.approx(0.8 + 2.0 + 0.5)
-    assert costs.round_s((1,) * 2, 3) == pytest.approx(0.4 + 1.6 + 0.5)  # half way between 1.2 and 2
-    assert costs.round_s((1,) * 8, 9) == pytest.approx(1.6 + 2.8 + 0.5)
+    prices = costs.prices(9)
+    assert prices is not None
+    assert prices.round_s((1,) * 4, 5) == pytest.approx(0.8 + 2.0 + 0.5)
+    assert prices.round_s((1,) * 2, 3) == pytest.approx(0.4 + 1.6 + 0.5)  # half way between 1.2 and 2
+    assert prices.round_s((1,) * 8, 9) == pytest.approx(1.6 + 2.8 + 0.5)
+
+
+def test_no_tree_is_checked_faster_than_a_plain_step() -> None:
+    """A plain step that was timed in a slow moment tells of that moment, not of trees."""
+    costs = RoundCosts()
+    for _ in range(2):
+        costs.hear(heard(5, (1,) * 4, 0.8, 2.0))
+        costs.hear(heard(1, (), 0.0, 30.0))
+    prices = costs.prices(20)
+    assert prices is not None
+    assert min(prices.verify_s[1:]) == 30.0
 
 
 def test_costs_outlive_the_process(tmp_path: Path) -> None:
