@@ -116,8 +116,8 @@ class _Verifier:
     @property
     def host_state(self) -> Hashable:
         """All that this half depends on beside its tensors and the weights."""
-        model = self._rows.model
-        return model, model.round_attention, self._rows.cache.slabs.name, self._extent, self._accept
+        rows = self._rows  # their slabs are one model's alone
+        return rows.model.round_attention, rows.cache.slabs.name, self._extent, self._accept
 
     def verify(
         self, shape: TreeShape, guesses: Guesses, step: torch.Tensor, horizon: Horizon

@@ -70,8 +70,8 @@ class _SmallModelProposer(Proposer):
     @property
     def host_state(self) -> Hashable:
         """See `Proposer`."""
-        model = self._model
-        return model, model.round_attention, self._cache.slabs.name, self._extent, self._vocabulary
+        name = self._cache.slabs.name  # slabs are one model's alone
+        return self._model.round_attention, name, self._extent, self._vocabulary
 
     def propose(self, shape: TreeShape, root: torch.Tensor, index: torch.Tensor, horizon: Horizon) -> Guesses:
         """One tree, grown level by level."""

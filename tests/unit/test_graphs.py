@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -45,7 +45,10 @@ _CAPTIONERS: dict[FamilyName, tuple[Captioner, list[PreparedVideo]]] = {}
 
 
 def pair(family: FamilyName) -> tuple[Captioner, list[PreparedVideo]]:
-    """A captioner whose draft errs at times, and three videos of other lengths; shared, eager when handed out."""
+    """A captioner whose draft errs at times, and videos; shared, eager when handed out.
+
+    Three videos are of different lengths, the fourth is as long as the first.
+    """
     if family not in _CAPTIONERS:
         captioner = tiny_captioner(family, TARGET, TARGET)
         torch.manual_seed(5)
@@ -53,7 +56,7 @@ def pair(family: FamilyName) -> tuple[Captioner, list[PreparedVideo]]:
             parameter += 0.02 * parameter.std(correction=0) * torch.randn_like(parameter)
         videos = [
             captioner.prepare(random_frames(seed, frames), prompt)
-            for seed, (frames, prompt) in enumerate(zip((4, 2, 4), PROMPTS, strict=True))
+            for seed, (frames, prompt) in enumerate(zip((4, 2, 4, 4), (*PROMPTS, "Hi their."), strict=True))
         ]
         _CAPTIONERS[family] = captioner, videos
     captioner, videos = _CAPTIONERS[family]
@@ -70,9 +73,20 @@ def attend(captioner: Captioner, how: attention.RoundAttention) -> None:
         model.round_attention = how
 
 
-def written(captioner: Captioner, videos: list[PreparedVideo], **options: Any) -> list[tuple[int, ...]]:
+class Written(NamedTuple):
+    """What became of one row."""
+
+    tokens: tuple[int, ...]
+    histogram: tuple[int, ...]  # a draft that looks at the wrong things shows here alone
+
+
+def written(captioner: Captioner, videos: list[PreparedVideo], **options: Any) -> list[Written]:
     options = {"max_new_tokens": NEW_TOKENS} | options
-    return [caption.token_ids for caption in captioner.caption_rows(videos, **options)]
+    adaptive = options.get("tree") == "auto"  # trees as the clock has it
+    return [
+        Written(caption.token_ids, () if adaptive else caption.stats.acceptance_histogram)
+        for caption in captioner.caption_rows(videos, **options)
+    ]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -83,14 +97,15 @@ def written(captioner: Captioner, videos: list[PreparedVideo], **options: Any) -
 def test_graphs_write_what_eager_rounds_write(
     family: FamilyName, tree: str, temperature: float, penalty: float, rows: int
 ) -> None:
-    """Several videos in one rig, over growing indices; the later ones mostly by graphs of the earlier ones."""
+    """Two jobs in one rig, over growing indices; the second by graphs of the first where lengths are the same."""
     captioner, videos = pair(family)
     captioner.generation_config.repetition_penalty = penalty
-    jobs = [[video] for video in (*videos[:2], videos[0])] if rows == 1 else [videos[:2], videos[1:]]
+    first, other, _, like_first = videos
+    jobs = [[first], [like_first]] if rows == 1 else [[first, other], [other, like_first]]
     options: dict[str, Any] = {"tree": tree, "temperature": temperature}
     if rows == 2:  # one row ends before the other
         captioner.generation_config.eos_token_id = [
-            written(captioner, videos[:1], **options)[0][NEW_TOKENS // 2]
+            written(captioner, videos[:1], **options)[0].tokens[NEW_TOKENS // 2]
         ]
     eager = [written(captioner, job, seed=seed, **options) for seed, job in enumerate(jobs)]
     emulator = emulate(captioner)
@@ -125,7 +140,7 @@ def test_plain_rounds_and_trees_that_change_share_a_rig(family: FamilyName) -> N
         {"prune_ratio": 0.0},
     ]
 
-    def run() -> list[list[tuple[int, ...]]]:
+    def run() -> list[list[Written]]:
         texts = []
         for kind in kinds:
             given = dict(kind)
@@ -147,6 +162,28 @@ def kept_slabs(captioner: Captioner) -> Any:
     assert captioner.target.graphs is not None
     assert captioner.target.graphs._kept is not None
     return captioner.target.graphs._kept.slabs
+
+
+def test_prompts_that_share_a_video_share_its_rig() -> None:
+    """One cache for several prompts of one video, then another video's: the same slabs."""
+    captioner, _ = pair("llava")
+
+    def run() -> list[tuple[int, ...]]:
+        return [
+            caption.token_ids
+            for seed in (1, 2)
+            for caption in captioner.caption_prompts(
+                random_frames(seed), PROMPTS, tree="static", max_new_tokens=NEW_TOKENS
+            )
+        ]
+
+    eager = run()
+    emulator = emulate(captioner)
+    assert run() == eager
+    slabs, recorded = kept_slabs(captioner), len(emulator.captured)
+    assert run() == eager
+    assert kept_slabs(captioner) is slabs
+    assert emulator.replayed > 3 * recorded
 
 
 def test_a_second_video_needs_no_more_graphs() -> None:
@@ -218,6 +255,17 @@ def test_a_longer_video_gets_larger_slabs_and_new_graphs() -> None:
     assert slabs[0] is not slabs[1]
     assert slabs[0].capacity < slabs[1].capacity
     assert slabs[2] is slabs[1]
+
+
+def test_a_draft_in_other_slabs_gets_other_graphs() -> None:
+    """The target's slabs stay; graphs that look into the draft's old ones are of no use."""
+    captioner, videos = pair("qwen")
+    eager = [written(captioner, [video], tree="chain") for video in (videos[0], videos[3])]
+    emulate(captioner)
+    for video, expected in zip((videos[0], videos[3]), eager, strict=True):
+        assert written(captioner, [video], tree="chain") == expected
+        captioner.draft.model.graphs._kept = None  # type: ignore[union-attr]
+    assert eager[0] != eager[1]
 
 
 def test_what_a_broken_video_left_in_the_slabs_does_not_spread(monkeypatch: pytest.MonkeyPatch) -> None:
