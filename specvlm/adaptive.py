@@ -27,7 +27,7 @@ Path = tuple[int, ...]
 RANKS = 4  # choices of the draft that are told apart; the fifth and later ones are never guessed
 MOST_DEPTH = 64  # of any tree that is asked for
 _PRIOR = (0.6, 0.12, 0.05, 0.03)  # before anything was seen
-_PRIOR_WEIGHT = 4.0
+_PRIOR_WEIGHT = 2.0
 _POOL_WEIGHT = 12.0  # all depths together weigh as much as this many rounds at one depth
 _MEMORY = 0.995  # of one round; about two hundred rounds count
 _JUDGE_EVERY, _JUDGE_PLAIN_EVERY = 24, 1000  # rounds; nothing new is heard of guesses where there are none
@@ -37,8 +37,10 @@ _SIZES = (2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 20, 24, 32, 48, 64)
 # Trees that are tried first on a machine that nothing is known of: they tell the costs of depth, width and nodes.
 _TRIALS = ((3, 4), (0, 1), (3, 12), (6, 7), (0, 1), (3, 4), (3, 12), (6, 7), (4, 24), (0, 1))
 assert len(_TRIALS) == TRIALS
+_HOPELESS = 0.3  # of the root's likeliest guesses are right
+_PAYS_AGAIN = 1.1
 _RETRY_ROUNDS = 3
-_RETRY_SHARE = 0.01  # of all time may go into finding out whether guessing pays again
+_RETRY_SHARE = 0.005  # of all time may go into finding out whether guessing pays again
 
 ROOT = RootShape()
 
@@ -204,10 +206,15 @@ class AdaptiveTree(TreeChooser):
         """A tree whose costs are not known yet, but are needed to know any other's."""
         if not self._learned.pays:
             return None
-        if self._costs.settled:
+        if self._costs.settled or self._looks_hopeless():
             return None
         depth, count = _TRIALS[self._costs.trials % len(_TRIALS)]
         return ROOT if depth == 0 else _shape(self._first(depth, count), self._device)
+
+    def _looks_hopeless(self) -> bool:
+        """Whether so few guesses were right that further trials would only cost time."""
+        right = sum(self._learned.acceptance.shares()[0])
+        return right < _HOPELESS and self._costs.prices(self._bounds.nodes) is not None
 
     def _first(self, depth: int, count: int) -> tuple[Path, ...]:
         depth, count = min(depth, self._bounds.depth), min(count, self._bounds.nodes)
@@ -220,18 +227,27 @@ class AdaptiveTree(TreeChooser):
         if prices is None:
             return
         shares = learned.acceptance.shares()
-        best, held = best_tree(shares, prices, self._bounds), _worth(learned.plan, shares, prices)
-        learned.plan = best if held is None or best.rate > held.rate * _BETTER else held
+        best = best_tree(shares, prices, self._bounds)
+        held = best if learned.plan is None else _worth(learned.plan, shares, prices)
+        learned.plan = best if best.rate > held.rate * _BETTER else held
         self._weigh()
         learned.rounds_to_go = _JUDGE_EVERY if learned.pays else _JUDGE_PLAIN_EVERY
 
     def _weigh(self) -> None:
         """Whether the tree that is known to be best pays in what is to come of this caption."""
         self._weighed = True
-        plan, plain_s = self._learned.plan, self._costs.plain_s()
-        if plan is not None and plain_s is not None:
-            saved_s = plain_s - plan.seconds / plan.tokens  # of a token
-            self._learned.pays = saved_s * self._tokens_to_come() > self._prefill_to_come_s()
+        learned, prices, plain_s = (
+            self._learned,
+            self._costs.prices(self._bounds.nodes),
+            self._costs.plain_s(),
+        )
+        if learned.plan is None or prices is None or plain_s is None:
+            return
+        learned.plan = _worth(learned.plan, learned.acceptance.shares(), prices)
+        # Plain steps and trees are timed at different moments: what did not pay has to promise more than a trifle.
+        usual_s = plain_s if learned.pays else plain_s / _PAYS_AGAIN
+        saved_s = usual_s - learned.plan.seconds / learned.plan.tokens  # of a token
+        learned.pays = saved_s * self._tokens_to_come() > self._prefill_to_come_s()
 
     def _tokens_to_come(self) -> float:
         usual = median(self._learned.lengths) if self._learned.lengths else self._most_tokens
@@ -298,10 +314,8 @@ class AdaptiveTree(TreeChooser):
         self._costs.keep()
 
 
-def _worth(plan: Plan | None, shares: Sequence[Sequence[float]], prices: Prices) -> Plan | None:
+def _worth(plan: Plan, shares: Sequence[Sequence[float]], prices: Prices) -> Plan:
     """An older plan by what is known now."""
-    if plan is None:
-        return None
     chances = (_product(shares[depth][rank] for depth, rank in enumerate(path)) for path in plan.paths)
     return Plan(plan.paths, 1.0 + sum(chances), prices.round_s(widths_of(plan.paths), len(plan.paths) + 1))
 

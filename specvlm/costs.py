@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from specvlm.choosing import Heard
 
-_RECENT = 9  # measurements of one thing that count
+_RECENT = 15  # measurements of one thing that count
 _KEEP_EVERY_S = 30.0
 _SCHEMA = 1
 

@@ -186,6 +186,21 @@ def test_a_draft_that_is_never_right_costs_no_two_percent(level_s: float, tokens
     assert plain_s / world.spent_s > 0.98
 
 
+def test_a_busy_machine_does_not_make_a_useless_draft_look_good() -> None:
+    """Slow moments come and go, for plain steps and trees alike."""
+    world = World((0.0, 0.0, 0.0, 0.0), noise=0.0)
+    learned, costs = Learned(), RoundCosts()
+    captions(world, learned, costs, 20)
+    plain_s = spent_s = 0.0
+    for moment in range(200):
+        factor = (1.0, 12.0, 3.0)[moment % 3]
+        slow = World((0.0,) * 4, 0.1 * factor, 0.01 * factor, factor, 0.03 * factor, 0.5, seed=moment)
+        captions(slow, learned, costs, 1)
+        plain_s += 79 * factor
+        spent_s += slow.spent_s
+    assert plain_s / spent_s > 0.98
+
+
 def test_a_draft_that_gets_better_is_found_again() -> None:
     world = World((0.0, 0.0, 0.0, 0.0))
     learned, costs = Learned(), RoundCosts()
