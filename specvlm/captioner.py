@@ -293,6 +293,7 @@ class Job:
             num_draft_tokens=text.guessed,
             num_accepted_tokens=sum(k * count for k, count in enumerate(text.histogram)),
             acceptance_histogram=tuple(text.histogram),
+            depth_tries=tuple(text.tries),
             video_decode_s=video.video_decode_s,
             preprocess_s=video.preprocess_s,
             vision_s=clock.seconds("tower") + clock.seconds("vision"),

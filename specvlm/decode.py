@@ -35,6 +35,8 @@ class RowText:
         tokens: Committed tokens; complete once `finish_reason` is set.
         finish_reason: None while the row goes on.
         histogram: Entry k counts the rounds that gave k accepted guesses to the text.
+        tries: Entry d - 1 counts the rounds whose guess at depth d was judged: those above it were right, and neither
+            tree nor caption ended there.
         guessed: Guesses of all rounds, accepted or not.
     """
 
@@ -43,6 +45,7 @@ class RowText:
     tokens: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     histogram: list[int] = field(default_factory=list)
+    tries: list[int] = field(default_factory=list)
     guessed: int = 0
 
     def take(self, tokens: Sequence[int]) -> list[int]:
@@ -63,6 +66,10 @@ class RowText:
         """Note a round of guesses, of which the text uses `accepted`."""
         self.histogram += [0] * (shape.depth + 1 - len(self.histogram))
         self.histogram[accepted] += 1
+        judged = accepted if self.finish_reason is not None else min(accepted + 1, shape.depth)
+        self.tries += [0] * (judged - len(self.tries))
+        for depth in range(judged):
+            self.tries[depth] += 1
         self.guessed += shape.nodes - 1
 
 

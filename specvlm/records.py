@@ -67,6 +67,8 @@ class CaptionStats:
         num_draft_tokens: Guessed tokens of all rounds (nodes without the root).
         num_accepted_tokens: Guessed tokens that the target accepted and the caption uses.
         acceptance_histogram: Entry k counts the rounds that accepted k guesses, k = 0..D.
+        depth_tries: Entry d - 1 counts the rounds whose guess at depth d was judged: those above it were right, and
+            neither tree nor caption ended there.
         video_decode_s: Reading the file: open, choose, decode.
         preprocess_s: The processor: resize, normalise, patchify, tokenise.
         vision_s: The target's vision tower and embedding of the prompt.
@@ -105,6 +107,7 @@ class CaptionStats:
     peak_memory_bytes: int
     device: str
     plain_token_s: float | None = None
+    depth_tries: tuple[int, ...] = ()
 
     @property
     def mean_accepted_tokens(self) -> float | None:

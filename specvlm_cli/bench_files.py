@@ -43,6 +43,7 @@ SCHEMA = pa.schema(
         ("num_draft_tokens", pa.int64()),
         ("num_accepted_tokens", pa.int64()),
         ("acceptance_histogram", pa.list_(pa.int64())),
+        ("depth_tries", pa.list_(pa.int64())),
         ("peak_memory_bytes", pa.int64()),
         ("modelled", pa.bool_()),
     ]

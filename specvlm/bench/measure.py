@@ -50,6 +50,7 @@ class Measured:
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
     acceptance_histogram: tuple[int, ...] = ()
+    depth_tries: tuple[int, ...] = ()
 
 
 class Measurer:
@@ -186,6 +187,7 @@ def _of_stats(token_ids: tuple[int, ...], stats: CaptionStats, wall_s: float) ->
         num_draft_tokens=stats.num_draft_tokens,
         num_accepted_tokens=stats.num_accepted_tokens,
         acceptance_histogram=stats.acceptance_histogram,
+        depth_tries=stats.depth_tries,
     )
 
 
@@ -209,6 +211,7 @@ def _sample(
         num_draft_tokens=measured.num_draft_tokens,
         num_accepted_tokens=measured.num_accepted_tokens,
         acceptance_histogram=measured.acceptance_histogram,
+        depth_tries=measured.depth_tries,
         peak_memory_bytes=peak,
     )
 

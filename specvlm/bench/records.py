@@ -119,6 +119,7 @@ class Sample:
         num_draft_tokens: Guesses of all rounds.
         num_accepted_tokens: Guesses that the caption uses.
         acceptance_histogram: Entry k counts the rounds that accepted k guesses; empty without our draft.
+        depth_tries: Entry d - 1 counts the rounds whose guess at depth d was judged; see `CaptionStats`.
         peak_memory_bytes: Of the device's allocator for this caption (CUDA), or of the process so far (CPU).
     """
 
@@ -138,6 +139,7 @@ class Sample:
     num_draft_tokens: int
     num_accepted_tokens: int
     acceptance_histogram: tuple[int, ...]
+    depth_tries: tuple[int, ...]
     peak_memory_bytes: int
 
     def as_row(self) -> dict[str, Any]:

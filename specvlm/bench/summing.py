@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import zip_longest
 from statistics import fmean, median
 
 from specvlm.bench.records import (
@@ -151,7 +151,9 @@ def _summary(group: _Group, peers: Mapping[MethodName, _Group]) -> Summary:
         plain_steps=terms.plain_steps,
         mean_nodes=_mean_nodes(samples),
         mean_accepted_tokens=terms.accepted,
-        acceptance_per_depth=acceptance_per_depth([one.acceptance_histogram for one in samples]),
+        acceptance_per_depth=acceptance_per_depth(
+            (one.acceptance_histogram for one in samples), (one.depth_tries for one in samples)
+        ),
         exact_match=None if reference is None else _exact(group, reference),
         exact_match_against=None if reference is None else reference.configuration.method,
         plain_token_s=plain_token_s,
@@ -253,20 +255,23 @@ def _exact(group: _Group, reference: _Group) -> float | None:
     return fmean(same) if same else None
 
 
-def acceptance_per_depth(histograms: Iterable[Sequence[int]]) -> tuple[float | None, ...]:
+def acceptance_per_depth(
+    histograms: Iterable[Sequence[int]], tries: Iterable[Sequence[int]]
+) -> tuple[float | None, ...]:
     """P(the guess at depth d accepted | that at depth d - 1 accepted), d = 1, 2, ...
 
-    From rounds by accepted guesses alone, rounds with at least d over rounds with at least d - 1. A round whose
-    tree was less than d deep, or that ended the caption, counts as one that stopped there: where trees are
-    chosen round by round, deep levels look worse than they are.
+    Args:
+        histograms: Per caption, rounds by accepted guesses.
+        tries: Per caption, rounds by depths at which a guess was judged. A round whose tree or caption ended above
+            a depth says nothing of it.
     """
-    counts: list[int] = []
-    for histogram in histograms:
-        counts += [0] * (len(histogram) - len(counts))
-        for accepted, rounds in enumerate(histogram):
-            counts[accepted] += rounds
-    at_least = [sum(counts[depth:]) for depth in range(len(counts))]
-    return tuple(_over(more, less) for less, more in pairwise(at_least))
+    counts, judged = _sums(histograms), _sums(tries)
+    accepted = [sum(counts[depth:]) for depth in range(1, len(counts))]
+    return tuple(_over(right, tried) for right, tried in zip_longest(accepted, judged, fillvalue=0))
+
+
+def _sums(columns: Iterable[Sequence[int]]) -> list[int]:
+    return [sum(column) for column in zip_longest(*columns, fillvalue=0)]
 
 
 def predicted_speedup(summary: Summary) -> float | None:

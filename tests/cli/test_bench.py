@@ -68,6 +68,7 @@ def sample(how: Configuration, turn: int, decode_s: float, video: str = "clip.mp
         num_draft_tokens=25 * rounds,
         num_accepted_tokens=4 * rounds,
         acceptance_histogram=(0, 0, 0, 1, 0, 1) if rounds else (),
+        depth_tries=(2, 2, 2, 2, 1) if rounds else (),
         peak_memory_bytes=1 << 30,
     )
 

@@ -62,6 +62,7 @@ def sample(
         "num_draft_tokens": 0,
         "num_accepted_tokens": 0,
         "acceptance_histogram": (),
+        "depth_tries": (),
         "peak_memory_bytes": 7,
     }
     return Sample(how, video, turn, decode_s=decode_s, total_s=total_s or decode_s + 1.0, **(figures | more))
@@ -220,10 +221,10 @@ def test_the_term_whose_ideal_gains_most_is_the_limit(terms: dict[str, float], w
 
 def test_acceptance_per_depth_is_conditional() -> None:
     # Ten rounds: two accept nothing, four stop at one, three at two, one goes to the end of the deeper tree.
-    found = acceptance_per_depth([(2, 4, 2), (0, 0, 1, 1)])
-    assert found == (pytest.approx(8 / 10), pytest.approx(4 / 8), pytest.approx(1 / 4))
-    assert acceptance_per_depth([(3, 0, 0)]) == (0.0, None)
-    assert acceptance_per_depth([(), ()]) == ()
+    found = acceptance_per_depth([(2, 4, 2), (0, 0, 1, 1)], [(8, 6), (2, 2, 2)])
+    assert found == (pytest.approx(8 / 10), pytest.approx(4 / 8), pytest.approx(1 / 2))
+    assert acceptance_per_depth([(3, 0, 0)], [(3,)]) == (0.0, None)
+    assert acceptance_per_depth([(), ()], [(), ()]) == ()
 
 
 def test_everything_becomes_plain_json() -> None:

@@ -9,8 +9,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from specvlm import decode
-from specvlm.config import TREES
+from specvlm.config import TREES, SpeculationSettings
 from specvlm.decode import RowText
+from specvlm.tree import make_shape
 from tests.tiny import Size, random_frames, tiny_captioner
 
 # Operations whose shape depends on data, so that the host must wait for it; and ways to ask for values.
@@ -69,6 +70,16 @@ def test_a_round_never_waits_for_its_own_results(
     assert rounds > 1
     assert watched == []
     assert asked == ["tolist"] * rounds
+
+
+def test_a_guess_counts_as_tried_where_it_was_judged() -> None:
+    shape = make_shape(SpeculationSettings(tree="chain", depth=3), 300, torch.device("cpu"))
+    text = RowText(limit=9, eos=frozenset({99}))
+    for tokens in ([1], [1, 2, 3, 4], [1, 99]):
+        text.take(tokens)
+        text.count(shape, len(tokens) - 1)
+    # The first guess of the first round was wrong; all three of the second were right; the caption ended in the third.
+    assert (text.histogram, text.tries, text.guessed) == ([1, 1, 0, 1], [3, 1, 1], 9)
 
 
 def test_a_row_takes_tokens_up_to_an_end_or_its_limit() -> None:
