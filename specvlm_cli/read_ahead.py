@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import count
+from typing import NamedTuple
 
 from specvlm.errors import ConfigError
 from specvlm_cli.decoding import DecodingPool, ReadFailure, ReadJob, ReadVideo
@@ -22,8 +23,20 @@ _MOST_READ = 32  # videos that may wait for a worker, however small they are: ea
 _FIRST_BACKOFF_S, _LONGEST_BACKOFF_S = 1.0, 60.0
 
 
+class Taken(NamedTuple):
+    """A video that a worker is to caption now."""
+
+    claim: Claim
+    video: ReadVideo
+    prepared: bool  # the worker was lent it before
+
+
 class Queue:
-    """Videos on their way to the workers: still to come, being read, read, and waiting for another try."""
+    """Videos on their way to the workers: still to come, being read, read, and waiting for another try.
+
+    A worker may be lent a video that is read, to prepare it before its turn. It goes on waiting here, with its
+    frames, and goes to whoever is free first.
+    """
 
     def __init__(self, ledger: Ledger, policy: Policy) -> None:
         self._ledger = ledger
@@ -36,6 +49,7 @@ class Queue:
         self._started = 0
         self._reading: dict[int, Claim] = {}
         self._read: deque[tuple[Claim, ReadVideo]] = deque()
+        self._lent: dict[object, tuple[Claim, ReadVideo]] = {}  # by whom it was lent to; at most one each
         self._impossible: deque[tuple[Claim, ReadFailure]] = deque()
         self._largest_bytes = 0
         self._tries: dict[int, int] = {}
@@ -48,11 +62,15 @@ class Queue:
 
     def __bool__(self) -> bool:
         """Whether anything is still to come."""
-        return bool(self._reading or self._read or self._again or self._impossible or self._peek())
+        return bool(self._waiting() or self._reading or self._again or self._impossible or self._peek())
 
     def ready(self) -> tuple[int, int]:
         """Return how many videos wait for a worker, and the bytes of their frames."""
-        return len(self._read), sum(video.size_bytes for _, video in self._read)
+        waiting = self._waiting()
+        return len(waiting), sum(video.size_bytes for _, video in waiting)
+
+    def _waiting(self) -> list[tuple[Claim, ReadVideo]]:
+        return [*self._lent.values(), *self._read]
 
     def retrying(self) -> int:
         """Return how many videos wait for another try."""
@@ -80,10 +98,11 @@ class Queue:
 
     def _has_room(self) -> bool:
         """Say whether one more video may be read; each is taken to be as large as the largest so far."""
-        if not (self._read or self._reading):
+        waiting, waiting_bytes = self.ready()
+        if not (waiting or self._reading):
             return True
-        waiting_bytes = self.ready()[1] + self._largest_bytes * (len(self._reading) + 1)
-        return waiting_bytes <= self._policy.ahead_bytes and len(self._read) < _MOST_READ
+        waiting_bytes += self._largest_bytes * (len(self._reading) + 1)
+        return waiting_bytes <= self._policy.ahead_bytes and waiting < _MOST_READ
 
     def _next(self) -> Claim | None:
         if self._again and self._again[0][0] <= time.monotonic():
@@ -122,9 +141,36 @@ class Queue:
                 self._largest_bytes = max(self._largest_bytes, outcome.size_bytes)
                 self._read.append((claim, outcome))
 
-    def take(self) -> tuple[Claim, ReadVideo] | None:
-        """Return the next video that is read."""
-        return self._read.popleft() if self._read else None
+    def lend(self, holder: object) -> tuple[Claim, ReadVideo] | None:
+        """Return the next video that is read, for a worker that has none ahead to prepare; None: there is none.
+
+        A video that is tried again is not lent: it may be what a worker died of.
+        """
+        assert holder not in self._lent
+        if not self._read or self._read[0][0].attempts > 1:
+            return None
+        self._lent[holder] = self._read.popleft()
+        return self._lent[holder]
+
+    def has_lent(self, holder: object) -> bool:
+        """Say whether a worker has a video ahead."""
+        return holder in self._lent
+
+    def give_back(self, holder: object) -> None:
+        """Have what a worker was lent, which is gone now, wait in front of all others."""
+        if holder in self._lent:
+            self._read.appendleft(self._lent.pop(holder))
+
+    def take(self, holder: object) -> Taken | None:
+        """Return the next video for a worker: what it was lent, else the next that is read, else what another was.
+
+        That other one will get another, or has nothing more to do.
+        """
+        if holder in self._lent:
+            return Taken(*self._lent.pop(holder), prepared=True)
+        if self._read:
+            return Taken(*self._read.popleft(), prepared=False)
+        return Taken(*self._lent.popitem()[1], prepared=False) if self._lent else None
 
     def try_again(self, claim: Claim) -> bool:
         """Have a video tried again after a while; False: it was tried often enough."""
@@ -140,8 +186,10 @@ class Queue:
         """Forget everything; nothing of it was claimed, so the next start finds it pending."""
         if self._pool is not None:
             self._pool.cancel()
-        while self._read:
-            self._read.popleft()[1].close()
+        for _, video in self._waiting():
+            video.close()
+        self._lent.clear()
+        self._read.clear()
         self._reading.clear()
         self._coming.clear()
         self._again.clear()

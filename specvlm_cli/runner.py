@@ -1,9 +1,9 @@
 """The work of one start: read ahead, give videos to the workers, store what comes; until none is left.
 
 One event loop in one thread. Videos are read by a pool of killable child processes, a bounded number of bytes
-ahead; each worker process holds the models and captions one video at a time; all of them are fed from one
-queue, so no GPU waits for another. A video counts as running, and so as suspect in a crash, only from the
-moment a worker gets it.
+ahead; each worker process holds the models and captions one video at a time, and prepares the next one meanwhile;
+all of them are fed from one queue, so no GPU waits for another. A video counts as running, and so as suspect in a
+crash, only from the moment a worker is told to caption it.
 
 One bad video never ends the run: whatever goes wrong with it is stored as its failure. What goes wrong with
 the ledger or the output folder does end it, because then nothing could be kept. It knows no screen and no
@@ -29,7 +29,7 @@ from specvlm_cli.generating.worker import Worker
 from specvlm_cli.ledger import BAD_INPUT, NO_FILE, Claim, FileStamp, Ledger, Row
 from specvlm_cli.parts import Parts
 from specvlm_cli.policy import Policy
-from specvlm_cli.read_ahead import Queue
+from specvlm_cli.read_ahead import Queue, Taken
 from specvlm_cli.results import LiveStatus, Tally
 from specvlm_cli.rows import Provenance, caption_row
 from specvlm_cli.stopping import Stop
@@ -116,7 +116,8 @@ class Runner:
             while self._goes_on(stop):
                 self._queue.read_ahead()
                 for worker in self._crew.idle():
-                    self._hand(worker, self._claim_next())
+                    self._hand(worker, self._claim_next(worker))
+                self._send_ahead()
                 if not self._queue and not self._crew.busy():
                     break
                 self._wait(pool, stop)
@@ -171,19 +172,29 @@ class Runner:
             retrying=self._queue.retrying(),
         )
 
-    def _claim_next(self) -> tuple[Claim, ReadVideo] | None:
-        found = self._queue.take()
+    def _claim_next(self, worker: Worker) -> Taken | None:
+        found = self._queue.take(worker)
         if found is not None:
-            self._ledger.claim(found[0])
+            self._ledger.claim(found.claim)
         return found
 
-    def _hand(self, worker: Worker, claimed: tuple[Claim, ReadVideo] | None) -> None:
+    def _hand(self, worker: Worker, claimed: Taken | None) -> None:
         """Give a video that is read and claimed to a worker that waits for one."""
         if claimed is not None:
-            claim, video = claimed
-            taken = self._crew.give(worker, claim, video, self._task(claim, video))
-            video.close()
-            if not taken:
+            accepted = self._crew.give(worker, claimed, self._task(claimed.claim, claimed.video))
+            claimed.video.close()
+            if not accepted:
+                self._on_death(worker)
+
+    def _send_ahead(self) -> None:
+        """Have workers that have something to do prepare the next video meanwhile; it stays unclaimed."""
+        for worker in self._crew.busy():
+            if not self._crew.may_prepare(worker) or self._queue.has_lent(worker):
+                continue
+            lent = self._queue.lend(worker)
+            if lent is None:
+                return
+            if not worker.prepare(self._task(*lent), lent[1].handle()[0]):
                 self._on_death(worker)
 
     def _task(self, claim: Claim, video: ReadVideo) -> Task:
@@ -207,7 +218,7 @@ class Runner:
         for worker in self._crew.overdue():
             reason = f"not done after {self._policy.timeout_s:g} s; give it more --timeout, or fewer frames"
             self._fail(self._crew.claim_of(worker), Failure("generate", "GenerationTimeout", reason))
-            self._crew.replace(worker)
+            self._replace(worker)
         self._close_part_if_due()
 
     def _on_unread(self, claim: Claim, failure: ReadFailure) -> None:
@@ -247,7 +258,7 @@ class Runner:
         ]
         with self._ledger.writing():
             self._ledger.finish(claim, rows, _stamp(made))
-            upcoming = self._claim_next()
+            upcoming = self._claim_next(worker)
         self._hand(worker, upcoming)
         self._not_finite = self._lost_in_a_row = 0
         for row in rows:
@@ -257,7 +268,7 @@ class Runner:
     def _on_failed(self, worker: Worker, failed: Failed) -> None:
         claim = self._crew.claim_done(worker)
         if failed.poisoned:
-            self._crew.replace(worker)
+            self._replace(worker)
         if failed.transient and self._put_back(claim):
             return
         self._fail(claim, failed.failure, failed.trace)
@@ -266,7 +277,7 @@ class Runner:
     def _on_death(self, worker: Worker) -> None:
         """A worker is gone: the kernel killed it for its memory, or it crashed. The video may be the reason."""
         claim = self._crew.claim_done(worker) if worker.task is not None else None
-        how = self._crew.replace(worker)
+        how = self._replace(worker)
         if claim is not None and self._put_back(claim):
             return
         if claim is not None:
@@ -275,6 +286,11 @@ class Runner:
         else:
             self._reporter.warn(f"a worker process ended by itself ({how}), another one was started")
         self._stop_if_all_is_lost(how)
+
+    def _replace(self, worker: Worker) -> str:
+        """Put a fresh worker in the place of one that has to go; say how that one ended. Its next video waits on."""
+        self._queue.give_back(worker)
+        return self._crew.replace(worker)
 
     def _stop_if_all_is_lost(self, how: str) -> None:
         self._lost_in_a_row += 1

@@ -1,7 +1,8 @@
 """The worker process: load the models, then caption one video after the other until the coordinator hangs up.
 
-It knows frames and prompts; no file, no ledger, no screen. It ignores the signals that stop a run: the
-coordinator decides what becomes of the video in hand, and kills if it must.
+The main thread generates; the next video is prepared beside it (`preparing.py`). It knows frames and prompts; no
+file, no ledger, no screen. It ignores the signals that stop a run: the coordinator decides what becomes of the
+video in hand, and kills if it must.
 """
 
 from __future__ import annotations
@@ -14,17 +15,16 @@ import traceback
 from collections.abc import Iterator
 from contextlib import suppress
 from multiprocessing.connection import Connection
-from multiprocessing.reduction import recv_handle
 
 from specvlm.errors import ConfigError, GenerationTimeoutError, ModelError, PromptError
 from specvlm.records import Caption, Frames
 from specvlm_cli import baseline
 from specvlm_cli.baseline import Comparison
-from specvlm_cli.decoding import open_frames
 from specvlm_cli.engine import Engine, Session
 from specvlm_cli.exits import FatalError
 from specvlm_cli.failure import Failure, failure_of
 from specvlm_cli.generating.messages import REDUCED, Broken, Failed, Hello, Made, Ready, Setup, Task
+from specvlm_cli.generating.preparing import Preparer, Upcoming
 from specvlm_cli.process import die_with_parent
 
 _FOR_ALL = (ConfigError, ModelError)  # no fault of one video: every other would fail the same way
@@ -76,34 +76,33 @@ class _Service:
     def __init__(self, connection: Connection, engine: Engine) -> None:
         self._connection = connection
         self._engine = engine
+        self._preparer = Preparer(connection, engine)
         self._cold = True
 
     def run(self) -> None:
         while True:
-            task: Task = self._connection.recv()
-            descriptor = recv_handle(self._connection)
-            answer = self._answer(task, descriptor)
+            answer = self._answer(self._preparer.next())
             self._connection.send(answer)
             if isinstance(answer, Broken) or (isinstance(answer, Failed) and answer.poisoned):
                 return
 
-    def _answer(self, task: Task, descriptor: int) -> Made | Failed | Broken:
+    def _answer(self, video: Upcoming) -> Made | Failed | Broken:
         try:
-            frames = open_frames(descriptor, task.frames)
-            return self._with_memory_at_hand(task, frames)
+            return self._with_memory_at_hand(video)
         except _FOR_ALL as error:
             return _broken(error)
         except PromptError as error:
-            return _failed(error, "preprocess") if task.own_prompts else _broken(error)
+            return _failed(error, "preprocess") if video.task.own_prompts else _broken(error)
         except Exception as error:
             return _failed(error, "generate")
 
-    def _with_memory_at_hand(self, task: Task, frames: Frames) -> Made:
+    def _with_memory_at_hand(self, video: Upcoming) -> Made:
         """Caption; where memory runs out, free what can be freed and try again, as the task allows."""
+        task, frames = video.task, video.frames()
         for tried in _tries(task, frames, self._engine.models.frame_multiple):
             flags = () if len(tried.pixels) == len(frames.pixels) else (REDUCED,)
             try:
-                made = tuple(self._captions(task, tried))
+                made = tuple(self._captions(video, tried))
                 return Made(made, tuple(tried.times_s.tolist()), flags)
             except Exception as error:
                 traceback.clear_frames(error.__traceback__)  # which hold the tensors that are in the way
@@ -113,11 +112,12 @@ class _Service:
         reason = f"memory ran out with {len(tried.pixels)} frames ({last}); give fewer or smaller ones"
         raise _Refused(Failure("generate", type(last).__name__, reason))
 
-    def _captions(self, task: Task, frames: Frames) -> Iterator[tuple[Caption, Comparison | None]]:
-        began = time.monotonic()
-        session = self._open(frames, task.prompts)
+    def _captions(self, video: Upcoming, frames: Frames) -> Iterator[tuple[Caption, Comparison | None]]:
+        began, task = time.monotonic(), video.task
+        session = self._open(video, frames)
         if task.compare and self._cold:
-            self._engine.warm_up(frames, task.prompts[0])
+            with self._preparer.paused():
+                self._engine.warm_up(frames, task.prompts[0])
             self._cold = False
         for index in range(len(task.prompts)):
             left_s = None if task.time_limit_s is None else task.time_limit_s - (time.monotonic() - began)
@@ -125,9 +125,10 @@ class _Service:
                 raise GenerationTimeoutError(f"the captions were not done after {task.time_limit_s:g} s")
             yield _caption(session, index, task, left_s)
 
-    def _open(self, frames: Frames, prompts: tuple[str, ...]) -> Session:
+    def _open(self, video: Upcoming, frames: Frames) -> Session:
+        """Return what was prepared, the first time; then prepare these frames."""
         try:
-            return self._engine.open(frames, prompts)
+            return video.take() or self._preparer.open(frames, video.task.prompts)
         except (*_FOR_ALL, PromptError):
             raise
         except Exception as error:

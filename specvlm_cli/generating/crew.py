@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
-from specvlm_cli.decoding import ReadVideo
 from specvlm_cli.engine import EngineFactory, Models
 from specvlm_cli.exits import FatalError
 from specvlm_cli.generating.messages import FromWorker, Task
 from specvlm_cli.generating.worker import Worker
 from specvlm_cli.ledger import Claim
 from specvlm_cli.policy import Policy
+from specvlm_cli.read_ahead import Taken
+
+_CORES_FOR_BOTH = 3  # with fewer, preparing takes from a CPU what generating needs
 
 
 class Crew:
@@ -79,10 +83,21 @@ class Crew:
     def busy(self) -> list[Worker]:
         return list(self._claims)
 
-    def give(self, worker: Worker, claim: Claim, video: ReadVideo, task: Task) -> bool:
+    def may_prepare(self, worker: Worker) -> bool:
+        """Say whether a worker may prepare a video besides the one that it works on.
+
+        Not besides one that is tried again, nor where no further try is allowed: if the worker dies, it must be
+        plain which of the two is to blame before one of them has failed.
+        """
+        claim = self._claims.get(worker)
+        if claim is None or worker.models is None:
+            return False
+        return self._policy.retries > 0 and claim.attempts == 1 and _is_worth_it(worker.models)
+
+    def give(self, worker: Worker, taken: Taken, task: Task) -> bool:
         """Have a worker caption a video; False: it does not take it."""
-        self._claims[worker] = claim
-        return worker.give(task, video.handle()[0])
+        self._claims[worker] = taken.claim
+        return worker.give(task, None if taken.prepared else taken.video.handle()[0])
 
     def claim_of(self, worker: Worker) -> Claim:
         """Return what a worker works on."""
@@ -126,3 +141,13 @@ class Crew:
                 worker.bury()
         self._workers.clear()
         self._claims.clear()
+
+
+def _is_worth_it(models: Models) -> bool:
+    """Say whether preparing the next video takes nothing from this one.
+
+    Elsewhere than on Linux, a descriptor is only passed to a process that has nothing else to say meanwhile.
+    """
+    if sys.platform != "linux":
+        return False
+    return models.device != "cpu" or len(os.sched_getaffinity(0)) >= _CORES_FOR_BOTH

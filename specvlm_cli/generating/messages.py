@@ -25,7 +25,10 @@ class Setup:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One video to caption. The descriptor of its frames follows."""
+    """One video to prepare, and to caption once a go-ahead comes. The descriptor of its frames follows.
+
+    It takes the place of a task before it that got no go-ahead.
+    """
 
     prompts: tuple[str, ...]
     own_prompts: bool  # the prompts are this video's own: an unusable one is no fault of the run
@@ -35,6 +38,11 @@ class Task:
     plain_first: bool
     time_limit_s: float | None
     on_oom: OnOom
+
+
+@dataclass(frozen=True, slots=True)
+class GoAhead:
+    """Caption the video of the last task; its time counts from here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,4 +86,5 @@ class Broken:
     trace: str
 
 
+ToWorker = Task | GoAhead  # once it is ready
 FromWorker = Hello | Ready | Made | Failed | Broken

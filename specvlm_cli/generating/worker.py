@@ -1,4 +1,4 @@
-"""The coordinator's side of one worker process: start it, give it a video, hear from it, kill it."""
+"""The coordinator's side of one worker process: start it, give it videos, hear from it, kill it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,16 @@ from multiprocessing.connection import Connection
 from multiprocessing.reduction import send_handle
 
 from specvlm_cli.engine import EngineFactory, Models
-from specvlm_cli.generating.messages import Broken, Failed, FromWorker, Made, Ready, Setup, Task
+from specvlm_cli.generating.messages import (
+    Broken,
+    Failed,
+    FromWorker,
+    GoAhead,
+    Made,
+    Ready,
+    Setup,
+    Task,
+)
 from specvlm_cli.process import python_command
 
 HARD_LIMIT_S = 5.0  # a worker that does not answer this long after its time limit is killed
@@ -58,8 +67,20 @@ class Worker:
         """Say whether it can be given a video."""
         return self.models is not None and self.task is None
 
-    def give(self, task: Task, descriptor: int) -> bool:
-        """Have it caption a video; the descriptor of the frames may be closed afterwards.
+    def prepare(self, task: Task, descriptor: int) -> bool:
+        """Have it prepare a video, also while it works on another; the descriptor may be closed afterwards.
+
+        False: it does not take it, because it is dead or stopped.
+        """
+        try:
+            self.connection.send(task)
+            send_handle(self.connection, descriptor, self._process.pid)
+        except OSError:
+            return False
+        return True
+
+    def give(self, task: Task, descriptor: int | None) -> bool:
+        """Have it caption a video; no descriptor: the last one that it was to prepare.
 
         False: it does not take it, because it is dead or stopped.
         """
@@ -67,9 +88,10 @@ class Worker:
         self.task = task
         if task.time_limit_s is not None:
             self._deadline_s = time.monotonic() + task.time_limit_s + HARD_LIMIT_S
+        if descriptor is not None and not self.prepare(task, descriptor):
+            return False
         try:
-            self.connection.send(task)
-            send_handle(self.connection, descriptor, self._process.pid)
+            self.connection.send(GoAhead())
         except OSError:
             return False
         return True

@@ -76,6 +76,7 @@ POINTS = {
     "sync": "specvlm_cli.durable:sync",
     "run_file": "specvlm_cli.run_folder:RunFolder.write",
     "start_worker": "specvlm_cli.generating.worker:Worker.__init__",
+    "prepare": "specvlm_cli.generating.worker:Worker.prepare",
     "give": "specvlm_cli.generating.worker:Worker.give",
     "hear": "specvlm_cli.generating.worker:Worker.hear",
     "submit": "specvlm_cli.decoding:DecodingPool.submit",

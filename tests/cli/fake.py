@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from specvlm.errors import (
     GenerationTimeoutError,
     NonFiniteLogitsError,
     NotAVideoError,
+    PreprocessError,
     PromptError,
     VideoDecodeError,
     VideoNotFoundError,
@@ -98,6 +100,7 @@ class FakeFactory:
 
     journal: str
     delay_s: float = 0.0
+    prepare_s: float = 0.0
     revision: str = "r1"
     seen_gpus: int = 0
     error: Exception | None = None  # raised by loading
@@ -140,6 +143,18 @@ class FakeEngine:
 
     def open(self, frames: Frames, prompts: Sequence[str]) -> FakeSession:
         text = text_of(frames)
+        self._factory.note("preparing", text)
+        time.sleep(self._factory.prepare_s)
+        if text.startswith("unfit"):
+            raise PreprocessError("frames of no use")
+        if text.startswith("prompt, says the processor"):
+            raise PromptError("the prompt has no place for a video")
+        if text.startswith("breaks"):
+            raise ZeroDivisionError
+        if text.startswith("dies preparing"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if text.startswith("crowded") and threading.current_thread() is not threading.main_thread():
+            raise MemoryError
         self._factory.note("prepared", text)
         return FakeSession(self._factory, self._device, text, prompts, frames)
 
@@ -166,6 +181,8 @@ class FakeSession:
         text, prompt, number = self.text, self.prompts[index], len(self.frames.pixels)
         if text.startswith("prompt"):
             raise PromptError("the prompt has no place for a video")
+        if text.startswith("patient"):
+            self._wait_for_others()
         time.sleep(self.factory.delay_s)
         self.factory.note("captioned", text, speculate, self.device)
         _misbehave(text, number, time_limit_s)
@@ -177,6 +194,13 @@ class FakeSession:
         if estimate:
             took = replace(took, plain_token_s=stats(plain=True, frames=number).token_s)
         return Caption(words, ids, "stop", took, self.frames.source)
+
+    def _wait_for_others(self) -> None:
+        """Wait until two other videos are captioned, if that ever happens."""
+        for _ in range(400):
+            if len(Log(Path(self.factory.journal)).captioned) >= 2:
+                return
+            time.sleep(0.05)
 
     def _more(self, text: str) -> str:
         """Return words that no compression makes short, and that are the same each time."""
@@ -214,9 +238,16 @@ class Log:
         return [number for (number,) in self._lines("load")]
 
     def _lines(self, word: str) -> list[list[object]]:
+        return [rest for first, *rest in self._all() if first == word]
+
+    def _all(self) -> list[list[object]]:
         journal = Path(self.factory.journal)
-        lines = journal.read_text().splitlines() if journal.exists() else []
-        return [rest for first, *rest in map(json.loads, lines) if first == word]
+        return list(map(json.loads, journal.read_text().splitlines())) if journal.exists() else []
+
+    @property
+    def events(self) -> list[str]:
+        """Return what happened to which video, in order, e.g. `captioned video 1`."""
+        return [f"{word} {text}" for word, text, *_ in filter(lambda line: len(line) > 1, self._all())]
 
     @property
     def prepared(self) -> list[object]:
@@ -225,6 +256,11 @@ class Log:
     @property
     def captioned(self) -> list[tuple[object, object]]:
         return [(text, speculate) for text, speculate, _ in self._lines("captioned")]
+
+    @property
+    def device_of(self) -> dict[object, object]:
+        """Return by which device each video was captioned."""
+        return {text: device for text, _, device in self._lines("captioned")}
 
     @property
     def devices(self) -> set[object]:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import os
+import signal
+import sqlite3
+import threading
 import time
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +17,8 @@ import pytest
 
 from specvlm.errors import ConfigError, ModelLoadError
 from specvlm_cli import job, read_ahead, resharding
-from specvlm_cli.generating import worker
+from specvlm_cli.engine import Models
+from specvlm_cli.generating import crew, worker
 from specvlm_cli.policy import Policy
 from specvlm_cli.resharding import reshard
 from specvlm_cli.run_folder import RunFolder
@@ -393,3 +398,194 @@ def test_each_gpu_gets_one_worker_also_where_one_is_left_out(
     assert specvlm("caption", folder, "-o", out).code == 0
     assert len(specvlm.engine.loads) == 4
     assert specvlm.engine.devices <= {"fake", "cuda:2", "cuda:3"}
+
+
+def order(specvlm: Specvlm, *events: str) -> None:
+    """Require that these happened, in this order."""
+    rest = iter(specvlm.engine.events)
+    for event in events:
+        assert event in rest, f"{event!r} is not in its place: {specvlm.engine.events}"
+
+
+def attempts(out: Path) -> dict[str, tuple[str, int]]:
+    """Return the state and the tries of each video, by name, as the ledger has them."""
+    with closing(sqlite3.connect(out / ".specvlm" / "state-00000.db")) as ledger:
+        found = ledger.execute("SELECT path, state, attempts FROM item").fetchall()
+    return {os.fsdecode(path).rpartition("/")[2]: (state, tries) for path, state, tries in found}
+
+
+def when_told(specvlm: Specvlm, event: str) -> threading.Thread:
+    """Send SIGTERM to this process once the engines have noted an event."""
+
+    def watch() -> None:
+        end_s = time.monotonic() + 20
+        while event not in specvlm.engine.events and time.monotonic() < end_s:
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    return thread
+
+
+def test_the_next_video_is_prepared_while_one_is_captioned(
+    specvlm: Specvlm, tmp_path: Path, out: Path
+) -> None:
+    folder = many(tmp_path / "many", 4)
+    specvlm.behave(delay_s=0.6, prepare_s=0.1)
+    assert specvlm("caption", folder, "-o", out).code == 0
+    order(specvlm, "prepared video 0", "prepared video 1", "captioned video 0", "prepared video 2")
+    order(specvlm, "captioned video 1", "prepared video 3", "captioned video 2", "captioned video 3")
+    assert len(specvlm.engine.prepared) == 4, "each once"
+    invariants.check(out, folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "tries"),
+    [("dies", "WorkerDied", 3), ("hangs", "GenerationTimeout", 1), ("poison", "RuntimeError", 3)],
+)
+def test_a_worker_that_ends_with_a_video_ahead_costs_that_one_nothing(
+    specvlm: Specvlm, tmp_path: Path, out: Path, text: str, error: str, tries: int
+) -> None:
+    folder = many(tmp_path / "many", 3)
+    (folder / "many-00.mp4").write_text(text)
+    specvlm.behave(delay_s=0.6)
+    assert specvlm("caption", folder, "-o", out, "--timeout", "2s").code == 3
+    order(specvlm, "prepared video 1", f"captioned {text}")
+    row = failure_of(out, "many-00.mp4")
+    assert (row["error_type"], row["attempts"]) == (error, tries)
+    assert {row["attempts"] for row in rows(out)} == {1}
+    assert specvlm.engine.captioned.count(("video 1", True)) == 1
+    invariants.check(out, folder, failed=1)
+
+
+def test_a_video_that_is_tried_again_is_alone(specvlm: Specvlm, tmp_path: Path, out: Path) -> None:
+    """Nothing is prepared beside it, and it is not prepared beside another; else that one would pay for it."""
+    folder = many(tmp_path / "many", 5)
+    (folder / "many-01.mp4").write_text("dies preparing")
+    specvlm.behave(delay_s=0.3)
+    assert specvlm("caption", folder, "-o", out).code == 3
+    assert failure_of(out, "many-01.mp4")["attempts"] == 3
+    assert sorted(row["attempts"] for row in rows(out)) == [1, 1, 1, 2], "the first one was beside it, once"
+    invariants.check(out, folder, failed=1)
+
+
+def test_where_no_second_try_is_allowed_nothing_is_prepared_beside(
+    specvlm: Specvlm, tmp_path: Path, out: Path
+) -> None:
+    folder = many(tmp_path / "many", 4)
+    (folder / "many-01.mp4").write_text("dies preparing")
+    specvlm.behave(delay_s=0.3)
+    assert specvlm("caption", folder, "-o", out, "--retries", 0).code == 3
+    assert failure_of(out, "many-01.mp4")["error_type"] == "WorkerDied"
+    order(specvlm, "captioned video 0", "preparing dies preparing", "captioned video 2", "prepared video 3")
+    invariants.check(out, folder, failed=1)
+
+
+@pytest.mark.parametrize(("text", "error"), [("unfit", "PreprocessError"), ("breaks", "ZeroDivisionError")])
+def test_what_cannot_be_prepared_fails_alone(
+    specvlm: Specvlm, tmp_path: Path, out: Path, text: str, error: str
+) -> None:
+    folder = many(tmp_path / "many", 3)
+    (folder / "many-01.mp4").write_text(text)
+    specvlm.behave(delay_s=0.3)
+    assert specvlm("caption", folder, "-o", out).code == 3
+    order(specvlm, f"preparing {text}", "captioned video 0")
+    row = failure_of(out, "many-01.mp4")
+    assert (row["stage"], row["error_type"], row["attempts"]) == ("preprocess", error, 1)
+    invariants.check(out, folder, failed=1)
+
+
+def test_a_prompt_that_no_video_can_take_ends_the_run_in_its_turn(
+    specvlm: Specvlm, tmp_path: Path, out: Path
+) -> None:
+    folder = many(tmp_path / "many", 3)
+    (folder / "many-01.mp4").write_text("prompt, says the processor")
+    specvlm.behave(delay_s=0.3)
+    result = specvlm("caption", folder, "-o", out)
+    assert result.code == 2
+    assert "the prompt has no place for a video" in result.err
+    assert attempts(out)["many-00.mp4"] == ("done", 1)
+
+
+@pytest.mark.parametrize("ahead", ["video 1", "unfit"])
+def test_a_stop_leaves_the_video_ahead_as_it_was(
+    specvlm: Specvlm, tmp_path: Path, out: Path, ahead: str
+) -> None:
+    folder = many(tmp_path / "many", 3)
+    (folder / "many-01.mp4").write_text(ahead)
+    specvlm.behave(delay_s=2.0)
+    watching = when_told(specvlm, f"preparing {ahead}")
+    result = specvlm("caption", folder, "-o", out)
+    watching.join()
+    assert result.code == 75
+    assert attempts(out) == {
+        "many-00.mp4": ("done", 1),
+        "many-01.mp4": ("pending", 0),
+        "many-02.mp4": ("pending", 0),
+    }
+    specvlm.behave(delay_s=0.0)
+    (folder / "many-01.mp4").write_text("video 1")
+    assert specvlm("caption", folder, "-o", out).code == 0
+    invariants.check(out, folder)
+
+
+def test_an_idle_worker_takes_what_waits_behind_a_busy_one(
+    specvlm: Specvlm, tmp_path: Path, out: Path
+) -> None:
+    folder = many(tmp_path / "many", 3)
+    (folder / "many-00.mp4").write_text("patient, until two others have their captions")
+    specvlm.behave(seen_gpus=2)
+    assert specvlm("caption", folder, "-o", out).code == 0
+    by = specvlm.engine.device_of
+    first = by.pop("patient, until two others have their captions")
+    assert first not in by.values()
+    assert len(by) == 2
+    invariants.check(out, folder)
+
+
+def test_nothing_is_prepared_beyond_the_limit(specvlm: Specvlm, tmp_path: Path, out: Path) -> None:
+    folder = many(tmp_path / "many", 4)
+    specvlm.behave(delay_s=0.3)
+    assert specvlm("caption", folder, "-o", out, "--limit", 2).code == 0
+    assert specvlm.engine.prepared == ["video 0", "video 1"]
+    assert attempts(out)["many-02.mp4"] == ("pending", 0)
+
+
+def test_too_many_failures_leave_the_video_ahead_as_it_was(
+    specvlm: Specvlm, tmp_path: Path, out: Path
+) -> None:
+    folder = many(tmp_path / "many", 3)
+    (folder / "many-00.mp4").write_text("explodes")
+    specvlm.behave(delay_s=0.5)
+    assert specvlm("caption", folder, "-o", out, "--fail-fast").code == 4
+    order(specvlm, "prepared video 1", "captioned explodes")
+    assert attempts(out)["many-01.mp4"] == ("pending", 0)
+
+
+def test_the_time_limit_counts_from_the_go_ahead(specvlm: Specvlm, tmp_path: Path, out: Path) -> None:
+    folder = many(tmp_path / "many", 2)
+    specvlm.behave(delay_s=1.5)
+    assert specvlm("caption", folder, "-o", out, "--timeout", "2s").code == 0
+    order(specvlm, "prepared video 1", "captioned video 0", "captioned video 1")
+
+
+def test_memory_that_ran_out_while_preparing_ahead_is_tried_for_again(
+    specvlm: Specvlm, tmp_path: Path, out: Path
+) -> None:
+    folder = many(tmp_path / "many", 3)
+    (folder / "many-01.mp4").write_text("crowded")
+    specvlm.behave(delay_s=0.4)
+    assert specvlm("caption", folder, "-o", out).code == 0
+    order(specvlm, "preparing crowded", "captioned video 0", "prepared crowded", "captioned crowded")
+    assert {row["attempts"] for row in rows(out)} == {1}
+
+
+@pytest.mark.parametrize(
+    ("device", "cores", "worth"), [("cpu", 2, False), ("cpu", 8, True), ("GPU", 1, True)]
+)
+def test_preparing_ahead_takes_no_core_that_a_cpu_target_needs(
+    monkeypatch: pytest.MonkeyPatch, device: str, cores: int, worth: bool
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    assert crew._is_worth_it(Models("target", None, None, device)) == worth

@@ -53,8 +53,8 @@ _HITS_OF_CHILDREN = 4  # whether a point was passed shows only where the coordin
 
 # Which points each scene passes, as a first start, or one that finds something, does.
 FIRST = """lock share sign_off register recover pending claim finish fail store commit number add_part insert_part
-    mark_failures repair write check describe fsync rename sync run_file start_worker give hear submit
-    collect""".split()
+    mark_failures repair write check describe fsync rename sync run_file start_worker prepare give hear
+    submit collect""".split()
 SCENES: dict[Scene, list[str]] = {
     "first": FIRST,
     "resume": "lock recover register repair claim finish commit write rename add_part mark_failures".split(),
@@ -65,7 +65,7 @@ SCENES: dict[Scene, list[str]] = {
     "export": "export_table export_write fsync sync export_sync export_publish export_rename rmtree".split(),
 }
 OF_CHILDREN: dict[Victim, list[str]] = {
-    "worker": "start_worker claim give finish write".split(),
+    "worker": "start_worker claim prepare give finish write".split(),
     "nursery": "submit collect give finish".split(),
     "reader": "submit collect".split(),
 }

@@ -101,9 +101,57 @@ def test_no_more_than_the_limit_is_begun() -> None:
     read_all_that_may_be_read(queue, pool)
     assert queue.ready()[0] == 7
     assert queue, "they wait to be taken"
-    while queue.take():
+    while queue.take("worker"):
         pass
     assert not queue
+
+
+def test_what_is_lent_goes_on_waiting_and_counts() -> None:
+    queue, pool = queue_of(100, 10, ahead_bytes=45)
+    read_all_that_may_be_read(queue, pool)
+    before = queue.ready()
+    for worker in ("one", "two"):
+        assert queue.lend(worker)
+        assert queue.has_lent(worker)
+    assert queue.ready() == before
+    read_all_that_may_be_read(queue, pool)
+    assert queue.ready() == before
+
+
+def test_a_worker_gets_what_it_was_lent_then_what_is_read_then_what_another_was_lent() -> None:
+    queue, pool = queue_of(3, 1)
+    read_all_that_may_be_read(queue, pool)
+    assert queue.lend("one")
+    assert queue.lend("two")
+    got = [queue.take("two"), queue.take("two"), queue.take("two"), queue.take("two")]
+    assert [taken and (taken.claim.ordinal, taken.prepared) for taken in got] == [
+        (1, True),
+        (2, False),
+        (0, False),
+        None,
+    ]
+    assert not queue.has_lent("one")
+    assert not queue
+
+
+def test_what_was_lent_to_a_worker_that_is_gone_comes_first() -> None:
+    queue, pool = queue_of(3, 1)
+    read_all_that_may_be_read(queue, pool)
+    assert queue.lend("one")
+    queue.give_back("one")
+    queue.give_back("one")
+    ordinals = [taken.claim.ordinal for _ in range(3) if (taken := queue.take("other"))]
+    assert ordinals == [0, 1, 2]
+
+
+def test_what_is_lent_is_dropped_like_all_that_waits() -> None:
+    queue, pool = queue_of(2, 1)
+    read_all_that_may_be_read(queue, pool)
+    lent: Any = queue.lend("one")
+    queue.drop()
+    assert lent[1].closed
+    assert not queue
+    assert queue.take("one") is None
 
 
 def test_a_try_comes_again_after_a_while_but_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,9 +159,9 @@ def test_a_try_comes_again_after_a_while_but_not_for_ever(monkeypatch: pytest.Mo
     monkeypatch.setattr("specvlm_cli.read_ahead.time.monotonic", lambda: now[0])
     queue, pool = queue_of(1, 1, retries=2)
     read_all_that_may_be_read(queue, pool)
-    taken = queue.take()
+    taken = queue.take("worker")
     assert taken is not None
-    claim = taken[0]
+    claim = taken.claim
     for delay_s in (1.0, 2.0):
         assert queue.try_again(claim)
         assert queue.due_in_s() == delay_s
@@ -122,9 +170,10 @@ def test_a_try_comes_again_after_a_while_but_not_for_ever(monkeypatch: pytest.Mo
         assert len(pool) == 0, "not yet"
         now[0] += delay_s
         read_all_that_may_be_read(queue, pool)
-        taken = queue.take()
+        assert queue.lend("worker") is None, "whatever it died of before is its own doing"
+        taken = queue.take("worker")
         assert taken is not None
-        assert taken[0].attempts == claim.attempts + 1
-        claim = taken[0]
+        assert taken.claim.attempts == claim.attempts + 1
+        claim = taken.claim
     assert not queue.try_again(claim)
     assert not queue
