@@ -268,6 +268,28 @@ def test_a_draft_in_other_slabs_gets_other_graphs() -> None:
     assert eager[0] != eager[1]
 
 
+@pytest.mark.parametrize("how", ["masked", "split"])
+def test_a_longer_prompt_in_the_same_slabs_gets_graphs_that_see_all_of_it(
+    how: attention.RoundAttention,
+) -> None:
+    """Slabs that stay from the beginning; the short prompt's graphs look less far than the other needs."""
+    captioner, videos = pair("qwen")
+    short, *_, long = sorted(videos, key=lambda video: video.inputs.prompt_tokens)
+    assert long.inputs.prompt_tokens - short.inputs.prompt_tokens > graphs.STEP
+    jobs: list[tuple[PreparedVideo, dict[str, Any]]] = [
+        (short, {"speculate": False}),
+        (long, {"speculate": False}),
+        (long, {"tree": "chain", "prune_ratio": 1.0}),  # one target's prompt, and two of the draft's
+        (long, {"tree": "chain", "prune_ratio": 0.0}),
+    ]
+    eager = [written(captioner, [video], **options) for video, options in jobs]
+    emulate(captioner)
+    for model in (captioner.target, captioner.draft.model):  # type: ignore[union-attr]
+        model.new_cache(1, 400)
+    attend(captioner, how)
+    assert [written(captioner, [video], **options) for video, options in jobs] == eager
+
+
 def test_what_a_broken_video_left_in_the_slabs_does_not_spread(monkeypatch: pytest.MonkeyPatch) -> None:
     captioner, videos = pair("qwen")
     eager = written(captioner, videos[:1], tree="static")
