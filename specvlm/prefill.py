@@ -152,6 +152,11 @@ class TargetReader:
             self._cache = self._model.new_cache(rows, capacity)
         return self._cache
 
+    def forget(self) -> None:
+        """Give the cache up: what decoding left in it is not to be trusted."""
+        self._cache = None
+        self._held.clear()
+
     def read(self, prompt: Prompt, row: int, clock: StageClock) -> TargetPrefill:
         """Read a prompt into its row; the stages `read_video` and `read_text` take the time of what had to be done."""
         assert self._cache is not None

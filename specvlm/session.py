@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Unpack
 
 from specvlm.captioner import Captioner, CaptionOptions, Job, PreparedVideo, Seen
-from specvlm.errors import ConfigError, PromptError
+from specvlm.errors import ConfigError, NonFiniteLogitsError, PromptError
 from specvlm.families.base import ModelInputs
 from specvlm.records import Caption, CaptionStats, Frames
 from specvlm.stats import StageClock
@@ -155,6 +155,9 @@ class PromptSession:
         done: list[str] = []
         try:
             job.finish(began, time_limit_s)
+        except NonFiniteLogitsError:
+            self._seen.reader.forget()  # NaN behind a mask is NaN all the same
+            raise
         finally:
             done = self._account.note_stages(job.clock)
         if estimate:
