@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -14,8 +13,6 @@ from specvlm_cli.generating.worker import Worker
 from specvlm_cli.ledger import Claim
 from specvlm_cli.policy import Policy
 from specvlm_cli.read_ahead import Taken
-
-_CORES_FOR_BOTH = 3  # with fewer, preparing takes from a CPU what generating needs
 
 
 class Crew:
@@ -144,10 +141,8 @@ class Crew:
 
 
 def _is_worth_it(models: Models) -> bool:
-    """Say whether preparing the next video takes nothing from this one.
+    """Say whether preparing the next video takes nothing from this one: torch generates with all cores of a CPU.
 
     Elsewhere than on Linux, a descriptor is only passed to a process that has nothing else to say meanwhile.
     """
-    if sys.platform != "linux":
-        return False
-    return models.device != "cpu" or len(os.sched_getaffinity(0)) >= _CORES_FOR_BOTH
+    return sys.platform == "linux" and models.device != "cpu"

@@ -101,6 +101,7 @@ class FakeFactory:
     journal: str
     delay_s: float = 0.0
     prepare_s: float = 0.0
+    device: str = "fake"
     revision: str = "r1"
     seen_gpus: int = 0
     error: Exception | None = None  # raised by loading
@@ -120,7 +121,7 @@ class FakeFactory:
             os.kill(os.getpid(), signal.SIGKILL)
         if self.error is not None and self.only_on in (None, device):
             raise self.error
-        return FakeEngine(self, device or "fake")
+        return FakeEngine(self, device or self.device)
 
     def note(self, *words: object) -> None:
         with open(self.journal, "a", encoding="utf-8") as file:

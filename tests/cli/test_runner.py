@@ -17,8 +17,7 @@ import pytest
 
 from specvlm.errors import ConfigError, ModelLoadError
 from specvlm_cli import job, read_ahead, resharding
-from specvlm_cli.engine import Models
-from specvlm_cli.generating import crew, worker
+from specvlm_cli.generating import worker
 from specvlm_cli.policy import Policy
 from specvlm_cli.resharding import reshard
 from specvlm_cli.run_folder import RunFolder
@@ -581,11 +580,8 @@ def test_memory_that_ran_out_while_preparing_ahead_is_tried_for_again(
     assert {row["attempts"] for row in rows(out)} == {1}
 
 
-@pytest.mark.parametrize(
-    ("device", "cores", "worth"), [("cpu", 2, False), ("cpu", 8, True), ("GPU", 1, True)]
-)
-def test_preparing_ahead_takes_no_core_that_a_cpu_target_needs(
-    monkeypatch: pytest.MonkeyPatch, device: str, cores: int, worth: bool
-) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
-    assert crew._is_worth_it(Models("target", None, None, device)) == worth
+def test_beside_a_target_on_the_cpu_nothing_is_prepared(specvlm: Specvlm, tmp_path: Path, out: Path) -> None:
+    folder = many(tmp_path / "many", 3)
+    specvlm.behave(delay_s=0.3, device="cpu")
+    assert specvlm("caption", folder, "-o", out).code == 0
+    order(specvlm, "captioned video 0", "preparing video 1", "captioned video 1", "preparing video 2")
