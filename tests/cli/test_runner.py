@@ -431,7 +431,7 @@ def test_the_next_video_is_prepared_while_one_is_captioned(
     specvlm: Specvlm, tmp_path: Path, out: Path
 ) -> None:
     folder = many(tmp_path / "many", 4)
-    specvlm.behave(delay_s=0.6, prepare_s=0.1)
+    specvlm.behave(delay_s=0.4, prepare_s=0.1)
     assert specvlm("caption", folder, "-o", out).code == 0
     order(specvlm, "prepared video 0", "prepared video 1", "captioned video 0", "prepared video 2")
     order(specvlm, "captioned video 1", "prepared video 3", "captioned video 2", "captioned video 3")
@@ -448,8 +448,8 @@ def test_a_worker_that_ends_with_a_video_ahead_costs_that_one_nothing(
 ) -> None:
     folder = many(tmp_path / "many", 3)
     (folder / "many-00.mp4").write_text(text)
-    specvlm.behave(delay_s=0.6)
-    assert specvlm("caption", folder, "-o", out, "--timeout", "2s").code == 3
+    specvlm.behave(delay_s=0.4)
+    assert specvlm("caption", folder, "-o", out, "--timeout", "1s").code == 3
     order(specvlm, "prepared video 1", f"captioned {text}")
     row = failure_of(out, "many-00.mp4")
     assert (row["error_type"], row["attempts"]) == (error, tries)
@@ -513,7 +513,7 @@ def test_a_stop_leaves_the_video_ahead_as_it_was(
 ) -> None:
     folder = many(tmp_path / "many", 3)
     (folder / "many-01.mp4").write_text(ahead)
-    specvlm.behave(delay_s=2.0)
+    specvlm.behave(delay_s=1.2)
     watching = when_told(specvlm, f"preparing {ahead}")
     result = specvlm("caption", folder, "-o", out)
     watching.join()
@@ -564,8 +564,8 @@ def test_too_many_failures_leave_the_video_ahead_as_it_was(
 
 def test_the_time_limit_counts_from_the_go_ahead(specvlm: Specvlm, tmp_path: Path, out: Path) -> None:
     folder = many(tmp_path / "many", 2)
-    specvlm.behave(delay_s=1.5)
-    assert specvlm("caption", folder, "-o", out, "--timeout", "2s").code == 0
+    specvlm.behave(delay_s=1.2)
+    assert specvlm("caption", folder, "-o", out, "--timeout", "1.7s").code == 0
     order(specvlm, "prepared video 1", "captioned video 0", "captioned video 1")
 
 
