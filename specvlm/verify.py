@@ -36,7 +36,7 @@ def accept(guesses: Guesses, choices: torch.Tensor, depth: int) -> Accepted:
         root = torch.zeros_like(choices[:, 0])
         return Accepted(root[:, None], root, choices)
     match = guesses.tokens == choices.gather(1, guesses.parents)
-    match[:, 0] = True
+    match[:, 0].fill_(True)
     accepted = ~(guesses.ancestors & ~match[:, None, :]).any(dim=-1)  # [B, N]
     count, last = (guesses.depths * accepted).max(dim=1)
     above = guesses.ancestors.gather(1, last[:, None, None].expand(-1, 1, guesses.tokens.shape[1])).squeeze(1)
