@@ -236,7 +236,7 @@ class TokenRule:
         if rules.top_p < 1.0:
             ascending = logits.sort(dim=-1)
             drop = ascending.values.softmax(dim=-1).cumsum(dim=-1) <= 1 - rules.top_p
-            drop[..., -1] = False
+            drop[..., -1].fill_(False)
             logits = logits.masked_fill(torch.zeros_like(drop).scatter(2, ascending.indices, drop), low)
         if rules.min_p:
             probabilities = logits.softmax(dim=-1)

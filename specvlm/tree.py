@@ -206,7 +206,7 @@ class DynamicShape(TreeShape):
     def _first_level(self, root: torch.Tensor, expand: Expand) -> _Grown:
         rows, k = root.shape[0], self._width
         sees = torch.zeros(rows, 1, self.slots, dtype=torch.bool, device=root.device)
-        sees[..., 0] = True
+        sees[..., 0].fill_(True)
         scores = expand(Frontier(root[:, None], root.new_empty(rows, 1, 0), 0, 0, None))
         value, tokens = _likelihood(scores).topk(k, dim=-1)  # [B, 1, k]
         tokens, value = tokens.flatten(1), value.flatten(1)
