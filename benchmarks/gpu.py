@@ -709,7 +709,7 @@ def profile(
     next(running)
     next(running)
     _wait(run.plan.device)
-    with torch.profiler.profile(activities=activities) as profiler:
+    with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
         counted = sum(1 for _ in zip(range(rounds - 2), running, strict=False))
         _wait(run.plan.device)
     name = "self_device_time_total" if cuda else "self_cpu_time_total"

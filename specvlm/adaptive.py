@@ -191,6 +191,8 @@ class AdaptiveTree(TreeChooser):
         self._begun = False
         self._retries = 0  # rounds left of a retry
         self._weighed = False
+        self._trying = False
+        self._prices: Prices | None = None
 
     def choose(self) -> TreeShape:
         """The tree of the next round."""
@@ -208,7 +210,8 @@ class AdaptiveTree(TreeChooser):
             return None
         if self._costs.settled or self._looks_hopeless():
             return None
-        depth, count = _TRIALS[self._costs.trials % len(_TRIALS)]
+        self._trying = True
+        depth, count = _TRIALS[self._costs.trials]
         return ROOT if depth == 0 else _shape(self._first(depth, count), self._device)
 
     def _looks_hopeless(self) -> bool:
@@ -236,16 +239,13 @@ class AdaptiveTree(TreeChooser):
     def _weigh(self) -> None:
         """Whether the tree that is known to be best pays in what is to come of this caption."""
         self._weighed = True
-        learned, prices, plain_s = (
-            self._learned,
-            self._costs.prices(self._bounds.nodes),
-            self._costs.plain_s(),
-        )
-        if learned.plan is None or prices is None or plain_s is None:
+        learned = self._learned
+        prices = self._prices = self._costs.prices(self._bounds.nodes)
+        if learned.plan is None or prices is None:
             return
         learned.plan = _worth(learned.plan, learned.acceptance.shares(), prices)
         # Plain steps and trees are timed at different moments: what did not pay has to promise more than a trifle.
-        usual_s = plain_s if learned.pays else plain_s / _PAYS_AGAIN
+        usual_s = prices.plain_s if learned.pays else prices.plain_s / _PAYS_AGAIN
         saved_s = usual_s - learned.plan.seconds / learned.plan.tokens  # of a token
         learned.pays = saved_s * self._tokens_to_come() > self._prefill_to_come_s()
 
@@ -282,6 +282,8 @@ class AdaptiveTree(TreeChooser):
         self._learned.rounds_to_go -= 1
         learned, depth = self._learned, heard.shape.depth
         seconds = self._costs.hear(heard)
+        self._costs.trials += self._trying
+        self._trying = False
         learned.spent_s += seconds
         tokens = 1.0
         if heard.rows:
@@ -290,7 +292,13 @@ class AdaptiveTree(TreeChooser):
         if depth:
             for row in heard.rows:
                 learned.acceptance.hear(row[depth + 2 :])
-            self._count_loss(seconds - tokens * (self._costs.plain_s() or seconds))
+            self._count_loss(seconds - tokens * self._plain_meanwhile_s(heard.shape, seconds))
+
+    def _plain_meanwhile_s(self, shape: TreeShape, seconds: float) -> float:
+        """What a plain step would have taken just when a round of this shape took so long."""
+        if self._prices is None:
+            return self._costs.plain_s() or seconds
+        return seconds * self._prices.plain_s / self._prices.round_s(shape.widths, shape.nodes)
 
     def _count_loss(self, over_s: float) -> None:
         """A round took this much longer than plain decoding of its tokens; what is gained pays for what was lost."""

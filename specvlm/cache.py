@@ -157,6 +157,12 @@ class SlabCache(Cache):
         assert visible <= self.capacity
         self._aim.visible = visible
 
+    def zero(self, slots: torch.Tensor) -> None:
+        """Zero slots [B, n] in every layer; those beyond the capacity are none."""
+        where = self.flat(slots.clamp(max=self.capacity - 1))
+        for device, slab in self._slabs.by_device.items():
+            slab.index_fill_(2, where.to(device), 0.0)
+
     def commit(self, source: torch.Tensor, destination: torch.Tensor) -> None:
         """Move slots source [B, n] to destination [B, n] in every layer, as if read all at once before writing."""
         source, destination = self.flat(source), self.flat(destination)

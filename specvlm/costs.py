@@ -21,7 +21,8 @@ from specvlm.choosing import Heard
 
 _RECENT = 15  # measurements of one thing that count
 _KEEP_EVERY_S = 30.0
-_SCHEMA = 1
+_SCHEMA = 2
+_LONGEST_S = 3600.0  # of anything that is believed
 
 TRIALS = 10  # rounds of set trees that a machine of which nothing is known begins with
 
@@ -55,6 +56,7 @@ class _Times:
 class Prices(NamedTuple):
     """What rounds cost, at one moment."""
 
+    plain_s: float  # a plain step
     verify_s: tuple[float, ...]  # by nodes
     draft_s: dict[Widths, float]  # of trees that were used
     level_s: float  # of other trees: for each level, with one node
@@ -92,7 +94,6 @@ class RoundCosts:
 
     def hear(self, heard: Heard) -> float:
         """Learn from a round; return its seconds."""
-        self.trials += 1
         times, shape = heard.times_s, heard.shape
         draft_s, verify_s = times.get("draft", 0.0), times.get("verify", 0.0)
         self._verify.setdefault(shape.nodes, _Times()).add(verify_s)
@@ -105,34 +106,30 @@ class RoundCosts:
 
     def plain_s(self) -> float | None:
         """One plain step; None: none was timed."""
-        if 1 not in self._verify:
+        if 1 not in self._verify or False not in self._rest:
             return None
         return self._verify[1].value() + self._rest[False].value()
 
     def prices(self, most_nodes: int) -> Prices | None:
-        """What rounds of up to so many nodes cost, by all that is known now; None: too little is."""
-        measured = sorted((nodes, times.value()) for nodes, times in self._verify.items())
-        if len(measured) < 2 or not self._draft or True not in self._rest:
-            return None
-        # Trees and plain steps are timed at different moments of a machine that others use too. More nodes never
-        # cost less, so a plain step that was timed in a slow moment says that all passes are slow now.
-        least_s = measured[0][1] if measured[0][0] == 1 else 0.0
-        verify_s = tuple(max(_on_line(measured, nodes), least_s) for nodes in range(most_nodes + 1))
-        drafts = {widths: times.value() for widths, times in self._draft.items()}
-        return Prices(verify_s, drafts, *self._line(), self._rest[True].value())
+        """What rounds of up to so many nodes cost, by all that is known now; None: too little is.
 
-    def _line(self) -> tuple[float, float]:
-        """Seconds of a level with one node, and of each node beyond; least squares, neither below 0."""
-        rows = [(len(w), sum(w) - len(w), times.value()) for w, times in self._draft.items()]
-        a, b, c = (sum(f(row) for row in rows) for f in (_levels2, _levels_nodes, _nodes2))
-        u, v = sum(row[0] * row[2] for row in rows), sum(row[1] * row[2] for row in rows)
-        determinant = a * c - b * b
-        if determinant <= 1e-9:
-            return u / a, 0.0
-        level_s, node_s = (u * c - v * b) / determinant, (v * a - u * b) / determinant
-        if node_s < 0.0:
-            return u / a, 0.0
-        return (level_s, node_s) if level_s > 0.0 else (u / a, 0.0)
+        What others do on the machine only ever adds to a time, and a larger tree never costs less: so nothing is
+        believed to cost more than what was measured for something larger.
+        """
+        plain = (1 in self._verify, False in self._rest)
+        if not all(plain) or len(self._verify) < 2 or not self._draft or True not in self._rest:
+            return None
+        measured = [
+            (nodes, min(times.value() for larger, times in self._verify.items() if larger >= nodes))
+            for nodes in sorted(self._verify)
+        ]
+        verify_s = tuple(_on_line(measured, nodes) for nodes in range(most_nodes + 1))
+        drafts = {
+            widths: min(times.value() for larger, times in self._draft.items() if _within(widths, larger))
+            for widths in self._draft
+        }
+        plain_s = verify_s[1] + self._rest[False].value()
+        return Prices(plain_s, verify_s, drafts, *_line(drafts), self._rest[True].value())
 
     def as_json(self) -> dict[str, Any]:
         """What the next process should know."""
@@ -152,6 +149,23 @@ class RoundCosts:
         """Store what is known, now and then."""
         if self._store is not None:
             self._store.keep()
+
+
+def _within(widths: Widths, larger: Widths) -> bool:
+    """Whether a draft's tree is part of a larger one, level by level."""
+    return len(widths) <= len(larger) and all(w <= more for w, more in zip(widths, larger, strict=False))
+
+
+def _line(drafts: dict[Widths, float]) -> tuple[float, float]:
+    """Seconds of a level with one node, and of each node beyond; least squares, neither below 0."""
+    rows = [(len(w), sum(w) - len(w), seconds) for w, seconds in drafts.items()]
+    a, b, c = (sum(f(row) for row in rows) for f in (_levels2, _levels_nodes, _nodes2))
+    u, v = sum(row[0] * row[2] for row in rows), sum(row[1] * row[2] for row in rows)
+    determinant = a * c - b * b
+    if determinant <= 1e-9:
+        return u / a, 0.0
+    level_s, node_s = (u * c - v * b) / determinant, (v * a - u * b) / determinant
+    return (level_s, node_s) if level_s > 0.0 and node_s >= 0.0 else (u / a, 0.0)
 
 
 def _levels2(row: tuple[int, int, float]) -> float:
@@ -200,22 +214,34 @@ class CostStore:
         self._kept_at = time.monotonic()
         if self._file is None:
             return
-        found = self._read | {key: costs.as_json() for key, costs in self._costs.items()}
+        found = _read(self._file) | {key: costs.as_json() for key, costs in self._costs.items()}
         with suppress(OSError):
             _replace(self._file, json.dumps({"schema": _SCHEMA, "costs": found}, indent=1))
 
 
 def _read(file: Path | None) -> dict[str, Any]:
+    """What an earlier process kept; nothing where it is not just as `write` leaves it."""
     if file is None:
         return {}
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-        costs: dict[str, Any] = found["costs"] if found["schema"] == _SCHEMA else {}
-        for one in costs.values():
-            RoundCosts(one)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        costs = found["costs"] if found["schema"] == _SCHEMA else {}
+        return {str(key): _checked(one) for key, one in costs.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         return {}
-    return costs
+
+
+def _checked(one: dict[str, Any]) -> dict[str, Any]:
+    """What `RoundCosts.as_json` gave.
+
+    Raises:
+        ValueError: A time or a number is none.
+    """
+    times = [float(value) for name in ("verify_s", "draft_s", "rest_s") for value in one[name].values()]
+    if not all(0.0 <= value < _LONGEST_S for value in times) or not 0 <= int(one["trials"]) <= TRIALS:
+        raise ValueError(one)
+    RoundCosts(one)
+    return one
 
 
 def _replace(file: Path, text: str) -> None:
@@ -231,8 +257,11 @@ def _replace(file: Path, text: str) -> None:
         raise
 
 
-def cost_file(name: str) -> Path:
-    """Where costs are kept: in specvlm's folder below `XDG_CACHE_HOME`, or ~/.cache."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    folder = Path(base) if base else Path.home() / ".cache"
+def cost_file(name: str) -> Path | None:
+    """Where costs are kept: in specvlm's folder below `XDG_CACHE_HOME`, or ~/.cache; None: there is no such place."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        folder = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
+    except RuntimeError:  # a user without a home
+        return None
     return folder / "specvlm" / f"round-costs-{name}.json"

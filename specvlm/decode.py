@@ -143,6 +143,11 @@ class _Verifier:
         accepted = self._accept(guesses, choices, shape.depth)
         return accepted, finite.gather(1, accepted.path).all(dim=1)
 
+    def forget(self, shape: TreeShape, step: torch.Tensor) -> None:
+        """Zero the slots behind the committed ones that a round may have written."""
+        first = (self._lengths + step)[:, None]
+        self._rows.cache.zero(first + torch.arange(2 * shape.nodes, device=first.device))
+
     def commit(self, shape: TreeShape, accepted: Accepted, step: torch.Tensor) -> None:
         """Move the accepted path's keys and values behind the committed ones."""
         if shape.depth:
@@ -226,6 +231,12 @@ class _Rounds:
         state.going.copy_(torch.tensor(active, dtype=torch.long, device=state.step.device))
 
     @torch.inference_mode()
+    def forget_round(self, shape: TreeShape) -> None:
+        """Overwrite what the last round left behind the committed tokens: NaN behind a mask is NaN all the same."""
+        assert self._state is not None
+        self._verifier.forget(shape, self._state.step)
+
+    @torch.inference_mode()
     def rewind(self, root: Sequence[int], step: Sequence[int]) -> None:
         """Put the rows back to earlier tokens, to run them again."""
         state = self._state
@@ -280,10 +291,11 @@ class _Rounds:
         if shape.depth:
             assert self._proposer is not None
             self._proposer.commit(shape, guesses, accepted, state.step)
-        count = (accepted.guessed + 1) * state.going
+        # A row whose logits were not finite stays where it is: a wrong guess may be the reason.
+        count = (accepted.guessed + 1) * (state.going * finite)
         self._rule.commit(accepted.tokens, count)
         bonus = accepted.tokens.gather(1, accepted.guessed[:, None]).squeeze(1)
-        state.root.copy_(torch.where(state.going.bool(), bonus, state.root))
+        state.root.copy_(torch.where(count > 0, bonus, state.root))
         state.step.add_(count)
         told = [finite.long()[:, None], accepted.guessed[:, None], accepted.tokens]
         if guesses.likeliest is not None:
@@ -313,6 +325,7 @@ class Decoding:
         self._rows, self._speculation, self._rule = rows, speculation, rule
         self._texts, self._clock = texts, clock
         self._rounds = _Rounds(rows, rule, clock, speculation.accept)
+        self._alone = False  # the next round is to be plain, because guesses spoiled the last one
         self._draft_knows = [1] * len(texts)  # tokens of each row that the draft has heard of
 
     @property
@@ -333,7 +346,7 @@ class Decoding:
                 active = now
                 self._rounds.only(active, [len(text.tokens) for text in self._texts])
             with self._clock.host_stage("decode"):
-                shape = self._speculation.chooser.choose()
+                shape = ROOT if self._alone else self._speculation.chooser.choose()
             if shape.depth:
                 self._ready_draft()
             with self._clock.host_stage("decode"):
@@ -393,17 +406,21 @@ class Decoding:
     ) -> list[list[int]]:
         """Give every row what its round wrote."""
         written: list[list[int]] = []
-        for text, report, goes in zip(self._texts, reports, active, strict=True):
-            if not goes:
+        spoiled = False
+        for row, (text, report, goes) in enumerate(zip(self._texts, reports, active, strict=True)):
+            finite, accepted, *rest = report
+            if not goes or not finite:
+                _refuse_non_finite(not goes or shape.depth > 0)
+                spoiled = spoiled or goes
                 written.append([])
                 continue
-            finite, accepted, *rest = report
-            _refuse_non_finite(bool(finite))
             written.append(text.take(rest[: accepted + 1]))
             if shape.depth:
                 text.count(shape, min(len(written[-1]), accepted))
-        if shape.depth:
-            self._draft_knows = [len(text.tokens) for text in self._texts]
-        going = [report[1:] for report, goes in zip(reports, active, strict=True) if goes]
+                self._draft_knows[row] = len(text.tokens)
+        self._alone = spoiled
+        if spoiled:  # by a guess, perhaps: what a plain round gives is the target's own
+            self._rounds.forget_round(shape)
+        going = [report[1:] for report, goes in zip(reports, active, strict=True) if goes and report[0]]
         self._speculation.chooser.hear(Heard(shape, going, times))
         return written

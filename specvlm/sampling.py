@@ -50,7 +50,7 @@ class LogitsRules(NamedTuple):
     suppress: tuple[int, ...]  # never written
     suppress_first: tuple[int, ...]  # never written as the first token
     min_tokens: int  # no end-of-sequence before this many new tokens
-    min_length: int  # nor before prompt and new tokens are this many
+    min_length: int  # nor before prompt and new tokens are this many; as in stock, min_tokens goes before it
     forced_eos: tuple[int, ...]  # written as the last of max_new_tokens
     eos: tuple[int, ...]
     temperature: float  # 0: greedy
@@ -86,13 +86,14 @@ def logits_rules(config: Any, settings: GenerationSettings) -> LogitsRules:
     if sampling:
         _refuse(config, _REFUSED_WHEN_SAMPLING)
     top_k = settings.top_k if settings.top_k is not None else getattr(config, "top_k", None)
+    least = getattr(config, "min_new_tokens", None)
     top_p, min_p = getattr(config, "top_p", None), getattr(config, "min_p", None)
     return LogitsRules(
         repetition_penalty=float(getattr(config, "repetition_penalty", None) or 1.0),
         suppress=_ids(getattr(config, "suppress_tokens", None)),
         suppress_first=_ids(getattr(config, "begin_suppress_tokens", None)),
-        min_tokens=getattr(config, "min_new_tokens", None) or 0,
-        min_length=getattr(config, "min_length", None) or 0,
+        min_tokens=least or 0,
+        min_length=(getattr(config, "min_length", None) or 0) if least is None else 0,
         forced_eos=_ids(getattr(config, "forced_eos_token_id", None)),
         eos=_ids(config.eos_token_id),
         temperature=settings.temperature,
@@ -167,7 +168,7 @@ class TokenRule:
     def _column(self, tokens: Sequence[int]) -> torch.Tensor:
         """Token ids -> bool [C]; ids beyond the vocabulary cannot be written anyway."""
         column = torch.zeros(self._vocabulary, dtype=torch.bool, device=self._device)
-        column[[token for token in tokens if token < self._vocabulary]] = True
+        column[[token for token in tokens if 0 <= token < self._vocabulary]] = True
         return column
 
     def begin_round(self, first_index: torch.Tensor, depth: int) -> None:

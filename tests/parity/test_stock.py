@@ -127,6 +127,7 @@ def test_exactly_max_new_tokens(family: FamilyName, tree: str, draft: str) -> No
         )
 
 
+@pytest.mark.filterwarnings("ignore:Both `min_new_tokens`")
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
     "rules",
@@ -140,6 +141,9 @@ def test_exactly_max_new_tokens(family: FamilyName, tree: str, draft: str) -> No
         {"min_length": 9},
         {"forced_eos_token_id": 7},
         {"repetition_penalty": 1.3, "min_new_tokens": 6, "suppress_tokens": [44]},
+        {"min_length": 15, "min_new_tokens": 5},  # the second goes before the first
+        {"min_length": 15, "min_new_tokens": 0},
+        {"suppress_tokens": [-200, 40, 5000], "begin_suppress_tokens": [-1]},  # ids that are none
     ],
     ids=str,
 )
@@ -158,6 +162,28 @@ def test_logits_processors_of_the_checkpoint(
     assert ids(captioner, prepared, speculate=False) == stock
     for tree in TREES:
         assert ids(captioner, prepared, tree=tree, prune_ratio=0.5) == stock, tree
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("draft", ["random", "same"])
+def test_a_wrong_guess_that_spoils_the_logits_costs_a_round_and_no_caption(
+    family: FamilyName, draft: str
+) -> None:
+    """Tokens that the target never writes make its logits NaN; guesses may name them, the caption never does."""
+    captioner = tiny_captioner(family, TARGET, DRAFTS[draft])
+    videos = [
+        captioner.prepare(random_frames(seed), prompt) for seed, prompt in ((3, "Hi there."), (4, "What?"))
+    ]
+    stocks = [stock_ids(captioner.target.model, v.inputs.tensors, NEW_TOKENS) for v in videos]
+    used = {token for v in videos for token in v.inputs.token_ids[0].tolist()} | {
+        t for s in stocks for t in s
+    }
+    weights = captioner.target.model.get_input_embeddings().weight
+    weights[[token for token in range(weights.shape[0]) if token not in used]] = float("nan")
+    for tree in TREES:
+        assert [ids(captioner, video, tree=tree) for video in videos] == stocks, tree
+        rows = captioner.caption_rows(videos, tree=tree, max_new_tokens=NEW_TOKENS)
+        assert [caption.token_ids for caption in rows] == stocks, tree
 
 
 @pytest.mark.parametrize("family", FAMILIES)

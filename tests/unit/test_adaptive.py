@@ -280,15 +280,18 @@ def test_costs_are_medians_and_lines_between_them() -> None:
     assert prices.round_s((1,) * 8, 9) == pytest.approx(1.6 + 2.8 + 0.5)
 
 
-def test_no_tree_is_checked_faster_than_a_plain_step() -> None:
-    """A plain step that was timed in a slow moment tells of that moment, not of trees."""
+def test_what_is_larger_says_what_is_smaller_costs_at_most() -> None:
+    """Plain steps that were timed in slow moments tell of these moments, not of the machine."""
     costs = RoundCosts()
     for _ in range(2):
-        costs.hear(heard(5, (1,) * 4, 0.8, 2.0))
+        costs.hear(heard(9, (1,) * 8, 0.8, 2.0))
+        costs.hear(heard(5, (1,) * 4, 9.0, 70.0))
         costs.hear(heard(1, (), 0.0, 30.0))
     prices = costs.prices(20)
     assert prices is not None
-    assert min(prices.verify_s[1:]) == 30.0
+    assert prices.verify_s[1] == prices.verify_s[5] == prices.verify_s[9] == 2.0
+    assert prices.plain_s == 2.5
+    assert prices.draft_s == {(1,) * 8: 0.8, (1,) * 4: 0.8}
 
 
 def test_costs_outlive_the_process(tmp_path: Path) -> None:
@@ -307,15 +310,25 @@ def test_costs_outlive_the_process(tmp_path: Path) -> None:
     assert not CostStore(file).costs(5000, 1).settled
 
 
+def kept(**more: str) -> str:
+    """A file as it is written, but for some of its JSON."""
+    parts = {"verify_s": "{}", "draft_s": "{}", "rest_s": "{}", "trials": "10"} | more
+    inner = ", ".join(f'"{name}": {value}' for name, value in parts.items())
+    return f'{{"schema": 2, "costs": {{"1x1024": {{{inner}}}}}}}'
+
+
 @pytest.mark.parametrize(
     "text",
     [
-        "",
-        "{",
-        "[]",
-        '{"schema": 1, "costs": []}',
-        '{"schema": 9, "costs": {}}',
-        '{"schema": 1, "costs": {"1x1024": {"verify_s": {"a": 1}}}}',
+        *("", "{", "[]", "[" * 100_000, '{"schema": 2, "costs": []}', '{"schema": 9, "costs": {}}'),
+        kept(verify_s='{"a": 1}'),
+        kept(verify_s='{"1": NaN}'),
+        kept(verify_s='{"1": -1.0}'),
+        kept(verify_s='{"1": %s}' % ("9" * 400)),
+        kept(draft_s='{"1,x": 1.0}'),
+        kept(trials="Infinity"),
+        kept(trials="-1000"),
+        kept(trials='"many"'),
     ],
 )
 def test_a_broken_file_is_no_file(tmp_path: Path, text: str) -> None:
@@ -324,7 +337,7 @@ def test_a_broken_file_is_no_file(tmp_path: Path, text: str) -> None:
     store = CostStore(file)
     assert not store.costs(900, 1).settled
     store.write()
-    assert json.loads(file.read_text())["schema"] == 1
+    assert json.loads(file.read_text())["schema"] == 2
 
 
 def test_a_folder_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
@@ -334,6 +347,32 @@ def test_a_folder_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
 
 def test_costs_lie_in_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cost_file("x").parent == tmp_path / "specvlm"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cost_file("x").parent == Path.home() / ".cache" / "specvlm"
+    assert cost_file("x") == tmp_path / "specvlm" / "round-costs-x.json"
+    for ignored in ("", "relative"):
+        monkeypatch.setenv("XDG_CACHE_HOME", ignored)
+        assert cost_file("x") == Path.home() / ".cache" / "specvlm" / "round-costs-x.json"
+    monkeypatch.setattr(Path, "home", raise_no_home)
+    assert cost_file("x") is None
+    assert CostStore(None).costs(9, 1).trials == 0
+
+
+def raise_no_home() -> Path:
+    raise RuntimeError("Could not determine home directory.")
+
+
+def test_processes_that_share_a_file_keep_what_each_has_learned(tmp_path: Path) -> None:
+    one, other = CostStore(tmp_path / "costs.json"), CostStore(tmp_path / "costs.json")
+    captions(World((0.8, 0.1, 0.0, 0.0)), Learned(), one.costs(100, 1), 3)
+    captions(World((0.8, 0.1, 0.0, 0.0)), Learned(), other.costs(8000, 1), 3)
+    found = CostStore(tmp_path / "costs.json")
+    assert found.costs(100, 1).settled
+    assert found.costs(8000, 1).settled
+
+
+def test_plain_steps_that_are_timed_afterwards_are_no_trials() -> None:
+    world, learned, costs = World((0.9, 0.05, 0.0, 0.0)), Learned(), RoundCosts()
+    for _ in range(4):
+        captions(world, learned, costs, 1, tokens=5)
+        for _ in range(8):
+            AdaptiveTree(learned, costs, 256, CPU, Bounds()).hear(heard(1, (), 0.0, 1.0))
+    assert costs.trials < 10
