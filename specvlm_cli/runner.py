@@ -61,7 +61,8 @@ class Runner:
         tally: The captions made so far.
         failed: How many videos failed so far.
         stopped: Why it stopped early; None where it did not.
-        waited_s: Time in which workers waited for frames, summed over workers.
+        waited_s: Time in which workers waited for frames, summed over workers; for the first video, no longer than
+            its reading took.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class Runner:
         self.tally.fail(Failure("open", BAD_INPUT, ""), refused)
         self.stopped: str | None = None
         self.waited_s = 0.0
+        self._begun = False
         self._ledger = ledger
         self._parts = parts
         self._policy = policy
@@ -182,6 +184,9 @@ class Runner:
         """Give a video that is read and claimed to a worker that waits for one."""
         if claimed is not None:
             accepted = self._crew.give(worker, claimed, self._task(claimed.claim, claimed.video))
+            if not self._begun:  # until now the readers were started too, which hides behind nothing
+                self._begun = True
+                self.waited_s = min(self.waited_s, claimed.video.handle()[1].source.decode_s)
             claimed.video.close()
             if not accepted:
                 self._on_death(worker)
