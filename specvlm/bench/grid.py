@@ -41,7 +41,7 @@ class Grid:
             FrameSettings(num_frames=number)
 
     def configurations(self, num_frames: int | None) -> list[Configuration]:
-        """Those of one number of frames, each once."""
+        """Those of one number of frames, each once; where nothing is pruned, `specvlm` has one for each tree."""
         found: list[Configuration] = []
         for method in self.methods:
             if method == "specvlm":
@@ -57,10 +57,13 @@ class Grid:
         return [one for number in dict.fromkeys(self.num_frames) for one in self.configurations(number)]
 
     def _pruned(self, num_frames: int | None) -> list[Configuration]:
-        return [
-            Configuration("specvlm", num_frames, pruner, 0.0 if pruner == "none" else ratio, tree)
-            for pruner, ratio, tree in product(self.pruners, self.prune_ratios, self.trees)
-        ]
+        """At a ratio of 0 all pruners are the same computation: the first stands for them."""
+        found: dict[tuple[str, float, TreeName], Configuration] = {}
+        for pruner, asked, tree in product(self.pruners, self.prune_ratios, self.trees):
+            ratio = 0.0 if pruner == "none" else asked
+            one = Configuration("specvlm", num_frames, pruner, ratio, tree)
+            found.setdefault((pruner if ratio else "none", ratio, tree), one)
+        return list(found.values())
 
     @property
     def needs_draft(self) -> MethodName | None:

@@ -257,6 +257,7 @@ def conditions(captioner: Captioner, asked: Asked, videos: tuple[str, ...]) -> C
         family=info.family,
         videos=videos,
         peak_memory_of="device" if captioner.target.device.type == "cuda" else "process",
+        frame_multiple=captioner.frame_multiple,
         **asked._asdict(),
     )
 

@@ -22,14 +22,16 @@ from specvlm.bench.shapes import (
     Shape,
     build,
     check_frames,
+    frame_multiple,
     parameter_count,
     prompt_tokens,
     random_inputs,
     shrunk,
     vision_patches,
 )
-from specvlm.bench.suite import Listener, Suite
+from specvlm.bench.suite import Found, Listener, Suite, reported
 from specvlm.bench.summing import summarise
+from specvlm.bench.words import counted
 from specvlm.captioner import Captioner, ModelInfo, PreparedVideo
 from specvlm.choosing import TreeChooser
 from specvlm.config import FrameSettings, GenerationSettings, SpeculationSettings
@@ -155,8 +157,9 @@ class Pair:
     @property
     def label(self) -> str:
         """What stands beside every figure."""
-        depth = "" if self.layers is None else f", shrunk to {self.layers} layers of the target"
-        return f"modelled: published shapes with random weights{depth}, {self.accepted:g} accepted tokens assumed"
+        depth = "" if self.layers is None else f", shrunk to {counted(self.layers, 'layer')} of the target"
+        told = "" if self.draft is None else f", {self.accepted:g} accepted tokens assumed"
+        return f"modelled: {'published shapes' if self.draft else 'a published shape'} with random weights{depth}{told}"
 
 
 def make_pair(target: Shape, draft: Shape | None, accepted: float, layers: int | None = None) -> Pair:
@@ -193,6 +196,11 @@ class ModelledCaptioner(Captioner):
         self.pair = pair
         self._forced: dict[int, ForcedAcceptance] = {}
 
+    @property
+    def frame_multiple(self) -> int:
+        """That of the shape's family."""
+        return frame_multiple(self.pair.target)
+
     def chooser(
         self, settings: SpeculationSettings, generation: GenerationSettings, videos: Sequence[PreparedVideo]
     ) -> TreeChooser:
@@ -220,7 +228,7 @@ def reference_depth(settings: SpeculationSettings) -> int:
 
 def _info(pair: Pair, target: VideoLM) -> ModelInfo:
     def named(shape: Shape) -> str:
-        return f"{shape.name} (modelled, {shape.text.layers} layers)"
+        return f"{shape.name} (modelled, {counted(shape.text.layers, 'layer')})"
 
     return ModelInfo(
         target=named(pair.target),
@@ -302,6 +310,11 @@ def available_bytes(device: torch.device) -> int | None:
     return next((kibibytes << 10 for kibibytes in free), None)
 
 
+def parameters_of(pair: Pair) -> int:
+    """Parameters of both models."""
+    return sum(map(parameter_count, [pair.target] if pair.draft is None else [pair.target, pair.draft]))
+
+
 def refuse_without_memory(pair: Pair, load: Load, dtype: torch.dtype, device: torch.device) -> None:
     """Refuse what will not fit, before anything is made.
 
@@ -370,6 +383,7 @@ def bench_modelled(captioner: ModelledCaptioner, setup: ModelledSetup, listener:
 
     Raises:
         ConfigError: What was asked for cannot be modelled.
+        StoppedError: It was interrupted; it has the report of what was measured until then.
     """
     grid, asked = setup.grid, setup.asked
     check_setup(captioner.pair, grid, setup.frame_size)
@@ -380,10 +394,14 @@ def bench_modelled(captioner: ModelledCaptioner, setup: ModelledSetup, listener:
 
     clips = [Clip("random video", b"")]
     measurer = Measurer(captioner, asked.max_new_tokens)
-    found = Suite(grid, clips, asked.repeat, prepare, measurer, listener).run()
-    configurations = [one for number in grid.num_frames for one in grid.configurations(number)]
+    suite = Suite(grid, clips, asked.repeat, prepare, measurer, listener)
+    return reported(suite, grid, lambda found: _report(captioner, setup, found))
+
+
+def _report(captioner: ModelledCaptioner, setup: ModelledSetup, found: Found) -> Report:
+    grid, asked = setup.grid, setup.asked
     kept = tuple(one for one in found.samples if one.configuration not in found.errors)
-    summaries = summarise(configurations, kept, found.errors)
+    summaries = summarise(grid.all(), kept, found.errors)
     return Report(
         conditions(captioner, asked, tuple(dict.fromkeys(one.video for one in kept))),
         tuple(replace(one, exact_match=None, exact_match_against=None) for one in summaries),

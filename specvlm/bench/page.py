@@ -13,7 +13,21 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from specvlm.bench.records import BASELINES, Conditions, MethodName, Report, Summary
+from specvlm.bench.records import BASELINES, MethodName, Report, Summary
+from specvlm.bench.words import (
+    amount,
+    counted,
+    depths,
+    frames_notes,
+    frames_of,
+    has_several_frames,
+    limits,
+    name_of,
+    number,
+    peak_words,
+    percent,
+    stopped_words,
+)
 
 if TYPE_CHECKING:
     from specvlm.bench.plots import Plot
@@ -34,6 +48,7 @@ class _Column(NamedTuple):
 
     name: str
     cell: Callable[[Summary], str]
+    is_listed: bool = False  # figures of a cell stand below those of another
 
 
 def write_page(report: Report, path: Path, sheets: Sequence[PageSheet] = ()) -> None:
@@ -58,12 +73,12 @@ def page(report: Report, sheets: Sequence[PageSheet] = ()) -> str:
     title = f"{'Modelled: ' if report.modelled else ''}{its.target}, {its.device}"
     parts = [
         _head(report, title),
-        _conditions(its),
+        _conditions(report),
         _left_out(report),
         _section("results", "Results", _results(report)),
         *(_plot(plot, report) for plot in plots(report)),
         _section("rounds", "Rounds", _rounds(report)) if any(s.num_drafts for s in report.summaries) else "",
-        _section("limits", "What is the limit", _limits(report)),
+        _section("limits", "Limits", _limits(report)),
         *(_sheet(number, sheet) for number, sheet in enumerate(sheets, 1)),
         _section("reading", "How to read it", _READING),
     ]
@@ -113,21 +128,21 @@ def _headline(report: Report) -> str:
     accepted = best.mean_accepted_tokens
     figures = [
         (f"{found.e2e:.2f} ×", "end to end"),  # noqa: RUF001
-        ("" if found.decode is None else f"{found.decode:.2f} ×", "decoding"),  # noqa: RUF001
+        ("" if found.decode is None else f"{found.decode:.2f} ×", "decode"),  # noqa: RUF001
         ("" if accepted is None else f"{accepted:.2f}", "accepted tokens a round"),
-        ("" if best.exact_match is None else _percent(best.exact_match), "of captions the same"),
+        ("" if best.exact_match is None else percent(best.exact_match), "of captions the same"),
     ]
     shown = "".join(
         f"<li><b>{value}</b> {name}{' <i>modelled</i>' if report.modelled else ''}</li>"
         for value, name in figures
         if value
     )
-    frames = _frames(best) if _several_frames(report) else ""
-    name = best.configuration.label + (f", {frames} frames" if frames else "")
+    name = name_of(best, has_several_frames(report))
     return f'<p>Fastest end to end: <b>{safe(name)}</b>, against {base}.</p><ul class="figures">{shown}</ul>'
 
 
-def _conditions(its: Conditions) -> str:
+def _conditions(report: Report) -> str:
+    its = report.conditions
     versions = {
         "specvlm": its.specvlm_version,
         "torch": its.torch_version,
@@ -140,15 +155,18 @@ def _conditions(its: Conditions) -> str:
         ("family, dtype", f"{its.family}, {its.dtype}"),
         ("device", its.device),
         ("machine", ", ".join(word for word in (its.machine, its.processor) if word)),
-        ("cores, threads", f"{_counted(its.cores, 'core')}, {_counted(its.threads, 'thread')}"),
+        ("cores, threads", f"{counted(its.cores, 'core')}, {counted(its.threads, 'thread')}"),
         ("versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
-        ("clips", f"{its.clips}: {_counted(len(its.videos), 'video')}"),
+        ("clips", f"{its.clips}: {counted(len(its.videos), 'video')}"),
         ("prompt", its.prompt),
-        ("captions", f"at most {_counted(its.max_new_tokens, 'token')}"),
+        ("captions", f"at most {counted(its.max_new_tokens, 'token')}"),
         ("turns", f"{its.repeat} timed, after one of warm-up"),
+        ("frames", "; ".join(frames_notes(report))),
+        ("peak memory", peak_words(report)),
+        ("stopped", stopped_words(report)),
         ("begun", its.started_at),
     ]
-    shown = "".join(f"<div><dt>{name}</dt><dd>{safe(value)}</dd></div>" for name, value in rows)
+    shown = "".join(f"<div><dt>{name}</dt><dd>{safe(value)}</dd></div>" for name, value in rows if value)
     return f'<section id="conditions"><h2>Conditions</h2><dl>{shown}</dl></section>'
 
 
@@ -188,36 +206,30 @@ def _modelled(report: Report) -> str:
 def _results(report: Report) -> str:
     bases = [base for base in BASELINES if any(one.speedup(base) for one in report.summaries)]
     columns = [
-        *(_Column(f"decoding × {base}", _decode(base)) for base in bases),  # noqa: RUF001
+        *(_Column(f"decode × {base}", _decode(base)) for base in bases),  # noqa: RUF001
         *(_Column(f"end to end × {base}", _e2e(base)) for base in bases),  # noqa: RUF001
-        _Column("accepted tokens", lambda one: _number(one.mean_accepted_tokens)),
-        _Column(f"same as {_reference(report)}", lambda one: _percent(one.exact_match)),
+        _Column("accepted", lambda one: number(one.mean_accepted_tokens)),
+        _Column(f"same as {_reference(report)}", lambda one: percent(one.exact_match)),
         _Column("ms/token", lambda one: _ms(one.token_s)),
         _Column("ms/video", lambda one: _ms(one.total_s / one.videos, 1)),
         _Column("video tokens", lambda one: f"{one.video_tokens:.0f}"),
         _Column("draft sees", lambda one: f"{one.video_tokens_kept:.0f}" if one.video_tokens_kept else ""),
-        _Column("peak memory", lambda one: _size(one.peak_memory_bytes)),
     ]
-    note = (
-        "<p>Peak memory is that of the process so far: a method's figure holds all that ran before it.</p>"
-        if report.conditions.peak_memory_of == "process"
-        else ""
-    )
-    return _modelled(report) + _table(report, report.summaries, columns) + note
+    if report.conditions.peak_memory_of == "device":
+        columns.append(_Column("peak memory", lambda one: amount(one.peak_memory_bytes)))
+    return _modelled(report) + _table(report, report.summaries, columns)
 
 
 def _rounds(report: Report) -> str:
     columns = [
         _Column("nodes", lambda one: "" if one.mean_nodes is None else f"{one.mean_nodes:.1f}"),
-        _Column("plain step, ms", lambda one: _ms(one.plain_token_s)),
-        _Column("draft, ms a round", lambda one: _ms(one.draft_round_s)),
-        _Column("verify, ms a round", lambda one: _ms(one.verify_round_s)),
-        _Column("host share", lambda one: _percent(one.host_share)),
-        _Column("formula's speedup", lambda one: _number(one.predicted_decode_speedup)),
-        _Column("measured / formula", lambda one: _number(one.measured_over_predicted)),
-        _Column(
-            "accepted by depth", lambda one: " ".join(_number(x) or "-" for x in one.acceptance_per_depth[:8])
-        ),
+        _Column("T_plain, ms", lambda one: _ms(one.plain_token_s)),
+        _Column("T_draft, ms", lambda one: _ms(one.draft_round_s)),
+        _Column("T_verify, ms", lambda one: _ms(one.verify_round_s)),
+        _Column("host share", lambda one: percent(one.host_share)),
+        _Column("speedup predicted", lambda one: number(one.predicted_decode_speedup)),
+        _Column("measured / predicted", lambda one: number(one.measured_over_predicted)),
+        _Column("accepted at depth 1, 2, ...", depths, is_listed=True),
     ]
     shown = [one for one in report.summaries if one.num_drafts]
     return _modelled(report) + _table(report, shown, columns)
@@ -225,22 +237,29 @@ def _rounds(report: Report) -> str:
 
 def _table(report: Report, summaries: Iterable[Summary], columns: Sequence[_Column]) -> str:
     """A table that scrolls by itself where it is too wide; columns without a word are left out."""
-    shown, several = list(summaries), _several_frames(report)
+    shown, several = list(summaries), has_several_frames(report)
     cells = {column.name: [column.cell(one) if one.videos else "" for one in shown] for column in columns}
     names = [name for name, column in cells.items() if any(column)]
-    head = ["method", *(["frames"] if several else []), *names]
+    listed = {column.name for column in columns if column.is_listed}
     lines = []
-    for number, one in enumerate(shown):
+    for place, one in enumerate(shown):
         first = f'<th scope="row">{safe(one.configuration.label)}</th>'
-        frames = f"<td>{_frames(one)}</td>" if several else ""
+        frames = f"<td>{frames_of(one)}</td>" if several else ""
         if one.error is not None:
             rest = f'<td class="failed" colspan="{max(len(names), 1)}">failed: {safe(_short(one.error))}</td>'
         else:
-            rest = "".join(f"<td>{safe(cells[name][number])}</td>" for name in names)
-        begins = number > 0 and one.configuration.frames_asked != shown[number - 1].configuration.frames_asked
+            rest = "".join(_cell("td", cells[name][place], name in listed) for name in names)
+        begins = place > 0 and one.configuration.frames_asked != shown[place - 1].configuration.frames_asked
         lines.append(f"<tr{' class=begins' if begins else ''}>{first}{frames}{rest}</tr>")
-    top = "".join(f'<th scope="col">{safe(name)}</th>' for name in head)
+    head = ["method", *(["frames"] if several else []), *names]
+    top = "".join(_cell('th scope="col"', name, name in listed) for name in head)
     return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+
+
+def _cell(tag: str, text: str, is_listed: bool) -> str:
+    """A cell; where its figures stand below those of another, a missing one is as wide as they are."""
+    shown = text.replace("   -", 3 * "\u2007" + "-") if is_listed else safe(text)
+    return f"<{tag}{' class=listed' if is_listed else ''}>{shown}</{tag.partition(' ')[0]}>"
 
 
 def _short(error: str) -> str:
@@ -249,13 +268,7 @@ def _short(error: str) -> str:
 
 
 def _limits(report: Report) -> str:
-    several = _several_frames(report)
-    lines = []
-    for one in report.summaries:
-        frames = f", {_frames(one)} frames" if several else ""
-        said = f"failed: {one.error}" if one.error is not None else one.limit
-        if said:
-            lines.append(f"<li><b>{safe(one.configuration.label + frames)}</b>: {safe(said)}</li>")
+    lines = [f"<li><b>{safe(name)}</b>: {safe(said)}</li>" for name, said in limits(report)]
     return f"<ul>{''.join(lines)}</ul>" if lines else "<p>Nothing can be said: no captions were timed.</p>"
 
 
@@ -270,19 +283,10 @@ def _reference(report: Report) -> str:
     return next((one.exact_match_against for one in report.summaries if one.exact_match_against), "stock")
 
 
-def _several_frames(report: Report) -> bool:
-    return len({one.configuration.frames_asked for one in report.summaries}) > 1
-
-
-def _frames(one: Summary) -> str:
-    asked = one.configuration.frames_asked
-    return "preset's" if asked is None else str(asked)
-
-
 def _decode(base: MethodName) -> Callable[[Summary], str]:
     def cell(one: Summary) -> str:
         found = one.speedup(base)
-        return "" if found is None else _number(found.decode)
+        return "" if found is None else number(found.decode)
 
     return cell
 
@@ -290,43 +294,23 @@ def _decode(base: MethodName) -> Callable[[Summary], str]:
 def _e2e(base: MethodName) -> Callable[[Summary], str]:
     def cell(one: Summary) -> str:
         found = one.speedup(base)
-        return "" if found is None else _number(found.e2e)
+        return "" if found is None else number(found.e2e)
 
     return cell
-
-
-def _counted(number: int, name: str) -> str:
-    return f"{number} {name}{'' if number == 1 else 's'}"
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
-
-
-def _percent(share: float | None) -> str:
-    """A share in percent that says 100 only where it is all."""
-    if share is None:
-        return ""
-    text = f"{100.0 * share:.1f}"
-    return f"{'>99.9' if text == '100.0' and share < 1.0 else text.removesuffix('.0')} %"
 
 
 def _ms(seconds: float | None, digits: int = 2) -> str:
     return "" if seconds is None else f"{1e3 * seconds:.{digits}f}"
 
 
-def _size(size_bytes: int) -> str:
-    return f"{size_bytes / 1e9:.2f} GB" if size_bytes else ""
-
-
 _READING = """<ul>
-<li><b>Decoding</b> is all after the first token; <b>end to end</b> is from opening the file to the text, which is
-what a user waits for. Both are ratios of totals over the videos, of each video the median over the turns, against
-the baseline on the same videos in the same process.</li>
-<li><b>Accepted tokens</b> are guesses that a round accepts, in the mean, without the token that the target adds
+<li><b>Decode</b> is all after the first token; <b>end to end</b> is from opening the file to the text, which is
+what a user waits for. Both are ratios of totals over the videos, of each video the turn whose total time is the
+median, against the baseline on the same videos in the same process.</li>
+<li><b>Accepted</b> are guesses that a round accepts, in the mean, without the token that the target adds
 itself.</li>
 <li><b>The same</b> is the share of captions equal to the reference's, token for token.</li>
-<li><b>The formula</b>: (accepted tokens + 1) × plain step / (draft + verify), with the terms as measured here.</li>
+<li><b>Predicted</b>: (accepted + 1) × T_plain / (T_draft + T_verify), with a round's terms as measured here.</li>
 </ul>"""  # noqa: RUF001
 
 _STYLE = """
@@ -361,6 +345,7 @@ thead th{color:var(--faint);font-weight:600;vertical-align:bottom;white-space:no
 th:first-child{text-align:left;padding-left:0;position:sticky;left:0;background:var(--paper);font-weight:600}
 tr.begins>*{border-top:2px solid var(--faint)}
 table+*,.scroll+p{margin-top:10px}
+.listed{text-align:left}
 td.failed{text-align:left;color:var(--alarm);white-space:normal}
 .plot svg{display:block;width:100%;min-width:640px;height:auto}
 .sheet img{display:block;width:100%;min-width:640px;height:auto;border-radius:8px}

@@ -18,31 +18,18 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from specvlm.bench.records import BASELINES, STAGES, Configuration, MethodName, Report, Summary
+from specvlm.bench.records import BASELINES, STAGES, MethodName, Report, Summary
+from specvlm.bench.words import STAGE_NAMES, frames_of, name_of
 
 INK = "#010203"  # stands for the page's text colour
 # Told apart by colour-blind eyes, and clear on white as on near-black.
 COLOURS = ("#2b83c6", "#e0762b", "#2a9d72", "#c2549c", "#a48a00", "#7a6bd6", "#cf4a45", "#2aa0ad")
 MOST_SERIES = 2 * len(COLOURS)  # lines of one plot
-_MOST_DEPTHS = 12
+_MOST_DEPTHS = 16
 _WIDTH = 9.6  # inches
 _LEAST_GAP = 0.18  # between ticks, of the axis; with less matplotlib chooses ticks
 _MARKERS = "osD^vPX*"
 
-STAGE_NAMES = {
-    "read_s": "read",
-    "preprocess_s": "preprocess",
-    "vision_s": "vision",
-    "target_prefill_s": "target prefill",
-    "draft_prefill_s": "draft prefill",
-    "prefill_s": "all before the first token",
-    "draft_s": "draft",
-    "verify_s": "verify (plain: steps)",
-    "commit_s": "commit",
-    "host_s": "host",
-    "steps_s": "all after the first token",
-    "rest_s": "rest",
-}
 # Before the first token in cool colours, rounds in warm ones, the rest in grey.
 STAGE_COLOURS = {
     "read_s": "#7f8c8d",
@@ -121,17 +108,6 @@ def plots(report: Report) -> list[Plot]:
     return [one for one in found if one is not None]
 
 
-def name_of(how: Configuration, several_frames: bool) -> str:
-    """A configuration's label, with its frames where there are several."""
-    if not several_frames:
-        return how.label
-    return f"{how.label}, {_frames(how)} frames"
-
-
-def _frames(how: Configuration) -> str:
-    return "preset's" if how.frames_asked is None else str(how.frames_asked)
-
-
 def has_several_frames(summaries: Iterable[Summary]) -> bool:
     """Whether configurations differ in the frames asked for."""
     return len({one.configuration.frames_asked for one in summaries}) > 1
@@ -144,11 +120,11 @@ def _speedups(ran: Sequence[Summary], base: MethodName) -> Plot | None:
     shown = [(one, found) for one in ran if (found := one.speedup(base)) is not None]
     if not shown:
         return None
-    names = [name_of(one.configuration, has_several_frames(ran)) for one, _ in shown]
+    names = [name_of(one, has_several_frames(ran)) for one, _ in shown]
     figure, axes = _bars(names, 0.56)
     rows = range(len(shown))
     bars = (
-        ("decoding", [found.decode or 0.0 for _, found in shown], -0.2, COLOURS[0]),
+        ("decode", [found.decode or 0.0 for _, found in shown], -0.2, COLOURS[0]),
         ("end to end", [found.e2e for _, found in shown], 0.2, COLOURS[1]),
     )
     for label, values, shift, colour in bars:
@@ -165,21 +141,36 @@ _ONE = "Above the dashed line at 1 is faster than the baseline, below it slower.
 
 
 def _over_ratio(ran: Sequence[Summary], base: MethodName | None) -> Plot | None:
-    def line(how: Configuration) -> str | None:
-        if how.method != "specvlm" or how.pruner == "none":
+    def line(one: Summary) -> str | None:
+        how = one.configuration
+        if how.method != "specvlm" or not how.prune_ratio:
             return None
-        frames = f", {_frames(how)} frames" if several else ""
+        frames = f", {frames_of(one)} frames" if several else ""
         return f"pruner {how.pruner}, tree {how.tree}{frames}"
 
     several = has_several_frames(ran)
-    lines = _lines(ran, line, lambda one: one.configuration.prune_ratio)
+    lines = [_with_unpruned(one, ran) for one in _lines(ran, line, lambda one: one.configuration.prune_ratio)]
     note = "At a prune ratio of 0 the draft sees all video tokens."
     return _panels("ratio", "Over the prune ratio", note, lines, base, "prune ratio")
 
 
+def _with_unpruned(line: _Line, ran: Sequence[Summary]) -> _Line:
+    """The line with its point at a ratio of 0, which one configuration has for all pruners."""
+    _, one = line.points[0]
+    kin = one.configuration.frames_asked, one.configuration.tree
+    at_zero = [
+        (0.0, other)
+        for other in ran
+        if other.configuration.method == "specvlm"
+        and not other.configuration.prune_ratio
+        and (other.configuration.frames_asked, other.configuration.tree) == kin
+    ]
+    return _Line(line.label, at_zero + line.points)
+
+
 def _over_frames(ran: Sequence[Summary], base: MethodName | None) -> Plot | None:
-    def line(how: Configuration) -> str | None:
-        return None if how.method == base else how.label
+    def line(one: Summary) -> str | None:
+        return None if one.configuration.method == base else one.configuration.label
 
     lines = _lines(ran, line, lambda one: one.num_frames)
     return _panels("frames", "Over the frames of a video", "", lines, base, "frames of a video, mean")
@@ -196,7 +187,7 @@ def _panels(
     panels: list[tuple[str, Callable[[Summary], float | None]]] = [("accepted tokens a round", _accepted)]
     if base is not None:
         panels = [
-            (f"decoding, times {base}", lambda one: _speedup(one, base)[0]),
+            (f"decode, times {base}", lambda one: _speedup(one, base)[0]),
             (f"end to end, times {base}", lambda one: _speedup(one, base)[1]),
             *panels,
         ]
@@ -248,7 +239,7 @@ def _more(lines: int) -> str:
 def _stages(ran: Sequence[Summary]) -> Plot | None:
     if not ran:
         return None
-    names = [name_of(one.configuration, has_several_frames(ran)) for one in ran]
+    names = [name_of(one, has_several_frames(ran)) for one in ran]
     figure, axes = _bars(names, 0.42)
     left = [0.0] * len(ran)
     used = [name for name in STAGES if any(_per_video(one, name) > 0 for one in ran)]
@@ -262,7 +253,7 @@ def _stages(ran: Sequence[Summary]) -> Plot | None:
                       textcoords="offset points", va="center")  # fmt: skip
     axes.set_xlabel("milliseconds a video")
     _legend(figure, axes, 4)
-    note = "Medians over the turns, totals over the videos, divided by the videos."
+    note = "Of each video the turn with the median total time; totals over the videos, divided by the videos."
     return Plot("stages", "Where the time goes", note, _svg(figure, "stages"))
 
 
@@ -276,7 +267,7 @@ def _depths(ran: Sequence[Summary]) -> Plot | None:
     for number, one in enumerate(shown):
         shares = enumerate(one.acceptance_per_depth[:_MOST_DEPTHS], 1)
         points = [(depth, share) for depth, share in shares if share is not None]
-        label = name_of(one.configuration, has_several_frames(ran))
+        label = name_of(one, has_several_frames(ran))
         axes.plot(*zip(*points, strict=True), label=label, **_look(number))
     axes.set(xlabel="depth in the tree", ylabel="share accepted", ylim=(0, 1.03))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -289,12 +280,12 @@ def _depths(ran: Sequence[Summary]) -> Plot | None:
 
 
 def _lines(
-    ran: Sequence[Summary], line: Callable[[Configuration], str | None], x: Callable[[Summary], float | None]
+    ran: Sequence[Summary], line: Callable[[Summary], str | None], x: Callable[[Summary], float | None]
 ) -> list[_Line]:
     """Group summaries into lines, by the label that `line` gives; None leaves one out."""
     found: dict[str, _Line] = {}
     for one in ran:
-        label, place = line(one.configuration), x(one)
+        label, place = line(one), x(one)
         if label is not None and place is not None:
             found.setdefault(label, _Line(label, [])).points.append((place, one))
     return [_Line(one.label, sorted(one.points, key=lambda point: point[0])) for one in found.values()]

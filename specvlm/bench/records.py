@@ -63,8 +63,9 @@ class Configuration:
 class Stages:
     """Where the wall time of a caption went. The stages follow each other, and their sum is the whole.
 
-    What cannot be had apart is 0 and its time stands in a coarser stage: `generate()` of `transformers` tells
-    only when its first token came, so its captions have `prefill_s` and `steps_s` in place of what lies between.
+    What cannot be had apart is 0 here, null in JSON, and its time stands in a coarser stage: `generate()` of
+    `transformers` tells only when its first token came, so its captions have `prefill_s` and `steps_s` in place of
+    what lies between; see `untold`.
 
     Attributes:
         read_s: Opening the file, choosing and decoding its frames.
@@ -96,6 +97,13 @@ class Stages:
 
 
 STAGES: tuple[str, ...] = tuple(f.name for f in fields(Stages))  # in the order in which they happen
+_WHOLE = ("prefill_s", "steps_s")  # of `transformers`' own methods, in place of what lies between
+_PARTS = ("vision_s", "target_prefill_s", "draft_prefill_s", "draft_s", "verify_s", "commit_s", "host_s")
+
+
+def untold(method: MethodName) -> tuple[str, ...]:
+    """Stages that a method cannot tell apart; in JSON and in rows they are null, not 0."""
+    return _PARTS if method in ("stock", "assisted") else _WHOLE
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +155,7 @@ class Sample:
         row = asdict(self)
         flat = {**row.pop("configuration"), **row, **row["stages"]}
         del flat["stages"]
-        return _plain(flat)
+        return _plain(flat | dict.fromkeys(untold(self.configuration.method)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,43 +180,49 @@ class Speedup:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """One configuration summed up: of each video the median over turns, of these the total over videos.
+    """One configuration summed up: of each video the typical turn, of these the total over videos.
+
+    The typical turn of a video is the one whose total_s is the median, with an even number of turns the faster of
+    the two in the middle. All times and counts are of it, so they hang together: the stages sum to `total_s`.
 
     Attributes:
         configuration: What is summed up.
-        error: Why there are no figures, in one line; None: there are. With an error all figures are 0 or None.
+        error: Why there are no figures, in one line; None: there are. With an error all figures are 0 or None here,
+            and null in JSON.
         videos: Videos that it captioned.
         turns: Timed captions of each video.
-        num_frames: Mean F over videos.
+        num_frames: Mean F over videos; with an error, that of another configuration with the same frames asked.
         video_tokens: Mean V over videos.
         video_tokens_kept: Mean over videos of what the draft saw; 0 without a draft.
         completion_tokens: Total over videos.
-        stages: Per stage, the total over videos of the median over turns. Medians need not add up: their sum
-            differs from `total_s` by the scatter between turns.
-        decode_s: Total over videos of the median decode_s.
-        total_s: Total over videos of the median total_s.
-        token_s: decode_s / the tokens that came in that time; None where captions have a single token.
+        stages: Total over videos; they sum to `total_s`.
+        decode_s: Total over videos.
+        decode_tokens: Tokens that came in that time.
+        total_s: Total over videos.
+        token_s: decode_s / decode_tokens; None where captions have a single token.
         speedups: Against each of `BASELINES` that ran with the same frames, itself left out.
-        num_drafts: Rounds of all samples.
-        plain_steps: Steps of all samples in which the draft was left out, as `--tree auto` does where guessing
-            would not pay; 0 without our draft.
-        mean_nodes: Mean nodes of a round, the root included; None without rounds.
-        mean_accepted_tokens: Accepted guesses / rounds over all samples, without the bonus token; None without
-            rounds.
+        num_drafts: Rounds, total over videos.
+        num_draft_tokens: Guesses of these rounds.
+        num_accepted_tokens: Guesses of these rounds that captions use.
+        plain_steps: Steps in which the draft was left out, as `--tree auto` does where guessing would not pay;
+            total over videos, 0 without our draft.
+        mean_nodes: num_draft_tokens / num_drafts + 1, nodes of a round with the root; None without rounds.
+        mean_accepted_tokens: num_accepted_tokens / num_drafts, without the bonus token; None without rounds.
         acceptance_per_depth: Entry d - 1 is P(the guess at depth d accepted | that at depth d - 1 accepted);
             None where no round came that far.
-        exact_match: Share of captions equal, token for token, to the reference's of the same video; None where
-            there is no reference, or this is it.
+        exact_match: Share of captions, of all turns, equal, token for token, to the reference's of the same video;
+            None where there is no reference, or this is it.
         exact_match_against: `stock`, or `plain` where stock did not run; None as above.
         plain_token_s: T_plain of the formula, of `plain` in the same process; None where it did not run.
-        draft_round_s: T_draft of a round: stages.draft_s / rounds of one turn; None without rounds.
+        draft_round_s: T_draft of a round: stages.draft_s / num_drafts; None without rounds.
         verify_round_s: T_verify of a round: stages.verify_s, less T_plain for each plain step, likewise.
         predicted_decode_speedup: (mean_accepted_tokens + 1) x T_plain / (draft_round_s + verify_round_s), against
             plain, plain steps counting as such; None where a term is missing.
         measured_over_predicted: Measured decode speedup against plain / the predicted one.
         host_share: host_s / decode_s; None without our rounds.
         limit: Which term is the limit, in words; empty where nothing can be said.
-        peak_memory_bytes: Largest of all samples.
+        peak_memory_bytes: Largest of all turns. Of a process it holds what ran before, so that JSON has null
+            here, and `Report.process_peak_bytes` for all.
     """
 
     configuration: Configuration
@@ -221,10 +235,13 @@ class Summary:
     completion_tokens: int = 0
     stages: Stages = field(default_factory=Stages)
     decode_s: float = 0.0
+    decode_tokens: int = 0
     total_s: float = 0.0
     token_s: float | None = None
     speedups: tuple[Speedup, ...] = ()
     num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
     plain_steps: int = 0
     mean_nodes: float | None = None
     mean_accepted_tokens: float | None = None
@@ -245,10 +262,24 @@ class Summary:
         return next((one for one in self.speedups if one.baseline == baseline), None)
 
     def as_json(self) -> dict[str, Any]:
-        """Plain JSON, the configuration's fields and its label first."""
+        """Plain JSON, the configuration's fields and its label first; what was not measured is null."""
         whole = asdict(self)
         configuration = whole.pop("configuration")
+        if self.error is not None:
+            whole |= dict.fromkeys(name for name in whole if name not in _WITHOUT_FIGURES)
+            whole["stages"] = dict.fromkeys(STAGES)
+        whole["stages"] |= dict.fromkeys(untold(self.configuration.method))
         return _plain({"label": self.configuration.label, **configuration, **whole})
+
+
+_WITHOUT_FIGURES = (
+    "error",
+    "videos",
+    "turns",
+    "speedups",
+    "acceptance_per_depth",
+    "limit",
+)  # said of a failure too
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,6 +309,7 @@ class Conditions:
         videos: Their names, in order.
         peak_memory_of: `device`: of each caption; `process`: the process's peak so far, which cannot be reset, so
             that a method's figure holds all that ran before it.
+        frame_multiple: The target takes multiples of so many frames.
     """
 
     started_at: str
@@ -301,6 +333,7 @@ class Conditions:
     clips: str
     videos: tuple[str, ...]
     peak_memory_of: Literal["device", "process"]
+    frame_multiple: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,6 +356,7 @@ class Report:
         modelled: The models have the true shapes and random weights, and acceptance was given rather than
             measured: the figures are a model's cost, not a caption's.
         label: Where modelled: what stands beside every figure; else empty.
+        stopped: It was stopped early; of each video the whole turns until then are kept.
     """
 
     conditions: Conditions
@@ -331,6 +365,14 @@ class Report:
     left_out: tuple[Left, ...] = ()
     modelled: bool = False
     label: str = ""
+    stopped: bool = False
+
+    @property
+    def process_peak_bytes(self) -> int | None:
+        """The process's peak with all methods; None where a device tells of each caption, or nothing was measured."""
+        if self.conditions.peak_memory_of == "device":
+            return None
+        return max((one.peak_memory_bytes for one in self.summaries), default=0) or None
 
     def as_json(self, samples: bool = False) -> dict[str, Any]:
         """Plain JSON; `schema` grows when a name in it changes its meaning."""
@@ -339,10 +381,16 @@ class Report:
             "modelled": self.modelled,
             "label": self.label,
             "conditions": _plain(asdict(self.conditions)),
-            "summaries": [one.as_json() for one in self.summaries],
+            "process_peak_bytes": self.process_peak_bytes,
+            "summaries": [self._summary_json(one) for one in self.summaries],
             "left_out": [asdict(one) for one in self.left_out],
+            "stopped": self.stopped,
         }
         return whole | ({"samples": rows_of(self.samples)} if samples else {})
+
+    def _summary_json(self, one: Summary) -> dict[str, Any]:
+        told = one.as_json()
+        return told | {"peak_memory_bytes": None} if self.conditions.peak_memory_of == "process" else told
 
 
 def rows_of(samples: Iterable[Sample]) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ results nor a terminal; what goes on is told to whoever listens.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
@@ -60,6 +61,14 @@ class Found:
     left_out: dict[str, Left] = field(default_factory=dict)
 
 
+class StoppedError(KeyboardInterrupt):
+    """A bench was interrupted; `report` has what was measured until then, and is marked as stopped."""
+
+    def __init__(self, report: Report) -> None:
+        super().__init__()
+        self.report = report
+
+
 class Budget:
     """Time for a quick check: once it is spent, no further video is begun."""
 
@@ -92,19 +101,27 @@ class Suite:
         self._prepare, self._measurer, self._listener = prepare, measurer, listener
         self._budget = budget
         self._found = Found()
-        self._done = 0
-        self._total = len(grid.all()) * len(clips) * (repeat + 1)
+        self._done: Counter[Configuration] = Counter()  # captions, those of videos that were left out too
+        self._of_each = len(clips) * (repeat + 1)
+        self._total = len(grid.all()) * self._of_each
+
+    @property
+    def found(self) -> Found:
+        """What has been measured so far."""
+        return self._found
 
     def run(self) -> Found:
         """Measure everything."""
         for num_frames in dict.fromkeys(self._grid.num_frames):
             configurations = self._grid.configurations(num_frames)
-            for clip, video in self._prepared(num_frames, len(configurations) * (self._repeat + 1)):
+            for clip, video in self._prepared(num_frames, configurations):
                 for turn in range(self._repeat + 1):
                     self._turn(rotated(configurations, turn), video, clip.name, turn)
         return self._found
 
-    def _prepared(self, num_frames: int | None, captions: int) -> Iterator[tuple[Clip, PreparedVideo]]:
+    def _prepared(
+        self, num_frames: int | None, configurations: Sequence[Configuration]
+    ) -> Iterator[tuple[Clip, PreparedVideo]]:
         """Yield the clips that can be read; the first is read once before, since first use costs more."""
         is_warm = False
         for clip in self._clips:
@@ -117,7 +134,8 @@ class Suite:
                 yield clip, self._prepare(clip, num_frames)
             except (VideoError, PreprocessError) as error:
                 self._leave_out(Left(clip.name, str(error)))
-                self._done += captions
+                going_on = [how for how in configurations if how not in self._found.errors]
+                self._done.update(dict.fromkeys(going_on, self._repeat + 1))
 
     def _leave_out(self, left: Left) -> None:
         if left.video not in self._found.left_out:
@@ -125,10 +143,11 @@ class Suite:
             self._listener.left_out(left)
 
     def _turn(self, order: Sequence[Configuration], video: PreparedVideo, name: str, turn: int) -> None:
+        several = len(set(self._grid.num_frames)) > 1
+        what = f"{name}, {video.num_frames} frames" if several else name
         for how in order:
-            self._listener.step(Step(self._done, self._total, f"{name}, {how.label}"))
-            self._done += 1
             if how not in self._found.errors:
+                self._listener.step(Step(self._done.total(), self._total, f"{what}, {how.label}"))
                 self._caption(how, video, name, turn)
 
     def _caption(self, how: Configuration, video: PreparedVideo, name: str, turn: int) -> None:
@@ -136,10 +155,30 @@ class Suite:
             sample = self._measurer.measure(how, video, name, turn)
         except MethodError as error:
             self._found.errors[how] = str(error)
+            self._total -= self._of_each - self._done[how]  # its others will not be made
             self._listener.failed(how, str(error))
             return
+        self._done[how] += 1
         if turn:
             self._found.samples.append(sample)
+
+
+def whole_turns(found: Found, configurations: Sequence[Configuration]) -> Found:
+    """What of an interrupted bench can be compared: turns that all methods had, of those that did not fail."""
+    had: dict[tuple[int | None, str, int], set[Configuration]] = {}
+    for one in found.samples:
+        had.setdefault((one.configuration.frames_asked, one.video, one.turn), set()).add(one.configuration)
+    needed = [how for how in configurations if how not in found.errors]
+    kept = [
+        one
+        for one in found.samples
+        if had[one.configuration.frames_asked, one.video, one.turn].issuperset(
+            how for how in needed if how.frames_asked == one.configuration.frames_asked
+        )
+    ]
+    measured = {one.configuration for one in kept}
+    untold = {how: "not measured, it was stopped before" for how in needed if how not in measured}
+    return Found(kept, found.errors | untold, found.left_out)
 
 
 def rotated(configurations: Sequence[Configuration], turn: int) -> list[Configuration]:
@@ -176,6 +215,7 @@ def bench(captioner: Captioner, setup: Setup, listener: Listener) -> Report:
     Raises:
         ConfigError: A method needs a draft, and there is none; or a setting makes no sense.
         PromptError: The prompt cannot be used.
+        StoppedError: It was interrupted; it has the report of what was measured until then.
     """
     grid, asked = setup.grid, setup.asked
     if captioner.draft is None and grid.needs_draft is not None:
@@ -189,13 +229,29 @@ def bench(captioner: Captioner, setup: Setup, listener: Listener) -> Report:
         return captioner.prepare(clip.video, prompt, frames=_frames_of(base, clip, num_frames))
 
     measurer = Measurer(captioner, asked.max_new_tokens)
-    budget = Budget(setup.budget_s)
-    found = Suite(grid, setup.clips, asked.repeat, prepare, measurer, listener, budget).run()
+    suite = Suite(grid, setup.clips, asked.repeat, prepare, measurer, listener, Budget(setup.budget_s))
+    return reported(suite, grid, lambda found: _report(captioner, setup, found))
+
+
+def reported(suite: Suite, grid: Grid, report: Callable[[Found], Report]) -> Report:
+    """Run a suite and make its report.
+
+    Raises:
+        StoppedError: It was interrupted.
+    """
+    try:
+        found = suite.run()
+    except KeyboardInterrupt as error:
+        raise StoppedError(replace(report(whole_turns(suite.found, grid.all())), stopped=True)) from error
+    return report(found)
+
+
+def _report(captioner: Captioner, setup: Setup, found: Found) -> Report:
     kept = tuple(one for one in found.samples if one.configuration not in found.errors)
     videos = tuple(dict.fromkeys(one.video for one in kept))
     return Report(
-        conditions(captioner, asked, videos),
-        summarise(grid.all(), kept, found.errors),
+        conditions(captioner, setup.asked, videos),
+        summarise(setup.grid.all(), kept, found.errors),
         kept,
         tuple(found.left_out.values()),
     )

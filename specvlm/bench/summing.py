@@ -1,4 +1,4 @@
-"""Samples -> summaries: medians, totals, ratios, what the formula predicts, and which term is the limit.
+"""Samples -> summaries: typical turns, totals, ratios, what the formula predicts, and which term is the limit.
 
 Plain arithmetic over records; knows neither models nor clocks. Imports no torch.
 """
@@ -6,7 +6,7 @@ Plain arithmetic over records; knows neither models nor clocks. Imports no torch
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from statistics import fmean, median
@@ -31,6 +31,7 @@ _IN_WORDS = {
     "draft_prefill_s": "the draft's prefill",
     "prefill_s": "vision and prefill",
 }
+_LEAST_GAIN = 1.1  # what would gain less is no limit
 _MOSTLY = 0.5  # from this share of the time on, what comes before the first token is named first
 
 
@@ -56,7 +57,11 @@ def summarise(
     return tuple(
         _summary(groups[one], _peers(one, groups))
         if one in groups
-        else Summary(one, error=failed.get(one, "no video could be captioned"))
+        else Summary(
+            one,
+            error=failed.get(one, "no video could be captioned"),
+            num_frames=_frames_of_others(one, groups),
+        )
         for one in configurations
     )
 
@@ -71,36 +76,33 @@ class _Group:
     def add(self, sample: Sample) -> None:
         self.videos[sample.video].append(sample)
 
-    def medians(self, figure: Callable[[Sample], float]) -> dict[str, float]:
-        """Of each video the median over turns."""
-        return {video: median(map(figure, turns)) for video, turns in self.videos.items()}
-
-    def total(self, figure: Callable[[Sample], float]) -> float:
-        return sum(self.medians(figure).values())
-
-    def mean(self, figure: Callable[[Sample], float]) -> float:
-        return fmean(self.medians(figure).values())
-
-    def mean_total(self, figure: Callable[[Sample], float]) -> float:
-        """Of each video the mean over turns, summed up."""
-        return sum(fmean(map(figure, turns)) for turns in self.videos.values())
-
     def all(self) -> list[Sample]:
         return [sample for turns in self.videos.values() for sample in turns]
 
-    def token_s(self) -> float | None:
-        """Time per token of all videos together."""
-        return _over(self.total(lambda one: one.decode_s), self.total(lambda one: one.decode_tokens))
-
-    def token_s_of(self, video: str) -> float | None:
-        turns = self.videos[video]
-        return _over(median(one.decode_s for one in turns), median(one.decode_tokens for one in turns))
+    def typical(self) -> dict[str, Sample]:
+        """Of each video the turn whose total time is the median, so that all of its figures hang together."""
+        return {
+            video: sorted(turns, key=lambda one: one.total_s)[(len(turns) - 1) // 2]
+            for video, turns in self.videos.items()
+        }
 
     def only(self, videos: Iterable[str]) -> _Group:
         """The same, of these videos alone."""
         part = _Group(self.configuration)
         part.videos.update((video, self.videos[video]) for video in videos)
         return part
+
+
+def _frames_of_others(failed: Configuration, groups: Mapping[Configuration, _Group]) -> float:
+    """Frames that others read where a configuration failed that was asked for as many."""
+    others = (group for one, group in groups.items() if one.frames_asked == failed.frames_asked)
+    return next((fmean(one.num_frames for one in group.typical().values()) for group in others), 0.0)
+
+
+def _token_s(samples: Iterable[Sample]) -> float | None:
+    """Time per token of all of them together."""
+    samples = list(samples)
+    return _over(sum(one.decode_s for one in samples), sum(one.decode_tokens for one in samples))
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,26 +130,29 @@ def _peers(own: Configuration, groups: Mapping[Configuration, _Group]) -> dict[M
 
 
 def _summary(group: _Group, peers: Mapping[MethodName, _Group]) -> Summary:
-    samples, plain = group.all(), peers.get("plain")
+    samples, plain = list(group.typical().values()), peers.get("plain")
     others = [peer for peer in peers.values() if peer is not group]
     reference = _reference(group.configuration.method, peers)
-    stages = _stages(group)
-    plain_token_s = None if plain is None else plain.token_s()
-    terms = _rounds(group, stages, plain_token_s)
+    stages = _stages(samples)
+    plain_token_s = None if plain is None else _token_s(plain.typical().values())
+    terms = _rounds(samples, stages, plain_token_s)
     summary = Summary(
         configuration=group.configuration,
         videos=len(group.videos),
         turns=min(map(len, group.videos.values())),
-        num_frames=group.mean(lambda one: one.num_frames),
-        video_tokens=group.mean(lambda one: one.video_tokens),
-        video_tokens_kept=group.mean(lambda one: one.video_tokens_kept),
-        completion_tokens=round(group.total(lambda one: len(one.token_ids))),
+        num_frames=fmean(one.num_frames for one in samples),
+        video_tokens=fmean(one.video_tokens for one in samples),
+        video_tokens_kept=fmean(one.video_tokens_kept for one in samples),
+        completion_tokens=sum(len(one.token_ids) for one in samples),
         stages=stages,
-        decode_s=group.total(lambda one: one.decode_s),
-        total_s=group.total(lambda one: one.total_s),
-        token_s=group.token_s(),
+        decode_s=sum(one.decode_s for one in samples),
+        decode_tokens=sum(one.decode_tokens for one in samples),
+        total_s=sum(one.total_s for one in samples),
+        token_s=_token_s(samples),
         speedups=tuple(found for peer in others if (found := _speedup(group, peer))),
         num_drafts=sum(one.num_drafts for one in samples),
+        num_draft_tokens=sum(one.num_draft_tokens for one in samples),
+        num_accepted_tokens=sum(one.num_accepted_tokens for one in samples),
         plain_steps=terms.plain_steps,
         mean_nodes=_mean_nodes(samples),
         mean_accepted_tokens=terms.accepted,
@@ -159,7 +164,7 @@ def _summary(group: _Group, peers: Mapping[MethodName, _Group]) -> Summary:
         plain_token_s=plain_token_s,
         draft_round_s=terms.draft_s,
         verify_round_s=terms.verify_s,
-        peak_memory_bytes=max(one.peak_memory_bytes for one in samples),
+        peak_memory_bytes=max(one.peak_memory_bytes for one in group.all()),
     )
     return _judged(summary)
 
@@ -170,11 +175,8 @@ def _reference(method: MethodName, peers: Mapping[MethodName, _Group]) -> _Group
     return next((peers[one] for one in before if one in peers), None)
 
 
-def _stages(group: _Group) -> Stages:
-    def of(name: str) -> float:
-        return group.total(lambda one: getattr(one.stages, name))
-
-    return Stages(**{name: of(name) for name in STAGES})
+def _stages(samples: Sequence[Sample]) -> Stages:
+    return Stages(**{name: sum(getattr(one.stages, name) for one in samples) for name in STAGES})
 
 
 def _judged(summary: Summary) -> Summary:
@@ -194,21 +196,17 @@ def _judged(summary: Summary) -> Summary:
     return replace(summary, limit=limit(summary))
 
 
-def _rounds(group: _Group, stages: Stages, plain_token_s: float | None) -> _Rounds:
-    samples = group.all()
+def _rounds(samples: Sequence[Sample], stages: Stages, plain_token_s: float | None) -> _Rounds:
     rounds = sum(one.num_drafts for one in samples)
     if not rounds:
         return _Rounds()
     steps = sum(map(_plain_steps, samples))
-    verify_s = stages.verify_s
-    if steps and plain_token_s is not None:
-        verify_s -= group.mean_total(_plain_steps) * plain_token_s
-    of_a_turn = group.mean_total(lambda one: one.num_drafts)
+    verify_s = None if steps and plain_token_s is None else stages.verify_s - steps * (plain_token_s or 0.0)
     return _Rounds(
         plain_steps=steps,
         accepted=sum(one.num_accepted_tokens for one in samples) / rounds,
-        draft_s=stages.draft_s / of_a_turn,
-        verify_s=None if steps and plain_token_s is None else max(verify_s, 0.0) / of_a_turn,
+        draft_s=stages.draft_s / rounds,
+        verify_s=None if verify_s is None else max(verify_s, 0.0) / rounds,
     )
 
 
@@ -229,16 +227,16 @@ def _speedup(group: _Group, baseline: _Group) -> Speedup | None:
     shared = [video for video in group.videos if video in baseline.videos]
     if not shared:
         return None
-    ours, theirs = group.only(shared), baseline.only(shared)
-    decode = [_ratio(theirs.token_s_of(video), ours.token_s_of(video)) for video in shared]
-    mine, base = ours.medians(lambda one: one.total_s), theirs.medians(lambda one: one.total_s)
+    ours, theirs = group.only(shared).typical(), baseline.only(shared).typical()
+    decode = [_ratio(_token_s([theirs[video]]), _token_s([ours[video]])) for video in shared]
+    whole = [(theirs[video].total_s, ours[video].total_s) for video in shared]
     known = [one for one in decode if one is not None]
     return Speedup(
         baseline=baseline.configuration.method,
-        decode=_ratio(theirs.token_s(), ours.token_s()),
-        e2e=sum(base.values()) / sum(mine.values()),
+        decode=_ratio(_token_s(theirs.values()), _token_s(ours.values())),
+        e2e=sum(base for base, _ in whole) / sum(mine for _, mine in whole),
         decode_median=median(known) if known else None,
-        e2e_median=median(base[video] / mine[video] for video in shared),
+        e2e_median=median(base / mine for base, mine in whole),
     )
 
 
@@ -307,9 +305,8 @@ def _limit_of_rounds(summary: Summary) -> str:
     if summary.plain_token_s is None or summary.draft_round_s is None or summary.verify_round_s is None:
         return _largest_share(summary)
     step_s = summary.plain_token_s
-    rounds = summary.draft_round_s / summary.stages.draft_s if summary.stages.draft_s else 0.0
     draft, verify = summary.draft_round_s / step_s, summary.verify_round_s / step_s
-    other = (summary.stages.commit_s + summary.stages.host_s) * rounds / step_s
+    other = (summary.stages.commit_s + summary.stages.host_s) / summary.num_drafts / step_s
     whole = draft + verify + other
     accepted, nodes = summary.mean_accepted_tokens or 0.0, summary.mean_nodes or 1.0
     deepest = min(len(summary.acceptance_per_depth), nodes - 1.0)
@@ -321,7 +318,12 @@ def _limit_of_rounds(summary: Summary) -> str:
         / max(whole - other, 1e-9),
         f"{accepted:.1f} of {deepest:.0f} guesses in a row are accepted": (deepest + 1.0) / (accepted + 1.0),
     }
-    return max(gains, key=lambda words: gains[words])
+    words = max(gains, key=lambda one: gains[one])
+    if gains[words] < _LEAST_GAIN:
+        return (
+            f"no term stands out: a round costs {whole:.1f} plain steps and gives {accepted + 1.0:.1f} tokens"
+        )
+    return f"{words}; ideally decoding would be {gains[words]:.1f} x as fast"
 
 
 def _largest_share(summary: Summary) -> str:

@@ -5,7 +5,7 @@ Knows records and a terminal, nothing of models. Columns that have nothing to sa
 
 from __future__ import annotations
 
-import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,39 +18,37 @@ from rich.text import Text
 from specvlm.bench.records import (
     BASELINES,
     STAGES,
-    Conditions,
     Configuration,
     Left,
     MethodName,
     Report,
     Summary,
 )
+from specvlm.bench.words import (
+    STAGE_NAMES,
+    amount,
+    counted,
+    depths,
+    frames_notes,
+    frames_of,
+    has_several_frames,
+    limits,
+    number,
+    peak_words,
+    percent,
+    stopped_words,
+)
 from specvlm_cli import show
-from specvlm_cli.screen.words import amount, counted
 from specvlm_cli.talk import LOG_EVERY_S, STDERR
-from specvlm_cli.text import MOST_CHARACTERS, cells, short
+from specvlm_cli.text import MOST_CHARACTERS, cells, clean, short
 
 if TYPE_CHECKING:
     from typing import TextIO
 
     from specvlm.bench.suite import Step
 
-_STAGES_IN_WORDS = {
-    "read_s": "read",
-    "preprocess_s": "prepare",
-    "vision_s": "vision",
-    "target_prefill_s": "prefill",
-    "draft_prefill_s": "draft\nprefill",
-    "prefill_s": "until\ntoken 1",
-    "draft_s": "draft",
-    "verify_s": "verify",
-    "commit_s": "commit",
-    "host_s": "host",
-    "steps_s": "tokens\n2...",
-    "rest_s": "rest",
-}
 _NAME_CHARACTERS = 60
-_DEPTHS = 8  # as many are shown
+_FEW_ROUNDS = 30  # of which the mean of a told acceptance is not yet the one that was told
 
 
 class BenchTalk:
@@ -117,17 +115,44 @@ class Column(NamedTuple):
 
     name: str
     cell: Callable[[Summary], str]
+    is_listed: bool = False  # figures of a cell stand below those of another, so they begin on the left
+
+
+class Block(NamedTuple):
+    """Columns that stand side by side, from top to bottom, and which of them begin on the left."""
+
+    columns: list[list[str]]
+    listed: set[int]
 
 
 def tell(report: Report) -> None:
-    """Print a report, in tables as wide as the terminal at most."""
+    """Print a report, in tables and lines as wide as the terminal at most, elsewhere of 80 characters."""
     if report.modelled:
-        show.line(report.label, "bold yellow")
-    show.pairs([*_conditions(report.conditions), *_memory(report)])
+        _wrapped(report.label, "bold yellow")
+    _pairs([*_conditions(report), *_remarks(report)])
     _table("Speed", report, _speed(report))
     _table("Where the time goes, in ms a video", report, _stages())
     _table("Rounds", report, _rounds(), [one for one in report.summaries if one.num_drafts])
     _limits(report)
+
+
+def _width() -> int:
+    return show.console().width
+
+
+def _wrapped(text: str, style: str = "", hanging: str = "  ") -> None:
+    """Print text on as many lines as it needs; a word that is too long stays whole, so that it can be copied."""
+    for line in textwrap.wrap(
+        clean(text), _width(), subsequent_indent=hanging, break_long_words=False, break_on_hyphens=False
+    ):
+        show.line(line, style)
+
+
+def _pairs(lines: Sequence[tuple[str, str]]) -> None:
+    """Print names and values, the values below each other."""
+    wide = max(cells(name) for name, _ in lines) + 2
+    for name, value in lines:
+        _wrapped(f"{name:{wide}}{clean(value)}", hanging=" " * wide)
 
 
 def _table(
@@ -138,15 +163,18 @@ def _table(
     if not shown:
         return
     head = [Column("method", lambda one: one.configuration.label)]
-    if len({one.configuration.frames_asked for one in report.summaries}) > 1:
-        head.append(Column("frames", lambda one: str(one.configuration.frames_asked or "preset's")))
+    if has_several_frames(report):
+        head.append(Column("frames", frames_of))
     first = [_cells(column, shown) for column in head]
-    rest = [found for column in columns if any((found := _cells(column, shown))[2:])]
+    rest = [(column, found) for column in columns if any((found := _cells(column, shown))[2:])]
     show.line("")
     show.line(title, "bold")
-    for block in _blocks(first, rest, show.console().width if sys.stdout.isatty() else None):
-        lines = list(zip(*first, *block, strict=True))
-        for text in show.aligned(lines, right=set(range(1, len(lines[0])))):
+    for place, block in enumerate(_even_blocks(rest, _width() - sum(map(_width_of, first)))):
+        if place:
+            show.line("")
+        lines = list(zip(*first, *block.columns, strict=True))
+        right = {number for number in range(1, len(lines[0])) if number - len(first) not in block.listed}
+        for text in show.aligned(lines, right):
             show.line(text)
 
 
@@ -156,21 +184,31 @@ def _cells(column: Column, summaries: Sequence[Summary]) -> list[str]:
     return [above, below, *(column.cell(one) for one in summaries)]
 
 
-def _blocks(
-    first: Sequence[list[str]], rest: Sequence[list[str]], width: int | None
-) -> Iterator[list[list[str]]]:
-    """Deal columns out to tables that fit into the width, each beside the first columns."""
-    room = float("inf") if width is None else width - sum(map(_width, first))
-    block: list[list[str]] = []
-    for column in rest:
-        if block and sum(map(_width, [*block, column])) > room:
+def _even_blocks(columns: Sequence[tuple[Column, list[str]]], room: int) -> list[Block]:
+    """As few tables as the room allows, each about as wide as the others."""
+    found = list(_blocks(columns, room))
+    for less in range(room - 1, 0, -1):
+        narrower = list(_blocks(columns, less))
+        if len(narrower) > len(found):
+            break
+        found = narrower
+    return found
+
+
+def _blocks(columns: Sequence[tuple[Column, list[str]]], room: int) -> Iterator[Block]:
+    """Deal columns out to tables that fit into the room."""
+    block = Block([], set())
+    for column, found in columns:
+        if block.columns and sum(map(_width_of, [*block.columns, found])) > room:
             yield block
-            block = []
-        block.append(column)
+            block = Block([], set())
+        if column.is_listed:
+            block.listed.add(len(block.columns))
+        block.columns.append(found)
     yield block
 
 
-def _width(column: Sequence[str]) -> int:
+def _width_of(column: Sequence[str]) -> int:
     return max(map(cells, column)) + 2
 
 
@@ -179,8 +217,8 @@ def _speed(report: Report) -> list[Column]:
     columns += [Column(f"decode\nx {base}", _decode(base)) for base in BASELINES]
     columns += [Column(f"end to end\nx {base}", _e2e(base)) for base in BASELINES]
     columns += [
-        Column("accepted", lambda one: _number(one.mean_accepted_tokens)),
-        Column(f"same as\n{_reference(report)}", lambda one: _share(one.exact_match)),
+        Column("accepted", lambda one: number(one.mean_accepted_tokens)),
+        Column(f"same as\n{_reference(report)}", lambda one: percent(one.exact_match)),
         Column("video\ntokens", lambda one: f"{one.video_tokens:.0f}" if one.videos else ""),
         Column("draft\nsees", lambda one: f"{one.video_tokens_kept:.0f}" if one.video_tokens_kept else ""),
     ]
@@ -198,7 +236,7 @@ def _reference(report: Report) -> str:
 def _decode(baseline: MethodName) -> Callable[[Summary], str]:
     def cell(summary: Summary) -> str:
         found = summary.speedup(baseline)
-        return "" if found is None else _number(found.decode)
+        return "" if found is None else number(found.decode)
 
     return cell
 
@@ -206,13 +244,13 @@ def _decode(baseline: MethodName) -> Callable[[Summary], str]:
 def _e2e(baseline: MethodName) -> Callable[[Summary], str]:
     def cell(summary: Summary) -> str:
         found = summary.speedup(baseline)
-        return "" if found is None else _number(found.e2e)
+        return "" if found is None else number(found.e2e)
 
     return cell
 
 
 def _stages() -> list[Column]:
-    columns = [Column(_STAGES_IN_WORDS[name], _stage(name)) for name in STAGES]
+    columns = [Column(STAGE_NAMES[name].replace(" ", "\n", 1), _stage(name)) for name in STAGES]
     return [
         *columns,
         Column("all", lambda one: f"{1e3 * one.total_s / one.videos:.1f}" if one.videos else ""),
@@ -233,50 +271,51 @@ def _rounds() -> list[Column]:
         Column("T_plain\nms", lambda one: _ms(one.plain_token_s)),
         Column("T_draft\nms", lambda one: _ms(one.draft_round_s)),
         Column("T_verify\nms", lambda one: _ms(one.verify_round_s)),
-        Column("host\nshare", lambda one: _share(one.host_share)),
-        Column("accepted at depth\n1, 2, ...", _depths),
-        Column("speedup\npredicted", lambda one: _number(one.predicted_decode_speedup)),
-        Column("measured/\npredicted", lambda one: _number(one.measured_over_predicted)),
+        Column("host\nshare", lambda one: percent(one.host_share)),
+        Column("speedup\npredicted", lambda one: number(one.predicted_decode_speedup)),
+        Column("measured/\npredicted", lambda one: number(one.measured_over_predicted)),
+        Column("accepted at depth\n1, 2, ...", depths, is_listed=True),
     ]
-
-
-def _depths(summary: Summary) -> str:
-    return " ".join(_number(one) or "-" for one in summary.acceptance_per_depth[:_DEPTHS])
 
 
 def _ms(seconds: float | None) -> str:
     return "" if seconds is None else f"{1e3 * seconds:.2f}"
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
-
-
-def _share(value: float | None) -> str:
-    return "" if value is None else f"{100.0 * value:.3g} %"
-
-
 def _limits(report: Report) -> None:
-    several = len({one.configuration.frames_asked for one in report.summaries}) > 1
-    show.line("")
-    for one in report.summaries:
-        frames = one.configuration.frames_asked if several else None
-        name = one.configuration.label + ("" if frames is None else f", {frames} frames")
-        if one.error or one.limit:
-            show.line(f"{name}: failed: {one.error}" if one.error else f"{name}: limit: {one.limit}")
+    """Say of each method what its limit is, or why it failed."""
+    lines = list(limits(report))
+    if lines:
+        show.line("")
+        show.line("Limits", "bold")
+    for name, said in lines:
+        _wrapped(f"{name}: {said}")
 
 
-def _memory(report: Report) -> Iterator[tuple[str, str]]:
-    """What a process has needed at most says nothing of one method; a device's is a column instead."""
-    if report.conditions.peak_memory_of == "process" and report.summaries:
-        most = max(one.peak_memory_bytes for one in report.summaries)
-        yield (
-            "peak memory",
-            f"{amount(most)} of the process, all methods together: such a peak cannot be reset",
-        )
+def _remarks(report: Report) -> Iterator[tuple[str, str]]:
+    """What is to be known of all figures."""
+    remarks = [("frames", note) for note in frames_notes(report)]
+    remarks += [
+        ("peak memory", peak_words(report)),
+        ("rounds", _few_rounds(report)),
+        ("stopped", stopped_words(report)),
+    ]
+    yield from ((name, said) for name, said in remarks if said)
 
 
-def _conditions(its: Conditions) -> list[tuple[str, str]]:
+def _few_rounds(report: Report) -> str:
+    """That the accepted guesses of a modelled report are not yet those that were told."""
+    rounds = [one.num_drafts for one in report.summaries if one.num_drafts]
+    if not report.modelled or not rounds or min(rounds) >= _FEW_ROUNDS:
+        return ""
+    return (
+        f"only {min(rounds)} in a caption, so accepted tokens differ from those assumed; more --max-new-tokens "
+        "bring them nearer"
+    )
+
+
+def _conditions(report: Report) -> list[tuple[str, str]]:
+    its = report.conditions
     pair = its.target if its.draft is None else f"{its.target}, draft {its.draft}"
     machine = ", ".join(filter(None, (its.machine, its.processor, counted(its.cores, "core"))))
     versions = (
@@ -290,6 +329,6 @@ def _conditions(its: Conditions) -> list[tuple[str, str]]:
         ("clips", f"{its.clips}: {counted(len(its.videos), 'video')}"),
         (
             "captions",
-            f"at most {its.max_new_tokens} tokens; {counted(its.repeat, 'timed turn')} after warm-up",
+            f"at most {counted(its.max_new_tokens, 'token')}; {counted(its.repeat, 'timed turn')} after warm-up",
         ),
     ]

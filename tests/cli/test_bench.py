@@ -130,7 +130,8 @@ def test_a_bench_of_the_demo_pair(run: Run, tmp_path: Path) -> None:
     }
     assert {tuple(row["token_ids"]) for row in rows} == {tuple(rows[0]["token_ids"])}
     for row in rows:
-        assert sum(row[stage] for stage in STAGES) == pytest.approx(row["total_s"])
+        assert sum(row[stage] or 0.0 for stage in STAGES) == pytest.approx(row["total_s"])
+        assert (row["vision_s"] is None) == (row["method"] == "stock") != (row["prefill_s"] is None)
     page = (out / "bench.html").read_text()
     assert "What the draft saw of one-drifts-left.mp4" in page, "the sheet of the first video"
     assert "data:image/png;base64," in page
@@ -145,7 +146,7 @@ def test_videos_that_cannot_be_read_are_left_out(run: Run, tmp_path: Path) -> No
     assert [line for line in told.splitlines() if "left out" in line] == [
         next(line for line in told.splitlines() if line.startswith("left out: text.mp4: "))
     ], "once, although two numbers of frames were asked for"
-    assert "stock, 4 frames: limit: " in said
+    assert "stock, 4 frames: " in said
     code, said, told = run(tmp_path, *asked)
     assert (code, said) == (1, "")
     assert "specvlm: error: no video could be read; " in told
@@ -222,7 +223,10 @@ print({"torch", "transformers", "torchvision", "matplotlib"} & set(sys.modules))
 # What is shown and written
 
 
-def test_the_tables_off_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_tables_off_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "140")
     tell(report(Configuration("assisted")))
     lines = capsys.readouterr().out.splitlines()
     above, below, stock, assisted, plain, ours = lines[lines.index("Speed") + 1 :][:6]
@@ -234,13 +238,16 @@ def test_the_tables_off_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     assert assisted.split() == ["assisted", "failed"]
     assert plain.split()[2] == "1.00"
     assert "assisted: failed: its tokenizer \\x1b[31mdiffers" in lines, "harmless on a terminal"
-    assert lines[-1] == "specvlm uniform 0.9 static: limit: verifying 26 nodes costs 1.9 plain steps"
+    assert lines[lines.index("Limits") + 1] == "stock: decoding, token by token, takes 67 % of the time"
+    assert lines[-1].startswith(
+        "specvlm uniform 0.9 static: verifying 26 nodes costs 1.9 plain steps; ideally "
+    )
     rounds = lines[lines.index("Rounds") + 3]
     assert rounds.split()[:5] == "specvlm uniform 0.9 static 26.0".split()
     assert "1.00 1.00 1.00 0.50 1.00" in rounds
     peaks = [line for line in lines if "peak" in line]
     assert len(peaks) == 1, "a process's peak says nothing of one method"
-    assert peaks[0].startswith("peak memory  1.1 GB of the process, all methods together")
+    assert peaks[0] == "peak memory  1.1 GB, of the process with all methods"
 
 
 @pytest.mark.parametrize("width", [60, 80, 130])
@@ -250,25 +257,55 @@ def test_no_table_is_wider_than_the_terminal(
     monkeypatch.setenv("COLUMNS", str(width))
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setattr(type(sys.stdout), "isatty", lambda _: True)
-    tell(report())
+    tell(report(Configuration("assisted")))
     lines = re.sub(r"\x1b\[[0-9]*m", "", capsys.readouterr().out).splitlines()
-    limits = next(number for number, line in enumerate(lines) if ": limit: " in line)
-    tables = lines[lines.index("Speed") : limits]
-    assert max(map(len, tables)) <= width
+    assert max(map(len, lines)) <= width
     assert "ms/" in lines[lines.index("Speed") + 1]
-    told = " ".join(" ".join(tables).split())
-    for figures in (
-        "50.00 2.00 2.00",
-        "1.50 1.50",
-        "4.00 100 %",
-        "125.0",
-        "375.0",
-        "1.00 1.00 1.00 0.50 1.00",
-    ):
-        assert figures in told, "nothing is lost"
+    tables = lines[lines.index("Speed") : lines.index("Limits")]
+    told = " ".join(line.removeprefix(OURS.label) for line in tables if line.startswith(OURS.label)).split()
+    assert " ".join(told) == (
+        "50.00 2.00 2.00 1.50 1.50 4.00 100 % 100 10 250.0 250.0 125.0 375.0 1000.0 "
+        "26.0 100.00 62.50 187.50 0 % 2.00 1.00 1.00 1.00 1.00 0.50 1.00"
+    ), "nothing is lost"
 
 
-def test_a_devices_peak_is_a_column(capsys: pytest.CaptureFixture[str]) -> None:
+def test_off_a_terminal_lines_have_80_characters(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    tell(report(Configuration("assisted")))
+    assert 60 < max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
+def test_stages_add_up_to_all(capsys: pytest.CaptureFixture[str]) -> None:
+    tell(report())
+    lines = capsys.readouterr().out.splitlines()
+    begin = lines.index("Where the time goes, in ms a video")
+    *stages, whole = [
+        float(figure)
+        for line in lines[begin : lines.index("Rounds")]
+        if line.startswith(OURS.label)
+        for figure in line.removeprefix(OURS.label).split()
+    ]
+    assert sum(stages) == pytest.approx(whole, abs=0.05 * len(stages))
+    assert any("preprocess" in line for line in lines) is False, "columns without a word are left out"
+
+
+def test_depths_begin_on_the_left(capsys: pytest.CaptureFixture[str]) -> None:
+    its = report()
+    *others, ours = its.summaries
+    shallow = replace(ours, acceptance_per_depth=(0.5, 0.25), configuration=replace(OURS, tree="chain"))
+    tell(replace(its, summaries=(*others, shallow, ours)))
+    lines = capsys.readouterr().out.splitlines()
+    place = next(line for line in lines if "1, 2, ..." in line).index("1, 2, ...")
+    shown = [line[place:] for line in lines if line[place:].startswith(("0.50 0.25", "1.00 1.00"))]
+    assert shown == ["0.50 0.25", "1.00 1.00 1.00 0.50 1.00"]
+
+
+def test_a_devices_peak_is_a_column(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "150")
     its = report()
     tell(replace(its, conditions=replace(its.conditions, peak_memory_of="device")))
     lines = capsys.readouterr().out.splitlines()
@@ -278,12 +315,16 @@ def test_a_devices_peak_is_a_column(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_frames_are_a_column_where_there_are_several(capsys: pytest.CaptureFixture[str]) -> None:
-    few, many = Configuration("stock", 16), Configuration("stock", 64)
-    samples = (sample(few, 1, 1.0), sample(many, 1, 2.0))
+    few, many = Configuration("stock", 9), Configuration("stock", 64)
+    samples = (sample(few, 1, 1.0), replace(sample(many, 1, 2.0), num_frames=64))
     tell(Report(CONDITIONS, summarise([few, many], samples), samples))
     lines = capsys.readouterr().out.splitlines()
     assert lines[lines.index("Speed") + 2].split()[:2] == ["method", "frames"]
-    assert "stock, 64 frames: limit: decoding, token by token, takes 80 % of the time" in lines
+    assert [line.split()[1] for line in lines[lines.index("Speed") + 3 :][:2]] == ["8", "64"], (
+        "read, not asked"
+    )
+    assert "frames       9 frames asked, 8 read: videos have no more" in lines
+    assert "stock, 64 frames: decoding, token by token, takes 80 % of the time" in lines
 
 
 def test_rows_hold_all_that_a_sample_has(tmp_path: Path) -> None:

@@ -16,10 +16,23 @@ from specvlm.bench.clips import Clip, example_clips
 from specvlm.bench.grid import Grid
 from specvlm.bench.measure import Asked, Measurer, MethodError
 from specvlm.bench.records import Configuration, Left, MethodName, Report, Sample, Stages, Summary
-from specvlm.bench.suite import Budget, Setup, Step, Suite, bench, rotated
+from specvlm.bench.suite import (
+    Budget,
+    Found,
+    Setup,
+    Step,
+    StoppedError,
+    Suite,
+    bench,
+    reported,
+    rotated,
+    whole_turns,
+)
 from specvlm.bench.summing import acceptance_per_depth, limit, predicted_speedup, summarise
+from specvlm.bench.words import depths, frames_note, frames_notes, frames_of, percent, stopped_words
 from specvlm.captioner import Captioner, PreparedVideo
 from specvlm.errors import ConfigError, NotAVideoError
+from tests.bench_reports import CONDITIONS
 from tests.tiny import FamilyName, Size, random_frames, stock_ids, tiny_captioner
 
 STOCK, PLAIN = Configuration("stock"), Configuration("plain")
@@ -76,10 +89,9 @@ def test_a_grid_is_every_method_and_every_combination_once() -> None:
     found = [one.label for one in grid.configurations(16)]
     assert found == [
         *("stock", "sd chain", "sd static", "specvlm none chain", "specvlm none static"),
-        *("specvlm uniform 0 chain", "specvlm uniform 0 static"),
         *("specvlm uniform 0.9 chain", "specvlm uniform 0.9 static"),
-    ]
-    assert [one.frames_asked for one in grid.all()] == [16] * 9 + [64] * 9
+    ], "a ratio of 0 is the same whatever the pruner"
+    assert [one.frames_asked for one in grid.all()] == [16] * 7 + [64] * 7
 
 
 @pytest.mark.parametrize(
@@ -121,6 +133,32 @@ def test_ratios_are_of_totals_of_medians_and_medians_are_of_videos() -> None:
     assert found.decode_median == pytest.approx((4.0 + 2.0) / 2)
     assert found.e2e == pytest.approx((6.0 + 2.0) / (2.5 + 2.0))
     assert (stock.speedups, stock.exact_match, ours.speedup("plain")) == ((), None, None)
+
+
+def test_all_figures_of_a_video_are_of_the_turn_whose_total_is_the_median() -> None:
+    """Each stage's own median would be read 1, draft 2, verify 3: no turn, and 6 s in place of 7."""
+
+    def turn(video: str, number: int, read_s: float, draft_s: float, verify_s: float, rounds: int) -> Sample:
+        stages = Stages(read_s=read_s, draft_s=draft_s, verify_s=verify_s)
+        decode_s = draft_s + verify_s
+        more = {"token_ids": tuple(range(5 * rounds + 1)), "decode_tokens": 5 * rounds}
+        return sample(
+            OURS, video, number, decode_s, read_s + decode_s, stages=stages, num_drafts=rounds,
+            num_draft_tokens=25 * rounds, num_accepted_tokens=4 * rounds, **more,
+        )  # fmt: skip
+
+    turns = [turn("a", 1, 1.0, 1.0, 4.0, 2), turn("a", 2, 4.0, 2.0, 1.0, 3), turn("a", 3, 1.0, 6.0, 3.0, 4)]
+    (one,) = summarise([OURS], [*turns, turn("b", 1, 1.0, 1.0, 1.0, 1), turn("b", 2, 9.0, 9.0, 9.0, 9)])
+    assert one.stages == Stages(read_s=4.0 + 1.0, draft_s=2.0 + 1.0, verify_s=1.0 + 1.0), "of two, the faster"
+    assert sum(astuple(one.stages)) == one.total_s == 7.0 + 3.0
+    assert one.decode_s == 3.0 + 2.0
+    assert (one.num_drafts, one.num_draft_tokens, one.num_accepted_tokens) == (3 + 1, 75 + 25, 12 + 4)
+    assert one.mean_accepted_tokens == one.num_accepted_tokens / one.num_drafts
+    assert one.mean_nodes == 1 + one.num_draft_tokens / one.num_drafts
+    assert one.decode_tokens == one.num_accepted_tokens + one.num_drafts, "a bonus for each round"
+    assert one.completion_tokens == one.decode_tokens + one.videos
+    assert one.token_s == one.decode_s / one.decode_tokens
+    assert one.draft_round_s == one.stages.draft_s / one.num_drafts
 
 
 def test_captions_that_differ_are_counted_and_compared_by_the_token() -> None:
@@ -201,6 +239,10 @@ def test_without_plain_nothing_is_predicted_and_the_share_is_named() -> None:
 @pytest.mark.parametrize(
     ("terms", "words"),
     [
+        (
+            {"draft_s": 0.002, "verify_s": 0.2, "accepted": 10},
+            "no term stands out: a round costs 1.0 plain steps and gives 6.0 tokens",
+        ),
         ({"draft_s": 0.2, "verify_s": 0.2}, "drafting costs 1.0 plain steps a round"),
         ({"draft_s": 0.02, "verify_s": 0.6}, "verifying 6 nodes costs 3.0 plain steps"),
         ({"draft_s": 0.02, "verify_s": 0.2, "host_s": 0.5}, "all but drafting and verifying costs 2.5"),
@@ -212,10 +254,13 @@ def test_without_plain_nothing_is_predicted_and_the_share_is_named() -> None:
     ],
 )
 def test_the_term_whose_ideal_gains_most_is_the_limit(terms: dict[str, float], words: str) -> None:
+    accepted = int(terms.pop("accepted", 8))
     stages = Stages(**terms)
     decode_s = stages.draft_s + stages.verify_s + stages.host_s
     before_s = stages.read_s + stages.vision_s
-    _, ours = rounds(stages=stages, total_s=before_s + decode_s if before_s else 9.0)
+    _, ours = rounds(
+        stages=stages, total_s=before_s + decode_s if before_s else 9.0, num_accepted_tokens=accepted
+    )
     assert ours.limit.startswith(words)
 
 
@@ -225,6 +270,20 @@ def test_acceptance_per_depth_is_conditional() -> None:
     assert found == (pytest.approx(8 / 10), pytest.approx(4 / 8), pytest.approx(1 / 2))
     assert acceptance_per_depth([(3, 0, 0)], [(3,)]) == (0.0, None)
     assert acceptance_per_depth([(), ()], [(), ()]) == ()
+
+
+def test_what_was_not_measured_is_null() -> None:
+    samples = (sample(STOCK, "a", 1, 2.0), sample(OURS, "a", 1, 1.0))
+    stock, ours = (one.as_json() for one in summarise([STOCK, OURS], samples))
+    inside = ["vision_s", "target_prefill_s", "draft_prefill_s", "draft_s", "verify_s", "commit_s", "host_s"]
+    assert [name for name, value in stock["stages"].items() if value is None] == inside
+    assert [name for name, value in ours["stages"].items() if value is None] == ["prefill_s", "steps_s"]
+    row = samples[0].as_row()
+    assert [name for name in row if name in stock["stages"] and row[name] is None] == inside
+    _, failed = (one.as_json() for one in summarise([STOCK, OURS], samples, {OURS: "out of memory"}))
+    assert set(failed["stages"].values()) == {None}
+    told = {name: value for name, value in failed.items() if value not in (None, 0, "", [])}
+    assert set(told) == {"label", "method", "pruner", "prune_ratio", "tree", "error", "stages"}
 
 
 def test_everything_becomes_plain_json() -> None:
@@ -239,19 +298,26 @@ def test_everything_becomes_plain_json() -> None:
     assert told["summaries"][1]["speedups"][0]["baseline"] == "stock"
     assert told["samples"][0]["method"] == "stock"
     assert told["conditions"]["peak_memory_of"] == "process"
+    assert told["process_peak_bytes"] == 7
+    assert [one["peak_memory_bytes"] for one in told["summaries"]] == [None, None], "a process has one peak"
+    on_device = replace(report, conditions=replace(report.conditions, peak_memory_of="device")).as_json()
+    assert on_device["process_peak_bytes"] is None
+    assert [one["peak_memory_bytes"] for one in on_device["summaries"]] == [7, 7]
 
 
 # The order
 
 
 class FakeMeasurer:
-    """Notes what it is asked for; `stock` takes two seconds, all else one."""
+    """Notes what it is asked for; `stock` takes two seconds, all else one. `stops`: after so many captions."""
 
-    def __init__(self, fails: MethodName | None = None, at: int = 0) -> None:
+    def __init__(self, fails: MethodName | None = None, at: int = 0, stops: int | None = None) -> None:
         self.asked: list[tuple[str, int, MethodName]] = []
-        self._fails, self._at = fails, at
+        self._fails, self._at, self._stops = fails, at, stops
 
     def measure(self, how: Configuration, video: Any, name: str, turn: int) -> Sample:
+        if len(self.asked) == self._stops:
+            raise KeyboardInterrupt
         self.asked.append((name, turn, how.method))
         if how.method == self._fails and turn == self._at:
             raise MethodError("it cannot")
@@ -267,23 +333,31 @@ def run(
 ) -> tuple[Any, Heard]:
     """Run a suite of three methods."""
     heard = Heard()
+    return suite_of(measurer, clips, bad, budget, repeat, heard).run(), heard
 
+
+def suite_of(
+    measurer: FakeMeasurer,
+    clips: tuple[str, ...],
+    bad: tuple[str, ...] = (),
+    budget: Budget | None = None,
+    repeat: int = 2,
+    heard: Heard | None = None,
+) -> Suite:
     def prepare(clip: Clip, num_frames: int | None) -> Any:
         if clip.name in bad:
             raise NotAVideoError(clip.name, "it is text")
         return None
 
-    grid = Grid(("stock", "plain", "specvlm"))
-    suite = Suite(
-        grid,
+    return Suite(
+        Grid(("stock", "plain", "specvlm")),
         [Clip(name, name) for name in clips],
         repeat,
         prepare,
         measurer,
-        heard,
+        heard or Heard(),
         budget or Budget(None),
     )
-    return suite.run(), heard
 
 
 def test_methods_alternate_and_each_turn_begins_with_another_one() -> None:
@@ -317,6 +391,9 @@ def test_a_method_that_fails_is_left_out_from_there_on_and_told_once() -> None:
     assert [turn for _, turn, method in measurer.asked if method == "plain"] == [0, 1]
     assert sum(one.configuration.method == "stock" for one in found.samples) == 4
     assert found.errors == {Configuration("plain"): "it cannot"}
+    dones, totals = [step.done for step in heard.steps], [step.total for step in heard.steps]
+    assert dones == [*range(4), *range(3, 13)], "what is not made is neither announced nor counted"
+    assert totals == [18] * 4 + [13] * 10, "nor waited for"
 
 
 def test_a_video_that_cannot_be_read_is_left_out_with_its_reason() -> None:
@@ -327,6 +404,78 @@ def test_a_video_that_cannot_be_read_is_left_out_with_its_reason() -> None:
     assert "it is text" in heard.left[0].reason
     assert list(found.left_out) == ["bad"]
     assert heard.steps[0].done == 9, "its captions count as done"
+
+
+@pytest.mark.parametrize(("stops", "kept"), [(5, []), (6, [1]), (8, [1]), (9, [1, 2])])
+def test_of_an_interrupted_bench_whole_turns_are_kept(stops: int, kept: list[int]) -> None:
+    grid = Grid(("stock", "plain", "specvlm"))
+    suite = suite_of(FakeMeasurer(stops=stops), ("a", "b"))
+
+    def report(found: Found) -> Report:
+        return Report(CONDITIONS, summarise(grid.all(), found.samples, found.errors), tuple(found.samples))
+
+    with pytest.raises(StoppedError) as caught:
+        reported(suite, grid, report)
+    found = caught.value.report
+    assert found.stopped
+    assert [one.turn for one in found.samples if one.configuration.method == "stock"] == kept
+    assert len(found.samples) == 3 * len(kept)
+    assert [one.error is None for one in found.summaries] == 3 * [bool(kept)]
+    if kept:
+        turns = "1 whole turn" if len(kept) == 1 else "2 whole turns"
+        assert stopped_words(found) == f"stopped early: kept {turns} of 1 video"
+
+
+def test_frames_that_no_turn_had_are_not_measured() -> None:
+    grid = Grid(("stock", "plain"), (4, 8))
+    few, many = grid.configurations(4), grid.configurations(8)
+    samples = [sample(how, "a", 1, 1.0) for how in (*few, many[0])]
+    found = whole_turns(Found(samples, {}, {}), grid.all())
+    assert [one.configuration for one in found.samples] == few
+    assert found.errors == dict.fromkeys(many, "not measured, it was stopped before")
+
+
+@pytest.mark.parametrize(
+    ("asked", "read", "multiple", "words"),
+    [
+        (7, 6.0, 2, "7 frames asked, 6 read: this model takes multiples of 2"),
+        (7, 5.5, 2, "7 frames asked, 5.5 read: videos have no more"),
+        (64, 12.5, 1, "64 frames asked, 12.5 read: videos have no more"),
+        (1, 2.0, 2, "1 frame asked, 2 read: this model takes multiples of 2"),
+        (6, 6.0, 2, ""),
+    ],
+)
+def test_other_frames_than_asked_for_are_told(asked: int, read: float, multiple: int, words: str) -> None:
+    assert frames_note(asked, read, multiple) == words
+
+
+def test_frames_are_those_that_were_read() -> None:
+    hows = [replace(how, frames_asked=7) for how in (STOCK, PLAIN)]
+    samples = [sample(hows[0], "a", 1, 2.0, num_frames=6)]
+    summaries = summarise(hows, samples, {hows[1]: "out of memory"})
+    assert [frames_of(one) for one in summaries] == ["6", "6"], "of what failed, those of the others"
+    report = Report(replace(CONDITIONS, frame_multiple=2), summaries, tuple(samples))
+    assert frames_notes(report) == ["7 frames asked, 6 read: this model takes multiples of 2"]
+    assert frames_notes(Report(CONDITIONS, (), ())) == []
+
+
+@pytest.mark.parametrize(
+    ("share", "words"),
+    [
+        (0.0, "0 %"), (0.0000806, "<0.1 %"), (0.00466, "0.5 %"), (0.87, "87.0 %"), (0.9999, ">99.9 %"),
+        (1.0, "100 %"), (None, ""),
+    ],
+)  # fmt: skip
+def test_shares_have_one_decimal(share: float | None, words: str) -> None:
+    assert percent(share) == words
+
+
+def test_depths_stand_below_each_other_and_say_when_they_are_cut() -> None:
+    few = Summary(OURS, acceptance_per_depth=(1.0, None, 0.5))
+    many = Summary(OURS, acceptance_per_depth=(0.25,) * 9)
+    assert depths(few) == "1.00    - 0.50"
+    assert depths(many) == " ".join(["0.25"] * 8) + " …"
+    assert depths(Summary(OURS, acceptance_per_depth=(0.25,) * 8)) == " ".join(["0.25"] * 8)
 
 
 def test_a_spent_budget_begins_no_further_video_but_always_one() -> None:

@@ -16,8 +16,9 @@ import pytest
 
 from specvlm.bench.grid import Grid
 from specvlm.bench.page import PageSheet, page, safe, write_page
-from specvlm.bench.plots import MOST_SERIES, STAGE_COLOURS, STAGE_NAMES, plots
+from specvlm.bench.plots import MOST_SERIES, STAGE_COLOURS, plots
 from specvlm.bench.records import STAGES, Configuration, Report, Summary
+from specvlm.bench.words import STAGE_NAMES
 from tests.bench_reports import FULL, HOSTILE, hostile, made
 
 VOID = {"meta", "img", "br"}
@@ -101,14 +102,16 @@ def test_the_table_has_every_configuration_with_its_figures(name: str) -> None:
         told = dict(zip(head, row, strict=True))
         assert told["method"] == one.configuration.label
         found = one.speedup("stock")
-        assert told["decoding × stock"] == ("" if found is None else f"{found.decode:.2f}")  # noqa: RUF001
+        assert told["decode × stock"] == ("" if found is None else f"{found.decode:.2f}")  # noqa: RUF001
         assert told["end to end × stock"] == ("" if found is None else f"{found.e2e:.2f}")  # noqa: RUF001
         accepted = one.mean_accepted_tokens
-        assert told["accepted tokens"] == ("" if accepted is None else f"{accepted:.2f}")
+        assert told["accepted"] == ("" if accepted is None else f"{accepted:.2f}")
         assert told["same as stock"] == ("" if found is None else "100 %")
         assert told["ms/token"] == f"{1e3 * (one.token_s or 0.0):.2f}"
         if name == "full":
-            assert told["frames"] == str(one.configuration.frames_asked)
+            assert told["frames"] == f"{(one.configuration.frames_asked or 0) - 0.5:.1f}", (
+                "those that were read"
+            )
 
 
 def test_the_headline_is_the_fastest_end_to_end() -> None:
@@ -217,6 +220,33 @@ def test_importing_the_page_costs_no_plotting_library() -> None:
     program = "import sys, specvlm.bench.page; print({'matplotlib', 'torch', 'PIL'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
+
+
+def test_what_holds_for_all_figures_is_a_condition() -> None:
+    report = replace(made(FULL), stopped=True)
+    report = replace(report, conditions=replace(report.conditions, frame_multiple=2))
+    text = page(report)
+    assert "<dt>peak memory</dt><dd>2.3 GB, of the process with all methods</dd>" in text
+    assert "peak memory" not in Reader(text).rows[0]
+    assert "16 frames asked, 15.5 read: videos have no more; 64 frames asked" in text
+    assert "<dt>stopped</dt>" in text
+    on_device = replace(report, conditions=replace(report.conditions, peak_memory_of="device"))
+    head, row, *_ = Reader(page(on_device)).rows
+    assert row[head.index("peak memory")] == "2.3 GB"
+
+
+def test_depths_of_several_rows_stand_below_each_other_and_say_when_they_are_cut() -> None:
+    one = replace(made().summaries[-1], acceptance_per_depth=(0.5, None, *(7 * [0.25])))
+    text = page(replace(made(), summaries=(one,)))
+    cells = next(row for row in Reader(text).rows if row[-1].endswith("…"))
+    assert cells[-1] == "0.50 \u2007\u2007\u2007- " + "0.25 " * 6 + "…"
+    assert "<td class=listed>0.50" in text
+
+
+def test_all_pruners_share_the_point_without_pruning() -> None:
+    report = made(Grid(pruners=("specvlm", "uniform"), prune_ratios=(0.0, 0.9)))
+    (ratio,) = [one for one in plots(report) if one.name == "ratio"]
+    assert "pruner uniform, tree" in ratio.svg, "a line, so two points"
 
 
 def test_a_report_of_one_video_is_told_in_the_singular() -> None:

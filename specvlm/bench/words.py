@@ -1,0 +1,144 @@
+"""Names and numbers of a bench as people read them, the same in the terminal, on the page and on a sheet.
+
+Knows records alone; neither terminal nor HTML. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from statistics import fmean
+
+from specvlm.bench.records import Report, Summary
+
+STAGE_NAMES = {
+    "read_s": "read",
+    "preprocess_s": "preprocess",
+    "vision_s": "vision",
+    "target_prefill_s": "target prefill",
+    "draft_prefill_s": "draft prefill",
+    "prefill_s": "until token 1",
+    "draft_s": "draft",
+    "verify_s": "verify",
+    "commit_s": "commit",
+    "host_s": "host",
+    "steps_s": "tokens 2...",
+    "rest_s": "rest",
+}
+MOST_DEPTHS = 8  # of a table's cell
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def amount(size_bytes: int) -> str:
+    """A size in the largest decimal unit that it fills."""
+    size = float(size_bytes)
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 1000.0:
+            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+        size /= 1000.0
+    return f"{size:.1f} TB"
+
+
+def percent(share: float | None) -> str:
+    """A share with one decimal; 0 % and 100 % are exactly that. Empty for None."""
+    if share is None:
+        return ""
+    if share in (0.0, 1.0):
+        return f"{100.0 * share:.0f} %"
+    if 0.0 < share < 0.001:
+        return "<0.1 %"
+    return ">99.9 %" if 0.999 < share < 1.0 else f"{100.0 * share:.1f} %"
+
+
+def number(value: float | None) -> str:
+    """A ratio or a count that is a mean; empty for None."""
+    return "" if value is None else f"{value:.2f}"
+
+
+def mean_words(value: float) -> str:
+    """A mean of whole numbers: without decimals where it is one."""
+    return f"{value:.1f}".removesuffix(".0")
+
+
+def depths(summary: Summary) -> str:
+    """Acceptance by depth, each in four characters, so that depths of several rows stand below each other."""
+    shares = summary.acceptance_per_depth
+    shown = " ".join(number(one) or "   -" for one in shares[:MOST_DEPTHS])
+    return f"{shown} …" if len(shares) > MOST_DEPTHS else shown
+
+
+def has_several_frames(report: Report) -> bool:
+    """Whether configurations differ in the frames asked for."""
+    return len({one.configuration.frames_asked for one in report.summaries}) > 1
+
+
+def frames_of(summary: Summary) -> str:
+    """Frames that were read, the mean over videos; where none were, those that were asked for."""
+    if summary.num_frames:
+        return mean_words(summary.num_frames)
+    return (
+        "preset's" if summary.configuration.frames_asked is None else str(summary.configuration.frames_asked)
+    )
+
+
+def frames_note(asked: int, read: float, multiple: int) -> str:
+    """Why other frames were read than asked for; empty where they were not.
+
+    Args:
+        asked: Frames asked for.
+        read: Mean of those that were read.
+        multiple: The model takes multiples of so many.
+    """
+    if read == asked:
+        return ""
+    told = f"{counted(asked, 'frame')} asked, {mean_words(read)} read"
+    if asked % multiple and abs(read - asked) < multiple and read % multiple == 0:
+        return f"{told}: this model takes multiples of {multiple}"
+    return f"{told}: videos have no more" if read < asked else f"{told}: the fewest that are read"
+
+
+def frames_notes(report: Report) -> list[str]:
+    """What is to be said of each number of frames that was asked for, once."""
+    multiple, found = report.conditions.frame_multiple, []
+    for asked in dict.fromkeys(one.configuration.frames_asked for one in report.summaries):
+        read = [
+            one.num_frames
+            for one in report.summaries
+            if one.videos and one.configuration.frames_asked == asked
+        ]
+        if asked is not None and read and (note := frames_note(asked, fmean(read), multiple)):
+            found.append(note)
+    return found
+
+
+def peak_words(report: Report) -> str:
+    """The peak of a process, which no method has for itself; empty where a device tells of each."""
+    most = report.process_peak_bytes
+    return "" if most is None else f"{amount(most)}, of the process with all methods"
+
+
+def name_of(summary: Summary, several_frames: bool) -> str:
+    """A configuration's label, with its frames where there are several."""
+    label = summary.configuration.label
+    return f"{label}, {frames_of(summary)} frames" if several_frames else label
+
+
+def limits(report: Report) -> Iterator[tuple[str, str]]:
+    """Each configuration, and what is said of its limit, or why it failed."""
+    several = has_several_frames(report)
+    for one in report.summaries:
+        said = f"failed: {one.error}" if one.error is not None else one.limit
+        if said:
+            yield name_of(one, several), said
+
+
+def stopped_words(report: Report) -> str:
+    """What a bench that was stopped has kept; empty where it was not."""
+    if not report.stopped:
+        return ""
+    turns = len({(one.configuration.frames_asked, one.video, one.turn) for one in report.samples})
+    videos = len({one.video for one in report.samples})
+    return f"stopped early: kept {counted(turns, 'whole turn')} of {counted(videos, 'video')}"
