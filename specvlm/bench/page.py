@@ -163,7 +163,7 @@ def _conditions(report: Report) -> str:
         ("turns", f"{its.repeat} timed, after one of warm-up"),
         ("frames", "; ".join(frames_notes(report))),
         ("peak memory", peak_words(report)),
-        ("stopped", stopped_words(report)),
+        ("stopped", stopped_words(report).removeprefix("stopped early: ")),
         ("begun", its.started_at),
     ]
     shown = "".join(f"<div><dt>{name}</dt><dd>{safe(value)}</dd></div>" for name, value in rows if value)

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from specvlm.bench.words import counted, percent
 from specvlm.inspection.drawing import (
     FAINT,
     FIRST_COLOUR,
@@ -171,9 +172,9 @@ def _headline(found: Inspection) -> list[tuple[str, str]]:
     return [
         (pruner, settings or "nothing is pruned"),
         (f"{found.video_tokens:,}", "video tokens"),
-        (f"{kept:,}", f"kept ({kept / found.video_tokens:.1%})"),
-        (f"{found.attention_kept():.1%}", "of the attention is kept"),
-        (f"{found.attention_to_video:.1%}", "of all attention is on the video"),
+        (f"{kept:,}", f"kept ({percent(kept / found.video_tokens)})"),
+        (f"{percent(found.attention_kept())}", "of the attention is kept"),
+        (f"{percent(found.attention_to_video)}", "of all attention is on the video"),
     ]
 
 
@@ -181,7 +182,8 @@ def _draw_legend(draw: ImageDraw.ImageDraw, top: int, found: Inspection, heat: H
     face = font(14)
     for one in found.stages:
         outline(draw, (_MARGIN, top, _MARGIN + 18, top + 18), *_STROKES[one.stage])
-        label = f"{one.name}: {one.kept:,} tokens, {one.attention:.1%} of the attention"
+        tokens = f"{one.kept:,} token{'' if one.kept == 1 else 's'}"
+        label = f"{one.name}: {tokens}, {percent(one.attention)} of the attention"
         write(draw, (_MARGIN + 27, top + 1), label, face)
         top += _LEGEND_LINE
     _draw_heat_scale(draw, top, heat)
@@ -256,9 +258,7 @@ def _draw_label(
 ) -> None:
     step, face = found.steps[number], font(13)
     write(draw, at, cut(_frames_and_times(step), face, width), face)
-    below = (
-        f"kept {step.kept} of {found.grid.rows * found.grid.columns}  ·  {step.attention:.1%} of attention"
-    )
+    below = f"kept {step.kept} of {found.grid.rows * found.grid.columns}  ·  {percent(step.attention)} of attention"
     write(draw, (at[0], at[1] + 17), cut(below, face, width), face, FAINT)
 
 
@@ -276,8 +276,13 @@ def _draw_timeline(draw: ImageDraw.ImageDraw, top: int, layout: _Layout, found: 
     """Bars of what is kept and a line of the attention, each on a scale of its own."""
     steps, face = found.steps, font(13)
     most = max(step.kept for step in steps), max(step.attention for step in steps)
-    end = write(draw, (_MARGIN, top), f"all {len(steps)} steps: kept cells (bars, at most {most[0]})", face)
-    write(draw, (end, top), f" and share of the attention (line, at most {most[1]:.1%})", face, FAINT)
+    end = write(
+        draw,
+        (_MARGIN, top),
+        f"{counted(len(steps), 'step')} in all: kept cells (bars, at most {most[0]})",
+        face,
+    )
+    write(draw, (end, top), f" and share of the attention (line, at most {percent(most[1])})", face, FAINT)
     bottom, right = top + 24 + _TIMELINE_HEIGHT, layout.width - _MARGIN
     edges = np.rint(np.linspace(_MARGIN, right, len(steps) + 1)).astype(int).tolist()
     line: list[tuple[int, int]] = []
@@ -317,7 +322,11 @@ def _draw_foot(draw: ImageDraw.ImageDraw, top: int, layout: _Layout, found: Insp
 def _remarks(found: Inspection, shown: int) -> list[str]:
     """What must be known to read the sheet."""
     steps, grid = len(found.steps), found.grid
-    said = [f"{shown} of {steps} steps are shown, evenly chosen." if shown < steps else f"All {steps} steps."]
+    said = [
+        f"{shown} of {counted(steps, 'step')} are shown, evenly chosen."
+        if shown < steps
+        else f"{counted(steps, 'step')} in all."
+    ]
     if grid.frames_per_step > 1:
         said.append(f"A step covers {grid.frames_per_step} frames; its first one is shown.")
     if beyond := found.video_tokens - grid.cells:

@@ -7,24 +7,28 @@ from __future__ import annotations
 
 import json
 import shlex
+import signal
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 from specvlm.bench.clips import Clip, example_clips
 from specvlm.bench.grid import WITH_DRAFT, Grid
 from specvlm.bench.page import PageSheet
 from specvlm.bench.records import METHODS, Left, MethodName, Report
+from specvlm.bench.words import counted, stopped_words
 from specvlm.config import GenerationSettings, PrunerName, TreeName
 from specvlm.errors import SpecvlmError
 from specvlm.preset import Preset
 from specvlm_cli import engine
-from specvlm_cli.commands.bench_flags import BenchFlags, values_of
+from specvlm_cli.commands.bench_flags import MOST_REPEATS, BenchFlags, in_range, one_prompt, values_of
 from specvlm_cli.commands.bench_shapes import modelled, modelled_grid, refuse_mixture
+from specvlm_cli.commands.caption_flags import MOST
 from specvlm_cli.commands.choices import DEFAULT_PRESET, check_models, pair_of, prompt_texts
 from specvlm_cli.exits import ExitCode, FatalError, UsageError
 from specvlm_cli.inputs import Inputs, Item
@@ -56,12 +60,17 @@ class _Measured(NamedTuple):
 
 
 def bench(flags: BenchFlags) -> int:
-    """Compare stock generate(), its assisted generation, plain decoding, and speculation, on the same videos.
+    """Compare stock generate(), its assisted generation, plain decoding and speculation on the same videos.
 
-    Methods alternate in one process, after a turn of warm-up, and speedups are told of decoding and from the file
-    to the text. Without INPUT it is a quick check on the example clips: with the tiny demo pair, about a minute
-    on two cores.
+    Methods take turns in one process, after one turn of warm-up.
+
+    Two speedups are shown: that of decoding alone, and that from the file to the text.
+
+    Without INPUT it is a quick check on the example clips: a minute or two on two cores.
     """
+    in_range("--limit", flags.limit, MOST)
+    in_range("--repeat", flags.repeat, MOST_REPEATS)
+    one_prompt(flags.prompt, "bench")
     refuse_mixture(flags)
     GenerationSettings(max_new_tokens=flags.max_new_tokens)
     grid, talk = _grid(flags), BenchTalk(flags.quiet)
@@ -69,18 +78,59 @@ def bench(flags: BenchFlags) -> int:
         from specvlm_cli import bench_files
 
         bench_files.ready(flags.out)
-    if flags.shape is not None:
-        measured = _Measured(modelled(flags, modelled_grid(flags, grid), _command(flags), talk))
-    else:
-        measured = _of_checkpoints(flags, grid, talk)
+    with ending() as stop:
+        try:
+            measured = _found(flags, grid, talk)
+        except KeyboardInterrupt as error:
+            return _stopped(error, flags, talk, stop.code)
     _show(measured, flags, talk)
     return ExitCode.SOME_FAILED if measured.report.left_out else ExitCode.OK
+
+
+def _found(flags: BenchFlags, grid: Grid, talk: BenchTalk) -> _Measured:
+    if flags.shape is not None:
+        return _Measured(modelled(flags, modelled_grid(flags, grid), _command(flags), talk))
+    return _of_checkpoints(flags, grid, talk)
+
+
+class Stop:
+    """What asked the bench to stop, as an exit code."""
+
+    def __init__(self) -> None:
+        self.code: int = ExitCode.INTERRUPTED
+
+    def on_signal(self, number: int, _: FrameType | None) -> None:
+        """Interrupt; whoever holds what was measured keeps it."""
+        self.code = 128 + number
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def ending() -> Iterator[Stop]:
+    """Have SIGTERM end the block as Ctrl-C does, with a KeyboardInterrupt."""
+    stop = Stop()
+    before = signal.signal(signal.SIGTERM, stop.on_signal)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _stopped(error: KeyboardInterrupt, flags: BenchFlags, talk: BenchTalk, code: int) -> int:
+    """Show and write what was measured until then, without a picture, and return the exit code."""
+    report = getattr(error, "report", None)  # only a bench that had begun has one
+    if report is None or not report.samples:
+        talk.warn("stopped early: nothing is kept, no turn was whole")
+        return code
+    talk.warn(stopped_words(report))
+    _show(_Measured(report), flags, talk)
+    return code
 
 
 def _of_checkpoints(flags: BenchFlags, grid: Grid, talk: BenchTalk) -> _Measured:
     pair = pair_of(flags.preset, flags.target)
     check_models(pair, flags.draft, flags.draft_revision, flags.device_map)
-    prompt = prompt_texts(None if flags.prompt is None else [flags.prompt], pair)[0]
+    prompt = prompt_texts(flags.prompt, pair)[0]
     _refuse_without_draft(grid, pair, flags.draft)
     with ExitStack() as stack:
         videos = _videos(flags, talk, stack)
@@ -171,12 +221,12 @@ def _measured(
         talk.note(
             f"no --preset or --target: using the tiny {DEFAULT_PRESET} pair, it knows only drawn shapes"
         )
-    talk.note(f"{len(videos.clips)} videos: {videos.words}")
+    talk.note(f"{counted(len(videos.clips), 'video')}: {videos.words}")
     models = _models(flags, pair)
     captioner = engine.load_captioner(models, quiet=flags.quiet)
 
     from specvlm.bench.measure import Asked
-    from specvlm.bench.suite import Setup
+    from specvlm.bench.suite import Setup, StoppedError
     from specvlm.bench.suite import bench as run
 
     draft = captioner.info.draft
@@ -191,9 +241,16 @@ def _measured(
     )
     quick = not flags.inputs and flags.limit is None
     with talk.working():
-        report = run(captioner, Setup(grid, videos.clips, None, asked, QUICK_S if quick else None), talk)
+        try:
+            report = run(captioner, Setup(grid, videos.clips, None, asked, QUICK_S if quick else None), talk)
+        except StoppedError as error:
+            error.report = replace(error.report, left_out=(*videos.left_out, *error.report.left_out))
+            raise
     if quick and (done := len(report.conditions.videos)) < len(videos.clips):
-        talk.note(f"{QUICK_S:g} s were up after {done} of them; --limit {len(videos.clips)} takes all")
+        whole = len(videos.clips)
+        talk.note(
+            f"after {QUICK_S:g} s no further clip was begun: {done} of {whole} measured; --limit {whole} takes all"
+        )
     report = replace(report, left_out=(*videos.left_out, *report.left_out))
     return _Measured(report, () if flags.out is None else _sheets(captioner, report, videos.clips, talk))
 
@@ -232,7 +289,7 @@ def _command(flags: BenchFlags) -> str:
         value = getattr(flags, one.name)
         if one.name not in ("inputs", "out", "json_output", "quiet", "verbose") and value != one.default:
             name = f"--{one.name.replace('_', '-')}"
-            words += [name] if value is True else [name, str(value)]
+            words += [name] if value is True else [name, value[0] if isinstance(value, list) else str(value)]
     return storable(shlex.join(words))
 
 

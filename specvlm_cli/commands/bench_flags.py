@@ -16,7 +16,7 @@ import typer
 from specvlm.bench.grid import Grid
 from specvlm.bench.records import METHODS
 from specvlm.config import PRUNERS, TREES
-from specvlm_cli.commands.caption_flags import MOST, CaptionFlags, DtypeName
+from specvlm_cli.commands.caption_flags import CaptionFlags, DtypeName
 from specvlm_cli.commands.options import flag, same_as
 from specvlm_cli.exits import UsageError
 from specvlm_cli.text import clean
@@ -34,6 +34,27 @@ def listed(values: tuple[object, ...]) -> str:
     return ",".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
 
 
+def in_range(name: str, value: int | None, most: int) -> None:
+    """Refuse a number below 1 or above `most`.
+
+    Raises:
+        UsageError: It is so.
+    """
+    if value is not None and not 1 <= value <= most:
+        raise UsageError(f"{name} {value} is out of range; give 1 to {most}")
+
+
+def one_prompt(given: list[str] | None, command: str) -> list[str] | None:
+    """Return the one prompt there is; None: none was given.
+
+    Raises:
+        UsageError: There are several.
+    """
+    if given and len(given) > 1:
+        raise UsageError(f"--prompt was given {len(given)} times, and {command} asks one question; give one")
+    return given or None
+
+
 def values_of(name: str, text: str, kind: Callable[[str], Value], example: str) -> tuple[Value, ...]:
     """Return the values that a list names, each once.
 
@@ -45,9 +66,9 @@ def values_of(name: str, text: str, kind: Callable[[str], Value], example: str) 
         try:
             found[kind(part)] = None
         except ValueError as error:
-            raise UsageError(
-                f"{name} {clean(text)}: {clean(part)!r} is no number; give e.g. {example}"
-            ) from error
+            where = name if part == text.strip() else f"{name} {clean(text)}:"
+            what = "whole number" if kind is int else "number"
+            raise UsageError(f"{where} {clean(part)!r} is no {what}; give e.g. {example}") from error
     if not found:
         raise UsageError(f"{name} {clean(text)!r} names none; give e.g. {example}")
     return tuple(found)
@@ -71,7 +92,13 @@ class BenchFlags:
         ),
     ] = None
     limit: Annotated[
-        int | None, flag(_INPUT, "--limit", "At most N videos.", metavar="N", min=1, max=MOST)
+        int | None,
+        flag(
+            _INPUT,
+            "--limit",
+            "At most N videos. Without INPUT it lifts the bound of 60 s, too.",
+            metavar="N",
+        ),
     ] = None
     out: Annotated[  # no variable: SPECVLM_OUT is a run folder
         Path | None,
@@ -84,10 +111,10 @@ class BenchFlags:
         ),
     ] = None
     prompt: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             "--prompt",
-            help="What to ask: TEXT, or @FILE. Default: the preset's.",
+            help="What to ask, once: TEXT, or @FILE. Default: the preset's.",
             rich_help_panel=_INPUT,
             metavar="TEXT",
         ),
@@ -117,8 +144,6 @@ class BenchFlags:
             "--repeat",
             "Timed turns of each video, after one of warm-up.",
             metavar="N",
-            min=1,
-            max=MOST_REPEATS,
         ),
     ] = REPEAT
     max_new_tokens: Annotated[int, same_as(CaptionFlags, "max_new_tokens")] = CaptionFlags.max_new_tokens

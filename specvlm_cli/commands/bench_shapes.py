@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _OF_CHECKPOINTS = ("inputs", "prompt", "preset", "target", "draft", "revision", "draft_revision", "limit")
 _FRAMES = 64  # a modelled video has no length of its own
+_MANY = 1_000_000_000  # parameters that a CPU is slow with
 _CANNOT = ("assisted",)  # its acceptance cannot be given
 
 
@@ -69,6 +70,7 @@ def modelled(flags: BenchFlags, grid: Grid, command: str, talk: BenchTalk) -> Re
         bench_modelled,
         build_pair,
         check_setup,
+        parameters_of,
         refuse_without_memory,
     )
     from specvlm.bench.shapes import frame_size_of
@@ -80,6 +82,12 @@ def modelled(flags: BenchFlags, grid: Grid, command: str, talk: BenchTalk) -> Re
     frames = max(number for number in grid.num_frames if number is not None)
     refuse_without_memory(pair, Load(frames, size, flags.max_new_tokens), dtype, device)
     talk.note(pair.label)
+    count = parameters_of(pair)
+    if device.type == "cpu" and pair.layers is None and count >= _MANY:
+        talk.note(
+            f"building {count / 1e9:.1f} billion parameters on the CPU, which takes minutes, and so does each "
+            "caption; --layers N builds only N of the target's layers"
+        )
     captioner = build_pair(pair, device, dtype)
     asked = Asked(
         command=command,

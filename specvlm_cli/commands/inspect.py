@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from specvlm.bench.words import counted, frames_note, percent
 from specvlm.config import SpeculationSettings
 from specvlm.preset import Preset
 from specvlm_cli import engine
+from specvlm_cli.commands.bench_flags import in_range, one_prompt
 from specvlm_cli.commands.caption_flags import DtypeName, FrameFlags, InputFlags, ModelFlags, PruningFlags
 from specvlm_cli.commands.choices import (
     DEFAULT_PRESET,
@@ -41,6 +44,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 _SHEET = "The sheet"
+_MOST_PICTURES = 400
 _MOST_STEPS = 24  # whose numbers fit on a line
 
 
@@ -48,12 +52,12 @@ _MOST_STEPS = 24  # whose numbers fit on a line
 class InspectFlags(FrameFlags, PruningFlags):
     """Of the video, the target, the pruner and the sheet."""
 
-    video: Annotated[Path, typer.Argument(metavar="VIDEO", help="The video to look at.")]
+    video: Annotated[list[Path], typer.Argument(metavar="VIDEO", help="The video to look at.")]
     prompt: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             "--prompt",
-            help="What to ask: TEXT, or @FILE. Default: the preset's.",
+            help="What to ask, once: TEXT, or @FILE. Default: the preset's.",
             rich_help_panel="Input and output",
             metavar="TEXT",
         ),
@@ -87,8 +91,6 @@ class InspectFlags(FrameFlags, PruningFlags):
             help="Most pictures on the sheet; more steps are chosen from evenly. Default: 12.",
             rich_help_panel=_SHEET,
             metavar="N",
-            min=1,
-            max=400,
         ),
     ] = None
     json_output: Annotated[
@@ -104,6 +106,7 @@ class InspectFlags(FrameFlags, PruningFlags):
 class _Question:
     """What the flags ask for."""
 
+    video: Path
     models: ModelChoice
     prompt: str
     system: str | None
@@ -114,9 +117,11 @@ class _Question:
 def inspect(flags: InspectFlags) -> int:
     """Draw what the target looked at in a video, and what of it the draft would be given.
 
-    The target reads the video and the prompt; nothing is generated, and no draft is loaded. The sheet shows
-    frames with the target's attention as heat and the kept cells outlined.
+    The target reads the video and the prompt; nothing is generated, and no draft is loaded.
+
+    The sheet shows frames with the target's attention as heat, and the kept cells outlined.
     """
+    in_range("--pictures", flags.pictures, _MOST_PICTURES)
     pair = pair_of(flags.preset, flags.target)
     asked = _question(flags, pair)
     frames = frame_settings(flags, pair)
@@ -124,7 +129,10 @@ def inspect(flags: InspectFlags) -> int:
     if flags.preset is None and flags.target is None:
         _tell(f"no --preset or --target: using the tiny {DEFAULT_PRESET} pair, it knows only drawn shapes")
     captioner = engine.load_captioner(asked.models, quiet=flags.json_output)
-    read = read_one(ReadJob(0, os.fsencode(flags.video), frames, captioner.frame_multiple), limits)
+    read = read_one(ReadJob(0, os.fsencode(asked.video), frames, captioner.frame_multiple), limits)
+    number = flags.num_frames
+    if number and (note := frames_note(number, len(read.pixels), captioner.frame_multiple)):
+        _tell(note)
 
     from specvlm.inspection import look
 
@@ -136,8 +144,9 @@ def inspect(flags: InspectFlags) -> int:
 
 def _question(flags: InspectFlags, pair: Preset | None) -> _Question:
     check_device(flags.device_map)
-    given = None if flags.prompt is None else [flags.prompt]
+    video = _existing_file(flags.video)
     return _Question(
+        video=video,
         models=ModelChoice(
             name=engine.public_name(pair.target if pair else str(flags.target)),
             load=pair.name if pair else str(flags.target),
@@ -148,16 +157,19 @@ def _question(flags: InspectFlags, pair: Preset | None) -> _Question:
             local_files_only=flags.local_files_only,
             trust_remote_code=flags.trust_remote_code,
         ),
-        prompt=prompt_texts(given, pair)[0],
+        prompt=prompt_texts(one_prompt(flags.prompt, "inspect"), pair)[0],
         system=None if flags.system is None else text_of("--system", flags.system),
         speculation=SpeculationSettings(
             pruner=flags.pruner, prune_ratio=flags.prune_ratio, top_p=flags.top_p
         ),
-        sheet=_sheet_path(_existing_file(flags.video), flags.out, flags.overwrite),
+        sheet=_sheet_path(video, flags.out, flags.overwrite),
     )
 
 
-def _existing_file(video: Path) -> Path:
+def _existing_file(given: Sequence[Path]) -> Path:
+    video, *others = given
+    if others:
+        raise UsageError(f"inspect takes one video at a time, and {1 + len(others)} were given; give one")
     if video.is_dir():
         raise UsageError(f"{clean(str(video))} is a folder; give one video of it")
     if not video.exists():
@@ -192,7 +204,7 @@ def _tell(message: str) -> None:
 def _picture(found: Inspection, flags: InspectFlags, asked: _Question) -> bytes:
     from specvlm.inspection.sheet import MOST_PICTURES, SheetText, draw_sheet
 
-    text = SheetText(flags.video.name, asked.models.name, asked.prompt)
+    text = SheetText(asked.video.name, asked.models.name, asked.prompt)
     png = io.BytesIO()
     draw_sheet(found, text, flags.pictures or MOST_PICTURES).save(png, "PNG")
     return png.getvalue()
@@ -224,7 +236,7 @@ def _print(found: Inspection, captioner: Captioner, flags: InspectFlags, asked: 
         return
     about = {
         "schema": SCHEMA,
-        "video": storable(str(flags.video)),
+        "video": storable(str(asked.video)),
         "sheet": storable(str(asked.sheet)),
         "target": asked.models.name,
         "target_revision": captioner.info.target_revision,
@@ -238,20 +250,33 @@ def _print(found: Inspection, captioner: Captioner, flags: InspectFlags, asked: 
 
 def _lines(found: Inspection, asked: _Question) -> list[tuple[str, str]]:
     grid, kept = found.grid, found.kept()
-    cells = f"{grid.steps} steps of {grid.rows} x {grid.columns} cells"
+    cells = f"{counted(grid.steps, 'step')} of {grid.rows} x {grid.columns} cells"
     return [
         ("sheet", str(asked.sheet)),
         ("pruner", found.pruner_words),
         ("frames", f"{len(found.frames.pixels)}, {cells}"),
-        ("video tokens", f"{found.video_tokens}, {found.attention_to_video:.1%} of the text's attention"),
-        ("kept", f"{kept} ({kept / found.video_tokens:.1%}), {_attention(found.attention_kept())}"),
+        (
+            "video tokens",
+            f"{found.video_tokens}, {percent(found.attention_to_video)} of the text's attention",
+        ),
+        ("kept", f"{kept} ({percent(kept / found.video_tokens)}), {_attention(found.attention_kept())}"),
         *((f"  {one.name}", f"{one.kept}, {_attention(one.attention)}") for one in found.stages),
         ("kept by step", _by_step([step.kept for step in found.steps])),
+        *_beyond(found),
     ]
 
 
+def _beyond(found: Inspection) -> list[tuple[str, str]]:
+    """Video tokens of no step: the newline behind LLaVA-OneVision's video."""
+    numbers = found.figures()["no_cells"]
+    if not numbers["video_tokens"]:
+        return []
+    kept = numbers["kept_first"] + numbers["kept_second"]
+    return [("of no step", f"{kept} of {counted(numbers['video_tokens'], 'newline token')} behind the video")]
+
+
 def _attention(share: float) -> str:
-    return f"{share:.1%} of the attention to the video"
+    return f"{percent(share)} of the attention to the video"
 
 
 def _by_step(kept: list[int]) -> str:

@@ -298,7 +298,7 @@ def _remarks(report: Report) -> Iterator[tuple[str, str]]:
     remarks += [
         ("peak memory", peak_words(report)),
         ("rounds", _few_rounds(report)),
-        ("stopped", stopped_words(report)),
+        ("turns", stopped_words(report)),
     ]
     yield from ((name, said) for name, said in remarks if said)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -152,6 +154,76 @@ def test_videos_that_cannot_be_read_are_left_out(run: Run, tmp_path: Path) -> No
     assert "specvlm: error: no video could be read; " in told
 
 
+STOPS = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
+
+
+@pytest.mark.parametrize(("number", "expected"), STOPS)
+@pytest.mark.parametrize("captions", [3, 7])
+def test_a_bench_that_is_stopped_keeps_whole_turns(
+    run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+    expected: int,
+    captions: int,
+) -> None:
+    """Of two methods: two captions warm up, each two more are a turn."""
+    from specvlm.bench.measure import Measurer
+
+    measure, asked = Measurer.measure, []
+
+    def until_stopped(self: Measurer, how: Configuration, *more: Any) -> Sample:
+        asked.append(how)
+        if len(asked) > captions:
+            os.kill(os.getpid(), number)
+        return measure(self, how, *more)
+
+    monkeypatch.setattr(Measurer, "measure", until_stopped)
+    before = signal.getsignal(signal.SIGTERM)
+    flags = (
+        "--methods",
+        "stock,plain",
+        "--repeat",
+        4,
+        "--max-new-tokens",
+        4,
+        "--prompt",
+        "What is it?",
+        "-q",
+    )
+    code, said, told = run(*flags, "--num-frames", 2, "--limit", 2, "-o", tmp_path)
+    assert code == expected
+    assert signal.getsignal(signal.SIGTERM) is before
+    if captions == 3:
+        assert (said, told) == ("", "stopped early: nothing is kept, no turn was whole\n")
+        assert list(tmp_path.iterdir()) == []
+        return
+    assert told == "stopped early: kept 2 whole turns of 1 video\n"
+    assert "stopped early: kept 2 whole turns of 1 video" in said
+    rows = pq.read_table(tmp_path / "bench.parquet").to_pylist()
+    assert sorted((row["turn"], row["method"]) for row in rows) == [
+        (turn, method) for turn in (1, 2) for method in ("plain", "stock")
+    ]
+    assert "kept 2 whole turns of 1 video" in (tmp_path / "bench.html").read_text()
+
+
+def test_the_quick_check_says_what_it_did_not_measure(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("specvlm_cli.commands.bench.QUICK_S", -1.0)
+    code, said, told = run("--methods", "plain", "--repeat", 1, "--max-new-tokens", 2)
+    assert code == 0
+    assert "-1 s no further clip was begun: 1 of 8 measured; --limit 8 takes all" in told
+    assert "from examples/videos: 1 video\n" in said
+
+
+def test_frames_that_differ_from_those_asked_for_are_told_once(run: Run) -> None:
+    code, said, _ = run(
+        CLIP, "--methods", "plain", "--repeat", 1, "--max-new-tokens", 2, "--num-frames", "3,2"
+    )
+    assert code == 0
+    assert said.count("3 frames asked, 2 read: this model takes multiples of 2") == 1
+    assert "plain, 3 frames" not in said
+
+
 # What is refused
 
 
@@ -165,9 +237,14 @@ def test_videos_that_cannot_be_read_are_left_out(run: Run, tmp_path: Path) -> No
         (["--pruner", "best"], "--pruner 'best' is unknown"),
         (["--tree", "bush"], "--tree 'bush' is unknown"),
         (["--num-frames", "16,0"], "--num-frames 0 is out of range"),
-        (["--num-frames", "1.5"], "'1.5' is no number"),
+        (["--num-frames", "1.5"], "--num-frames '1.5' is no whole number; give e.g. 16,64"),
         (["--max-new-tokens", "0"], "--max-new-tokens 0 is out of range"),
-        (["--repeat", "0"], "--repeat"),
+        (["--repeat", "0"], "--repeat 0 is out of range; give 1 to 1000"),
+        (["--limit", "0"], "--limit 0 is out of range; give 1 to "),
+        (
+            ["--prompt", "a", "--prompt", "b"],
+            "--prompt was given 2 times, and bench asks one question; give one",
+        ),
         (
             ["--draft", "none"],
             "--methods assisted needs a draft, and there is none; give --draft, or --methods s",

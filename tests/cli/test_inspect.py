@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -88,6 +89,23 @@ def test_for_a_person_the_numbers_are_lines_and_the_sheet_has_the_video_s_name(
     assert colours(tmp_path / "two-meet-inspect.png") == (False, True)
 
 
+def test_every_kept_token_is_on_some_line(run: Run) -> None:
+    """LLaVA-OneVision's newline is of no step; a seventh frame of eight tokens shows the rest."""
+    code, out, _ = run(CLIP, "--preset", "demo-llava", "--pruner", "window", "--num-frames", 7)
+    assert code == 0
+    told = dict(re.split(r"  +", line, maxsplit=1) for line in out.splitlines() if not line.startswith(" "))
+    assert told["of no step"] == "1 of 1 newline token behind the video"
+    assert sum(map(int, told["kept by step"].split())) + 1 == int(told["kept"].split()[0])
+    assert told["video tokens"].startswith("113, ")
+    assert re.search(r"\(\d+\.\d %\)", told["kept"])
+
+
+def test_other_frames_than_asked_for_are_told_once(run: Run) -> None:
+    code, out, err = run(CLIP, "--preset", "demo", "--num-frames", 3)
+    assert (code, err) == (0, "3 frames asked, 2 read: this model takes multiples of 2\n")
+    assert dict(line.split(maxsplit=1) for line in out.splitlines())["frames"] == "2, 1 step of 6 x 6 cells"
+
+
 def test_a_sheet_is_replaced_only_on_request(run: Run, tmp_path: Path) -> None:
     sheet = tmp_path / "sheet.png"
     sheet.write_bytes(b"mine")
@@ -116,7 +134,13 @@ def test_a_sheet_is_replaced_only_on_request(run: Run, tmp_path: Path) -> None:
         ([CLIP, "--prompt", " "], "--prompt is empty"),
         ([CLIP, "--fps", "1", "--num-frames", "3"], "exclude each other"),
         ([CLIP, "--decode-timeout", "0s"], "leaves no time"),
-        ([CLIP, "--pictures", "0"], "--pictures"),
+        ([CLIP, "--pictures", "0"], "--pictures 0 is out of range; give 1 to 400"),
+        ([CLIP, CLIP], "inspect takes one video at a time, and 2 were given; give one"),
+        (
+            [CLIP, "--prompt", "a", "--prompt", "b"],
+            "--prompt was given 2 times, and inspect asks one question",
+        ),
+        ([CLIP, "-o", "/nonexistent/sheet.png"], "its folder does not exist"),
         ([CLIP, "--draft", "x"], "No such option: --draft"),
         ([CLIP, "--device-map", "moon"], "'moon' is unknown"),
         ([CLIP, "--preset", "demo", "--prompt", "a <|im_end|> b"], "special token <|im_end|>"),
