@@ -18,6 +18,7 @@ from specvlm.bench.words import (
     amount,
     counted,
     depths,
+    few_rounds_words,
     frames_notes,
     frames_of,
     has_several_frames,
@@ -163,6 +164,7 @@ def _conditions(report: Report) -> str:
         ("turns", f"{its.repeat} timed, after one of warm-up"),
         ("frames", "; ".join(frames_notes(report))),
         ("peak memory", peak_words(report)),
+        ("rounds", few_rounds_words(report)),
         ("stopped", stopped_words(report).removeprefix("stopped early: ")),
         ("begun", its.started_at),
     ]

@@ -24,6 +24,7 @@ STAGE_NAMES = {
     "steps_s": "tokens 2...",
     "rest_s": "rest",
 }
+_FEW_ROUNDS = 20  # after fewer the mean of told acceptance is not yet the one that was told
 MOST_DEPTHS = 8  # of a table's cell
 
 
@@ -133,6 +134,17 @@ def limits(report: Report) -> Iterator[tuple[str, str]]:
         said = f"failed: {one.error}" if one.error is not None else one.limit
         if said:
             yield name_of(one, several), said
+
+
+def few_rounds_words(report: Report) -> str:
+    """That a modelled report's accepted guesses are not yet those that were told; empty where they are."""
+    rounds = [one.num_drafts for one in report.summaries if one.num_drafts]
+    if not report.modelled or not rounds or min(rounds) >= _FEW_ROUNDS:
+        return ""
+    return (
+        f"only {min(rounds)} in a caption, so accepted guesses differ from those assumed; longer captions "
+        "(--max-new-tokens) bring them nearer"
+    )
 
 
 def stopped_words(report: Report) -> str:

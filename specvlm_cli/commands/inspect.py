@@ -52,7 +52,7 @@ _MOST_STEPS = 24  # whose numbers fit on a line
 class InspectFlags(FrameFlags, PruningFlags):
     """Of the video, the target, the pruner and the sheet."""
 
-    video: Annotated[list[Path], typer.Argument(metavar="VIDEO", help="The video to look at.")]
+    video: Annotated[list[Path], typer.Argument(metavar="VIDEO", help="The one video to look at.")]
     prompt: Annotated[
         list[str] | None,
         typer.Option(

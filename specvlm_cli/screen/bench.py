@@ -29,6 +29,7 @@ from specvlm.bench.words import (
     amount,
     counted,
     depths,
+    few_rounds_words,
     frames_notes,
     frames_of,
     has_several_frames,
@@ -48,7 +49,6 @@ if TYPE_CHECKING:
     from specvlm.bench.suite import Step
 
 _NAME_CHARACTERS = 60
-_FEW_ROUNDS = 30  # of which the mean of a told acceptance is not yet the one that was told
 
 
 class BenchTalk:
@@ -174,7 +174,7 @@ def _table(
             show.line("")
         lines = list(zip(*first, *block.columns, strict=True))
         right = {number for number in range(1, len(lines[0])) if number - len(first) not in block.listed}
-        for text in show.aligned(lines, right):
+        for text in show.aligned(lines if any(lines[0]) else lines[1:], right):
             show.line(text)
 
 
@@ -297,21 +297,10 @@ def _remarks(report: Report) -> Iterator[tuple[str, str]]:
     remarks = [("frames", note) for note in frames_notes(report)]
     remarks += [
         ("peak memory", peak_words(report)),
-        ("rounds", _few_rounds(report)),
+        ("rounds", few_rounds_words(report)),
         ("turns", stopped_words(report)),
     ]
     yield from ((name, said) for name, said in remarks if said)
-
-
-def _few_rounds(report: Report) -> str:
-    """That the accepted guesses of a modelled report are not yet those that were told."""
-    rounds = [one.num_drafts for one in report.summaries if one.num_drafts]
-    if not report.modelled or not rounds or min(rounds) >= _FEW_ROUNDS:
-        return ""
-    return (
-        f"only {min(rounds)} in a caption, so accepted tokens differ from those assumed; more --max-new-tokens "
-        "bring them nearer"
-    )
 
 
 def _conditions(report: Report) -> list[tuple[str, str]]:

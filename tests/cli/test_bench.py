@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -207,6 +208,28 @@ def test_a_bench_that_is_stopped_keeps_whole_turns(
     assert "kept 2 whole turns of 1 video" in (tmp_path / "bench.html").read_text()
 
 
+def test_large_shapes_on_a_cpu_are_announced(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("specvlm.bench.modelled.build_pair", build)
+    monkeypatch.setattr("specvlm.bench.modelled.refuse_without_memory", lambda *_: None)
+    flags = ("--shape", "qwen2.5-vl-7b", "--num-frames", 2, "--device-map", "cpu")
+    code, _, told = run(*flags)
+    assert code == 130
+    assert told.splitlines() == [
+        "modelled: a published shape with random weights",
+        "building 8.3 billion parameters on the CPU, which takes minutes, and so does each caption; --layers N builds "
+        + "only N of the target's layers",
+        "stopped early: nothing is kept, no turn was whole",
+    ]
+    _, _, told = run(*flags, "--layers", 1)
+    assert told.splitlines()[0] == (
+        "modelled: a published shape with random weights, shrunk to 1 layer of the target"
+    )
+    assert "billion" not in told
+
+
 def test_the_quick_check_says_what_it_did_not_measure(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("specvlm_cli.commands.bench.QUICK_S", -1.0)
     code, said, told = run("--methods", "plain", "--repeat", 1, "--max-new-tokens", 2)
@@ -352,6 +375,24 @@ def test_off_a_terminal_lines_have_80_characters(
     monkeypatch.delenv("COLUMNS", raising=False)
     tell(report(Configuration("assisted")))
     assert 60 < max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
+def test_few_rounds_of_told_acceptance_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    its = replace(report(), modelled=True, label="modelled")
+    tell(its)
+    assert "rounds       only 2 in a caption" in capsys.readouterr().out
+    *others, ours = its.summaries
+    tell(replace(its, summaries=(*others, replace(ours, num_drafts=20))))
+    assert "in a caption" not in capsys.readouterr().out
+
+
+def test_a_table_begins_with_a_line_of_names(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    tell(report())
+    lines = capsys.readouterr().out.splitlines()
+    assert not any(one == other == "" for one, other in itertools.pairwise(lines))
 
 
 def test_stages_add_up_to_all(capsys: pytest.CaptureFixture[str]) -> None:

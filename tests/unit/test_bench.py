@@ -574,6 +574,8 @@ def test_a_whole_bench_on_frames() -> None:
     assert all(one.speedup("stock") is not None for one in ran if one.configuration.method != "stock")
     assert all(one.limit for one in ran)
     assert report.conditions.videos == ("noise 0", "noise 1")
+    assert heard.steps[0].what == "noise 0, 2 frames, stock"
+    assert heard.steps[-1].what.startswith("noise 1, 4 frames, ")
     pruned = [one for one in ran if one.configuration.prune_ratio == 0.9]
     assert all(one.video_tokens_kept < one.video_tokens / 2 for one in pruned)
 
