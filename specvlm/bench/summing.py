@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from statistics import fmean, median
+from typing import NamedTuple
 
 from specvlm.bench.records import (
     BASELINES,
@@ -301,6 +302,14 @@ def limit(summary: Summary) -> str:
     return f"{first}; then {decoding}" if decoding else first
 
 
+class _Ideal(NamedTuple):
+    """A term of a round, and how many times as fast decoding would be at its best."""
+
+    cost: str
+    ideal: str
+    gain: float
+
+
 def _limit_of_rounds(summary: Summary) -> str:
     if summary.plain_token_s is None or summary.draft_round_s is None or summary.verify_round_s is None:
         return _largest_share(summary)
@@ -310,20 +319,32 @@ def _limit_of_rounds(summary: Summary) -> str:
     whole = draft + verify + other
     accepted, nodes = summary.mean_accepted_tokens or 0.0, summary.mean_nodes or 1.0
     deepest = min(len(summary.acceptance_per_depth), nodes - 1.0)
-    gains = {  # of each term's ideal: nothing drafted, nodes verified like one step, nothing else, all accepted
-        f"drafting costs {draft:.1f} plain steps a round": whole / max(whole - draft, 1e-9),
-        f"verifying {nodes:.0f} nodes costs {verify:.1f} plain steps": whole
-        / (whole - max(verify - 1.0, 0.0)),
-        f"all but drafting and verifying costs {other:.1f} plain steps a round": whole
-        / max(whole - other, 1e-9),
-        f"{accepted:.1f} of {deepest:.0f} guesses in a row are accepted": (deepest + 1.0) / (accepted + 1.0),
-    }
-    words = max(gains, key=lambda one: gains[one])
-    if gains[words] < _LEAST_GAIN:
+    ideals = [
+        _Ideal(
+            f"drafting costs {draft:.1f} plain steps a round", "for nothing", whole / max(whole - draft, 1e-9)
+        ),
+        _Ideal(
+            f"verifying {nodes:.0f} nodes costs {verify:.1f} plain steps",
+            "for one step",
+            whole / (whole - max(verify - 1.0, 0.0)),
+        ),
+        _Ideal(
+            f"all but drafting and verifying costs {other:.1f} plain steps a round",
+            "without it",
+            whole / max(whole - other, 1e-9),
+        ),
+        _Ideal(
+            f"{accepted:.1f} of {deepest:.0f} guesses in a row are accepted",
+            "with all of them",
+            (deepest + 1.0) / (accepted + 1.0),
+        ),
+    ]
+    best = max(ideals, key=lambda one: one.gain)
+    if best.gain < _LEAST_GAIN:
         return (
             f"no term stands out: a round costs {whole:.1f} plain steps and gives {accepted + 1.0:.1f} tokens"
         )
-    return f"{words}; ideally decoding would be {gains[words]:.1f} x as fast"
+    return f"{best.cost}; {best.ideal}, decoding would be {best.gain:.1f} x as fast"
 
 
 def _largest_share(summary: Summary) -> str:

@@ -243,7 +243,10 @@ def test_without_plain_nothing_is_predicted_and_the_share_is_named() -> None:
             {"draft_s": 0.002, "verify_s": 0.2, "accepted": 10},
             "no term stands out: a round costs 1.0 plain steps and gives 6.0 tokens",
         ),
-        ({"draft_s": 0.2, "verify_s": 0.2}, "drafting costs 1.0 plain steps a round"),
+        (
+            {"draft_s": 0.2, "verify_s": 0.2},
+            "drafting costs 1.0 plain steps a round; for nothing, decoding would be 2.0 x",
+        ),
         ({"draft_s": 0.02, "verify_s": 0.6}, "verifying 6 nodes costs 3.0 plain steps"),
         ({"draft_s": 0.02, "verify_s": 0.2, "host_s": 0.5}, "all but drafting and verifying costs 2.5"),
         ({"draft_s": 0.01, "verify_s": 0.2}, "4.0 of 5 guesses in a row are accepted"),
