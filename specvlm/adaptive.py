@@ -159,6 +159,7 @@ class Learned:
         pays: Guessing was faster than plain decoding when last judged.
         plan: The tree that was best when last judged.
         rounds_to_go: Until the next judgement.
+        guessed: Rounds with guesses so far.
     """
 
     acceptance: Acceptance = field(default_factory=Acceptance)
@@ -169,6 +170,7 @@ class Learned:
     pays: bool = True
     plan: Plan | None = None
     rounds_to_go: int = 0
+    guessed: int = 0
 
 
 @lru_cache(maxsize=128)
@@ -234,7 +236,8 @@ class AdaptiveTree(TreeChooser):
         held = best if learned.plan is None else _worth(learned.plan, shares, prices)
         learned.plan = best if best.rate > held.rate * _BETTER else held
         self._weigh()
-        learned.rounds_to_go = _JUDGE_EVERY if learned.pays else _JUDGE_PLAIN_EVERY
+        soon = 2 + learned.guessed // 4  # the first guesses say the most
+        learned.rounds_to_go = min(_JUDGE_EVERY, soon) if learned.pays else _JUDGE_PLAIN_EVERY
 
     def _weigh(self) -> None:
         """Whether the tree that is known to be best pays in what is to come of this caption."""
@@ -290,6 +293,7 @@ class AdaptiveTree(TreeChooser):
             tokens = sum(row[0] + 1 for row in heard.rows) / len(heard.rows)
             self._written += round(tokens)
         if depth:
+            learned.guessed += 1
             for row in heard.rows:
                 learned.acceptance.hear(row[depth + 2 :])
             self._count_loss(seconds - tokens * self._plain_meanwhile_s(heard.shape, seconds))
