@@ -140,5 +140,8 @@ def _explained(error: Exception) -> tuple[str, ExitCode]:
     if isinstance(error, sqlite3.Error) and getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_BUSY:
         return "the ledger is in use by another program; close it there, then start again", ExitCode.STOPPED
     if isinstance(error, (OSError, sqlite3.Error)):
-        return f"{error}; mend this and start again (a run folder keeps what was captioned so far)", ExitCode.FATAL
+        return (
+            f"{error}; mend this and start again (a run folder keeps what was captioned so far)",
+            ExitCode.FATAL,
+        )
     return f"{type(error).__name__}: {error}; run it with -v for the traceback", ExitCode.FATAL
