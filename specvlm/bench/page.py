@@ -17,7 +17,9 @@ from specvlm.bench.records import BASELINES, MethodName, Report, Summary
 from specvlm.bench.words import (
     amount,
     counted,
+    decode_cell,
     depths,
+    e2e_cell,
     few_rounds_words,
     frames_notes,
     frames_of,
@@ -27,6 +29,7 @@ from specvlm.bench.words import (
     number,
     peak_words,
     percent,
+    reference,
     stopped_words,
 )
 
@@ -208,10 +211,10 @@ def _modelled(report: Report) -> str:
 def _results(report: Report) -> str:
     bases = [base for base in BASELINES if any(one.speedup(base) for one in report.summaries)]
     columns = [
-        *(_Column(f"decode × {base}", _decode(base)) for base in bases),  # noqa: RUF001
-        *(_Column(f"end to end × {base}", _e2e(base)) for base in bases),  # noqa: RUF001
+        *(_Column(f"decode × {base}", decode_cell(base)) for base in bases),  # noqa: RUF001
+        *(_Column(f"end to end × {base}", e2e_cell(base)) for base in bases),  # noqa: RUF001
         _Column("accepted", lambda one: number(one.mean_accepted_tokens)),
-        _Column(f"same as {_reference(report)}", lambda one: percent(one.exact_match)),
+        _Column(f"same as {reference(report)}", lambda one: percent(one.exact_match)),
         _Column("ms/token", lambda one: _ms(one.token_s)),
         _Column("ms/video", lambda one: _ms(one.total_s / one.videos, 1)),
         _Column("video tokens", lambda one: f"{one.video_tokens:.0f}"),
@@ -279,26 +282,6 @@ def _limits(report: Report) -> str:
 
 def _baseline(report: Report) -> MethodName | None:
     return next((base for base in BASELINES if any(one.speedup(base) for one in report.summaries)), None)
-
-
-def _reference(report: Report) -> str:
-    return next((one.exact_match_against for one in report.summaries if one.exact_match_against), "stock")
-
-
-def _decode(base: MethodName) -> Callable[[Summary], str]:
-    def cell(one: Summary) -> str:
-        found = one.speedup(base)
-        return "" if found is None else number(found.decode)
-
-    return cell
-
-
-def _e2e(base: MethodName) -> Callable[[Summary], str]:
-    def cell(one: Summary) -> str:
-        found = one.speedup(base)
-        return "" if found is None else number(found.e2e)
-
-    return cell
 
 
 def _ms(seconds: float | None, digits: int = 2) -> str:

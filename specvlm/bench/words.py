@@ -5,10 +5,10 @@ Knows records alone; neither terminal nor HTML. Imports no torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from statistics import fmean
 
-from specvlm.bench.records import Report, Summary
+from specvlm.bench.records import MethodName, Report, Summary
 
 STAGE_NAMES = {
     "read_s": "read",
@@ -154,3 +154,28 @@ def stopped_words(report: Report) -> str:
     turns = len({(one.configuration.frames_asked, one.video, one.turn) for one in report.samples})
     videos = len({one.video for one in report.samples})
     return f"stopped early: kept {counted(turns, 'whole turn')} of {counted(videos, 'video')}"
+
+
+def reference(report: Report) -> str:
+    """The method whose captions the others are compared with."""
+    return next((one.exact_match_against for one in report.summaries if one.exact_match_against), "stock")
+
+
+def decode_cell(base: MethodName) -> Callable[[Summary], str]:
+    """A column of decode speedups over a method."""
+
+    def cell(one: Summary) -> str:
+        found = one.speedup(base)
+        return "" if found is None else number(found.decode)
+
+    return cell
+
+
+def e2e_cell(base: MethodName) -> Callable[[Summary], str]:
+    """A column of end-to-end speedups over a method."""
+
+    def cell(one: Summary) -> str:
+        found = one.speedup(base)
+        return "" if found is None else number(found.e2e)
+
+    return cell

@@ -29,11 +29,10 @@ from specvlm_cli import engine
 from specvlm_cli.commands.bench_flags import MOST_REPEATS, BenchFlags, in_range, one_prompt, values_of
 from specvlm_cli.commands.bench_shapes import modelled, modelled_grid, refuse_mixture
 from specvlm_cli.commands.caption_flags import MOST
-from specvlm_cli.commands.choices import DEFAULT_PRESET, check_models, pair_of, prompt_texts
+from specvlm_cli.commands.choices import DEFAULT_PRESET, check_models, model_choice, pair_of, prompt_texts
 from specvlm_cli.exits import ExitCode, FatalError, UsageError
 from specvlm_cli.inputs import Inputs, Item
 from specvlm_cli.screen.bench import BenchTalk, tell
-from specvlm_cli.settings import ModelChoice
 from specvlm_cli.text import clean, path_text, storable
 
 if TYPE_CHECKING:
@@ -222,7 +221,7 @@ def _measured(
             f"no --preset or --target: using the tiny {DEFAULT_PRESET} pair, it knows only drawn shapes"
         )
     talk.note(f"{counted(len(videos.clips), 'video')}: {videos.words}")
-    models = _models(flags, pair)
+    models = model_choice(flags, pair)
     captioner = engine.load_captioner(models, quiet=flags.quiet)
 
     from specvlm.bench.measure import Asked
@@ -266,20 +265,6 @@ def _sheets(
     except SpecvlmError as error:
         talk.warn(f"the page has no picture: {error}")
         return ()
-
-
-def _models(flags: BenchFlags, pair: Preset | None) -> ModelChoice:
-    return ModelChoice(
-        name=engine.public_name(pair.target if pair else str(flags.target)),
-        load=pair.name if pair else str(flags.target),
-        draft=flags.draft,
-        revision=flags.revision,
-        draft_revision=flags.draft_revision,
-        dtype=flags.dtype,
-        device_map=flags.device_map,
-        local_files_only=flags.local_files_only,
-        trust_remote_code=flags.trust_remote_code,
-    )
 
 
 def _command(flags: BenchFlags) -> str:

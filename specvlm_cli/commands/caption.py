@@ -17,6 +17,7 @@ from specvlm_cli.commands.choices import (
     DEFAULT_PRESET,
     check_models,
     frame_settings,
+    model_choice,
     pair_of,
     prompt_texts,
     text_of,
@@ -30,7 +31,7 @@ from specvlm_cli.job import Request
 from specvlm_cli.ledger import Planned
 from specvlm_cli.policy import Policy
 from specvlm_cli.results import Outcome
-from specvlm_cli.settings import CaptionSettings, ModelChoice
+from specvlm_cli.settings import CaptionSettings
 from specvlm_cli.shard import Shard, parse_shard
 from specvlm_cli.talk import Talk, counted
 from specvlm_cli.text import clean, short
@@ -82,19 +83,8 @@ def _talk(flags: CaptionFlags) -> Talk:
 
 def _settings(flags: CaptionFlags, pair: Preset | None) -> CaptionSettings:
     check_models(pair, flags.draft, flags.draft_revision, flags.device_map)
-    models = ModelChoice(
-        name=engine.public_name(pair.target if pair else str(flags.target)),
-        load=pair.name if pair else str(flags.target),
-        draft=flags.draft,
-        revision=flags.revision,
-        draft_revision=flags.draft_revision,
-        dtype=flags.dtype,
-        device_map=flags.device_map,
-        local_files_only=flags.local_files_only,
-        trust_remote_code=flags.trust_remote_code,
-    )
     return CaptionSettings(
-        models=models,
+        models=model_choice(flags, pair),
         prompts=prompt_texts(flags.prompt, pair),
         system=None if flags.system is None else text_of("--system", flags.system),
         frames=frame_settings(flags, pair),

@@ -7,14 +7,16 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from specvlm.config import FrameSettings
 from specvlm.preset import Preset, find_preset, presets
+from specvlm_cli import engine
 from specvlm_cli.commands.caption_flags import FrameFlags
 from specvlm_cli.commands.options import variable
 from specvlm_cli.exits import UsageError
 from specvlm_cli.inputs import MOST_PROMPTS
+from specvlm_cli.settings import ModelChoice
 from specvlm_cli.text import clean
 
 DEFAULT_PRESET = "demo"
@@ -116,3 +118,46 @@ def frame_settings(flags: FrameFlags, pair: Preset | None) -> FrameSettings:
             f"{given_name} {given_value} goes against {other} {value}, which the {whose} sets; give {other} too"
         )
     return replace(base, backend=flags.video_backend, min_decoded=flags.min_decoded, **chosen)
+
+
+class _Models(Protocol):
+    """The flags that say which models to load; `caption` and `bench` both have them."""
+
+    @property
+    def target(self) -> str | None: ...
+
+    @property
+    def draft(self) -> str | None: ...
+
+    @property
+    def revision(self) -> str | None: ...
+
+    @property
+    def draft_revision(self) -> str | None: ...
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def device_map(self) -> str | None: ...
+
+    @property
+    def local_files_only(self) -> bool: ...
+
+    @property
+    def trust_remote_code(self) -> bool: ...
+
+
+def model_choice(flags: _Models, pair: Preset | None) -> ModelChoice:
+    """Which models to load, and how."""
+    return ModelChoice(
+        name=engine.public_name(pair.target if pair else str(flags.target)),
+        load=pair.name if pair else str(flags.target),
+        draft=flags.draft,
+        revision=flags.revision,
+        draft_revision=flags.draft_revision,
+        dtype=flags.dtype,
+        device_map=flags.device_map,
+        local_files_only=flags.local_files_only,
+        trust_remote_code=flags.trust_remote_code,
+    )

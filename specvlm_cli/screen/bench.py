@@ -20,7 +20,6 @@ from specvlm.bench.records import (
     STAGES,
     Configuration,
     Left,
-    MethodName,
     Report,
     Summary,
 )
@@ -28,7 +27,9 @@ from specvlm.bench.words import (
     STAGE_NAMES,
     amount,
     counted,
+    decode_cell,
     depths,
+    e2e_cell,
     few_rounds_words,
     frames_notes,
     frames_of,
@@ -37,6 +38,7 @@ from specvlm.bench.words import (
     number,
     peak_words,
     percent,
+    reference,
     stopped_words,
 )
 from specvlm_cli import show
@@ -214,11 +216,11 @@ def _width_of(column: Sequence[str]) -> int:
 
 def _speed(report: Report) -> list[Column]:
     columns = [Column("ms/\ntoken", lambda one: "failed" if one.error else _ms(one.token_s))]
-    columns += [Column(f"decode\nx {base}", _decode(base)) for base in BASELINES]
-    columns += [Column(f"end to end\nx {base}", _e2e(base)) for base in BASELINES]
+    columns += [Column(f"decode\nx {base}", decode_cell(base)) for base in BASELINES]
+    columns += [Column(f"end to end\nx {base}", e2e_cell(base)) for base in BASELINES]
     columns += [
         Column("accepted", lambda one: number(one.mean_accepted_tokens)),
-        Column(f"same as\n{_reference(report)}", lambda one: percent(one.exact_match)),
+        Column(f"same as\n{reference(report)}", lambda one: percent(one.exact_match)),
         Column("video\ntokens", lambda one: f"{one.video_tokens:.0f}" if one.videos else ""),
         Column("draft\nsees", lambda one: f"{one.video_tokens_kept:.0f}" if one.video_tokens_kept else ""),
     ]
@@ -227,26 +229,6 @@ def _speed(report: Report) -> list[Column]:
             Column("peak\nmemory", lambda one: amount(one.peak_memory_bytes) if one.videos else "")
         )
     return columns
-
-
-def _reference(report: Report) -> str:
-    return next((one.exact_match_against for one in report.summaries if one.exact_match_against), "stock")
-
-
-def _decode(baseline: MethodName) -> Callable[[Summary], str]:
-    def cell(summary: Summary) -> str:
-        found = summary.speedup(baseline)
-        return "" if found is None else number(found.decode)
-
-    return cell
-
-
-def _e2e(baseline: MethodName) -> Callable[[Summary], str]:
-    def cell(summary: Summary) -> str:
-        found = summary.speedup(baseline)
-        return "" if found is None else number(found.e2e)
-
-    return cell
 
 
 def _stages() -> list[Column]:

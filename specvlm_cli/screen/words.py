@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from specvlm.bench.words import amount as amount
+
 
 def counted(number: int, noun: str) -> str:
     """Return a number with its noun."""
@@ -24,16 +26,6 @@ def pace(each_s: float) -> str:
     if each_s < 1.0:
         return f"{1.0 / max(each_s, 1e-6):.1f} videos/s"
     return f"{each_s:.1f} s/video" if each_s < 600.0 else f"{each_s / 60.0:.1f} min/video"
-
-
-def amount(size_bytes: int) -> str:
-    """Return a size in the largest unit that it fills."""
-    size = float(size_bytes)
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if size < 1000.0:
-            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
-        size /= 1000.0
-    return f"{size:.1f} TB"
 
 
 def rate(number: float) -> str:
