@@ -27,7 +27,7 @@ from tests.slurm.cluster import Cluster, Task
 
 ROOT = Path(__file__).parents[2]
 SHARDS = 4
-CLIPS_OF_SHARD = 6
+CLIPS_OF_SHARD = 12
 END_S = 150.0  # no task takes nearly as long; one that hangs must not hang the tests
 REASON = cluster.why_not()
 
@@ -78,7 +78,8 @@ class Run:
     def script(self, *flags: object) -> str:
         """Return what `specvlm slurm` prints."""
         needs = ("--gpus-per-task", 0, "--cpus-per-task", 1, "--time", 5, "--stop-before", "60s")
-        caption = ("caption", self.videos, "--preset", "demo", "--grace", "30s")
+        # Without a draft, so that there is time to disturb a task.
+        caption = ("caption", self.videos, "--preset", "demo", "--draft", "none", "--grace", "30s")
         command = ("slurm", self.out, *needs, *flags, "--", *caption)
         done = subprocess.run(
             [sys.executable, "-m", "specvlm_cli", *map(str, command)],
