@@ -70,7 +70,7 @@ from specvlm.captioner import Captioner, PreparedVideo
 from specvlm.choosing import FixedTree, TreeChooser
 from specvlm.config import GenerationSettings, SpeculationSettings, TreeName
 from specvlm.costs import CostStore
-from specvlm.decode import ROOT, Decoding, RowText, Speculation, TargetRows
+from specvlm.decode import Decoding, RowText, Speculation, TargetRows
 from specvlm.demo.clips import render, scene_for, seed_for
 from specvlm.drafts.base import DraftRow, Proposer
 from specvlm.drafts.small_model import SmallModelDraft
@@ -78,7 +78,7 @@ from specvlm.prefill import embed, prefill_target
 from specvlm.records import Frames
 from specvlm.sampling import TokenRule, logits_rules
 from specvlm.stats import StageClock, device_words
-from specvlm.tree import STATIC_PATHS, TreeShape, make_shape
+from specvlm.tree import ROOT, STATIC_PATHS, TreeShape, make_shape
 
 SCHEMA = 1
 ACCEPTED = 3.9  # SpecVLM, arXiv 2508.16201, reports 3.2 to 4.3 for its pairs

@@ -20,7 +20,7 @@ import torch
 
 from specvlm.choosing import Heard, TreeChooser
 from specvlm.costs import TRIALS, Prices, RoundCosts
-from specvlm.tree import RootShape, StaticShape, TreeShape
+from specvlm.tree import ROOT, StaticShape, TreeShape
 
 Path = tuple[int, ...]
 
@@ -41,8 +41,6 @@ _HOPELESS = 0.3  # of the root's likeliest guesses are right
 _PAYS_AGAIN = 1.1
 _RETRY_ROUNDS = 3
 _RETRY_SHARE = 0.005  # of all time may go into finding out whether guessing pays again
-
-ROOT = RootShape()
 
 
 class Acceptance:
@@ -203,7 +201,7 @@ class AdaptiveTree(TreeChooser):
         if self._learned.rounds_to_go <= 0:
             self._judge()
         elif not self._weighed:
-            self._weigh()
+            self._weigh_anew()
         return self._guessing() if self._learned.pays or self._retry() else ROOT
 
     def _trial(self) -> TreeShape | None:
@@ -235,21 +233,25 @@ class AdaptiveTree(TreeChooser):
         best = best_tree(shares, prices, self._bounds)
         held = best if learned.plan is None else _worth(learned.plan, shares, prices)
         learned.plan = best if best.rate > held.rate * _BETTER else held
-        self._weigh()
+        self._weigh(prices, learned.plan)
         soon = 2 + learned.guessed // 4  # the first guesses say the most
         learned.rounds_to_go = min(_JUDGE_EVERY, soon) if learned.pays else _JUDGE_PLAIN_EVERY
 
-    def _weigh(self) -> None:
-        """Whether the tree that is known to be best pays in what is to come of this caption."""
+    def _weigh_anew(self) -> None:
+        """Weigh an earlier caption's tree by what is known now."""
         self._weighed = True
-        learned = self._learned
-        prices = self._prices = self._costs.prices(self._bounds.nodes)
-        if learned.plan is None or prices is None:
-            return
-        learned.plan = _worth(learned.plan, learned.acceptance.shares(), prices)
+        learned, prices = self._learned, self._costs.prices(self._bounds.nodes)
+        if learned.plan is not None and prices is not None:
+            learned.plan = _worth(learned.plan, learned.acceptance.shares(), prices)
+            self._weigh(prices, learned.plan)
+
+    def _weigh(self, prices: Prices, plan: Plan) -> None:
+        """Whether a tree pays in what is to come of this caption."""
+        self._weighed = True
+        self._prices, learned = prices, self._learned
         # Plain steps and trees are timed at different moments: what did not pay has to promise more than a trifle.
         usual_s = prices.plain_s if learned.pays else prices.plain_s / _PAYS_AGAIN
-        saved_s = usual_s - learned.plan.seconds / learned.plan.tokens  # of a token
+        saved_s = usual_s - plan.seconds / plan.tokens  # of a token
         learned.pays = saved_s * self._tokens_to_come() > self._prefill_to_come_s()
 
     def _tokens_to_come(self) -> float:

@@ -25,7 +25,7 @@ from specvlm.config import (
     TreeName,
 )
 from specvlm.costs import CostStore
-from specvlm.decode import ROOT, Decoding, RowText, Speculation, TargetRows
+from specvlm.decode import Decoding, RowText, Speculation, TargetRows
 from specvlm.drafts.base import Draft, DraftRow, Proposer
 from specvlm.errors import ConfigError, GenerationTimeoutError
 from specvlm.estimate import PlainEstimate
@@ -35,7 +35,7 @@ from specvlm.prefill import Features, Prompt, TargetReader, embed
 from specvlm.records import Caption, CaptionStats, Frames, VideoSource
 from specvlm.sampling import TokenRule, logits_rules
 from specvlm.stats import StageClock, device_words, peak_memory_bytes, reset_peak_memory
-from specvlm.tree import make_shape
+from specvlm.tree import ROOT, make_shape
 from specvlm.verify import Accept, accept
 from specvlm.video import read_video
 

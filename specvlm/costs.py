@@ -116,8 +116,8 @@ class RoundCosts:
         What others do on the machine only ever adds to a time, and a larger tree never costs less: so nothing is
         believed to cost more than what was measured for something larger.
         """
-        plain = (1 in self._verify, False in self._rest)
-        if not all(plain) or len(self._verify) < 2 or not self._draft or True not in self._rest:
+        known = 1 in self._verify and len(self._verify) > 1 and len(self._rest) == 2
+        if not known or not self._draft:
             return None
         measured = [
             (nodes, min(times.value() for larger, times in self._verify.items() if larger >= nodes))
@@ -159,25 +159,14 @@ def _within(widths: Widths, larger: Widths) -> bool:
 def _line(drafts: dict[Widths, float]) -> tuple[float, float]:
     """Seconds of a level with one node, and of each node beyond; least squares, neither below 0."""
     rows = [(len(w), sum(w) - len(w), seconds) for w, seconds in drafts.items()]
-    a, b, c = (sum(f(row) for row in rows) for f in (_levels2, _levels_nodes, _nodes2))
-    u, v = sum(row[0] * row[2] for row in rows), sum(row[1] * row[2] for row in rows)
+    a, b = sum(n * n for n, _, _ in rows), sum(n * more for n, more, _ in rows)
+    c = sum(more * more for _, more, _ in rows)
+    u, v = sum(n * s for n, _, s in rows), sum(more * s for _, more, s in rows)
     determinant = a * c - b * b
     if determinant <= 1e-9:
         return u / a, 0.0
     level_s, node_s = (u * c - v * b) / determinant, (v * a - u * b) / determinant
     return (level_s, node_s) if level_s > 0.0 and node_s >= 0.0 else (u / a, 0.0)
-
-
-def _levels2(row: tuple[int, int, float]) -> float:
-    return row[0] * row[0]
-
-
-def _levels_nodes(row: tuple[int, int, float]) -> float:
-    return row[0] * row[1]
-
-
-def _nodes2(row: tuple[int, int, float]) -> float:
-    return row[1] * row[1]
 
 
 def _widths(key: str) -> Widths:

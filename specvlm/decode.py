@@ -23,7 +23,7 @@ from specvlm.prefill import Prompt
 from specvlm.records import FinishReason
 from specvlm.sampling import TokenRule
 from specvlm.stats import StageClock
-from specvlm.tree import Guesses, RootShape, TreeShape
+from specvlm.tree import ROOT, Guesses, TreeShape
 from specvlm.verify import Accept, Accepted, accept, ranks_of
 
 
@@ -301,9 +301,6 @@ class _Rounds:
         if guesses.likeliest is not None:
             told.append(ranks_of(guesses, accepted))
         return torch.cat(told, dim=1)
-
-
-ROOT = RootShape()
 
 
 def _never(*_: object) -> torch.Tensor:

@@ -81,6 +81,9 @@ class RootShape(TreeShape):
         return Guesses(root[:, None], zeros, zeros, itself, zeros)
 
 
+ROOT = RootShape()  # the only one: what is kept by shape is kept once
+
+
 class _Level(NamedTuple):
     """One level of a static shape; indices count within the level, but for `pick`."""
 

@@ -12,9 +12,8 @@ import torch
 from specvlm.captioner import Captioner
 from specvlm.choosing import FixedTree
 from specvlm.config import SpeculationSettings
-from specvlm.decode import ROOT
 from specvlm.drafts import small_model
-from specvlm.tree import STATIC_PATHS, StaticShape, TreeShape, make_shape
+from specvlm.tree import ROOT, STATIC_PATHS, StaticShape, TreeShape, make_shape
 from tests.tiny import FamilyName, Size, random_frames, tiny_captioner
 
 CPU = torch.device("cpu")

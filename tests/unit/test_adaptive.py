@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from specvlm.adaptive import (
-    ROOT,
     Acceptance,
     AdaptiveTree,
     Bounds,
@@ -23,7 +22,7 @@ from specvlm.adaptive import (
 )
 from specvlm.choosing import Heard
 from specvlm.costs import CostStore, RoundCosts, cost_file
-from specvlm.tree import STATIC_PATHS, StaticShape, TreeShape
+from specvlm.tree import ROOT, STATIC_PATHS, StaticShape, TreeShape
 
 CPU = torch.device("cpu")
 

@@ -10,11 +10,12 @@ import torch
 from specvlm.cache import SlabCache, SlabShape
 from specvlm.choosing import FixedTree
 from specvlm.config import GenerationSettings, SpeculationSettings
-from specvlm.decode import ROOT, Decoding, RowText, Speculation, TargetRows
+from specvlm.decode import Decoding, RowText, Speculation, TargetRows
 from specvlm.drafts.base import DraftRow
 from specvlm.prefill import embed, prefill_target
 from specvlm.sampling import TokenRule, logits_rules
 from specvlm.stats import StageClock
+from specvlm.tree import ROOT
 from tests.tiny import Size, random_frames, tiny_captioner
 
 CPU = torch.device("cpu")

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from specvlm import attention, decode, graphs
+from specvlm import attention, graphs
 from specvlm.captioner import Captioner, PreparedVideo
 from specvlm.config import TREES
 from specvlm.errors import NonFiniteLogitsError
 from specvlm.graphs import Graphs, index_step
-from specvlm.tree import STATIC_PATHS, DynamicShape, StaticShape
+from specvlm.tree import ROOT, STATIC_PATHS, DynamicShape, StaticShape
 from tests.emulated_graphs import (
     FORBIDDEN,
     CannotCaptureError,
@@ -405,7 +405,7 @@ def test_a_recording_changes_nothing_and_bakes_what_the_host_knew() -> None:
 
 
 SHAPES = {
-    "root": decode.ROOT,
+    "root": ROOT,
     "chain": StaticShape(tuple((0,) * depth for depth in range(1, 4)), torch.device("cpu")),
     "static": StaticShape(STATIC_PATHS, torch.device("cpu"), ranks=4),
     "dynamic": DynamicShape(4, 20, 3, torch.device("cpu")),
