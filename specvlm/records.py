@@ -57,7 +57,7 @@ class CaptionStats:
     What several captions of one `PromptSession` share counts in the first of them alone, so times can be summed.
 
     Attributes:
-        method: `"plain"`, or `"specvlm/<pruner>/<tree>"`.
+        method: `"plain"`, `"specvlm/<pruner>/<tree>"`, or with a trained head `"specvlm-head/<compressor>/<tree>"`.
         num_frames: F, frames given to the processor.
         video_tokens: V, video tokens that the target saw.
         video_tokens_kept: Video tokens that the draft saw; 0 without a draft.
@@ -82,6 +82,10 @@ class CaptionStats:
         plain_token_s: Estimated time per token of plain decoding after the first token; None: not estimated.
         peak_memory_bytes: Peak of the device's allocator (CUDA), or of the process (CPU).
         device: The target's device, in words.
+        compressor: What a trained head's compressor did to this video, e.g. `"pool"`; operators used together are
+            joined with `+`. None without a head.
+        compression_ratio: video_tokens / video_tokens_kept of a trained head; None without a head, and where it
+            saw no video token.
     """
 
     method: str
@@ -108,6 +112,8 @@ class CaptionStats:
     device: str
     plain_token_s: float | None = None
     depth_tries: tuple[int, ...] = ()
+    compressor: str | None = None
+    compression_ratio: float | None = None
 
     @property
     def mean_accepted_tokens(self) -> float | None:
