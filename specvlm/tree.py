@@ -49,10 +49,19 @@ class Frontier(NamedTuple):
     first_slot: int  # the k nodes take slots first_slot.., counted from the root's, which is 0
     # bool [B, k, slots], which slots of this round a node may look at, its own included; None: all taken so far
     sees: torch.Tensor | None
+    parents: (
+        torch.Tensor
+    )  # int64 [B, k], index of a node's parent in the frontier one level above; the root: 0
 
 
 # Scores of the next token after each frontier node: float32 [B, k, shared vocabulary], higher is likelier.
 Expand = Callable[[Frontier], torch.Tensor]
+
+
+def _root_frontier(root: torch.Tensor) -> Frontier:
+    """The root tokens [B] alone."""
+    tokens = root[:, None]
+    return Frontier(tokens, root.new_empty(*tokens.shape, 0), 0, 0, None, torch.zeros_like(tokens))
 
 
 class TreeShape(ABC):
@@ -91,6 +100,7 @@ class _Level(NamedTuple):
     pick: torch.Tensor  # [n], into the flattened [expanded nodes above, width] top tokens
     parent: torch.Tensor  # [n], which expanded node above
     expand: torch.Tensor  # [k], which of the n are expanded
+    above: torch.Tensor  # [k], which expanded node above is their parent
     sees: torch.Tensor | None  # bool [k, slots]; None: all slots so far
     first_slot: int
 
@@ -136,6 +146,7 @@ class StaticShape(TreeShape):
             self._tensor([above.index(path[:-1]) * width + path[-1] for path in here]),
             self._tensor([above.index(path[:-1]) for path in here]),
             self._tensor([here.index(path) for path in inner]),
+            self._tensor([above.index(path[:-1]) for path in inner]),
             None if len(inner) == 1 and bool(sees[0, : slot[inner[0]] + 1].all()) else sees.to(self._device),
             slot[inner[0]] if inner else len(slot),
         )
@@ -145,7 +156,7 @@ class StaticShape(TreeShape):
         rows = root.shape[0]
         tokens, path = [root[:, None]], root.new_empty(rows, 1, 0)
         likeliest = []
-        scores = expand(Frontier(tokens[0], path, 0, 0, None))
+        scores = expand(_root_frontier(root))
         for depth, level in enumerate(self._levels, start=1):
             top = scores.topk(min(max(level.width, self._ranks), scores.shape[-1]), dim=-1).indices
             likeliest.append(top[..., : self._ranks])
@@ -154,7 +165,8 @@ class StaticShape(TreeShape):
             if level.expand.numel():
                 path = torch.cat((path[:, level.parent], here[..., None]), dim=-1)[:, level.expand]
                 sees = None if level.sees is None else level.sees.expand(rows, -1, -1)
-                scores = expand(Frontier(here[:, level.expand], path, depth, level.first_slot, sees))
+                parents = level.above.expand(rows, -1)
+                scores = expand(Frontier(here[:, level.expand], path, depth, level.first_slot, sees, parents))
         return Guesses(
             torch.cat(tokens, dim=1),
             self._parents.expand(rows, -1),
@@ -178,6 +190,7 @@ class _Grown(NamedTuple):
     value: torch.Tensor  # [B, candidates], cumulative draft log-probability
     slots: torch.Tensor  # [B, candidates], 0 where not expanded
     frontier: torch.Tensor  # [B, k], candidate index
+    above: torch.Tensor  # [B, k], the parent's index in the frontier before
     path: torch.Tensor  # [B, k, depth]
     sees: torch.Tensor  # bool [B, k, slots]
 
@@ -210,7 +223,7 @@ class DynamicShape(TreeShape):
         rows, k = root.shape[0], self._width
         sees = torch.zeros(rows, 1, self.slots, dtype=torch.bool, device=root.device)
         sees[..., 0].fill_(True)
-        scores = expand(Frontier(root[:, None], root.new_empty(rows, 1, 0), 0, 0, None))
+        scores = expand(_root_frontier(root))
         value, tokens = _likelihood(scores).topk(k, dim=-1)  # [B, 1, k]
         tokens, value = tokens.flatten(1), value.flatten(1)
         return _Grown(
@@ -219,6 +232,7 @@ class DynamicShape(TreeShape):
             torch.cat((value.new_full((rows, 1), float("inf")), value), dim=1),
             torch.zeros(rows, k + 1, dtype=torch.long, device=root.device),
             torch.arange(1, k + 1, device=root.device).expand(rows, k),
+            torch.zeros_like(tokens),
             tokens[..., None],
             sees.expand(rows, k, self.slots),
         )
@@ -230,7 +244,7 @@ class DynamicShape(TreeShape):
         sees = grown.sees | (torch.arange(self.slots, device=self._device) == taken[:, None])
         slots = grown.slots.scatter(1, grown.frontier, taken.expand(rows, k))
         tokens = grown.tokens.gather(1, grown.frontier)  # [B, k]
-        scores = expand(Frontier(tokens, grown.path, depth - 1, first_slot, sees))
+        scores = expand(Frontier(tokens, grown.path, depth - 1, first_slot, sees, grown.above))
         step, children = _likelihood(scores).topk(k, dim=-1)  # [B, k, k]
         value = (grown.value.gather(1, grown.frontier)[..., None] + step).flatten(1)  # [B, k * k]
         children = children.flatten(1)
@@ -243,6 +257,7 @@ class DynamicShape(TreeShape):
             torch.cat((grown.value, value), dim=1),
             torch.cat((slots, torch.zeros_like(children)), dim=1),
             best + grown.tokens.shape[1],
+            parent,
             torch.cat((path, children.gather(1, best)[..., None]), dim=-1),
             sees.gather(1, parent[..., None].expand(rows, k, self.slots)),
         )

@@ -90,6 +90,25 @@ def test_a_frontier_sees_exactly_its_own_path(tree: str) -> None:
                 assert held[row][int(grown.slots[row, node])] == path
 
 
+@pytest.mark.parametrize("tree", ["chain", "static", "dynamic"])
+def test_a_frontier_knows_its_parents_in_the_frontier_above(tree: str) -> None:
+    depth = None if tree == "static" else 4
+    shape = make_shape(SpeculationSettings(tree=tree, depth=depth), VOCABULARY, CPU)  # type: ignore[arg-type]
+    root = torch.tensor([3, 4])
+    frontiers: list[list[list[int]]] = []
+
+    def expand(frontier: Frontier) -> torch.Tensor:
+        assert frontier.parents.shape == frontier.tokens.shape
+        for row, (paths, parents) in enumerate(zip(frontier.path, frontier.parents, strict=True)):
+            for path, parent in zip(paths.tolist(), parents.tolist(), strict=True):
+                assert parent == 0 if not frontiers else frontiers[-1][row][parent] == path[:-1]
+        frontiers.append(frontier.path.tolist())
+        return path_scores(frontier, root)
+
+    shape.grow(root, expand)
+    assert [len(paths[0]) for paths in frontiers] == list(shape.widths)
+
+
 def brute_force(root: int, depth: int, nodes: int, width: int) -> set[tuple[int, ...]]:
     """EAGLE-2's rule in plain Python: expand the best `width` a level, keep the best `nodes`."""
     value: dict[tuple[int, ...], float] = {(): 0.0}
