@@ -72,7 +72,7 @@ from specvlm.config import GenerationSettings, SpeculationSettings, TreeName
 from specvlm.costs import CostStore
 from specvlm.decode import Decoding, RowText, Speculation, TargetRows
 from specvlm.demo.clips import render, scene_for, seed_for
-from specvlm.drafts.base import DraftRow, Proposer
+from specvlm.drafts.base import DraftJob, DraftRow, Proposer
 from specvlm.drafts.small_model import SmallModelDraft
 from specvlm.prefill import embed, prefill_target
 from specvlm.records import Frames
@@ -544,9 +544,10 @@ class Held:
             cache = target.new_cache(1, prompt.length + self.limit + self.tree.nodes)
             read = prefill_target(target, prompt, cache, 0)
             self._rows = TargetRows(target, cache, [prompt], read.logits)
-            row = DraftRow(video.inputs, read.scores)
+            row = DraftRow(prompt, read.scores)
             slots = self.limit + self.tree.slots
-            self._proposer: Proposer = captioner.draft.begin([row], settings, self._rule, slots)
+            work = DraftJob([row], settings, self._rule, slots, cache)
+            self._proposer: Proposer = captioner.draft.begin(work)
 
     def rounds(self, shape: TreeShape) -> Iterator[StageClock]:
         """Run rounds from the prompt's end on, until the caption is full; yield the clock after each."""

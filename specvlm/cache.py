@@ -21,10 +21,16 @@ class SlabShape(NamedTuple):
     head_dim: int
     dtype: torch.dtype
     devices: tuple[torch.device, ...]  # [L], where each layer computes
+    feature_width: int = 0  # of the features that are kept of each token, beside its keys and values; 0: none
+    feature_device: torch.device | None = None
 
 
 class Slabs:
-    """The memory of a cache: for each device [L, 2, rows * capacity, kv heads, head_dim], of the layers there."""
+    """The memory of a cache: for each device [L, 2, rows * capacity, kv heads, head_dim], of the layers there.
+
+    Attributes:
+        features: [rows * capacity, feature width], what else is kept of each token; None: nothing.
+    """
 
     def __init__(self, shape: SlabShape, rows: int, capacity: int) -> None:
         """Allocate `rows` x `capacity` slots for every layer."""
@@ -35,12 +41,18 @@ class Slabs:
             count = shape.devices.count(device)
             size = (count, 2, rows * capacity, shape.kv_heads, shape.head_dim)
             self.by_device[device] = torch.zeros(size, dtype=shape.dtype, device=device)
+        self.features: torch.Tensor | None = None
+        if shape.feature_width:
+            width = (rows * capacity, shape.feature_width)
+            self.features = torch.zeros(width, dtype=shape.dtype, device=shape.feature_device)
 
     @torch.inference_mode()
     def clear(self) -> None:
         """Make it as new. A slot that nobody wrote may hold anything but NaN: masked, it still takes part in sums."""
         for slab in self.by_device.values():
             slab.zero_()
+        if self.features is not None:
+            self.features.zero_()
 
 
 class _Aim:
@@ -135,7 +147,11 @@ class SlabCache(Cache):
     @property
     def size_bytes(self) -> int:
         """Memory of all slabs."""
-        return sum(slab.numel() * slab.element_size() for slab in self._slabs.by_device.values())
+        slabs = [
+            *self._slabs.by_device.values(),
+            *([] if self._slabs.features is None else [self._slabs.features]),
+        ]
+        return sum(slab.numel() * slab.element_size() for slab in slabs)
 
     def flat(self, slots: torch.Tensor) -> torch.Tensor:
         """Slots per row [B, n] -> flat slots [B * n]."""
@@ -157,15 +173,31 @@ class SlabCache(Cache):
         assert visible <= self.capacity
         self._aim.visible = visible
 
+    def keep_features(self, features: torch.Tensor) -> None:
+        """Store the features [b, n, width] of the tokens that the last forward wrote, where this cache keeps any."""
+        kept = self._slabs.features
+        if kept is not None:
+            kept.index_copy_(0, self._aim.slots.to(kept.device), features.flatten(0, 1).to(kept))
+
+    def features(self, slots: torch.Tensor) -> torch.Tensor:
+        """The features [B, n, width] at slots [B, n]."""
+        kept = self._slabs.features
+        assert kept is not None
+        return kept.index_select(0, self.flat(slots)).view(*slots.shape, -1)
+
     def zero(self, slots: torch.Tensor) -> None:
         """Zero slots [B, n] in every layer; those beyond the capacity are none."""
         where = self.flat(slots.clamp(max=self.capacity - 1))
         for device, slab in self._slabs.by_device.items():
             slab.index_fill_(2, where.to(device), 0.0)
+        if self._slabs.features is not None:
+            self._slabs.features.index_fill_(0, where, 0.0)
 
     def commit(self, source: torch.Tensor, destination: torch.Tensor) -> None:
-        """Move slots source [B, n] to destination [B, n] in every layer, as if read all at once before writing."""
+        """Move slots source [B, n] to destination [B, n], in every layer, as if read all at once before writing."""
         source, destination = self.flat(source), self.flat(destination)
         for device, slab in self._slabs.by_device.items():
             moved = slab.index_select(2, source.to(device))
             slab.index_copy_(2, destination.to(device), moved)
+        if (features := self._slabs.features) is not None:
+            features.index_copy_(0, destination, features.index_select(0, source))

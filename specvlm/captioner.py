@@ -26,7 +26,7 @@ from specvlm.config import (
 )
 from specvlm.costs import CostStore
 from specvlm.decode import Decoding, RowText, Speculation, TargetRows
-from specvlm.drafts.base import Draft, DraftRow, Proposer
+from specvlm.drafts.base import Draft, DraftJob, DraftRow, Proposer
 from specvlm.errors import ConfigError, GenerationTimeoutError
 from specvlm.estimate import PlainEstimate
 from specvlm.families.base import ModelInputs
@@ -144,16 +144,13 @@ class _DraftStart:
     """Prefills the draft, when the first tree is to be filled. It knows no job, so that none has to be collected."""
 
     draft: Draft
-    rows: Sequence[DraftRow]
-    settings: SpeculationSettings
-    rule: TokenRule
-    slots: int
+    work: DraftJob
     chooser: TreeChooser
     clock: StageClock
 
     def __call__(self) -> Proposer:
         with self.clock.awaited_stage("draft_prefill"):
-            proposer = self.draft.begin(self.rows, self.settings, self.rule, self.slots)
+            proposer = self.draft.begin(self.work)
         self.chooser.draft_began(self.clock.seconds("draft_prefill"))
         return proposer
 
@@ -173,6 +170,8 @@ class Job:
         self._captioner, self._videos, self._seen = captioner, videos, seen
         self._generation, self._speculation = _settings(options)
         self._draft = captioner.draft if speculate else None
+        if self._draft is not None:
+            self._speculation = self._draft.settings(self._speculation)
         self._start = time.perf_counter()
         self._target = captioner.target
         reset_peak_memory(self._target.device)
@@ -198,7 +197,7 @@ class Job:
         """Do it all; yield each row's new tokens as they come."""
         with torch.inference_mode():
             rows, scores = self._prefill_target(self._embed())
-        begin = self._draft_start(self._draft, scores) if self._draft else None
+        begin = self._draft_start(self._draft, rows, scores) if self._draft else None
         speculation = Speculation(self._chooser, begin, self._captioner.accept)
         self._decoding = Decoding(rows, speculation, self._rule, self.texts, self.clock)
         yield from self._decoding.run()
@@ -218,7 +217,8 @@ class Job:
         if self._seen is not None:
             longest = max(longest, self._seen.prompt_tokens)
             if self._draft is None and self._captioner.draft is not None:
-                chooser = self._captioner.chooser(self._speculation, self._generation, self._videos)
+                settings = self._captioner.draft.settings(self._speculation)
+                chooser = self._captioner.chooser(settings, self._generation, self._videos)
                 nodes = max(nodes, chooser.nodes)
         return longest + self._generation.max_new_tokens + nodes
 
@@ -230,13 +230,12 @@ class Job:
         rows = TargetRows(self._target, cache, prompts, torch.cat([one.logits for one in read]))
         return rows, [one.scores for one in read]
 
-    def _draft_start(self, draft: Draft, scores: list[torch.Tensor]) -> _DraftStart:
+    def _draft_start(self, draft: Draft, rows: TargetRows, scores: list[torch.Tensor]) -> _DraftStart:
         features = None if self._seen is None else self._seen.features
-        rows = [
-            DraftRow(video.inputs, score, features) for video, score in zip(self._videos, scores, strict=True)
-        ]
+        told = [DraftRow(prompt, score, features) for prompt, score in zip(rows.prompts, scores, strict=True)]
         slots = self._generation.max_new_tokens + self._chooser.slots
-        return _DraftStart(draft, rows, self._speculation, self._rule, slots, self._chooser, self.clock)
+        work = DraftJob(told, self._speculation, self._rule, slots, rows.cache)
+        return _DraftStart(draft, work, self._chooser, self.clock)
 
     def finish(self, began: float, time_limit_s: float | None) -> None:
         """Do it all, unless that takes longer than the limit, counted from `began` on the monotonic clock.
@@ -280,13 +279,15 @@ class Job:
     def _stats(self, row: int) -> CaptionStats:
         text, video, clock = self.texts[row], self._videos[row], self.clock
         plain = self._draft is None
-        speculation = self._speculation
         proposer = self._decoding.proposer if self._decoding else None
+        video_tokens, kept = video.inputs.video_tokens, proposer.kept[row] if proposer else 0
         return CaptionStats(
-            method="plain" if plain else f"specvlm/{speculation.pruner}/{speculation.tree}",
+            method="plain" if self._draft is None else self._draft.method(self._speculation),
             num_frames=video.num_frames,
-            video_tokens=video.inputs.video_tokens,
-            video_tokens_kept=proposer.kept[row] if proposer else 0,
+            video_tokens=video_tokens,
+            video_tokens_kept=kept,
+            compressor=proposer.compressors[row] if proposer and proposer.compressors else None,
+            compression_ratio=video_tokens / kept if proposer and proposer.compressors and kept else None,
             prompt_tokens=video.inputs.prompt_tokens,
             completion_tokens=len(text.tokens),
             num_drafts=sum(text.histogram),

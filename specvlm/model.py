@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -66,51 +66,69 @@ class Extent(NamedTuple):
         return Reach(self.longest + index + own, own, exact and self.exact, self.certain)
 
 
-class VideoLM:
-    """A stock `transformers` model seen through what decoding needs of it.
+class TextModel:
+    """A stock decoder over slabs: embeddings in, hidden states out.
 
     Attributes:
+        dtype: Of weights and slabs.
         round_attention: How rounds attend: `masked`, one kernel under one mask; `split`, the long prefix without a
             mask and the rest under one; `flex`, FlexAttention. `split` on CUDA and `masked` elsewhere: chosen by
             reasoning (the kernel that reads a long prefix at full bandwidth takes no mask), not by measurement.
         graphs: What makes this model's rounds CUDA graphs, None: they run eagerly. Set to None to turn them off;
             rounds follow the target's, a draft's own only keeps its slabs in place.
+        feature_layers: Whose outputs the slabs keep of each token, in this order; -1 is what comes out behind the
+            last norm.
     """
 
-    def __init__(self, model: Any, family: Family) -> None:
-        """`model` was loaded with the attention of this library for its text part."""
-        self.model, self.family = model, family
-        self._text = family.text_model(model)
-        self._embed = model.get_input_embeddings()
-        self._head = model.get_output_embeddings()
-        config = self._text.config
-        self.vocabulary = int(self._head.weight.shape[0])
+    def __init__(self, module: Any, text: Any, position_rows: int, dtype: torch.dtype) -> None:
+        """Look at the decoder `text`, a part of `module`, loaded with the attention of this library."""
+        self._module, self._text, self._position_rows = module, text, position_rows
+        config = text.config
         heads = int(config.num_attention_heads)
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        devices = tuple(next(layer.parameters()).device for layer in self._text.layers)
-        self._slab_shape = SlabShape(int(config.num_key_value_heads), int(head_dim), model.dtype, devices)
+        devices = tuple(next(layer.parameters()).device for layer in text.layers)
+        self.dtype = dtype
+        self._slab_shape = SlabShape(int(config.num_key_value_heads), int(head_dim), dtype, devices)
         self._groups = heads // self._slab_shape.kv_heads
         self._window = config.sliding_window if "sliding_attention" in config.layer_types else None
         on_cuda = all(device.type == "cuda" for device in devices)
         self.round_attention: RoundAttention = "split" if on_cuda else "masked"
-        self.graphs: Graphs | None = Graphs() if can_capture(model, devices) else None
-
-    @property
-    def embedding_device(self) -> torch.device:
-        """Where hidden states start."""
-        device: torch.device = self._embed.weight.device
-        return device
+        self.graphs: Graphs | None = Graphs() if can_capture(module, devices) else None
+        self.feature_layers: tuple[int, ...] = ()
+        self._outputs: dict[int, torch.Tensor] = {}  # of the last pass, by layer
 
     @property
     def device(self) -> torch.device:
-        """Where logits come out; rounds are kept there."""
-        device: torch.device = self._head.weight.device
+        """Where hidden states come out; rounds are kept there."""
+        device: torch.device = next(self._text.layers[-1].parameters()).device
         return device
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Of weights and slabs."""
-        return self._slab_shape.dtype
+    def hidden_size(self) -> int:
+        """Width of hidden states."""
+        return int(self._text.config.hidden_size)
+
+    def keep_features(self, layers: Sequence[int]) -> None:
+        """From now on, new caches keep the outputs of these layers too, beside those that they keep already."""
+        for layer in layers:
+            if layer not in self.feature_layers:
+                self.feature_layers += (layer,)
+                if layer >= 0:
+                    self._text.layers[layer].register_forward_hook(self._note_output(layer))
+        width = len(self.feature_layers) * self.hidden_size
+        self._slab_shape = self._slab_shape._replace(feature_width=width, feature_device=self.device)
+        self.graphs = None if self.graphs is None else Graphs()  # whose slabs have no room for them
+
+    def _note_output(self, layer: int) -> Callable[..., None]:
+        def note(_module: Any, _inputs: Any, output: Any) -> None:
+            self._outputs[layer] = output[0] if isinstance(output, tuple) else output
+
+        return note
+
+    def feature_columns(self, layers: Sequence[int]) -> tuple[slice, ...]:
+        """Which columns of kept features are those of these layers."""
+        at = [self.feature_layers.index(layer) * self.hidden_size for layer in layers]
+        return tuple(slice(first, first + self.hidden_size) for first in at)
 
     def new_cache(self, rows: int, capacity: int) -> SlabCache:
         """Slabs for `rows` videos of at most `capacity` tokens, prompt and caption and one round together.
@@ -126,6 +144,97 @@ class VideoLM:
         if self.graphs is None:
             return SlabCache(self._slab_shape, rows, capacity)
         return self.graphs.new_cache(self._slab_shape, rows, capacity)
+
+    def forward(
+        self, embeds: torch.Tensor, positions: torch.Tensor, cache: SlabCache, plan: AttentionPlan
+    ) -> torch.Tensor:
+        """One pass of the decoder over what the cache was aimed at.
+
+        Args:
+            embeds: [B, n, hidden].
+            positions: int64 [P, B, n], or [1, B, n] where all rows of a position are the same.
+            cache: Aimed at n slots per row; it also keeps the features that it was made for.
+            plan: What to attend to.
+
+        Returns:
+            Hidden states after the last norm, [B, n, hidden], on `device`.
+        """
+        rows = self._position_rows
+        out = self._text(
+            inputs_embeds=embeds,
+            position_ids=positions.expand(rows, -1, -1) if rows > 1 else positions[0],
+            past_key_values=cache,
+            attention_mask=plan_for(plan),
+            use_cache=True,
+        )
+        hidden: torch.Tensor = out.last_hidden_state.to(self.device)
+        if self.feature_layers:
+            self._outputs[-1] = hidden
+            kept = [self._outputs.pop(layer).to(self.device) for layer in self.feature_layers]
+            cache.keep_features(kept[0] if len(kept) == 1 else torch.cat(kept, dim=-1))
+        return hidden
+
+    def run_nodes(
+        self, embeds: torch.Tensor, nodes: Nodes, cache: SlabCache, lengths: torch.Tensor, reach: Reach
+    ) -> torch.Tensor:
+        """One pass over the nodes of a round, behind what each row has committed.
+
+        Args:
+            embeds: Of the nodes, [B, n, hidden].
+            nodes: n of them per row.
+            cache: Written at the nodes' slots.
+            lengths: int64 [B], committed slots, all of which every node sees.
+            reach: How far nodes look.
+
+        Returns:
+            Hidden states [B, n, hidden].
+        """
+        visible = min(reach.visible, cache.capacity)
+        cache.aim_nodes(nodes.slots, visible)
+        plan = self._round_plan(nodes, lengths, reach._replace(visible=visible))
+        return self.forward(embeds, nodes.positions, cache, plan)
+
+    def _round_plan(self, nodes: Nodes, lengths: torch.Tensor, reach: Reach) -> AttentionPlan:
+        sees = nodes.sees
+        if sees is None:
+            if reach.exact:  # a lone node sees every visible slot
+                return AttentionPlan()
+            sees = torch.ones(*nodes.tokens.shape, reach.own, dtype=torch.bool, device=lengths.device)
+        if self.round_attention == "flex":
+            return AttentionPlan(table=node_table(lengths, sees, self._groups, torch.float32))
+        prefix = prefix_of(reach.certain) if self.round_attention == "split" else 0
+        if reach.exact:
+            return tail_plan(sees, reach.visible, self._groups, self.dtype, prefix)
+        return round_plan(node_table(lengths, sees, self._groups, self.dtype), reach.visible, prefix)
+
+
+class VideoLM(TextModel):
+    """A stock `transformers` model seen through what decoding needs of it."""
+
+    def __init__(self, model: Any, family: Family) -> None:
+        """`model` was loaded with the attention of this library for its text part."""
+        super().__init__(model, family.text_model(model), family.position_rows, model.dtype)
+        self.model, self.family = model, family
+        self._embed = model.get_input_embeddings()
+        self._head = model.get_output_embeddings()
+        self.vocabulary = int(self._head.weight.shape[0])
+
+    @property
+    def device(self) -> torch.device:
+        """Where logits come out; rounds are kept there."""
+        device: torch.device = self._head.weight.device
+        return device
+
+    @property
+    def embedding_device(self) -> torch.device:
+        """Where hidden states start."""
+        device: torch.device = self._embed.weight.device
+        return device
+
+    @property
+    def text(self) -> Any:
+        """The decoder."""
+        return self._text
 
     def see(self, inputs: ModelInputs) -> torch.Tensor:
         """Run the vision tower: features of the video tokens, [V, hidden], where hidden states start."""
@@ -147,65 +256,11 @@ class VideoLM:
         """Positions of the prompt, [P, S], on the CPU."""
         return self.family.positions(self.model, inputs)
 
-    def forward(
-        self, embeds: torch.Tensor, positions: torch.Tensor, cache: SlabCache, plan: AttentionPlan
-    ) -> torch.Tensor:
-        """One pass of the decoder over what the cache was aimed at.
-
-        Args:
-            embeds: [B, n, hidden].
-            positions: int64 [P, B, n], or [1, B, n] where all rows of a position are the same.
-            cache: Aimed at n slots per row.
-            plan: What to attend to.
-
-        Returns:
-            Hidden states after the last norm, [B, n, hidden], where logits come out.
-        """
-        rows = self.family.position_rows
-        out = self._text(
-            inputs_embeds=embeds,
-            position_ids=positions.expand(rows, -1, -1) if rows > 1 else positions[0],
-            past_key_values=cache,
-            attention_mask=plan_for(plan),
-            use_cache=True,
-        )
-        return out.last_hidden_state.to(self.device)  # type: ignore[no-any-return]
-
     def forward_nodes(
-        self,
-        nodes: Nodes,
-        cache: SlabCache,
-        lengths: torch.Tensor,
-        reach: Reach,
+        self, nodes: Nodes, cache: SlabCache, lengths: torch.Tensor, reach: Reach
     ) -> torch.Tensor:
-        """One pass over the nodes of a round, behind what each row has committed.
-
-        Args:
-            nodes: n of them per row.
-            cache: Written at the nodes' slots.
-            lengths: int64 [B], committed slots, all of which every node sees.
-            reach: How far nodes look.
-
-        Returns:
-            Hidden states [B, n, hidden].
-        """
-        visible = min(reach.visible, cache.capacity)
-        cache.aim_nodes(nodes.slots, visible)
-        plan = self._round_plan(nodes, lengths, reach._replace(visible=visible))
-        return self.forward(self.embed_tokens(nodes.tokens), nodes.positions, cache, plan)
-
-    def _round_plan(self, nodes: Nodes, lengths: torch.Tensor, reach: Reach) -> AttentionPlan:
-        sees = nodes.sees
-        if sees is None:
-            if reach.exact:  # a lone node sees every visible slot
-                return AttentionPlan()
-            sees = torch.ones(*nodes.tokens.shape, reach.own, dtype=torch.bool, device=lengths.device)
-        if self.round_attention == "flex":
-            return AttentionPlan(table=node_table(lengths, sees, self._groups, torch.float32))
-        prefix = prefix_of(reach.certain) if self.round_attention == "split" else 0
-        if reach.exact:
-            return tail_plan(sees, reach.visible, self._groups, self.dtype, prefix)
-        return round_plan(node_table(lengths, sees, self._groups, self.dtype), reach.visible, prefix)
+        """`run_nodes` with the embeddings of the nodes' tokens."""
+        return self.run_nodes(self.embed_tokens(nodes.tokens), nodes, cache, lengths, reach)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states [B, n, hidden] -> logits float32 [B, n, C]."""

@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import torch
 
+from specvlm.cache import SlabCache
 from specvlm.config import SpeculationSettings
-from specvlm.families.base import ModelInputs
-from specvlm.prefill import Features
+from specvlm.prefill import Features, Prompt
 from specvlm.sampling import TokenRule
 from specvlm.tree import Guesses, TreeShape
 from specvlm.verify import Accepted
@@ -23,9 +23,19 @@ from specvlm.verify import Accepted
 class DraftRow(NamedTuple):
     """What a draft is told of one video."""
 
-    inputs: ModelInputs
+    prompt: Prompt  # as the target reads it
     scores: torch.Tensor  # float32 [V], the target's attention to each video token
     features: Features | None = None  # of its video, to be used and kept for its further prompts
+
+
+class DraftJob(NamedTuple):
+    """What a draft is to do."""
+
+    rows: Sequence[DraftRow]
+    settings: SpeculationSettings
+    rule: TokenRule  # the target's
+    slots: int  # captions and the nodes of a round take at most so many
+    cache: SlabCache  # the target's, which has read the prompts, with the features that were asked for
 
 
 class Horizon(NamedTuple):
@@ -39,6 +49,7 @@ class Proposer(ABC):
     """A draft at work on the B rows of one job."""
 
     kept: tuple[int, ...]  # [B], video tokens that it sees
+    compressors: tuple[str, ...] | None = None  # [B], what made them of the target's; None: nothing did
 
     @property
     @abstractmethod
@@ -85,11 +96,13 @@ class Draft(ABC):
     vocabulary: int
 
     @abstractmethod
-    def begin(
-        self,
-        rows: Sequence[DraftRow],
-        settings: SpeculationSettings,
-        rule: TokenRule,
-        slots: int,
-    ) -> Proposer:
-        """Prune, prefill, and be ready to propose; captions and the nodes of a round take at most `slots` slots."""
+    def method(self, settings: SpeculationSettings) -> str:
+        """What captions that are made with it call their method."""
+
+    def settings(self, settings: SpeculationSettings) -> SpeculationSettings:
+        """What settings mean for this draft, which may have defaults of its own."""
+        return settings
+
+    @abstractmethod
+    def begin(self, job: DraftJob) -> Proposer:
+        """Prune, prefill, and be ready to propose."""

@@ -7,7 +7,7 @@ from collections.abc import Hashable, Sequence
 import torch
 
 from specvlm.config import SpeculationSettings
-from specvlm.drafts.base import Draft, DraftRow, Horizon, Proposer
+from specvlm.drafts.base import Draft, DraftJob, Horizon, Proposer
 from specvlm.model import Extent, Nodes, Reach, VideoLM
 from specvlm.prefill import Prompt, embed, prefill_draft, prune_prompt
 from specvlm.pruning import prune
@@ -25,21 +25,19 @@ class SmallModelDraft(Draft):
         """`vocabulary`: shared with the target; padded rows beyond it are never guessed."""
         self.model, self.vocabulary = model, vocabulary
 
-    def begin(
-        self,
-        rows: Sequence[DraftRow],
-        settings: SpeculationSettings,
-        rule: TokenRule,
-        slots: int,
-    ) -> Proposer:
+    def method(self, settings: SpeculationSettings) -> str:
+        """The pruner and the tree."""
+        return f"specvlm/{settings.pruner}/{settings.tree}"
+
+    def begin(self, job: DraftJob) -> Proposer:
         """Prune and prefill each row."""
         prompts, kept = [], []
-        for row in rows:
-            keep = prune(row.scores, settings)
+        for row in job.rows:
+            keep = prune(row.scores, job.settings)
             kept.append(int(keep.sum()))
-            prompt = embed(self.model, row.inputs, row.features)
-            prompts.append(prune_prompt(prompt, keep, compact=settings.positions == "compact"))
-        proposer = _SmallModelProposer(self.model, self.vocabulary, prompts, rule, slots)
+            prompt = embed(self.model, row.prompt.inputs, row.features)
+            prompts.append(prune_prompt(prompt, keep, compact=job.settings.positions == "compact"))
+        proposer = _SmallModelProposer(self.model, self.vocabulary, prompts, job.rule, job.slots)
         proposer.kept = tuple(kept)
         return proposer
 

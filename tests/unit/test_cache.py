@@ -11,7 +11,7 @@ from specvlm.cache import SlabCache, SlabShape
 from specvlm.choosing import FixedTree
 from specvlm.config import GenerationSettings, SpeculationSettings
 from specvlm.decode import Decoding, RowText, Speculation, TargetRows
-from specvlm.drafts.base import DraftRow
+from specvlm.drafts.base import DraftJob, DraftRow
 from specvlm.prefill import embed, prefill_target
 from specvlm.sampling import TokenRule, logits_rules
 from specvlm.stats import StageClock
@@ -85,7 +85,8 @@ def test_a_rewound_cache_equals_one_that_never_advanced(tree: str) -> None:
             rule = TokenRule(rules, _generation(), [video.inputs.token_ids[0]], 300, CPU)
         chooser = captioner.chooser(settings, _generation(), [video]) if speculate else FixedTree(ROOT)
         assert captioner.draft is not None
-        begin = partial(captioner.draft.begin, [DraftRow(video.inputs, read.scores)], settings, rule, 60)
+        work = DraftJob([DraftRow(prompt, read.scores)], settings, rule, 60, cache)
+        begin = partial(captioner.draft.begin, work)
         texts = [RowText(20, frozenset())]
         rows = TargetRows(captioner.target, cache, [prompt], read.logits)
         for _ in Decoding(rows, Speculation(chooser, begin), rule, texts, StageClock(CPU)).run():
