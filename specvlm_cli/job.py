@@ -21,6 +21,7 @@ from typing import Literal, Protocol, TypeVar
 from specvlm_cli.engine import EngineFactory, Models
 from specvlm_cli.exits import BusyError, ExitCode, UsageError
 from specvlm_cli.ledger import UNREADABLE, Ledger, Planned, is_damage
+from specvlm_cli.parts import CAPTION_SCHEMA
 from specvlm_cli.policy import Policy
 from specvlm_cli.resharding import finish, is_unfinished, reshard
 from specvlm_cli.results import Outcome
@@ -245,6 +246,11 @@ def _kept(request: Request, folder: RunFolder, known: RunFile) -> Mapping[str, s
         raise UsageError(
             f"{_shown(folder)} was begun with other --keep-columns: {clean(had)}, now {clean(now)}; all its "
             "parts have one schema, so give those columns, or another -o folder"
+        )
+    if taken := sorted(known.kept.keys() & set(CAPTION_SCHEMA.names)):
+        raise UsageError(
+            f"{_shown(folder)} was begun by an earlier version with --keep-columns {clean(', '.join(taken))}, which a "
+            "row has of its own by now; export reads it as it is, captions go on in another -o folder"
         )
     return known.kept
 

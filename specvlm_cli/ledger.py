@@ -24,7 +24,7 @@ from sqlite_utils import Database
 from specvlm_cli.exits import FatalError
 from specvlm_cli.failure import Failure as Failure
 from specvlm_cli.inputs.item import Item
-from specvlm_cli.migrations import STEPS, migrate, schema_version, sign
+from specvlm_cli.migrations import READABLE, STEPS, migrate, schema_version, sign
 from specvlm_cli.wanted import Wanted
 
 Row = dict[str, Any]
@@ -131,7 +131,7 @@ class Ledger:
         try:
             connection = _connect(path, "ro")
             try:
-                if schema_version(Database(connection, execute_plugins=False)) == len(STEPS):
+                if schema_version(Database(connection, execute_plugins=False)) >= READABLE:
                     return cls(connection)
             except (FatalError, *UNREADABLE):
                 pass
@@ -139,6 +139,11 @@ class Ledger:
         except sqlite3.OperationalError:
             pass
         return None
+
+    @property
+    def is_current(self) -> bool:
+        """Say whether this ledger, and the parts made of it, are as this version writes them."""
+        return schema_version(self._db) == len(STEPS)
 
     def close(self) -> None:
         self._db.close()

@@ -74,7 +74,13 @@ _THIRD = (
     "ALTER TABLE item ADD COLUMN mtime_ns INTEGER",
 )
 
-STEPS: tuple[tuple[str, ...], ...] = (_FIRST, _SECOND, _THIRD)
+_FOURTH = (
+    # A caption's row has more columns (of a trained head): all parts are written anew, to have one schema.
+    "UPDATE part SET outdated = 1 WHERE name LIKE 'captions/%'",
+)
+
+STEPS: tuple[tuple[str, ...], ...] = (_FIRST, _SECOND, _THIRD, _FOURTH)
+READABLE = 3  # steps that made the tables what they are; a ledger that has seen so many is read as it is
 
 
 def schema_version(database: Database) -> int:

@@ -74,6 +74,8 @@ CAPTION_SCHEMA = _declared(
     frame_times_s=pa.list_(pa.field("element", pa.float64())),
     video_tokens=pa.int64(),
     video_tokens_kept=pa.int64(),
+    compressor=pa.string(),
+    compression_ratio=pa.float64(),
     prompt_tokens=pa.int64(),
     completion_tokens=pa.int64(),
     num_drafts=pa.int64(),
@@ -121,9 +123,15 @@ _NEEDED = ("id", "path", "prompt_index", "caption")  # without these columns a f
 
 
 def caption_schema(kept: Mapping[str, str]) -> pa.Schema:
-    """Return the schema of a run's parts: ours, and behind it the columns that pass through, by their kind."""
+    """Return the schema of a run's parts: ours, and behind it the columns that pass through, by their kind.
+
+    A run that an earlier version began may pass a column through that has one of our newer names: there it stays
+    the manifest's.
+    """
     ours = {field.name: field.type for field in CAPTION_SCHEMA}
-    return _declared(**ours, **{name: _KEPT[kind] for name, kind in kept.items()}) if kept else CAPTION_SCHEMA
+    return (
+        _declared(**(ours | {name: _KEPT[kind] for name, kind in kept.items()})) if kept else CAPTION_SCHEMA
+    )
 
 
 class Parts:
@@ -172,7 +180,8 @@ class Parts:
     def in_order(self, ledger: Ledger) -> bool:
         """Say whether files and ledger agree and nothing is left to write. Reads only names and sizes."""
         if (
-            ledger.count_without_part()
+            not ledger.is_current
+            or ledger.count_without_part()
             or ledger.outdated_parts()
             or ledger.failures_stale(self.failures_name)
         ):
@@ -220,7 +229,7 @@ class Parts:
         if not self._name.fullmatch(path.name):
             return
         try:
-            rows = _read(path, CAPTION_SCHEMA)
+            rows = _read(path, caption_schema(self.kept))
         except FatalError:  # nobody can read it, so nothing is lost with it
             return
         if not all(ledger.holds(row) for row in rows):
@@ -260,9 +269,13 @@ class Parts:
             FatalError: A part is not readable, so its captions are not to be had from it.
         """
         for number, path in self._numbered():
-            rows = _read(path, CAPTION_SCHEMA)
+            rows = _read(path, caption_schema(self.kept))
             part = _described(self._root, f"{CAPTIONS}/{path.name}", len(rows))
             ledger.adopt(part, number, rows, [path_bytes(row["path"]) for row in rows])
+            if not set(CAPTION_SCHEMA.names) <= set(
+                pq.read_schema(path).names
+            ):  # an earlier version wrote it
+                ledger.outdate(part.name)
         failures = self._root / self.failures_name
         if failures.exists():
             rows = _read(failures, FAILURE_SCHEMA)

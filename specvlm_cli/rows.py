@@ -21,6 +21,8 @@ _COPIED = (
     "num_frames",
     "video_tokens",
     "video_tokens_kept",
+    "compressor",
+    "compression_ratio",
     "prompt_tokens",
     "completion_tokens",
     "num_drafts",

@@ -177,7 +177,7 @@ class _Shard:
         path = self._run.root / part.name
         name = clean(str(path))
         if part.outdated:
-            text = "its captions have changed since it was written; the next start writes it anew"
+            text = "its rows have changed since it was written; the next start writes it anew"
             return [Finding(f"{name}: {text}", wrong=not self._live)]
         try:
             if _sha256(path) != part.sha256:

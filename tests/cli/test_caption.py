@@ -64,8 +64,8 @@ def test_columns_are_those_of_the_contract(specvlm: Specvlm, videos: Path, out: 
     assert " ".join(table.column_names) == (
         "id path start end prompt_index caption finish_reason target_model target_revision draft_model "
         "method prompt prompt_sha256 config_hash specvlm_version run_id created_at duration_s fps width "
-        "height video_backend flags num_frames frame_times_s video_tokens video_tokens_kept prompt_tokens "
-        "completion_tokens num_drafts "
+        "height video_backend flags num_frames frame_times_s video_tokens video_tokens_kept compressor "
+        "compression_ratio prompt_tokens completion_tokens num_drafts "
         "num_draft_tokens num_accepted_tokens mean_accepted_tokens mean_acceptance_length "
         "acceptance_histogram video_decode_s preprocess_s vision_s target_prefill_s draft_prefill_s "
         "decode_s total_s tokens_per_s baseline_token_s baseline_decode_s decode_speedup e2e_speedup "

@@ -1,0 +1,166 @@
+"""Run folders that an earlier version wrote, with fewer columns: they go on, are exported and are verified."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from specvlm_cli.parts import CAPTION_SCHEMA, caption_schema
+from tests.cli import invariants
+from tests.cli.conftest import Specvlm, rows, snapshot
+from tests.cli.made import Video, make_run
+
+NEW = ("compressor", "compression_ratio")  # columns that came with the fourth step of the ledger
+OLD_SCHEMA = pa.schema(
+    [field for field in CAPTION_SCHEMA if field.name not in NEW], metadata=CAPTION_SCHEMA.metadata
+)
+
+
+def age(out: Path) -> None:
+    """Turn a run folder into what the version before would have left: no such columns, in no file."""
+    for path in sorted((out / "captions").glob("part-*.parquet")):
+        pq.write_table(pq.read_table(path).drop_columns(list(NEW)), path, compression="zstd")
+    for ledger in sorted((out / ".specvlm").glob("state-*.db")):
+        with closing(sqlite3.connect(ledger, isolation_level=None)) as database:
+            paths = ", ".join(f"'$.{name}'" for name in NEW)
+            database.execute(f"UPDATE caption SET row = json_remove(row, {paths})")
+            for (name,) in database.execute("SELECT name FROM part").fetchall():
+                content = (out / name).read_bytes()
+                values = (hashlib.sha256(content).hexdigest(), len(content), name)
+                database.execute("UPDATE part SET sha256 = ?, bytes = ? WHERE name = ?", values)
+            database.execute("PRAGMA user_version = 3")
+
+
+@pytest.fixture
+def old(specvlm: Specvlm, videos: Path, out: Path) -> Path:
+    """Half of the videos captioned by the version before, in one part; one of them has failed."""
+    (videos / "a.mp4").write_text("text")
+    assert specvlm("caption", videos, "-o", out, "--limit", 3).code == 3
+    (videos / "a.mp4").write_text("video a")
+    age(out)
+    assert pq.read_schema(out / "captions/part-00000-00000.parquet").names == OLD_SCHEMA.names
+    return out
+
+
+def verified(specvlm: Specvlm, out: Path) -> bool:
+    return specvlm("status", out, "--verify").code == 0
+
+
+def schemas(out: Path) -> list[pa.Schema]:
+    return [pq.read_schema(path) for path in sorted((out / "captions").glob("part-*"))]
+
+
+def test_looking_at_it_changes_nothing(specvlm: Specvlm, old: Path, videos: Path) -> None:
+    before = snapshot(old)
+    found = specvlm("status", old, "--json").json
+    assert (found["counts"]["done"], found["captions"]) == (2, 2)
+    assert verified(specvlm, old)
+    shown = specvlm("caption", videos, "-o", old, "-n")
+    assert (shown.code, shown.out.count("\n")) == (0, 1)
+    assert snapshot(old) == before
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "csv"])
+def test_export_has_the_new_columns_without_a_value(
+    specvlm: Specvlm, old: Path, tmp_path: Path, kind: str
+) -> None:
+    dest = tmp_path / ("dest" if kind == "parquet" else f"dest.{kind}")
+    assert (
+        specvlm("export", old, dest, "--format", kind, "--columns", "id,compressor,compression_ratio").code
+        == 0
+    )
+    if kind == "parquet":
+        table = pq.read_table(dest / "data")
+        assert table.schema.types == [pa.string(), pa.string(), pa.float64()]
+        assert [row[name] for row in table.to_pylist() for name in NEW] == [None] * 4
+    elif kind == "jsonl":
+        lines = [json.loads(line) for line in dest.read_text().splitlines()]
+        assert [row[name] for row in lines for name in NEW] == [None] * 4
+    else:
+        assert [line.split(",")[1:] for line in dest.read_text().splitlines()[1:]] == [["", ""]] * 2
+
+
+def test_it_goes_on_and_all_its_parts_have_one_schema(specvlm: Specvlm, old: Path, videos: Path) -> None:
+    before = {row["id"]: row for row in rows(old)}
+    assert specvlm("caption", videos, "-o", old, "--retry-failed").code == 0
+    assert [one.equals(CAPTION_SCHEMA, check_metadata=True) for one in schemas(old)] == [True, True]
+    after = {row["id"]: row for row in rows(old)}
+    assert {name: after[name] for name in before} == {
+        name: row | dict.fromkeys(NEW) for name, row in before.items()
+    }
+    assert pq.read_schema(old / "captions/part-00000-00001.parquet").equals(CAPTION_SCHEMA)
+    invariants.check(old, videos)
+    assert verified(specvlm, old)
+
+
+def test_a_finished_one_is_brought_up_to_date_once(specvlm: Specvlm, videos: Path, out: Path) -> None:
+    specvlm("caption", videos, "-o", out)
+    age(out)
+    assert "nothing to do: 4 done" in specvlm("caption", videos, "-o", out).err
+    assert [one.equals(CAPTION_SCHEMA) for one in schemas(out)] == [True]
+    invariants.check(out, videos)
+    before = snapshot(out)
+    assert "nothing to do: 4 done" in specvlm("caption", videos, "-o", out).err
+    assert snapshot(out) == before
+    assert len(specvlm.loads) == 1
+
+
+def test_without_its_ledger_it_is_rebuilt_and_brought_up_to_date(
+    specvlm: Specvlm, old: Path, videos: Path
+) -> None:
+    before = rows(old)
+    (old / ".specvlm/state-00000.db").unlink()
+    assert specvlm("caption", videos, "-o", old, "--retry-failed").code == 0
+    assert [one.equals(CAPTION_SCHEMA) for one in schemas(old)] == [True, True]
+    assert [row for row in rows(old) if row["id"] in {one["id"] for one in before}] == [
+        row | dict.fromkeys(NEW) for row in before
+    ]
+    assert verified(specvlm, old)
+
+
+def test_a_crash_while_it_is_brought_up_to_date_is_mended(
+    specvlm: Specvlm, old: Path, videos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("specvlm_cli.parts.publish", full)
+        assert specvlm("caption", videos, "-o", old).code == 1
+    assert schemas(old)[0].names == OLD_SCHEMA.names
+    assert specvlm("caption", videos, "-o", old, "--retry-failed").code == 0
+    assert [one.equals(CAPTION_SCHEMA) for one in schemas(old)] == [True, True]
+    invariants.check(old, videos)
+
+
+def test_it_is_divided_anew(specvlm: Specvlm, old: Path, videos: Path) -> None:
+    for shard in ("0/2", "1/2"):
+        assert (
+            specvlm("caption", videos, "-o", old, "--shard", shard, "--reshard", "--retry-failed").code == 0
+        )
+    assert all(one.equals(CAPTION_SCHEMA) for one in schemas(old))
+    invariants.check(old, videos)
+
+
+def test_a_kept_column_of_a_newer_name_stays_the_manifests(
+    specvlm: Specvlm, tmp_path: Path, videos: Path, out: Path
+) -> None:
+    kept = {"compressor": "int64"}
+    clips = [Video(f"id{number}", b"/v/a.mp4", row={"compressor": number}) for number in range(3)]
+    make_run(out, [clips], kept=kept)
+    assert caption_schema(kept).field("compressor").type == pa.int64()
+    assert caption_schema(kept).names == CAPTION_SCHEMA.names
+    assert verified(specvlm, out)
+    assert specvlm("export", out, tmp_path / "dest.jsonl", "--format", "jsonl").code == 0
+    lines = (tmp_path / "dest.jsonl").read_text().splitlines()
+    assert [json.loads(line)["compressor"] for line in lines] == [0, 1, 2]
+    refused = specvlm("caption", videos, "-o", out, "--preset", "demo", "--on-config-change", "reuse")
+    assert (refused.code, refused.err.count("\n")) == (2, 1)
+    assert "--keep-columns compressor, which a row has of its own by now" in refused.err
