@@ -131,6 +131,30 @@ class _Round:
     noise: torch.Tensor | None  # [B, D + 1, C], Gumbel noise by depth
 
 
+class _Columns(NamedTuple):
+    """Which tokens the columns of scores are."""
+
+    width: int
+    ids: torch.Tensor | None  # int64 [width], ascending; None: tokens 0 to width - 1
+
+    def of(self, told: torch.Tensor) -> torch.Tensor:
+        """What is told of all tokens, [..., C or more], of these alone: [..., width]."""
+        return told[..., : self.width] if self.ids is None else told[..., self.ids]
+
+    def of_nodes(self, told: torch.Tensor, row: torch.Tensor, depths: torch.Tensor) -> torch.Tensor:
+        """The same of [B, D + 1, C], at the depths [B, n] of nodes: [B, n, width]."""
+        if self.ids is None:
+            return told[row, depths, : self.width]
+        return told[row[..., None], depths[..., None], self.ids]
+
+    def find(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The columns of tokens, and whether they have one; the column of others is any."""
+        if self.ids is None:
+            return tokens.clamp(max=self.width - 1), tokens < self.width
+        at = torch.searchsorted(self.ids, tokens.contiguous()).clamp(max=self.width - 1)
+        return at, self.ids[at] == tokens
+
+
 class TokenRule:
     """The rule for B rows. Target and draft share it, so that the draft guesses under the target's own rules."""
 
@@ -179,60 +203,69 @@ class TokenRule:
             noise = gumbel_noise(self._settings.seed, index, self._vocabulary)
         self._round = _Round(first_index, noise)
 
-    def scores(self, logits: torch.Tensor, depths: torch.Tensor, path: torch.Tensor) -> torch.Tensor:
-        """Logits [B, n, c] -> scores float32 [B, n, c] whose argmax is the token; c may be a shared vocabulary.
+    def scores(
+        self,
+        logits: torch.Tensor,
+        depths: torch.Tensor,
+        path: torch.Tensor,
+        ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Logits [B, n, c] -> scores float32 [B, n, c] whose argmax is the column of the token.
+
+        A draft may have fewer columns than the target; top-k, top-p and min-p then choose among those.
 
         Args:
             logits: Of n nodes.
             depths: int64 [B, n] below the root.
             path: int64 [B, n, m], tokens that a node has seen beyond the committed ones. Repeats are harmless, and so
                 are committed tokens; that is how paths of different length fit one tensor.
+            ids: int64 [c], the columns' tokens, ascending; None: tokens 0 to c - 1.
         """
-        out = logits.float()
+        out, columns = logits.float(), _Columns(logits.shape[-1], ids)
         if self._penalised:
-            out = self._penalise(out, path)
+            out = self._penalise(out, path, columns)
         if self._indexed:
-            out = self._by_index(out, self._round.first_index[:, None] + depths)
+            out = self._by_index(out, self._round.first_index[:, None] + depths, columns)
         if self._rules.suppress:
-            out = out.masked_fill(self._suppress[: out.shape[-1]], float("-inf"))
+            out = out.masked_fill(columns.of(self._suppress), float("-inf"))
         if self._round.noise is not None:
-            out = self._perturb(out, depths)
+            out = self._warp(out)
+            row = torch.arange(out.shape[0], device=out.device)[:, None]
+            out = out + columns.of_nodes(self._round.noise, row, depths)
         return out
 
-    def _penalise(self, logits: torch.Tensor, path: torch.Tensor) -> torch.Tensor:
+    def _penalise(self, logits: torch.Tensor, path: torch.Tensor, columns: _Columns) -> torch.Tensor:
         """Divide positive and multiply negative logits of seen tokens (CTRL, arXiv 1909.05858), as stock does."""
         penalty = self._rules.repetition_penalty
-        width = logits.shape[-1]
         lowered = torch.where(logits < 0, logits * penalty, logits / penalty)
-        out = torch.where(self._seen[:, None, :width], lowered, logits)
+        out = torch.where(columns.of(self._seen)[:, None], lowered, logits)
         if path.shape[-1] == 0:
             return out
-        # A draft's shorter vocabulary may lack a token of the path; its mark then falls on a neighbour unchanged.
-        inside = path.clamp(max=width - 1)
-        value = torch.where(path < width, lowered.gather(2, inside), out.gather(2, inside))
-        return out.scatter(2, inside, value)
+        # A draft may have no column for a token of the path; its mark then falls on another one unchanged.
+        at, there = columns.find(path)
+        value = torch.where(there, lowered.gather(2, at), out.gather(2, at))
+        return out.scatter(2, at, value)
 
-    def _by_index(self, logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    def _by_index(self, logits: torch.Tensor, index: torch.Tensor, columns: _Columns) -> torch.Tensor:
         """Rules that hold at some output indices only. `index`: int64 [B, n]."""
-        rules, width, low = self._rules, logits.shape[-1], float("-inf")
+        rules, low = self._rules, float("-inf")
         at = index[..., None]
         if self._ends_late:
-            logits = logits.masked_fill((at < self._least) & self._no_eos[:width], low)
+            logits = logits.masked_fill((at < self._least) & columns.of(self._no_eos), low)
         if rules.forced_eos:
-            last = self._settings.max_new_tokens - 1
-            logits = torch.where((at == last) & ~self._not_forced[:width], 0.0, logits)
-            logits = logits.masked_fill((at == last) & self._not_forced[:width], low)
+            last, not_forced = self._settings.max_new_tokens - 1, columns.of(self._not_forced)
+            logits = torch.where((at == last) & ~not_forced, 0.0, logits)
+            logits = logits.masked_fill((at == last) & not_forced, low)
         if rules.suppress_first:
-            logits = logits.masked_fill((at == 0) & self._suppress_first[:width], low)
+            logits = logits.masked_fill((at == 0) & columns.of(self._suppress_first), low)
         return logits
 
-    def _perturb(self, logits: torch.Tensor, depths: torch.Tensor) -> torch.Tensor:
-        """Temperature, top-k, top-p, min-p, in stock's order, then the noise of each node's output index."""
-        assert self._round.noise is not None
-        rules, width, low = self._rules, logits.shape[-1], float("-inf")
+    def _warp(self, logits: torch.Tensor) -> torch.Tensor:
+        """Temperature, top-k, top-p, min-p, in stock's order."""
+        rules, low = self._rules, float("-inf")
         logits = logits / rules.temperature
         if rules.top_k:
-            kth = logits.topk(min(rules.top_k, width), dim=-1).values[..., -1:]
+            kth = logits.topk(min(rules.top_k, logits.shape[-1]), dim=-1).values[..., -1:]
             logits = logits.masked_fill(logits < kth, low)
         if rules.top_p < 1.0:
             ascending = logits.sort(dim=-1)
@@ -244,8 +277,7 @@ class TokenRule:
             logits = logits.masked_fill(
                 probabilities < rules.min_p * probabilities.amax(-1, keepdim=True), low
             )
-        row = torch.arange(logits.shape[0], device=logits.device)[:, None]
-        return logits + self._round.noise[row, depths, :width]
+        return logits
 
     def commit(self, tokens: torch.Tensor, count: torch.Tensor) -> None:
         """Mark the first `count` [B] of `tokens` [B, m] as seen."""

@@ -54,7 +54,7 @@ class Frontier(NamedTuple):
     )  # int64 [B, k], index of a node's parent in the frontier one level above; the root: 0
 
 
-# Scores of the next token after each frontier node: float32 [B, k, shared vocabulary], higher is likelier.
+# Scores of the next token after each frontier node: float32 [B, k, tokens that may be guessed], higher is likelier.
 Expand = Callable[[Frontier], torch.Tensor]
 
 
@@ -73,8 +73,14 @@ class TreeShape(ABC):
     widths: tuple[int, ...]  # nodes that are expanded at each level, the root's first
 
     @abstractmethod
-    def grow(self, root: torch.Tensor, expand: Expand) -> Guesses:
-        """Grow from root tokens [B] to N nodes. `expand` is called once per level, never for leaves."""
+    def grow(self, root: torch.Tensor, expand: Expand, ids: torch.Tensor | None = None) -> Guesses:
+        """Grow to N nodes.
+
+        Args:
+            root: int64 [B], tokens.
+            expand: Called once per level, never for leaves.
+            ids: int64, the token of each column of the scores; None: a column's number is its token.
+        """
 
 
 class RootShape(TreeShape):
@@ -82,7 +88,7 @@ class RootShape(TreeShape):
 
     nodes, depth, slots, widths = 1, 0, 1, ()
 
-    def grow(self, root: torch.Tensor, expand: Expand) -> Guesses:
+    def grow(self, root: torch.Tensor, expand: Expand, ids: torch.Tensor | None = None) -> Guesses:
         """The root tokens [B]; nothing is expanded."""
         rows = root.shape[0]
         zeros = torch.zeros(rows, 1, dtype=torch.long, device=root.device)
@@ -151,14 +157,14 @@ class StaticShape(TreeShape):
             slot[inner[0]] if inner else len(slot),
         )
 
-    def grow(self, root: torch.Tensor, expand: Expand) -> Guesses:
+    def grow(self, root: torch.Tensor, expand: Expand, ids: torch.Tensor | None = None) -> Guesses:
         """Grow from root tokens [B] to N nodes."""
         rows = root.shape[0]
         tokens, path = [root[:, None]], root.new_empty(rows, 1, 0)
         likeliest = []
         scores = expand(_root_frontier(root))
         for depth, level in enumerate(self._levels, start=1):
-            top = scores.topk(min(max(level.width, self._ranks), scores.shape[-1]), dim=-1).indices
+            top = _likeliest(scores, max(level.width, self._ranks), ids)
             likeliest.append(top[..., : self._ranks])
             here = top[..., : level.width].flatten(1)[:, level.pick]  # [B, n]
             tokens.append(here)
@@ -175,6 +181,19 @@ class StaticShape(TreeShape):
             self._slots.expand(rows, -1),
             torch.cat(likeliest, dim=1) if self._ranks else None,
         )
+
+
+def _tokens(columns: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:
+    return columns if ids is None else ids[columns]
+
+
+def _likeliest(scores: torch.Tensor, count: int, ids: torch.Tensor | None) -> torch.Tensor:
+    """The likeliest tokens [B, k, count], the best first; where there are not as many, the last one again."""
+    there = min(count, scores.shape[-1])
+    tokens = _tokens(scores.topk(there, dim=-1).indices, ids)
+    if there == count:
+        return tokens
+    return torch.cat((tokens, tokens[..., -1:].expand(-1, -1, count - there)), dim=-1)
 
 
 def _likelihood(scores: torch.Tensor) -> torch.Tensor:
@@ -212,20 +231,20 @@ class DynamicShape(TreeShape):
         level_of = [0] + [1] * width + [d for d in range(2, depth + 1) for _ in range(width * width)]
         self._candidate_depths = torch.tensor(level_of, dtype=torch.long, device=device)
 
-    def grow(self, root: torch.Tensor, expand: Expand) -> Guesses:
+    def grow(self, root: torch.Tensor, expand: Expand, ids: torch.Tensor | None = None) -> Guesses:
         """Grow from root tokens [B] to N nodes."""
-        grown = self._first_level(root, expand)
+        grown = self._first_level(root, expand, ids)
         for depth in range(2, self.depth + 1):
-            grown = self._next_level(grown, depth, expand)
+            grown = self._next_level(grown, depth, expand, ids)
         return self._best(grown)
 
-    def _first_level(self, root: torch.Tensor, expand: Expand) -> _Grown:
+    def _first_level(self, root: torch.Tensor, expand: Expand, ids: torch.Tensor | None) -> _Grown:
         rows, k = root.shape[0], self._width
         sees = torch.zeros(rows, 1, self.slots, dtype=torch.bool, device=root.device)
         sees[..., 0].fill_(True)
         scores = expand(_root_frontier(root))
-        value, tokens = _likelihood(scores).topk(k, dim=-1)  # [B, 1, k]
-        tokens, value = tokens.flatten(1), value.flatten(1)
+        value, columns = _likelihood(scores).topk(k, dim=-1)  # [B, 1, k]
+        tokens, value = _tokens(columns, ids).flatten(1), value.flatten(1)
         return _Grown(
             torch.cat((root[:, None], tokens), dim=1),
             torch.zeros(rows, k + 1, dtype=torch.long, device=root.device),
@@ -237,7 +256,7 @@ class DynamicShape(TreeShape):
             sees.expand(rows, k, self.slots),
         )
 
-    def _next_level(self, grown: _Grown, depth: int, expand: Expand) -> _Grown:
+    def _next_level(self, grown: _Grown, depth: int, expand: Expand, ids: torch.Tensor | None) -> _Grown:
         k, rows = self._width, grown.tokens.shape[0]
         first_slot = 1 + (depth - 2) * k
         taken = torch.arange(first_slot, first_slot + k, device=self._device)
@@ -245,9 +264,9 @@ class DynamicShape(TreeShape):
         slots = grown.slots.scatter(1, grown.frontier, taken.expand(rows, k))
         tokens = grown.tokens.gather(1, grown.frontier)  # [B, k]
         scores = expand(Frontier(tokens, grown.path, depth - 1, first_slot, sees, grown.above))
-        step, children = _likelihood(scores).topk(k, dim=-1)  # [B, k, k]
+        step, columns = _likelihood(scores).topk(k, dim=-1)  # [B, k, k]
         value = (grown.value.gather(1, grown.frontier)[..., None] + step).flatten(1)  # [B, k * k]
-        children = children.flatten(1)
+        children = _tokens(columns, ids).flatten(1)
         best = value.topk(k, dim=1).indices  # [B, k], the next frontier within this level
         parent = best // k  # [B, k], which frontier node
         path = grown.path.gather(1, parent[..., None].expand(-1, -1, depth - 1))

@@ -8,6 +8,7 @@ import torch
 
 from specvlm.config import SpeculationSettings
 from specvlm.drafts.base import Draft, DraftJob, Horizon, Proposer
+from specvlm.drafts.vocabulary import DraftVocabulary
 from specvlm.model import Extent, Nodes, Reach, VideoLM
 from specvlm.prefill import Prompt, embed, prefill_draft, prune_prompt
 from specvlm.pruning import prune
@@ -19,11 +20,23 @@ CATCH_UP = 64  # tokens of a pass over what the target wrote alone, so that its 
 
 
 class SmallModelDraft(Draft):
-    """Drafting of SpecVLM, arXiv 2508.16201, section 3."""
+    """Drafting of SpecVLM, arXiv 2508.16201, section 3.
 
-    def __init__(self, model: VideoLM, vocabulary: int) -> None:
-        """`vocabulary`: shared with the target; padded rows beyond it are never guessed."""
-        self.model, self.vocabulary = model, vocabulary
+    Attributes:
+        guessable: The tokens that it may guess, and its logits of them.
+    """
+
+    def __init__(self, model: VideoLM, shared: int, ids: Sequence[int] | None = None) -> None:
+        """Take a model, and what it may guess.
+
+        Args:
+            model: The draft.
+            shared: Tokens that it has in common with the target; padded rows beyond them are never guessed.
+            ids: Those of them that it may guess; None: all.
+        """
+        self.model = model
+        self.guessable = DraftVocabulary(model.model.get_output_embeddings(), shared, ids)
+        self.vocabulary = self.guessable.size
 
     def method(self, settings: SpeculationSettings) -> str:
         """The pruner and the tree."""
@@ -37,7 +50,7 @@ class SmallModelDraft(Draft):
             kept.append(int(keep.sum()))
             prompt = embed(self.model, row.prompt.inputs, row.features)
             prompts.append(prune_prompt(prompt, keep, compact=job.settings.positions == "compact"))
-        proposer = _SmallModelProposer(self.model, self.vocabulary, prompts, job.rule, job.slots)
+        proposer = _SmallModelProposer(self.model, self.guessable, prompts, job.rule, job.slots)
         proposer.kept = tuple(kept)
         return proposer
 
@@ -50,7 +63,12 @@ class _SmallModelProposer(Proposer):
     """
 
     def __init__(
-        self, model: VideoLM, vocabulary: int, prompts: Sequence[Prompt], rule: TokenRule, slots: int
+        self,
+        model: VideoLM,
+        vocabulary: DraftVocabulary,
+        prompts: Sequence[Prompt],
+        rule: TokenRule,
+        slots: int,
     ) -> None:
         self._model, self._vocabulary, self._rule = model, vocabulary, rule
         device = model.device
@@ -81,10 +99,10 @@ class _SmallModelProposer(Proposer):
             else:
                 hidden = self._run_level(frontier, index, lengths, horizon)
             depths = torch.full_like(frontier.tokens, frontier.depth)
-            logits = self._model.logits(hidden)[..., : self._vocabulary]
-            return self._rule.scores(logits, depths, frontier.path)
+            logits = self._vocabulary.logits(hidden)
+            return self._rule.scores(logits, depths, frontier.path, self._vocabulary.ids)
 
-        return shape.grow(root, expand)
+        return shape.grow(root, expand, self._vocabulary.ids)
 
     def _run_root(
         self, root: torch.Tensor, index: torch.Tensor, lengths: torch.Tensor, horizon: Horizon

@@ -415,8 +415,12 @@ SHAPES = {
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("how", ["masked", "split"])
 @pytest.mark.parametrize(
-    ("family", "dtype", "exact"),
-    [("qwen", torch.bfloat16, False), ("llava", torch.float32, False), ("llava", torch.bfloat16, True)],
+    ("family", "dtype", "exact", "trimmed"),
+    [
+        ("qwen", torch.bfloat16, False, True),
+        ("llava", torch.float32, False, False),
+        ("llava", torch.bfloat16, True, True),
+    ],
 )
 def test_a_round_on_cuda_stays_there(
     shape: str,
@@ -424,12 +428,13 @@ def test_a_round_on_cuda_stays_there(
     family: FamilyName,
     dtype: torch.dtype,
     exact: bool,
+    trimmed: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """No operation touches the host's memory or asks for a value, and none copies the cache."""
     flash = dtype == torch.bfloat16
     monkeypatch.setattr(attention, "_cuda_kernels", lambda *_: attention._Kernels(flash, True))
-    seen = run_round(Case(family, SHAPES[shape], how, dtype, exact), 4000)
+    seen = run_round(Case(family, SHAPES[shape], how, dtype, exact, trimmed), 4000)
     assert seen.elsewhere == set()
     assert [name for name in seen.names if any(word in name for word in FORBIDDEN)] == []
     if how == "split":  # the mask of `masked` is as long as the prompt
