@@ -32,15 +32,23 @@ BACKGROUNDS: Final = ("white", "black", "grey", "striped", "checkered", "dotted"
 CLIP_SECONDS: Final = 4.0
 HELD_OUT_SEEDS: Final = range(300)
 EXAMPLE_SEEDS: Final = range(10_000, 20_000)
+HEAD_SEEDS: Final = range(100_000, 1_000_000)
+"""What a head is trained on: clips that its target has not been trained on either."""
 FIRST_TRAINING_SEED: Final = 1_000_000
-"""Training uses seeds from here on; the three sets are disjoint."""
+"""Training of the demo pairs uses seeds from here on; the four sets are disjoint."""
 
 _LOW, _MIDDLE, _HIGH = 0.24, 0.5, 0.76
 _PLACES: Final = (_LOW, _MIDDLE, _HIGH)
 _GROWTH: Final[dict[str, float]] = {"grows": 1.55, "shrinks": 0.5}
 _FADE_SECONDS: Final = 0.3
 
-Split = Literal["train", "held-out", "examples"]
+Split = Literal["train", "head", "held-out", "examples"]
+
+_BOUNDED: Final[dict[str, range]] = {
+    "head": HEAD_SEEDS,
+    "held-out": HELD_OUT_SEEDS,
+    "examples": EXAMPLE_SEEDS,
+}
 
 
 @dataclass(frozen=True)
@@ -75,9 +83,7 @@ class Scene:
 
 def seed_for(split: Split, index: int) -> int:
     """Seed of the clip with this index in a set; the sets never share a seed."""
-    if split == "train":
-        return FIRST_TRAINING_SEED + index
-    return (HELD_OUT_SEEDS if split == "held-out" else EXAMPLE_SEEDS)[index]
+    return FIRST_TRAINING_SEED + index if split == "train" else _BOUNDED[split][index]
 
 
 def scene_for(seed: int, one_thing_share: float = 0.4) -> Scene:

@@ -81,14 +81,21 @@ def frame_times(irregular: bool) -> NDArray[np.float32]:
 
 
 def write_video(
-    path: Path, frames: NDArray[np.uint8], times_s: NDArray[np.float32], rotated: bool = False
+    path: Path,
+    frames: NDArray[np.uint8],
+    times_s: NDArray[np.float32],
+    rotated: bool = False,
+    **encoder: str,
 ) -> None:
-    """Encode frames [F, height, width, 3] shown at the given times; `rotated` stores them on their side."""
+    """Encode frames [F, height, width, 3] shown at the given times; `rotated` stores them on their side.
+
+    The suffix of `path` chooses the encoder, whose options `encoder` replaces or adds to.
+    """
     codec, options = _CODECS[path.suffix]
     stored = np.rot90(frames, 1, axes=(1, 2)) if rotated else frames
     faststart = {"movflags": "+faststart"} if path.suffix == ".mp4" else {}
     with av.open(str(path), "w", options={"fflags": "+bitexact", **faststart}) as container:
-        stream = container.add_stream(codec, rate=FPS, options=options)
+        stream = container.add_stream(codec, rate=FPS, options=options | encoder)
         assert isinstance(stream, VideoStream)
         stream.height, stream.width, stream.pix_fmt = stored.shape[1], stored.shape[2], "yuv420p"
         stream.codec_context.time_base = stream.time_base = Fraction(1, _TICKS_PER_SECOND)
