@@ -54,7 +54,7 @@ SQUARE: Final = Format()
 WIDE: Final = Format(96, 192)
 """Read at two frames per second: 128 video tokens of `qwen-target`."""
 LONGER: Final = Format(96, 192, 16)
-"""Read with 64 frames: 1,024 video tokens of `qwen-target`, which learned from eight frames and captions these badly."""
+"""Read with 64 frames: 1,024 video tokens of `qwen-target`, which knows eight frames and captions these badly."""
 
 
 def draw_clips(
