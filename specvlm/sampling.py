@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn.functional import pad
 
 from specvlm.config import GenerationSettings
 from specvlm.errors import ConfigError
@@ -238,13 +239,13 @@ class TokenRule:
         """Divide positive and multiply negative logits of seen tokens (CTRL, arXiv 1909.05858), as stock does."""
         penalty = self._rules.repetition_penalty
         lowered = torch.where(logits < 0, logits * penalty, logits / penalty)
-        out = torch.where(columns.of(self._seen)[:, None], lowered, logits)
-        if path.shape[-1] == 0:
-            return out
-        # A draft may have no column for a token of the path; its mark then falls on another one unchanged.
-        at, there = columns.find(path)
-        value = torch.where(there, lowered.gather(2, at), out.gather(2, at))
-        return out.scatter(2, at, value)
+        seen = columns.of(self._seen)[:, None].expand_as(logits)
+        if path.shape[-1]:
+            # One column more, for the marks of tokens that have none here.
+            at, there = columns.find(path)
+            marked = pad(seen, (0, 1)).scatter(2, torch.where(there, at, columns.width), True)
+            seen = marked[..., : columns.width]
+        return torch.where(seen, lowered, logits)
 
     def _by_index(self, logits: torch.Tensor, index: torch.Tensor, columns: _Columns) -> torch.Tensor:
         """Rules that hold at some output indices only. `index`: int64 [B, n]."""
