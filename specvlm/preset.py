@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from specvlm.config import FrameSettings
 from specvlm.demo import demo_folder
+from specvlm.drafts.kinds import is_head
 
 _PROMPT = "Describe the video in detail."
 
@@ -17,7 +18,7 @@ class Preset:
     Attributes:
         name: What the user types.
         target: Hub id or folder of the model whose captions these are.
-        draft: Hub id or folder of the model that guesses.
+        draft: Hub id or folder of the model that guesses, or folder of a trained head.
         family: As `model_type` in config.json.
         frames: Which frames to read.
         prompt: Used where the user gives none.
@@ -44,6 +45,14 @@ def _demo(name: str, family: str, prefix: str) -> Preset:
     )
 
 
+def _demo_head(name: str, family: str, prefix: str) -> Preset:
+    return replace(
+        _demo(name, family, prefix),
+        draft=str(demo_folder(f"{prefix}-head")),  # type: ignore[arg-type]
+        notes="the same tiny target with a trained head; knows drawn shapes only",
+    )
+
+
 def _qwen(name: str, target: str, draft: str) -> Preset:
     return Preset(
         name,
@@ -64,9 +73,17 @@ def _llava(name: str, target: str, draft: str) -> Preset:
     )
 
 
+_HEADS = (
+    _demo_head("demo-head", "qwen2_5_vl", "qwen"),
+    _demo_head("demo-head-llava", "llava_onevision", "llava"),
+)
+
 _PRESETS = (
     _demo("demo", "qwen2_5_vl", "qwen"),
     _demo("demo-llava", "llava_onevision", "llava"),
+    *(
+        one for one in _HEADS if is_head(one.draft)
+    ),  # a head is trained with this package, so it may not be there
     _qwen("qwen2.5-vl-7b", "7B", "3B"),
     _qwen("qwen2.5-vl-32b", "32B", "7B"),
     _qwen("qwen2.5-vl-72b", "72B", "7B"),
@@ -76,8 +93,13 @@ _PRESETS = (
 
 
 def presets() -> tuple[Preset, ...]:
-    """All presets, the embedded demo pairs first."""
+    """All presets, the embedded demo pairs and heads first."""
     return _PRESETS
+
+
+def head_of(target: str) -> str | None:
+    """Folder of the trained head that ships for a preset's target; None: there is none."""
+    return next((one.draft for one in _PRESETS if one.target == target and is_head(one.draft)), None)
 
 
 def find_preset(name: str) -> Preset | None:

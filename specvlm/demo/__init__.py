@@ -12,9 +12,12 @@ from typing import Literal
 DemoName = Literal["qwen-target", "qwen-draft", "llava-target", "llava-draft"]
 """The four demo checkpoints: a target and a draft in each of the two families."""
 
-__all__ = ["DemoName", "demo_folder"]
+HeadName = Literal["qwen-head", "llava-head"]
+"""Heads that `specvlm train` makes for the demo targets; only folders that are there are presets."""
+
+__all__ = ["DemoName", "HeadName", "demo_folder"]
 
 
-def demo_folder(name: DemoName) -> Path:
-    """Folder of one demo checkpoint, in the Hugging Face layout that `from_pretrained` reads."""
+def demo_folder(name: DemoName | HeadName) -> Path:
+    """Folder of one demo checkpoint, in the Hugging Face layout that `from_pretrained` reads, or of a head."""
     return Path(str(files(__name__))) / "weights" / name

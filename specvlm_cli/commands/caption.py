@@ -16,10 +16,12 @@ from specvlm_cli.commands.caption_flags import MOST, CaptionFlags
 from specvlm_cli.commands.choices import (
     DEFAULT_PRESET,
     check_models,
+    draft_of,
     frame_settings,
     model_choice,
     pair_of,
     prompt_texts,
+    refuse_for_head,
     text_of,
 )
 from specvlm_cli.commands.options import PREFIX, variable
@@ -90,15 +92,21 @@ def _settings(flags: CaptionFlags, pair: Preset | None) -> CaptionSettings:
         frames=frame_settings(flags, pair),
         generation=GenerationSettings(flags.max_new_tokens, flags.temperature, flags.top_k, flags.seed),
         speculation=SpeculationSettings(
-            flags.pruner,
-            flags.prune_ratio,
-            flags.top_p,
-            flags.tree,
-            flags.positions,
-            flags.depth,
-            flags.nodes,
+            tree=flags.tree, depth=flags.depth, nodes=flags.nodes, **_of_small_models(flags, pair)
         ),
     )
+
+
+def _of_small_models(flags: CaptionFlags, pair: Preset | None) -> dict[str, Any]:
+    """Return those settings that were given which only a small model as a draft heeds.
+
+    Raises:
+        UsageError: The draft is a trained head.
+    """
+    given = {name: getattr(flags, name) for name in ("pruner", "prune_ratio", "top_p", "positions")}
+    given = {name: value for name, value in given.items() if value is not None}
+    refuse_for_head(draft_of(flags.draft, pair), given)
+    return given
 
 
 def _policy(flags: CaptionFlags, settings: CaptionSettings) -> Policy:
@@ -269,8 +277,7 @@ def _extensions(text: str) -> list[str]:
 
 
 def _refuse_pointless_baseline(settings: CaptionSettings, pair: Preset | None, share: float) -> None:
-    draft = settings.models.draft or (pair.draft if pair else "none")
-    if share and draft == "none":
+    if share and draft_of(settings.models.draft, pair) is None:
         raise UsageError(f"--baseline-sample {share} compares with a draft, and there is none; give --draft")
 
 

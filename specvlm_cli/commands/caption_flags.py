@@ -195,26 +195,37 @@ class ModelFlags:
 
 @dataclass(frozen=True, kw_only=True)
 class PruningFlags:
-    """What the draft sees of a video."""
+    """What the draft sees of a video; None: as by default, where the draft can be told."""
 
-    pruner: Annotated[PrunerName, flag(_GUESSING, "--pruner", "Which video tokens the draft sees.")] = (
-        _SPECULATION.pruner
-    )
-    prune_ratio: Annotated[
-        float,
+    pruner: Annotated[
+        PrunerName | None,
         flag(
-            _GUESSING, "--prune-ratio", "Share of video tokens that the draft does not see.", metavar="SHARE"
+            _GUESSING,
+            "--pruner",
+            "Which video tokens the draft sees.",
+            show_default=_SPECULATION.pruner,
         ),
-    ] = _SPECULATION.prune_ratio
+    ] = None
+    prune_ratio: Annotated[
+        float | None,
+        flag(
+            _GUESSING,
+            "--prune-ratio",
+            "Share of video tokens that the draft does not see.",
+            metavar="SHARE",
+            show_default=f"{_SPECULATION.prune_ratio:g}",
+        ),
+    ] = None
     top_p: Annotated[
-        float,
+        float | None,
         flag(
             _GUESSING,
             "--top-p",
             "Share of the attention that the specvlm pruner takes first.",
             metavar="SHARE",
+            show_default=f"{_SPECULATION.top_p:g}",
         ),
-    ] = _SPECULATION.top_p
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,8 +242,14 @@ class SpeculationFlags(PruningFlags):
         flag(_GUESSING, "--nodes", "Most nodes of dynamic and auto trees, root included.", metavar="N"),
     ] = _SPECULATION.nodes
     positions: Annotated[
-        PositionsName, flag(_GUESSING, "--positions", "Whether kept video tokens keep their positions.")
-    ] = _SPECULATION.positions
+        PositionsName | None,
+        flag(
+            _GUESSING,
+            "--positions",
+            "Whether kept video tokens keep their positions.",
+            show_default=_SPECULATION.positions,
+        ),
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from specvlm.config import FrameSettings
+from specvlm.drafts.kinds import is_head
 from specvlm.preset import Preset, find_preset, presets
 from specvlm_cli import engine
 from specvlm_cli.commands.caption_flags import FrameFlags
@@ -41,16 +42,45 @@ def pair_of(preset: str | None, target: str | None) -> Preset | None:
     return found
 
 
-def check_models(
-    pair: Preset | None, draft: str | None, draft_revision: str | None, device_map: str | None
-) -> None:
-    """Refuse a draft's revision without a draft, and a place that no device has by name.
+def draft_of(draft: str | None, pair: Preset | None) -> str | None:
+    """Return the draft to use: what was given, else the preset's; None: none."""
+    found = draft or (pair.draft if pair else "none")
+    return None if found == "none" else found
+
+
+def refuse_for_head(draft: str | None, given: Mapping[str, object]) -> None:
+    """Refuse settings of what a draft sees of a video where the draft is a trained head: its compressor decides that.
+
+    Args:
+        draft: What `draft_of` gave.
+        given: What was asked for, by the names of the flags.
 
     Raises:
         UsageError: It is so.
     """
-    if draft_revision is not None and (draft or (pair.draft if pair else "none")) == "none":
+    if draft is None or not given or not is_head(draft):
+        return
+    name, value = next(iter(given.items()))
+    raise UsageError(
+        f"--{name.replace('_', '-')} {value} has no effect on {clean(engine.public_name(draft))}, a trained head: "
+        "its own compressor decides what it sees of a video; leave it out"
+    )
+
+
+def check_models(
+    pair: Preset | None, draft: str | None, draft_revision: str | None, device_map: str | None
+) -> None:
+    """Refuse a draft's revision without a draft, or of a head's folder, and a place that no device has by name.
+
+    Raises:
+        UsageError: It is so.
+    """
+    if draft_revision is not None and draft_of(draft, pair) is None:
         raise UsageError(f"--draft-revision {clean(draft_revision)} has no draft to go with; give --draft")
+    if draft_revision is not None and is_head(str(draft_of(draft, pair))):
+        raise UsageError(
+            f"--draft-revision {clean(draft_revision)}: a trained head is a folder, without revisions; leave it out"
+        )
     check_device(device_map)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -159,11 +159,14 @@ def _question(flags: InspectFlags, pair: Preset | None) -> _Question:
         ),
         prompt=prompt_texts(one_prompt(flags.prompt, "inspect"), pair)[0],
         system=None if flags.system is None else text_of("--system", flags.system),
-        speculation=SpeculationSettings(
-            pruner=flags.pruner, prune_ratio=flags.prune_ratio, top_p=flags.top_p
-        ),
+        speculation=SpeculationSettings(**_pruning(flags)),
         sheet=_sheet_path(video, flags.out, flags.overwrite),
     )
+
+
+def _pruning(flags: InspectFlags) -> dict[str, Any]:
+    given = {name: getattr(flags, name) for name in ("pruner", "prune_ratio", "top_p")}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _existing_file(given: Sequence[Path]) -> Path:

@@ -192,6 +192,10 @@ class FakeSession:
             words += " (second)"
         ids = (1, 2, 3) if not (text.startswith("differs") and not speculate) else (1, 2, 4)
         took = stats(plain=not speculate, frames=number, first=index == 0)
+        if text.startswith("headed") and speculate:
+            took = replace(
+                took, method="specvlm-head/select/static", compressor="pool", compression_ratio=5.0
+            )
         if estimate:
             took = replace(took, plain_token_s=stats(plain=True, frames=number).token_s)
         return Caption(words, ids, "stop", took, self.frames.source)
