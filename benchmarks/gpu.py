@@ -547,12 +547,12 @@ class Held:
             row = DraftRow(prompt, read.scores)
             slots = self.limit + self.tree.slots
             work = DraftJob([row], settings, self._rule, slots, cache)
-            self._proposer: Proposer = captioner.draft.begin(work)
+            self._proposer: Proposer = captioner.draft.begin(work, [int(read.logits.argmax())])
 
     def rounds(self, shape: TreeShape) -> Iterator[StageClock]:
         """Run rounds from the prompt's end on, until the caption is full; yield the clock after each."""
         clock = StageClock(self._captioner.target.device)
-        speculation = Speculation(FixedTree(shape), lambda: self._proposer, self._captioner.accept)
+        speculation = Speculation(FixedTree(shape), lambda _: self._proposer, self._captioner.accept)
         text = RowText(self.limit, frozenset())
         decoding = Decoding(self._rows, speculation, self._rule, [text], clock)
         running = decoding.run()

@@ -185,6 +185,12 @@ class SlabCache(Cache):
         assert kept is not None
         return kept.index_select(0, self.flat(slots)).view(*slots.shape, -1)
 
+    def row_features(self, row: int, count: int) -> torch.Tensor:
+        """The features [1, count, width] of a row's first tokens."""
+        kept = self._slabs.features
+        assert kept is not None
+        return kept[row * self.capacity : row * self.capacity + count][None]
+
     def zero(self, slots: torch.Tensor) -> None:
         """Zero slots [B, n] in every layer; those beyond the capacity are none."""
         where = self.flat(slots.clamp(max=self.capacity - 1))

@@ -148,9 +148,9 @@ class _DraftStart:
     chooser: TreeChooser
     clock: StageClock
 
-    def __call__(self) -> Proposer:
+    def __call__(self, first: Sequence[int]) -> Proposer:
         with self.clock.awaited_stage("draft_prefill"):
-            proposer = self.draft.begin(self.work)
+            proposer = self.draft.begin(self.work, first)
         self.chooser.draft_began(self.clock.seconds("draft_prefill"))
         return proposer
 

@@ -49,11 +49,11 @@ class SpeculationSettings:
         top_p: Stage I of the `specvlm` pruner: share of the attention mass to take first, 0..1.
         tree: Shape of one round's guesses; `auto` learns which is fastest, or that none is.
         positions: `keep`: kept video tokens keep their positions; `compact`: renumbered without gaps.
-        depth: Depth of `chain` and `dynamic` trees in tokens, 5 if None; most depth of `auto`, 16 if None. The
-            static tree has depth 5.
-        nodes: Most nodes of a `dynamic` tree, root included, 26 if None; of `auto`, 64 if None. The static tree has
-            26, a chain depth + 1.
-        width: Frontier of the `dynamic` tree: how many nodes each level expands.
+        depth: Depth of `chain` and `dynamic` trees in tokens, 5 if None (a dynamic tree of a trained head: 7); most
+            depth of `auto`, 16 if None. The static tree has depth 5.
+        nodes: Most nodes of a `dynamic` tree, root included, 26 if None (of a trained head: 60); of `auto`, 64 if
+            None. The static tree has 26, a chain depth + 1.
+        width: Frontier of the `dynamic` tree: how many nodes each level expands, 4 if None (of a trained head: 10).
         seed: Seed of the `random` pruner.
     """
 
@@ -64,7 +64,7 @@ class SpeculationSettings:
     positions: PositionsName = "keep"
     depth: int | None = None
     nodes: int | None = None
-    width: int = 4
+    width: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -82,7 +82,8 @@ class SpeculationSettings:
         if self.nodes is not None:
             _within("nodes", self.nodes, 2, 1024, "give 2 to 1024 nodes, root included")
             self._refuse_without_effect("nodes", self.nodes, ("auto", "dynamic"))
-        _within("width", self.width, 1, 64, "give 1 to 64 nodes a level")
+        if self.width is not None:
+            _within("width", self.width, 1, 64, "give 1 to 64 nodes a level")
 
     def _refuse_without_effect(self, name: str, value: int, trees: Collection[TreeName]) -> None:
         if self.tree not in trees:
@@ -105,6 +106,11 @@ class SpeculationSettings:
         if self.tree == "chain":
             return self.most_depth + 1
         return self.nodes or (64 if self.tree == "auto" else 26)
+
+    @property
+    def most_width(self) -> int:
+        """Nodes that a level of a dynamic tree expands."""
+        return self.width or 4
 
 
 @dataclass(frozen=True, slots=True)

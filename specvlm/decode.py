@@ -86,9 +86,8 @@ class Speculation(NamedTuple):
     """What the loop guesses with."""
 
     chooser: TreeChooser
-    begin: (
-        Callable[[], Proposer] | None
-    )  # prefills the draft, the first time that a tree needs it; None: no draft
+    # Prefills the draft, the first time that a tree needs it, told the first token of each row; None: no draft.
+    begin: Callable[[Sequence[int]], Proposer] | None
     accept: Accept = accept
 
 
@@ -263,7 +262,7 @@ class _Rounds:
         stages = (
             lambda _: self._propose(shape, horizon),
             lambda guesses: self._verify(shape, guesses, horizon),
-            lambda verified: self._commit(shape, verified),
+            lambda verified: self._commit(shape, verified, horizon),
         )
         return stages if self._rig is None else self._rig.stages(self._key(shape, horizon), stages)
 
@@ -284,13 +283,13 @@ class _Rounds:
         assert self._state is not None
         return _Verified(guesses, *self._verifier.verify(shape, guesses, self._state.step, horizon))
 
-    def _commit(self, shape: TreeShape, verified: _Verified) -> torch.Tensor:
+    def _commit(self, shape: TreeShape, verified: _Verified, horizon: Horizon) -> torch.Tensor:
         state, (guesses, accepted, finite) = self._state, verified
         assert state is not None
         self._verifier.commit(shape, accepted, state.step)
         if shape.depth:
             assert self._proposer is not None
-            self._proposer.commit(shape, guesses, accepted, state.step)
+            self._proposer.commit(shape, guesses, accepted, state.step, horizon)
         # A row whose logits were not finite stays where it is: a wrong guess may be the reason.
         count = (accepted.guessed + 1) * (state.going * finite)
         self._rule.commit(accepted.tokens, count)
@@ -392,7 +391,7 @@ class Decoding:
         with torch.inference_mode():
             if self._rounds.proposer is None:
                 assert self._speculation.begin is not None
-                self._rounds.proposer = self._speculation.begin()
+                self._rounds.proposer = self._speculation.begin([text.tokens[0] for text in self._texts])
             written = [len(text.tokens) for text in self._texts]
             if written != self._draft_knows:
                 with self._clock.host_stage("decode"):

@@ -20,6 +20,9 @@ from specvlm.captioner import Captioner, ModelInfo
 from specvlm.config import FrameSettings
 from specvlm.costs import CostStore, cost_file
 from specvlm.drafts.base import Draft
+from specvlm.drafts.head import HeadDraft
+from specvlm.drafts.head_model import HeadModel, read_config
+from specvlm.drafts.kinds import is_head
 from specvlm.drafts.small_model import SmallModelDraft
 from specvlm.errors import ConfigError, IncompatibleDraftError, ModelLoadError
 from specvlm.families import family_of
@@ -206,9 +209,7 @@ def load(
     guess, guess_revision = None, None
     if draft_name is not None:
         source = _Source(draft_name, draft_revision, local_files_only, trust_remote_code)
-        small = _load_one(source, loaded.model.dtype, {"": loaded.model.device})
-        _check_draft(loaded, small, target, draft_name)
-        guess, guess_revision = _small_model_draft(loaded, small), small.revision
+        guess, guess_revision = _load_draft(loaded, target, source)
     family = loaded.model.family
     info = ModelInfo(
         target=target,
@@ -233,6 +234,25 @@ def _pair(info: ModelInfo) -> str:
     return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
-def _small_model_draft(target: _Loaded, draft: _Loaded) -> Draft:
-    """Padded vocabularies differ between sizes of one family; only what both have is guessed."""
-    return SmallModelDraft(draft.model, min(target.model.vocabulary, draft.model.vocabulary))
+def _load_draft(target: _Loaded, target_name: str, source: _Source) -> tuple[Draft, str | None]:
+    """A draft for a target, and its revision."""
+    if is_head(source.name):
+        return _load_head(target, target_name, Path(source.name))
+    small = _load_one(source, target.model.dtype, {"": target.model.device})
+    _check_draft(target, small, target_name, source.name)
+    # Padded vocabularies differ between sizes of one family; only what both have is guessed.
+    width = min(target.model.vocabulary, small.model.vocabulary)
+    return SmallModelDraft(small.model, width), small.revision
+
+
+def _load_head(target: _Loaded, target_name: str, folder: Path) -> tuple[Draft, str | None]:
+    """A trained head, of this very target."""
+    config = read_config(folder)
+    revisions = config.target_revision, target.revision
+    if None not in revisions and revisions[0] != revisions[1]:
+        raise IncompatibleDraftError(
+            f"{folder}: this head was made for {config.target}, revision {revisions[0]}, and {target_name} has "
+            f"revision {revisions[1]}; use it with its own target, or train another"
+        )
+    head = HeadModel.load(folder, target.model)
+    return HeadDraft(head, target.model), _fingerprint(folder)

@@ -73,8 +73,13 @@ class Proposer(ABC):
         """
 
     @abstractmethod
-    def commit(self, shape: TreeShape, guesses: Guesses, accepted: Accepted, index: torch.Tensor) -> None:
-        """Keep what the target accepted of `guesses`, whose root has `index` [B]; forget the rest."""
+    def commit(
+        self, shape: TreeShape, guesses: Guesses, accepted: Accepted, index: torch.Tensor, horizon: Horizon
+    ) -> None:
+        """Keep what the target accepted of `guesses`, whose root has `index` [B]; forget the rest.
+
+        The target's cache, with the features that it keeps, has committed the accepted path before.
+        """
 
     @abstractmethod
     def catch_up(self, captions: Sequence[Sequence[int]], known: Sequence[int]) -> None:
@@ -104,5 +109,5 @@ class Draft(ABC):
         return settings
 
     @abstractmethod
-    def begin(self, job: DraftJob) -> Proposer:
-        """Prune, prefill, and be ready to propose."""
+    def begin(self, job: DraftJob, first: Sequence[int]) -> Proposer:
+        """Prune, prefill, and be ready to propose. `first`: per row, the first token of its caption."""

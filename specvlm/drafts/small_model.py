@@ -42,7 +42,7 @@ class SmallModelDraft(Draft):
         """The pruner and the tree."""
         return f"specvlm/{settings.pruner}/{settings.tree}"
 
-    def begin(self, job: DraftJob) -> Proposer:
+    def begin(self, job: DraftJob, first: Sequence[int]) -> Proposer:
         """Prune and prefill each row."""
         prompts, kept = [], []
         for row in job.rows:
@@ -139,7 +139,9 @@ class _SmallModelProposer(Proposer):
         known = nodes._replace(tokens=nodes.tokens.clamp(max=self._model.vocabulary - 1))
         return self._model.forward_nodes(known, self._cache, lengths, reach)
 
-    def commit(self, shape: TreeShape, guesses: Guesses, accepted: Accepted, index: torch.Tensor) -> None:
+    def commit(
+        self, shape: TreeShape, guesses: Guesses, accepted: Accepted, index: torch.Tensor, horizon: Horizon
+    ) -> None:
         """Move the accepted path's keys and values behind the committed ones."""
         first = (self._prompt_lengths + index)[:, None]
         destination = first + torch.arange(shape.depth + 1, device=first.device)

@@ -1,0 +1,241 @@
+"""The weights of a trained head: one decoder layer of the target's own kind, the join before it, the compressor.
+
+EAGLE (arXiv 2401.15077) and EAGLE-2 (arXiv 2406.16858) draft in the target's feature space; SpecVLM (arXiv
+2509.11815, section 3.1) adds a normalisation of the inputs, against overflow, and a compressor of video tokens. Only
+what is trained is here and in a head's folder: embeddings and LM head stay the target's own, frozen.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from specvlm.attention import ATTENTION
+from specvlm.drafts.compressor import Compressor, CompressorConfig
+from specvlm.drafts.kinds import HEAD_TYPE
+from specvlm.errors import IncompatibleDraftError, ModelLoadError
+from specvlm.model import TextModel, VideoLM
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+_FORMAT = 1
+# Of a target's text config, for the one layer of its kind that a head has.
+_DROPPED = ("vocab_size", "num_hidden_layers", "layer_types", "max_window_layers", "pad_token_id")
+
+
+@dataclass(frozen=True, slots=True)
+class HeadConfig:
+    """What a head was made for, and how it is built.
+
+    Attributes:
+        target: Name of its target.
+        target_revision: The target's revision, or fingerprint where it is a folder; None: not known.
+        family: Of its target, as `model_type` in config.json.
+        hidden_size: Width of the target's hidden states.
+        layers: Whose outputs it reads, counted from 0; -1 is the last one, behind the norm.
+        compressor: In front of its prefill.
+        training: How it was trained, for the record.
+    """
+
+    target: str
+    target_revision: str | None
+    family: str
+    hidden_size: int
+    layers: tuple[int, ...] = (-1,)
+    compressor: CompressorConfig = field(default_factory=CompressorConfig)
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        """For config.json."""
+        return {"model_type": HEAD_TYPE, "format": _FORMAT, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> HeadConfig:
+        """What `as_json` gave.
+
+        Raises:
+            KeyError, TypeError, ValueError: It is something else.
+        """
+        if found["model_type"] != HEAD_TYPE or found["format"] != _FORMAT:
+            raise ValueError(f"its format is {found['format']!r}, not {_FORMAT}")
+        known = {f.name: found[f.name] for f in fields(cls)}
+        compressor = dict(known["compressor"])
+        compressor["operators"] = tuple(compressor["operators"])
+        known["compressor"] = CompressorConfig(**compressor)
+        known["layers"] = tuple(int(layer) for layer in known["layers"])
+        return cls(**known)
+
+
+def low_middle_high(target: VideoLM) -> tuple[int, ...]:
+    """Three layers of a target, as EAGLE-3 (arXiv 2503.01840, section 3) joins them."""
+    count = len(target.text.layers)
+    return tuple(dict.fromkeys((min(2, count - 1), count // 2, max(count - 3, 0))))
+
+
+def _one_layer(target: VideoLM) -> Any:
+    """A fresh text model of the target's own class with one layer, no embeddings and no last norm."""
+    config = copy.deepcopy(target.text.config)
+    config.num_hidden_layers, config.vocab_size, config.pad_token_id = 1, 1, None
+    config.layer_types = config.layer_types[-1:]
+    config._attn_implementation = ATTENTION
+    text = type(target.text)(config)
+    text.embed_tokens, text.norm = None, nn.Identity()
+    return text
+
+
+class HeadModel(nn.Module):
+    """What is trained of a head.
+
+    A pair, its input at position i, is the target's feature of token i and the embedding of token i + 1; its output
+    there is a guess at the target's feature of token i + 1, which the target's LM head turns into logits.
+    """
+
+    def __init__(self, target: VideoLM, config: HeadConfig) -> None:
+        """Fresh weights, from torch's global seed; see `fresh`."""
+        super().__init__()
+        hidden = config.hidden_size
+        self.config = config
+        eps = getattr(target.text.config, "rms_norm_eps", 1e-6)
+        self.fuse: nn.Linear | None = None
+        if len(config.layers) > 1:
+            self.fuse = nn.Linear(len(config.layers) * hidden, hidden, bias=False)
+        self.feature_norm = nn.RMSNorm(hidden, eps=eps)
+        self.embed_norm = nn.RMSNorm(hidden, eps=eps)
+        self.join = nn.Linear(2 * hidden, hidden)
+        self.text = _one_layer(target)
+        self.compressor = Compressor(config.compressor, hidden)
+
+    @classmethod
+    def fresh(cls, target: VideoLM, config: HeadConfig, seed: int) -> HeadModel:
+        """An untrained head in float32, on the CPU; its layer begins as the target's last one."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            head = cls(target, config)
+        last = target.text.layers[-1].state_dict()
+        head.text.layers[0].load_state_dict({name: value.float().cpu() for name, value in last.items()})
+        return head.float()
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.join.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its weights."""
+        return self.join.weight.dtype
+
+    def features(self, kept: torch.Tensor) -> torch.Tensor:
+        """What was kept of the target's layers [B, n, layers * hidden] -> features [B, n, hidden]."""
+        return kept if self.fuse is None else self.fuse(kept)
+
+    def pairs(self, features: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+        """Features [B, n, hidden] and the embeddings of the tokens that follow [B, n, hidden] -> pairs."""
+        joined = torch.cat((self.feature_norm(features), self.embed_norm(embeds)), dim=-1)
+        return self.join(joined)  # type: ignore[no-any-return]
+
+    def text_model(self, position_rows: int) -> TextModel:
+        """Its layer over slabs."""
+        return TextModel(self, self.text, position_rows, self.dtype)
+
+    def save(self, folder: Path, config: HeadConfig | None = None) -> None:
+        """Write the head into a folder: weights, then the config, each in one stroke and durably.
+
+        `config`: with what is to be told of its training; None: its own.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        told = json.dumps((config or self.config).as_json(), indent=1, sort_keys=True) + "\n"
+        weights = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
+        part = folder / f".{WEIGHTS}.part"
+        save_file(weights, part, metadata={"format": "pt"})
+        _settle(part, folder / WEIGHTS)
+        part = folder / f".{CONFIG}.part"
+        part.write_text(told, encoding="utf-8")
+        _settle(part, folder / CONFIG)
+
+    @classmethod
+    def load(cls, folder: Path, target: VideoLM, dtype: torch.dtype | None = None) -> HeadModel:
+        """Read a head's folder, for a target that was loaded.
+
+        Args:
+            folder: As `save` left it.
+            target: The model it is to guess for.
+            dtype: Of its weights; None: the target's.
+
+        Returns:
+            The head on the target's device, ready to guess.
+
+        Raises:
+            ModelLoadError: The folder is damaged.
+            IncompatibleDraftError: The head was made for a target of other shapes.
+        """
+        config = read_config(folder)
+        check_shapes(folder, config, target)
+        try:
+            with torch.random.fork_rng(devices=[]):
+                head = cls(target, config)
+            head.load_state_dict(load_file(folder / WEIGHTS))
+        except (OSError, SafetensorError, RuntimeError, ValueError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
+            raise ModelLoadError(
+                f"{folder}: cannot load the head's weights ({reason}); train it again"
+            ) from error
+        return head.to(target.device, target.dtype if dtype is None else dtype).eval().requires_grad_(False)
+
+
+def _settle(part: Path, name: Path) -> None:
+    """Make a file durable, then give it its name."""
+    with part.open("rb") as stream:
+        os.fsync(stream.fileno())
+    part.replace(name)
+    folder = os.open(name.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def read_config(folder: Path) -> HeadConfig:
+    """The config in a head's folder.
+
+    Raises:
+        ModelLoadError: It is not there, or not what this version writes.
+    """
+    try:
+        return HeadConfig.from_json(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelLoadError(
+            f"{folder}: cannot read the head's config.json ({reason}); train it again"
+        ) from error
+
+
+def check_shapes(folder: Path, config: HeadConfig, target: VideoLM) -> None:
+    """Refuse a target whose features are others than those the head was made for.
+
+    Raises:
+        IncompatibleDraftError: They are.
+    """
+    layers = len(target.text.layers)
+    here: dict[str, Any] = {"family": target.family.name, "hidden size": target.hidden_size}
+    there: dict[str, Any] = {"family": config.family, "hidden size": config.hidden_size}
+    for name, value in here.items():
+        if there[name] != value:
+            raise IncompatibleDraftError(
+                f"{folder}: this head was made for {config.target} ({name} {there[name]}), the target's is {value}; "
+                "use it with its own target, or train another"
+            )
+    if not all(-1 <= layer < layers for layer in config.layers):
+        raise IncompatibleDraftError(
+            f"{folder}: this head reads layers {', '.join(map(str, config.layers))} of {config.target}, "
+            f"the target has {layers}; use it with its own target, or train another"
+        )

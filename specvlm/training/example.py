@@ -1,0 +1,97 @@
+"""One captioned video as the frozen target sees it: what a head learns from. Nothing of it is ever stored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from specvlm.attention import AttentionPlan
+from specvlm.errors import GenerationError
+from specvlm.families.base import ModelInputs
+from specvlm.model import VideoLM
+from specvlm.prefill import embed, prefill_target
+
+SHORTEST = 2  # tokens of a caption: the head guesses from the second one on
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One video, its prompt of S tokens and its caption of T; n = S + T - 1, all tokens but the last.
+
+    Attributes:
+        video: int64 [V], where the video tokens stand.
+        embeds: [1, n, hidden], embeddings of tokens, and the video's features, as the target reads them.
+        positions: int64 [P, n].
+        features: [1, n, layers * hidden], of `layers`.
+        layers: Whose outputs the features are.
+        scores: float32 [V], the target's attention to each video token.
+        prompt_tokens: S.
+    """
+
+    video: torch.Tensor
+    embeds: torch.Tensor
+    positions: torch.Tensor
+    features: torch.Tensor
+    layers: tuple[int, ...]
+    scores: torch.Tensor
+    prompt_tokens: int
+
+    def layer(self, layer: int) -> torch.Tensor:
+        """The outputs [1, n, hidden] of one layer; -1: behind the last norm."""
+        hidden = self.embeds.shape[-1]
+        first = self.layers.index(layer) * hidden
+        return self.features[..., first : first + hidden]
+
+    def to(self, device: torch.device) -> Example:
+        """The same on another device."""
+        return Example(
+            self.video.to(device),
+            self.embeds.to(device),
+            self.positions.to(device),
+            self.features.to(device),
+            self.layers,
+            self.scores.to(device),
+            self.prompt_tokens,
+        )
+
+
+def read_example(target: VideoLM, inputs: ModelInputs, token_ids: Sequence[int]) -> Example:
+    """Show the target a video, its prompt and the caption that it wrote of it, in one go.
+
+    Args:
+        target: It must keep the features of layer -1, and of those that the head reads; see `keep_features`.
+        inputs: What the processor made of video and prompt.
+        token_ids: The caption's, T of them.
+
+    Raises:
+        GenerationError: The caption has a single token, or all is longer than the checkpoint's sliding window.
+    """
+    if len(token_ids) < SHORTEST:
+        raise GenerationError(f"a caption of {len(token_ids)} tokens teaches nothing; it takes {SHORTEST}")
+    with torch.inference_mode():
+        prompt = embed(target, inputs)
+        known = torch.tensor([list(token_ids[:-1])], device=target.embedding_device)
+        count = prompt.length + known.shape[1]
+        cache = target.new_cache(1, count)
+        scores = prefill_target(target, prompt, cache, 0).scores
+        written = target.embed_tokens(known)
+        where = prompt.next_position + torch.arange(known.shape[1], device=written.device)
+        positions = where.expand(prompt.positions.shape[0], -1)
+        cache.aim_prefill(0, prompt.length, known.shape[1], written.device)
+        target.forward(written, positions[:, None], cache, AttentionPlan(first=prompt.length))
+        features = cache.features(torch.arange(count, device=target.device)[None])
+        embeds = torch.cat((prompt.embeds, written), dim=1)
+        positions = torch.cat((prompt.positions, positions), dim=1)
+    # Clones made outside of inference mode may take part in a graph of gradients.
+    video = inputs.is_video.nonzero().squeeze(1).to(target.device)
+    return Example(
+        video,
+        embeds.to(target.device).clone(),
+        positions.to(target.device).clone(),
+        features.clone(),
+        target.feature_layers,
+        scores.to(target.device).clone(),
+        prompt.length,
+    )
