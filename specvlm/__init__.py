@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from specvlm.config import FrameSettings as FrameSettings
     from specvlm.config import GenerationSettings as GenerationSettings
     from specvlm.config import SpeculationSettings as SpeculationSettings
+    from specvlm.drafts.kept_tokens import MostUsed as MostUsed
     from specvlm.errors import ConfigError as ConfigError
     from specvlm.errors import GenerationError as GenerationError
     from specvlm.errors import GenerationTimeoutError as GenerationTimeoutError
@@ -63,6 +64,7 @@ _HOME = {
     "ModelError": "errors",
     "ModelInfo": "captioner",
     "ModelLoadError": "errors",
+    "MostUsed": "drafts.kept_tokens",
     "NonFiniteLogitsError": "errors",
     "NotAVideoError": "errors",
     "PathDeniedError": "errors",

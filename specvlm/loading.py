@@ -6,6 +6,8 @@ Only safetensors are read, and no remote code is run unless asked for.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,12 +24,14 @@ from specvlm.costs import CostStore, cost_file
 from specvlm.drafts.base import Draft
 from specvlm.drafts.head import HeadDraft
 from specvlm.drafts.head_model import HeadModel, read_config
+from specvlm.drafts.kept_tokens import Choosing, DraftVocab, choose_ids
 from specvlm.drafts.kinds import is_head
 from specvlm.drafts.small_model import SmallModelDraft
 from specvlm.errors import ConfigError, IncompatibleDraftError, ModelLoadError
 from specvlm.families import family_of
 from specvlm.model import VideoLM
 from specvlm.preset import find_preset, presets
+from specvlm.sampling import id_list
 from specvlm.stats import device_words
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -169,6 +173,7 @@ def load(
     target: str,
     *,
     draft: str | None = None,
+    draft_vocab: DraftVocab | None = None,
     revision: str | None = None,
     draft_revision: str | None = None,
     dtype: str = "auto",
@@ -181,6 +186,9 @@ def load(
     Args:
         target: A preset's name (see `presets`), a hub id, or a folder.
         draft: A hub id or a folder; "none" for no draft; None takes the preset's own, or none.
+        draft_vocab: What the draft may guess: so many tokens, the first ones of the tokenizer; those that given texts
+            use most (`MostUsed`); these token ids; or the path of a file that `specvlm vocab` wrote. Ends of sequence
+            are always among them. None: every token. It changes the speed of a caption, never its text.
         revision: Branch, tag or commit of a hub target.
         draft_revision: The same for the draft.
         dtype: "auto" (the checkpoint's own on GPUs, float32 on the CPU), "float32", "bfloat16" or "float16".
@@ -190,7 +198,7 @@ def load(
         trust_remote_code: Run code from the checkpoint; off.
 
     Raises:
-        ConfigError: A setting is unknown.
+        ConfigError: A setting is unknown, or the draft's vocabulary is not one of this tokenizer.
         ModelLoadError: A checkpoint is not there, not safetensors, or not readable.
         UnknownFamilyError: The architecture is not supported.
         IncompatibleDraftError: The draft does not fit the target.
@@ -202,6 +210,8 @@ def load(
     draft_name = None if draft in (None, "none") else draft
     for name in filter(None, (target, draft_name)):
         _refuse_misspelt(name)
+    if draft_vocab is not None and draft_name is None:
+        raise ConfigError("draft_vocab has no effect without a draft; give one, or leave it out")
     device = _default_device()
     kind = _dtype(dtype, device)
     source = _Source(target, revision, local_files_only, trust_remote_code)
@@ -209,7 +219,7 @@ def load(
     guess, guess_revision = None, None
     if draft_name is not None:
         source = _Source(draft_name, draft_revision, local_files_only, trust_remote_code)
-        guess, guess_revision = _load_draft(loaded, target, source)
+        guess, guess_revision = _load_draft(loaded, target, source, draft_vocab)
     family = loaded.model.family
     info = ModelInfo(
         target=target,
@@ -222,30 +232,80 @@ def load(
         transformers_version=transformers.__version__,
         processor_options=family.processor_options(loaded.processor),
     )
-    frames = FrameSettings() if preset is None else preset.frames
-    captioner = Captioner(loaded.model, loaded.processor, guess, info, frames)
-    captioner.costs = CostStore(cost_file(_pair(info)))
+    return _ready(loaded, guess, info, FrameSettings() if preset is None else preset.frames)
+
+
+def with_draft(
+    captioner: Captioner,
+    draft: str,
+    *,
+    draft_vocab: DraftVocab | None = None,
+    draft_revision: str | None = None,
+    local_files_only: bool = False,
+    trust_remote_code: bool = False,
+) -> Captioner:
+    """Another captioner with the same loaded target and another draft; only the draft is loaded.
+
+    Arguments and errors are those of `load`.
+    """
+    _refuse_misspelt(draft)
+    info = captioner.info
+    target = _Loaded(captioner.target, captioner.processor, info.target_revision)
+    source = _Source(draft, draft_revision, local_files_only, trust_remote_code)
+    guess, revision = _load_draft(target, info.target, source, draft_vocab)
+    return _ready(target, guess, replace(info, draft=draft, draft_revision=revision), captioner.frames)
+
+
+def _ready(target: _Loaded, draft: Draft | None, info: ModelInfo, frames: FrameSettings) -> Captioner:
+    captioner = Captioner(target.model, target.processor, draft, info, frames)
+    captioner.costs = CostStore(cost_file(_pair(info, draft)))
     return captioner
 
 
-def _pair(info: ModelInfo) -> str:
+def load_tokenizer(
+    target: str,
+    *,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    trust_remote_code: bool = False,
+) -> Any:
+    """Load the tokenizer of a target as captioning has it; arguments and errors are those of `load`."""
+    _refuse_misspelt(target)
+    source = _Source(target, revision, local_files_only, trust_remote_code)
+    return _guarded(source, "its processor", AutoProcessor.from_pretrained).tokenizer
+
+
+def _pair(info: ModelInfo, draft: Draft | None) -> str:
     """A name for what the costs of rounds depend on: models, number format, device, versions, threads."""
-    told = f"{info} {torch.__version__} {torch.get_num_threads()} {specvlm.__version__}"
+    width = 0 if draft is None else draft.vocabulary
+    told = f"{info} {width} {torch.__version__} {torch.get_num_threads()} {specvlm.__version__}"
     return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
-def _load_draft(target: _Loaded, target_name: str, source: _Source) -> tuple[Draft, str | None]:
+def _load_draft(
+    target: _Loaded, target_name: str, source: _Source, draft_vocab: DraftVocab | None
+) -> tuple[Draft, str | None]:
     """A draft for a target, and its revision."""
     if is_head(source.name):
-        return _load_head(target, target_name, Path(source.name))
+        return _load_head(target, target_name, Path(source.name), draft_vocab)
     small = _load_one(source, target.model.dtype, {"": target.model.device})
     _check_draft(target, small, target_name, source.name)
     # Padded vocabularies differ between sizes of one family; only what both have is guessed.
     width = min(target.model.vocabulary, small.model.vocabulary)
-    return SmallModelDraft(small.model, width), small.revision
+    return SmallModelDraft(small.model, width, _guessable(target, width, draft_vocab)), small.revision
 
 
-def _load_head(target: _Loaded, target_name: str, folder: Path) -> tuple[Draft, str | None]:
+def _guessable(target: _Loaded, width: int, draft_vocab: DraftVocab | None) -> Sequence[int] | None:
+    """The tokens that a draft may guess; None: all that it shares with the target."""
+    if draft_vocab is None:
+        return None
+    ends = id_list(target.model.model.generation_config.eos_token_id)
+    return choose_ids(draft_vocab, Choosing(target.processor.tokenizer, width, ends))
+
+
+def _load_head(
+    target: _Loaded, target_name: str, folder: Path, draft_vocab: DraftVocab | None
+) -> tuple[Draft, str | None]:
     """A trained head, of this very target."""
     config = read_config(folder)
     revisions = config.target_revision, target.revision
@@ -255,4 +315,5 @@ def _load_head(target: _Loaded, target_name: str, folder: Path) -> tuple[Draft, 
             f"revision {revisions[1]}; use it with its own target, or train another"
         )
     head = HeadModel.load(folder, target.model)
-    return HeadDraft(head, target.model), _fingerprint(folder)
+    ids = _guessable(target, target.model.vocabulary, draft_vocab)
+    return HeadDraft(head, target.model, ids), _fingerprint(folder)

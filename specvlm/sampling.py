@@ -70,7 +70,8 @@ def _refuse(config: Any, table: dict[str, tuple[Any, ...]]) -> None:
             )
 
 
-def _ids(value: int | Sequence[int] | None) -> tuple[int, ...]:
+def id_list(value: int | Sequence[int] | None) -> tuple[int, ...]:
+    """Token ids as a generation config gives them: one, several, or none."""
     if value is None:
         return ()
     return (value,) if isinstance(value, int) else tuple(int(token) for token in value)
@@ -91,12 +92,12 @@ def logits_rules(config: Any, settings: GenerationSettings) -> LogitsRules:
     top_p, min_p = getattr(config, "top_p", None), getattr(config, "min_p", None)
     return LogitsRules(
         repetition_penalty=float(getattr(config, "repetition_penalty", None) or 1.0),
-        suppress=_ids(getattr(config, "suppress_tokens", None)),
-        suppress_first=_ids(getattr(config, "begin_suppress_tokens", None)),
+        suppress=id_list(getattr(config, "suppress_tokens", None)),
+        suppress_first=id_list(getattr(config, "begin_suppress_tokens", None)),
         min_tokens=least or 0,
         min_length=(getattr(config, "min_length", None) or 0) if least is None else 0,
-        forced_eos=_ids(getattr(config, "forced_eos_token_id", None)),
-        eos=_ids(config.eos_token_id),
+        forced_eos=id_list(getattr(config, "forced_eos_token_id", None)),
+        eos=id_list(config.eos_token_id),
         temperature=settings.temperature,
         top_k=(top_k or 0) if sampling else 0,
         top_p=(1.0 if top_p is None else top_p) if sampling else 1.0,

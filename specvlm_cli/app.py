@@ -26,6 +26,7 @@ from specvlm_cli.commands.options import command, variable
 from specvlm_cli.commands.presets import presets
 from specvlm_cli.commands.slurm import SlurmFlags, slurm
 from specvlm_cli.commands.status import status
+from specvlm_cli.commands.vocab import VocabFlags, vocab
 from specvlm_cli.exits import CommandError, ExitCode
 from specvlm_cli.stopping import NotBegunError, until_listening
 from specvlm_cli.talk import error_line, error_trace
@@ -42,6 +43,7 @@ app.command(name="slurm")(command(SlurmFlags, slurm))
 app.command(name="status")(status)
 app.command(name="export")(export)
 app.command(name="inspect")(command(InspectFlags, inspect))
+app.command(name="vocab")(command(VocabFlags, vocab))
 app.command(name="presets")(presets)
 app.command(name="doctor")(doctor)
 app.command(name="bench")(command(BenchFlags, bench))

@@ -166,6 +166,12 @@ def public_name(model: str) -> str:
     return str(folder.resolve()) if folder.is_dir() else model
 
 
+def loadable_name(public: str) -> str:
+    """Return what to load for a model's name in settings and rows, as `public_name` made it."""
+    packaged, _, name = public.partition("/")
+    return str(DEMO_WEIGHTS / name) if packaged == "specvlm-demo" else public
+
+
 @dataclass(frozen=True, slots=True)
 class Factory:
     """Makes the real engine; downloads show their progress unless `quiet`."""
@@ -196,10 +202,46 @@ def load_captioner(models: ModelChoice, device: str | None = None, *, quiet: boo
     return specvlm.load(
         models.load,
         draft=models.draft,
+        draft_vocab=models.draft_vocab,
         revision=models.revision,
         draft_revision=models.draft_revision,
         dtype=models.dtype,
         device_map=device_map,
+        local_files_only=models.local_files_only,
+        trust_remote_code=models.trust_remote_code,
+    )
+
+
+def with_draft(captioner: Captioner, draft: str, models: ModelChoice) -> Captioner:
+    """Return another captioner with the same loaded target and another draft.
+
+    Raises:
+        SpecvlmError: The draft cannot be loaded, or does not fit the target.
+    """
+    from specvlm import loading
+
+    return loading.with_draft(
+        captioner,
+        draft,
+        draft_vocab=models.draft_vocab,
+        local_files_only=models.local_files_only,
+        trust_remote_code=models.trust_remote_code,
+    )
+
+
+def load_tokenizer(models: ModelChoice, *, quiet: bool) -> Any:
+    """Load the target's tokenizer alone.
+
+    Raises:
+        ModelLoadError: There is none.
+    """
+    _hush(quiet)
+
+    from specvlm.loading import load_tokenizer as load
+
+    return load(
+        models.load,
+        revision=models.revision,
         local_files_only=models.local_files_only,
         trust_remote_code=models.trust_remote_code,
     )

@@ -1,7 +1,7 @@
 """What a caption depends on, as plain values: compared between starts, and hashed into every row.
 
-Speculation settings and the draft are not here on purpose: they change the speed of a caption, never its
-text.
+Speculation settings, the draft and its vocabulary are not here on purpose: they change the speed of a caption,
+never its text.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from specvlm.config import FrameSettings, GenerationSettings, SpeculationSettings
+from specvlm.drafts.kept_tokens import KeptTokens, MostUsed
 
 Plain = dict[str, Any]
 
@@ -26,6 +27,7 @@ class ModelChoice:
         name: What captions depend on: the target's hub id or folder, a packaged one by its public name.
         load: First argument of `specvlm.load`: a preset or a target.
         draft: Draft to use with it; None: the preset's, or none.
+        draft_vocab: What it may guess; None: everything.
         revision: Branch, tag or commit of the target.
         draft_revision: The same for the draft.
         dtype: Number format of the weights.
@@ -37,6 +39,7 @@ class ModelChoice:
     name: str
     load: str
     draft: str | None = None
+    draft_vocab: int | MostUsed | KeptTokens | None = None
     revision: str | None = None
     draft_revision: str | None = None
     dtype: str = "auto"

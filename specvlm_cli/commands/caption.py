@@ -5,19 +5,21 @@ from __future__ import annotations
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import specvlm
 from specvlm.config import GenerationSettings, SpeculationSettings
 from specvlm.preset import Preset
-from specvlm_cli import engine, job
+from specvlm_cli import engine, job, vocab
 from specvlm_cli.commands.caption_flags import MOST, CaptionFlags
 from specvlm_cli.commands.choices import (
     DEFAULT_PRESET,
     check_models,
     draft_of,
     frame_settings,
+    guessable,
     model_choice,
     pair_of,
     prompt_texts,
@@ -86,7 +88,9 @@ def _talk(flags: CaptionFlags) -> Talk:
 def _settings(flags: CaptionFlags, pair: Preset | None) -> CaptionSettings:
     check_models(pair, flags.draft, flags.draft_revision, flags.device_map)
     return CaptionSettings(
-        models=model_choice(flags, pair),
+        models=replace(
+            model_choice(flags, pair), draft_vocab=guessable(flags.draft_vocab, draft_of(flags.draft, pair))
+        ),
         prompts=prompt_texts(flags.prompt, pair),
         system=None if flags.system is None else text_of("--system", flags.system),
         frames=frame_settings(flags, pair),
@@ -195,12 +199,22 @@ def _tell_what_was_left_out(inputs: Inputs, wanted: Wanted, talk: Talk) -> None:
 
 
 def _run(request: Request, talk: Talk, flags: CaptionFlags) -> int:
-    factory = engine.Factory(request.settings, quiet=flags.quiet)
+    factory = engine.Factory(_counted_in_captions(request, talk), quiet=flags.quiet)
     outcome = job.run(request, factory, talk)
     talk.close(outcome, overwriting=request.overwrite)
     if flags.json_output:
         _print_json(outcome)
     return outcome.exit_code
+
+
+def _counted_in_captions(request: Request, talk: Talk) -> CaptionSettings:
+    """Return the settings; a draft vocabulary given as a number holds the tokens that earlier captions use most."""
+    settings, size = request.settings, request.settings.models.draft_vocab
+    if not isinstance(size, int):
+        return settings
+    most_used = vocab.most_used(size, job.choose_folder(request).root)
+    talk.note(f"--draft-vocab {size}: {vocab.origin(most_used)}")
+    return replace(settings, models=replace(settings.models, draft_vocab=most_used))
 
 
 def _show_plan(request: Request, talk: Talk, flags: CaptionFlags) -> int:

@@ -241,6 +241,15 @@ class SpeculationFlags(PruningFlags):
         int | None,
         flag(_GUESSING, "--nodes", "Most nodes of dynamic and auto trees, root included.", metavar="N"),
     ] = _SPECULATION.nodes
+    draft_vocab: Annotated[
+        str | None,
+        flag(
+            _GUESSING,
+            "--draft-vocab",
+            "Have the draft guess from the N tokens that captions use most, or from those in a file of specvlm vocab.",
+            metavar="N|FILE",
+        ),
+    ] = None
     positions: Annotated[
         PositionsName | None,
         flag(

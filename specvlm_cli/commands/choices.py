@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from specvlm.config import FrameSettings
+from specvlm.drafts.kept_tokens import KeptTokens
 from specvlm.drafts.kinds import is_head
 from specvlm.preset import Preset, find_preset, presets
-from specvlm_cli import engine
+from specvlm_cli import engine, vocab
 from specvlm_cli.commands.caption_flags import FrameFlags
 from specvlm_cli.commands.options import variable
 from specvlm_cli.exits import UsageError
@@ -176,6 +177,23 @@ class _Models(Protocol):
 
     @property
     def trust_remote_code(self) -> bool: ...
+
+
+def guessable(given: str | None, draft: str | None) -> int | KeptTokens | None:
+    """Return what `--draft-vocab` says; None: it was not given.
+
+    Args:
+        given: The flag.
+        draft: What `draft_of` gave.
+
+    Raises:
+        UsageError: There is no draft, or it is neither a number nor a file of `specvlm vocab`.
+    """
+    if given is None:
+        return None
+    if draft is None:
+        raise UsageError(f"--draft-vocab {clean(given)} has no draft to go with; give --draft")
+    return vocab.parse(given)
 
 
 def model_choice(flags: _Models, pair: Preset | None) -> ModelChoice:

@@ -22,7 +22,7 @@ FLAGS = """
 --json --estimate --no-estimate --quiet -q --verbose -v --log-file --progress --help
 --path-column --id-column --start-column --end-column --prompt-column --keep-columns --min-age --root --shard
 --reshard --gpus --min-decoded --decode-timeout --decode-workers --if-locked --retries --timeout --on-oom
---max-runtime --grace --config
+--max-runtime --grace --config --draft-vocab
 """.split()
 
 
