@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import itertools
 import json
 import math
 import os
@@ -32,6 +31,8 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from gpu_heads import HEAD_ACCEPTED, Heads, time_heads
+from gpu_held import Held, Times
 from gpu_tables import markdown
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -67,24 +68,20 @@ from specvlm.bench.shapes import (
 )
 from specvlm.bench.suite import Step
 from specvlm.captioner import Captioner, PreparedVideo
-from specvlm.choosing import FixedTree, TreeChooser
+from specvlm.choosing import TreeChooser
 from specvlm.config import GenerationSettings, SpeculationSettings, TreeName
 from specvlm.costs import CostStore
-from specvlm.decode import Decoding, RowText, Speculation, TargetRows
 from specvlm.demo.clips import render, scene_for, seed_for
-from specvlm.drafts.base import DraftJob, DraftRow, Proposer
 from specvlm.drafts.small_model import SmallModelDraft
-from specvlm.prefill import embed, prefill_target
 from specvlm.records import Frames
-from specvlm.sampling import TokenRule, logits_rules
-from specvlm.stats import StageClock, device_words
-from specvlm.tree import ROOT, STATIC_PATHS, TreeShape, make_shape
+from specvlm.stats import device_words
+from specvlm.tree import ROOT, STATIC_PATHS, TreeShape
 
 SCHEMA = 1
 ACCEPTED = 3.9  # SpecVLM, arXiv 2508.16201, reports 3.2 to 4.3 for its pairs
 TOLERANCE = 2.0**-6  # of the best score: what two orders of adding in bfloat16 may move a logit by
 TOP = 15
-PARTS = ("parity", "shapes", "rounds")
+PARTS = ("parity", "shapes", "rounds", "heads")
 JSON, MARKDOWN = "gpu.json", "gpu.md"
 
 
@@ -106,6 +103,7 @@ class Plan:
     clips: int  # of each demo pair
     seeds: int  # of each random pair
     rounds: int  # timed in a row
+    head_tokens: int  # that a head with a trimmed vocabulary guesses from
     copy_bytes: int
     budget_s: float
     parts: tuple[str, ...] = PARTS
@@ -138,6 +136,7 @@ def full_plan(budget_s: float) -> Plan:
         clips=16,
         seeds=12,
         rounds=12,
+        head_tokens=16_384,
         copy_bytes=4 << 30,
         budget_s=budget_s,
     )
@@ -157,6 +156,7 @@ def smoke_plan(budget_s: float) -> Plan:
         clips=1,
         seeds=1,
         rounds=4,
+        head_tokens=100,
         copy_bytes=64 << 20,
         budget_s=budget_s,
     )
@@ -165,8 +165,9 @@ def smoke_plan(budget_s: float) -> Plan:
 class Run:
     """One run: its plan, the time that is left, and what was found so far."""
 
-    def __init__(self, plan: Plan, out: Path) -> None:
+    def __init__(self, plan: Plan, out: Path, head_accepted: float = HEAD_ACCEPTED) -> None:
         self.plan, self._out, self._start = plan, out, time.perf_counter()
+        self.head_accepted = head_accepted
         self.found: dict[str, Any] = {
             "schema": SCHEMA,
             "conditions": _conditions(plan),
@@ -176,6 +177,7 @@ class Run:
             "choices": [],
             "rounds": [],
             "profiles": [],
+            "heads": [],
             "skipped": [],
             "seconds": 0.0,
         }
@@ -508,69 +510,7 @@ def roofline(run: Run, pair: Pair, one: Summary, round_s: float | None) -> dict[
     }
 
 
-# --- rounds on one prefilled state ---
-
-
-@dataclass(frozen=True)
-class Times:
-    """Medians over rounds."""
-
-    round_s: float
-    draft_s: float
-    verify_s: float
-    commit_s: float
-
-
-class Held:
-    """A caption whose prompts are read and whose rounds can be run again and again, on the same keys and values."""
-
-    def __init__(
-        self, captioner: ModelledCaptioner, video: PreparedVideo, tree: TreeName, rounds: int
-    ) -> None:
-        """`rounds`: the most that are run in a row."""
-        self._captioner = captioner
-        settings = SpeculationSettings(tree=tree)
-        assert captioner.draft is not None
-        self.tree = make_shape(settings, captioner.draft.vocabulary, captioner.target.device)
-        self.limit = (rounds + 2) * (self.tree.depth + 1)
-        generation = GenerationSettings(max_new_tokens=self.limit)
-        target = captioner.target
-        rules = logits_rules(captioner.generation_config, generation)
-        ids = [video.inputs.token_ids[0]]
-        self._rule = TokenRule(rules, generation, ids, target.vocabulary, target.device)
-        captioner.chooser(settings, generation, [video])  # sets what rounds accept
-        with torch.inference_mode():
-            prompt = embed(target, video.inputs)
-            cache = target.new_cache(1, prompt.length + self.limit + self.tree.nodes)
-            read = prefill_target(target, prompt, cache, 0)
-            self._rows = TargetRows(target, cache, [prompt], read.logits)
-            row = DraftRow(prompt, read.scores)
-            slots = self.limit + self.tree.slots
-            work = DraftJob([row], settings, self._rule, slots, cache)
-            self._proposer: Proposer = captioner.draft.begin(work, [int(read.logits.argmax())])
-
-    def rounds(self, shape: TreeShape) -> Iterator[StageClock]:
-        """Run rounds from the prompt's end on, until the caption is full; yield the clock after each."""
-        clock = StageClock(self._captioner.target.device)
-        speculation = Speculation(FixedTree(shape), lambda _: self._proposer, self._captioner.accept)
-        text = RowText(self.limit, frozenset())
-        decoding = Decoding(self._rows, speculation, self._rule, [text], clock)
-        running = decoding.run()
-        next(running)  # the token that the prefill gave
-        for _ in running:
-            yield clock
-
-    def time(self, shape: TreeShape, rounds: int) -> Times:
-        """Time rounds, after two that warm up."""
-        seen: list[tuple[float, ...]] = []
-        names = ("decode", "draft", "verify", "commit")
-        for _, clock in zip(range(rounds + 2), self.rounds(shape), strict=False):
-            seen.append(tuple(clock.seconds(name) for name in names))
-        each = [
-            [after - before for before, after in zip(first, second, strict=True)]
-            for first, second in itertools.pairwise(seen[1:])
-        ]
-        return Times(*(statistics.median(column) for column in zip(*each, strict=True)))
+# --- choices on the hot path ---
 
 
 Switch = Callable[[ModelledCaptioner], AbstractContextManager[Any]]
@@ -785,6 +725,15 @@ def of_a_pair(run: Run, target: Shape, draft: Shape) -> None:
         if run.fits(what, expected_s(run, pair, frames) / 4):
             with run.part(what):
                 of_rounds(run, captioner, frames)
+    # Last of a pair: from here on the target keeps features.
+    for frames in sorted({plan.frames[0], plan.frames[-1]}, reverse=True) if "heads" in plan.parts else ():
+        what = f"a head of {target.name} at {frames} frames"
+        if run.fits(what, expected_s(run, pair, frames) / 4):
+            with run.part(what):
+                asked = Heads(
+                    frames, plan.frame_size(target), plan.rounds, plan.head_tokens, run.head_accepted
+                )
+                run.found["heads"] += time_heads(captioner, asked, lambda work: _timed(plan.device, work))
 
 
 def everything(run: Run) -> None:
@@ -793,7 +742,7 @@ def everything(run: Run) -> None:
         bandwidth(run)
     if "parity" in run.plan.parts:
         parity(run)
-    for target, draft in run.plan.pairs if {"shapes", "rounds"} & set(run.plan.parts) else ():
+    for target, draft in run.plan.pairs if {"shapes", "rounds", "heads"} & set(run.plan.parts) else ():
         with run.part(f"{target.name} + {draft.name}"):
             of_a_pair(run, target, draft)
         gc.collect()  # the models of this pair, before those of the next
@@ -814,6 +763,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--only", nargs="+", metavar="NAME", help="pairs whose target's name holds one of these"
     )
+    parser.add_argument(
+        "--head-accepted",
+        type=float,
+        default=HEAD_ACCEPTED,
+        metavar="TOKENS",
+        help=f"accepted tokens that a head's speedup is modelled at, default {HEAD_ACCEPTED}",
+    )
     options = parser.parse_args(arguments)
     if not options.cpu_smoke and not torch.cuda.is_available():
         parser.error("no CUDA device; --cpu-smoke runs every part in small on the CPU")
@@ -822,7 +778,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.only:
         pairs = tuple(pair for pair in plan.pairs if any(name in pair[0].name for name in options.only))
         plan = replace(plan, pairs=pairs)
-    run = Run(plan, options.out)
+    run = Run(plan, options.out, options.head_accepted)
     everything(run)
     print((options.out / MARKDOWN).read_text())
     return 0

@@ -31,6 +31,7 @@ def markdown(found: dict[str, Any]) -> str:
         ]
     lines += _parity_lines(found["parity"]) + _shape_lines(found["shapes"])
     lines += _choice_lines(found["choices"]) + _round_lines(found["rounds"])
+    lines += _head_lines(found["heads"])
     for one in found["profiles"]:
         lines += _profile_lines(one)
     lines += [f"- left out: {one['what']}: {one['why']}" for one in found["skipped"]]
@@ -126,6 +127,26 @@ def _round_lines(rounds: Sequence[dict[str, Any]]) -> list[str]:
     ]
     head = ["modelled", "round ms", "device ms", "host ms", "host / device"]
     return ["## Host and device", "", *_table(head, rows)] if rows else []
+
+
+def _head_lines(heads: Sequence[dict[str, Any]]) -> list[str]:
+    rows = [
+        [
+            f"{one['target']}, {one['frames']} frames",
+            f"{one['compressor']}, {one['vocabulary']:,} tokens, {one['tree']} ({one['nodes']} nodes)",
+            _ms(one["prefill_s"]),
+            _ms(one["step_s"]),
+            _ms(one["draft_s"]),
+            _ms(one["verify_s"]),
+            _ms(one["round_s"]),
+            _ms(one["plain_s"]),
+            _cell(one["accepted"], ".2f"),
+            _cell(one["decode_speedup"], ".2f"),
+        ]
+        for one in heads
+    ]
+    head = "modelled|head|prefill ms|step ms|draft ms|verify ms|round ms|plain ms|accepted|decode x plain"
+    return ["## Trained heads", "", *_table(head.split("|"), rows)] if rows else []
 
 
 def _profile_lines(one: dict[str, Any]) -> list[str]:
