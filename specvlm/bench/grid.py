@@ -2,34 +2,48 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from itertools import product
+from typing import NamedTuple
 
 from specvlm.bench.records import METHODS, Configuration, MethodName
 from specvlm.config import FrameSettings, PrunerName, SpeculationSettings, TreeName
 from specvlm.errors import ConfigError
 
-WITH_DRAFT: tuple[MethodName, ...] = ("assisted", "sd", "specvlm")
+HEAD: MethodName = "head"
+WITH_SMALL_MODEL: tuple[MethodName, ...] = ("assisted", "sd", "specvlm")
+WITH_DRAFT: tuple[MethodName, ...] = (*WITH_SMALL_MODEL, HEAD)
+_OF_A_PAIR = tuple(method for method in METHODS if method != HEAD)
 _SPECULATION = SpeculationSettings()
+
+
+class GridDraft(NamedTuple):
+    """One draft of a bench."""
+
+    name: str | None = None  # None: that of the captioner which is given
+    is_head: bool = False  # a trained head, which has a compressor of its own; else a small model
 
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Each method, and of `specvlm` each combination, at each number of frames.
+    """Each method with each draft that suits it, and of `specvlm` each combination, at each number of frames.
 
     Attributes:
         methods: In the order in which they are shown.
         num_frames: Frames of each video; None: as the bench's frame settings say.
         pruners: Of `specvlm`.
         prune_ratios: Of `specvlm`.
-        trees: Of `specvlm` and of `sd`.
+        trees: Of `specvlm`, `sd` and `head`.
+        drafts: Small models, for `assisted`, `sd` and `specvlm`, and trained heads, for `head`.
     """
 
-    methods: tuple[MethodName, ...] = METHODS
+    methods: tuple[MethodName, ...] = _OF_A_PAIR
     num_frames: tuple[int | None, ...] = (None,)
     pruners: tuple[PrunerName, ...] = (_SPECULATION.pruner,)
     prune_ratios: tuple[float, ...] = (_SPECULATION.prune_ratio,)
     trees: tuple[TreeName, ...] = (_SPECULATION.tree,)
+    drafts: tuple[GridDraft, ...] = (GridDraft(),)
 
     def __post_init__(self) -> None:
         for method in self.methods:
@@ -44,13 +58,38 @@ class Grid:
         """Those of one number of frames, each once; where nothing is pruned, `specvlm` has one for each tree."""
         found: list[Configuration] = []
         for method in self.methods:
-            if method == "specvlm":
-                found += self._pruned(num_frames)
-            elif method == "sd":
-                found += [Configuration("sd", num_frames, "none", 0.0, tree) for tree in self.trees]
+            if method in WITH_DRAFT:
+                for draft in self.suiting(method):
+                    found += self._drafted(method, num_frames, draft)
             else:
                 found.append(Configuration(method, num_frames))
         return list(dict.fromkeys(found))
+
+    def _drafted(
+        self, method: MethodName, num_frames: int | None, draft: GridDraft
+    ) -> Iterator[Configuration]:
+        """Those of one method with one draft."""
+        label = self._label(draft)
+        for one in self._of_method(method, num_frames):
+            yield replace(one, draft=draft.name, draft_label=label)
+
+    def _of_method(self, method: MethodName, num_frames: int | None) -> list[Configuration]:
+        if method == "specvlm":
+            return self._pruned(num_frames)
+        if method == "sd":
+            return [Configuration(method, num_frames, "none", 0.0, tree) for tree in self.trees]
+        if method == HEAD:
+            return [Configuration(method, num_frames, tree=tree) for tree in self.trees]
+        return [Configuration(method, num_frames)]
+
+    def _label(self, draft: GridDraft) -> str:
+        """Name a draft that is not the only one of its kind, without folders where that tells it from the others."""
+        kin = [str(one.name) for one in self.drafts if one.is_head == draft.is_head]
+        if len(kin) == 1:
+            return ""
+        short = str(draft.name).rpartition("/")[2]
+        alike = sum(name.rpartition("/")[2] == short for name in kin)
+        return short if alike == 1 else str(draft.name)
 
     def all(self) -> list[Configuration]:
         """Those of all numbers of frames."""
@@ -65,7 +104,19 @@ class Grid:
             found.setdefault((pruner if ratio else "none", ratio, tree), one)
         return list(found.values())
 
+    def suiting(self, method: MethodName) -> tuple[GridDraft, ...]:
+        """The drafts that a method can use."""
+        if method not in WITH_DRAFT:
+            return ()
+        return tuple(one for one in self.drafts if one.is_head == (method == HEAD))
+
     @property
     def needs_draft(self) -> MethodName | None:
-        """The first method that cannot run without a draft; None: all can."""
-        return next((method for method in self.methods if method in WITH_DRAFT), None)
+        """The first method that needs a draft and has none of its kind; None: all can run."""
+        lacking = (method for method in self.methods if method in WITH_DRAFT and not self.suiting(method))
+        return next(lacking, None)
+
+    def used(self) -> tuple[GridDraft, ...]:
+        """The drafts that some method uses."""
+        used = {one for method in self.methods for one in self.suiting(method)}
+        return tuple(one for one in self.drafts if one in used)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
 from datetime import UTC, datetime
@@ -51,14 +51,29 @@ class Measured:
     num_accepted_tokens: int = 0
     acceptance_histogram: tuple[int, ...] = ()
     depth_tries: tuple[int, ...] = ()
+    compressor: str | None = None
 
 
 class Measurer:
     """Captions prepared videos by any method, and times it."""
 
-    def __init__(self, captioner: Captioner, max_new_tokens: int, clock: Clock = time.perf_counter) -> None:
-        """`clock`: in seconds; another one where time is to be made up."""
+    def __init__(
+        self,
+        captioner: Captioner,
+        max_new_tokens: int,
+        clock: Clock = time.perf_counter,
+        others: Mapping[str, Captioner] | None = None,
+    ) -> None:
+        """Make ready.
+
+        Args:
+            captioner: For all methods, but for the drafts of others.
+            max_new_tokens: Most tokens of a caption.
+            clock: In seconds; another one where time is to be made up.
+            others: By the names of their drafts; they share the captioner's target.
+        """
         self._captioner, self._limit, self._clock = captioner, max_new_tokens, clock
+        self._others = {} if others is None else others
         self._device = captioner.target.device
 
     def measure(self, how: Configuration, video: PreparedVideo, name: str, turn: int) -> Sample:
@@ -69,30 +84,29 @@ class Measurer:
         """
         reset_peak_memory(self._device)
         by = self._transformers if how.method in ("stock", "assisted") else self._ours
-        measured = by(how, video)
+        measured = by(how, video, self._others.get(how.draft or "", self._captioner))
         return _sample(how, video, name, turn, measured, peak_memory_bytes(self._device))
 
-    def _ours(self, how: Configuration, video: PreparedVideo) -> Measured:
+    def _ours(self, how: Configuration, video: PreparedVideo, captioner: Captioner) -> Measured:
         options: CaptionOptions = {**_options(how), "max_new_tokens": self._limit}
         began = self._clock()
         try:
-            caption = self._captioner.caption(video, speculate=how.method != "plain", **options)
+            caption = captioner.caption(video, speculate=how.method != "plain", **options)
         except ConfigError:
             raise  # what was asked for is wrong, not this video
         except (SpecvlmError, torch.OutOfMemoryError) as error:
             raise MethodError(_one_line(error)) from error
         return _of_stats(caption.token_ids, caption.stats, self._clock() - began)
 
-    def _transformers(self, how: Configuration, video: PreparedVideo) -> Measured:
+    def _transformers(self, how: Configuration, video: PreparedVideo, captioner: Captioner) -> Measured:
         """`generate()` with its KV cache and sdpa, greedy, on the loaded weights and the same inputs."""
-        target, inputs, streamer = self._captioner.target.model, video.inputs, _FirstTokens(self._clock)
-        more = {"assistant_model": _assistant(self._captioner)} if how.method == "assisted" else {}
+        target, inputs, streamer = captioner.target.model, video.inputs, _FirstTokens(self._clock)
+        more = {"assistant_model": _assistant(captioner)} if how.method == "assisted" else {}
         with stock_attention([target, *more.values()]), torch.inference_mode():
             began = self._clock()
             try:
                 tensors = {
-                    key: value.to(self._captioner.target.embedding_device)
-                    for key, value in inputs.tensors.items()
+                    key: value.to(captioner.target.embedding_device) for key, value in inputs.tensors.items()
                 }
                 written = target.generate(
                     **tensors, max_new_tokens=self._limit, do_sample=False, streamer=streamer, **more
@@ -101,7 +115,7 @@ class Measurer:
                 raise MethodError(_one_line(error)) from error
             tokens = tuple(written[0, inputs.prompt_tokens :].tolist())
             generated = self._clock()
-            self._captioner.detokenize(tokens)
+            captioner.detokenize(tokens)
             ended = self._clock()
         decode_s = generated - streamer.first_s
         stages = Stages(prefill_s=streamer.first_s - began, steps_s=decode_s)
@@ -188,6 +202,7 @@ def _of_stats(token_ids: tuple[int, ...], stats: CaptionStats, wall_s: float) ->
         num_accepted_tokens=stats.num_accepted_tokens,
         acceptance_histogram=stats.acceptance_histogram,
         depth_tries=stats.depth_tries,
+        compressor=stats.compressor,
     )
 
 
@@ -213,6 +228,7 @@ def _sample(
         acceptance_histogram=measured.acceptance_histogram,
         depth_tries=measured.depth_tries,
         peak_memory_bytes=peak,
+        compressor=measured.compressor,
     )
 
 

@@ -15,7 +15,7 @@ import torch
 import transformers
 
 from specvlm.bench.clips import Clip
-from specvlm.bench.grid import Grid
+from specvlm.bench.grid import HEAD, Grid
 from specvlm.bench.measure import Asked, Measurer, conditions
 from specvlm.bench.records import Report
 from specvlm.bench.shapes import (
@@ -364,8 +364,12 @@ def check_setup(pair: Pair, grid: Grid, frame_size: tuple[int, int]) -> None:
             "method 'assisted' cannot be modelled, transformers' own loop accepts what random weights give; "
             "leave it out"
         )
-    if pair.draft is None and grid.needs_draft is not None:
-        raise ConfigError(f"method {grid.needs_draft!r} needs a draft, and there is none; give a draft shape")
+    if HEAD in grid.methods:
+        raise ConfigError(
+            f"method {HEAD!r} cannot be modelled, a head is trained for its target; leave it out"
+        )
+    if pair.draft is None and (method := replace(grid, drafts=()).needs_draft) is not None:
+        raise ConfigError(f"method {method!r} needs a draft, and there is none; give a draft shape")
     for tree in grid.trees if pair.draft is not None else ():
         survival(pair.accepted, reference_depth(SpeculationSettings(tree=tree)))
     for frames in grid.num_frames:

@@ -219,6 +219,7 @@ def _results(report: Report) -> str:
         _Column("ms/video", lambda one: _ms(one.total_s / one.videos, 1)),
         _Column("video tokens", lambda one: f"{one.video_tokens:.0f}"),
         _Column("draft sees", lambda one: f"{one.video_tokens_kept:.0f}" if one.video_tokens_kept else ""),
+        _Column("compressor", lambda one: ", ".join(one.compressors)),
     ]
     if report.conditions.peak_memory_of == "device":
         columns.append(_Column("peak memory", lambda one: amount(one.peak_memory_bytes)))

@@ -146,7 +146,8 @@ def _over_ratio(ran: Sequence[Summary], base: MethodName | None) -> Plot | None:
         if how.method != "specvlm" or not how.prune_ratio:
             return None
         frames = f", {frames_of(one)} frames" if several else ""
-        return f"pruner {how.pruner}, tree {how.tree}{frames}"
+        draft = f", {how.draft_label}" if how.draft_label else ""
+        return f"pruner {how.pruner}, tree {how.tree}{draft}{frames}"
 
     several = has_several_frames(ran)
     lines = [_with_unpruned(one, ran) for one in _lines(ran, line, lambda one: one.configuration.prune_ratio)]
@@ -157,13 +158,13 @@ def _over_ratio(ran: Sequence[Summary], base: MethodName | None) -> Plot | None:
 def _with_unpruned(line: _Line, ran: Sequence[Summary]) -> _Line:
     """The line with its point at a ratio of 0, which one configuration has for all pruners."""
     _, one = line.points[0]
-    kin = one.configuration.frames_asked, one.configuration.tree
+    kin = one.configuration.frames_asked, one.configuration.tree, one.configuration.draft
     at_zero = [
         (0.0, other)
         for other in ran
         if other.configuration.method == "specvlm"
         and not other.configuration.prune_ratio
-        and (other.configuration.frames_asked, other.configuration.tree) == kin
+        and (other.configuration.frames_asked, other.configuration.tree, other.configuration.draft) == kin
     ]
     return _Line(line.label, at_zero + line.points)
 

@@ -15,7 +15,7 @@ from specvlm.config import PrunerName, TreeName
 
 SCHEMA = 1
 
-MethodName = Literal["stock", "assisted", "plain", "sd", "specvlm"]
+MethodName = Literal["stock", "assisted", "plain", "sd", "specvlm", "head"]
 METHODS: tuple[MethodName, ...] = get_args(MethodName)
 BASELINES: tuple[MethodName, ...] = ("stock", "plain")  # what speedups are given against, the first one first
 
@@ -26,12 +26,14 @@ class Configuration:
 
     Attributes:
         method: `stock` and `assisted` are `transformers`' own `generate()`, without and with its
-            `assistant_model`; `plain` is our loop without a draft, `sd` with a draft that sees all video tokens,
-            `specvlm` with one that sees the kept ones.
+            `assistant_model`; `plain` is our loop without a draft, `sd` with a small model as the draft that sees all
+            video tokens, `specvlm` with one that sees the kept ones, `head` with a trained head and its compressor.
         frames_asked: Frames asked of each video; None: the preset's own rule decides.
         pruner: Which video tokens the draft sees; None where there is nothing to prune.
         prune_ratio: Share of video tokens that the draft does not see; None as above.
         tree: Shape of the guesses; None without our rounds.
+        draft: Name of the draft; None where there is none, or a captioner's only one.
+        draft_label: What the label says of the draft; nothing where it is the only one of its kind.
     """
 
     method: MethodName
@@ -39,12 +41,14 @@ class Configuration:
     pruner: PrunerName | None = None
     prune_ratio: float | None = None
     tree: TreeName | None = None
+    draft: str | None = None
+    draft_label: str = ""
 
     @property
     def label(self) -> str:
         """The configuration in a few words, frames left out, e.g. `specvlm 0.9 static` or `sd static`.
 
-        The pruner is named where it is not the one that has the method's name.
+        The pruner is named where it is not the one that has the method's name, the draft where there are several.
         """
         if self.method != "specvlm" or self.pruner is None or self.prune_ratio is None:
             words: list[str] = [self.method]
@@ -56,7 +60,8 @@ class Configuration:
                 *([] if self.pruner == "specvlm" else [self.pruner]),
                 f"{self.prune_ratio:g}",
             ]
-        return " ".join([*words, self.tree] if self.tree else words)
+        whole = " ".join([*words, self.tree] if self.tree else words)
+        return f"{whole}, {self.draft_label}" if self.draft_label else whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +134,7 @@ class Sample:
         acceptance_histogram: Entry k counts the rounds that accepted k guesses; empty without our draft.
         depth_tries: Entry d - 1 counts the rounds whose guess at depth d was judged; see `CaptionStats`.
         peak_memory_bytes: Of the device's allocator for this caption (CUDA), or of the process so far (CPU).
+        compressor: What a trained head's compressor did to the video; None without a head.
     """
 
     configuration: Configuration
@@ -149,12 +155,13 @@ class Sample:
     acceptance_histogram: tuple[int, ...]
     depth_tries: tuple[int, ...]
     peak_memory_bytes: int
+    compressor: str | None = None
 
     def as_row(self) -> dict[str, Any]:
         """One flat row: the configuration's and the stages' fields stand beside the others."""
         row = asdict(self)
         flat = {**row.pop("configuration"), **row, **row["stages"]}
-        del flat["stages"]
+        del flat["stages"], flat["draft_label"]
         return _plain(flat | dict.fromkeys(untold(self.configuration.method)))
 
 
@@ -214,7 +221,8 @@ class Summary:
             None where there is no reference, or this is it.
         exact_match_against: `stock`, or `plain` where stock did not run; None as above.
         plain_token_s: T_plain of the formula, of `plain` in the same process; None where it did not run.
-        draft_round_s: T_draft of a round: stages.draft_s / num_drafts; None without rounds.
+        draft_round_s: T_draft of a round: stages.draft_s / num_drafts, of a head with commit_s, in which it reads what
+            was accepted; None without rounds.
         verify_round_s: T_verify of a round: stages.verify_s, less T_plain for each plain step, likewise.
         predicted_decode_speedup: (mean_accepted_tokens + 1) x T_plain / (draft_round_s + verify_round_s), against
             plain, plain steps counting as such; None where a term is missing.
@@ -223,6 +231,7 @@ class Summary:
         limit: Which term is the limit, in words; empty where nothing can be said.
         peak_memory_bytes: Largest of all turns. Of a process it holds what ran before, so that JSON has null
             here, and `Report.process_peak_bytes` for all.
+        compressors: What a trained head's compressor did to the videos, the commonest first; empty without a head.
     """
 
     configuration: Configuration
@@ -256,6 +265,7 @@ class Summary:
     host_share: float | None = None
     limit: str = ""
     peak_memory_bytes: int = 0
+    compressors: tuple[str, ...] = ()
 
     def speedup(self, baseline: MethodName) -> Speedup | None:
         """The speedup against one baseline; None where it did not run, or this is it."""
@@ -265,6 +275,7 @@ class Summary:
         """Plain JSON, the configuration's fields and its label first; what was not measured is null."""
         whole = asdict(self)
         configuration = whole.pop("configuration")
+        del configuration["draft_label"]
         if self.error is not None:
             whole |= dict.fromkeys(name for name in whole if name not in _WITHOUT_FIGURES)
             whole["stages"] = dict.fromkeys(STAGES)
@@ -279,6 +290,7 @@ _WITHOUT_FIGURES = (
     "speedups",
     "acceptance_per_depth",
     "limit",
+    "compressors",
 )  # said of a failure too
 
 
@@ -300,7 +312,7 @@ class Conditions:
         specvlm_version: This package's.
         dtype: Of weights and caches.
         target: As the user named it; a preset's by its own name.
-        draft: As the target; None: none.
+        draft: As the target; of several, their names after each other, with commas; None: none.
         family: As `model_type` in config.json.
         prompt: What was asked.
         max_new_tokens: Most tokens of a caption.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -20,6 +20,7 @@ from specvlm.bench.records import Configuration, Left, Report, Sample
 from specvlm.bench.summing import summarise
 from specvlm.captioner import Captioner, PreparedVideo
 from specvlm.config import FrameSettings
+from specvlm.drafts.head import HeadDraft
 from specvlm.errors import ConfigError, PreprocessError, VideoError
 from specvlm.records import Frames
 
@@ -206,20 +207,27 @@ class Setup:
     budget_s: float | None = None
 
 
-def bench(captioner: Captioner, setup: Setup, listener: Listener) -> Report:
+def bench(
+    captioner: Captioner, setup: Setup, listener: Listener, others: Mapping[str, Captioner] | None = None
+) -> Report:
     """Measure everything that was asked for.
 
     A video that cannot be read is left out; a method that fails is left out from there on, and its summary says
     why. A report without samples means that nothing could be measured.
 
+    Args:
+        captioner: With the target of all, and the draft of all methods but those of `others`.
+        setup: What is compared, and on what.
+        listener: Hears what goes on.
+        others: The same target with other drafts (`specvlm.loading.with_draft`), by the names that the grid gives them.
+
     Raises:
-        ConfigError: A method needs a draft, and there is none; or a setting makes no sense.
+        ConfigError: A method needs a draft, and there is none of its kind; or a setting makes no sense.
         PromptError: The prompt cannot be used.
         StoppedError: It was interrupted; it has the report of what was measured until then.
     """
     grid, asked = setup.grid, setup.asked
-    if captioner.draft is None and grid.needs_draft is not None:
-        raise ConfigError(f"method {grid.needs_draft!r} needs a draft, and there is none; give one")
+    _refuse_unfit_drafts(grid, captioner, others or {})
     base = captioner.frames if setup.frames is None else setup.frames
 
     def prepare(clip: Clip, num_frames: int | None) -> PreparedVideo:
@@ -228,9 +236,25 @@ def bench(captioner: Captioner, setup: Setup, listener: Listener) -> Report:
             return captioner.prepare(_spread(clip.video, num_frames), prompt)
         return captioner.prepare(clip.video, prompt, frames=_frames_of(base, clip, num_frames))
 
-    measurer = Measurer(captioner, asked.max_new_tokens)
+    measurer = Measurer(captioner, asked.max_new_tokens, others=others)
     suite = Suite(grid, setup.clips, asked.repeat, prepare, measurer, listener, Budget(setup.budget_s))
     return reported(suite, grid, lambda found: _report(captioner, setup, found))
+
+
+def _refuse_unfit_drafts(grid: Grid, captioner: Captioner, others: Mapping[str, Captioner]) -> None:
+    """Hold what the grid says of its drafts against what is loaded.
+
+    Raises:
+        ConfigError: They differ.
+    """
+    if grid.needs_draft is not None:
+        raise ConfigError(f"method {grid.needs_draft!r} needs a draft, and there is none; give one")
+    for one in grid.used():
+        draft = others.get(one.name or "", captioner).draft
+        if draft is None or isinstance(draft, HeadDraft) != one.is_head:
+            method = next(method for method in grid.methods if one in grid.suiting(method))
+            kind = "that is a trained head" if one.is_head else "that is a small model"
+            raise ConfigError(f"method {method!r} needs a draft {kind}, and there is none; give one")
 
 
 def reported(suite: Suite, grid: Grid, report: Callable[[Found], Report]) -> Report:

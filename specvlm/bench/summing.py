@@ -5,13 +5,14 @@ Plain arithmetic over records; knows neither models nor clocks. Imports no torch
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from statistics import fmean, median
 from typing import NamedTuple
 
+from specvlm.bench.grid import HEAD
 from specvlm.bench.records import (
     BASELINES,
     STAGES,
@@ -166,8 +167,13 @@ def _summary(group: _Group, peers: Mapping[MethodName, _Group]) -> Summary:
         draft_round_s=terms.draft_s,
         verify_round_s=terms.verify_s,
         peak_memory_bytes=max(one.peak_memory_bytes for one in group.all()),
+        compressors=_commonest(one.compressor for one in samples),
     )
     return _judged(summary)
+
+
+def _commonest(names: Iterable[str | None]) -> tuple[str, ...]:
+    return tuple(name for name, _ in Counter(filter(None, names)).most_common())
 
 
 def _reference(method: MethodName, peers: Mapping[MethodName, _Group]) -> _Group | None:
@@ -206,9 +212,19 @@ def _rounds(samples: Sequence[Sample], stages: Stages, plain_token_s: float | No
     return _Rounds(
         plain_steps=steps,
         accepted=sum(one.num_accepted_tokens for one in samples) / rounds,
-        draft_s=stages.draft_s / rounds,
+        draft_s=_drafting_s(samples[0].configuration, stages) / rounds,
         verify_s=None if verify_s is None else max(verify_s, 0.0) / rounds,
     )
+
+
+def _drafting_s(how: Configuration, stages: Stages) -> float:
+    """Time in which the draft is at work; a head reads what was accepted while caches are committed."""
+    return stages.draft_s + (stages.commit_s if how.method == HEAD else 0.0)
+
+
+def _other_s(how: Configuration, stages: Stages) -> float:
+    """Time of rounds in which neither draft nor target is at work."""
+    return stages.host_s + (0.0 if how.method == HEAD else stages.commit_s)
 
 
 def _plain_steps(sample: Sample) -> int:
@@ -315,7 +331,7 @@ def _limit_of_rounds(summary: Summary) -> str:
         return _largest_share(summary)
     step_s = summary.plain_token_s
     draft, verify = summary.draft_round_s / step_s, summary.verify_round_s / step_s
-    other = (summary.stages.commit_s + summary.stages.host_s) / summary.num_drafts / step_s
+    other = _other_s(summary.configuration, summary.stages) / summary.num_drafts / step_s
     whole = draft + verify + other
     accepted, nodes = summary.mean_accepted_tokens or 0.0, summary.mean_nodes or 1.0
     deepest = min(len(summary.acceptance_per_depth), nodes - 1.0)
@@ -349,11 +365,11 @@ def _limit_of_rounds(summary: Summary) -> str:
 
 def _largest_share(summary: Summary) -> str:
     """Without plain steps to compare with, the largest share of a round."""
-    stages = summary.stages
+    how, stages = summary.configuration, summary.stages
     parts = {
-        "drafting": stages.draft_s,
+        "drafting": _drafting_s(how, stages),
         "verifying": stages.verify_s,
-        "all but drafting and verifying": stages.commit_s + stages.host_s,
+        "all but drafting and verifying": _other_s(how, stages),
     }
     name = max(parts, key=lambda part: parts[part])
     return f"{name} takes {_percent(parts[name] / summary.decode_s)} of a round" if summary.decode_s else ""

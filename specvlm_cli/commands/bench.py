@@ -18,18 +18,28 @@ from types import FrameType
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 from specvlm.bench.clips import Clip, example_clips
-from specvlm.bench.grid import WITH_DRAFT, Grid
+from specvlm.bench.grid import HEAD, WITH_DRAFT, Grid, GridDraft
 from specvlm.bench.page import PageSheet
 from specvlm.bench.records import METHODS, Left, MethodName, Report
 from specvlm.bench.words import counted, stopped_words
 from specvlm.config import GenerationSettings, PrunerName, TreeName
+from specvlm.drafts.kept_tokens import MostUsed
+from specvlm.drafts.kinds import is_head
 from specvlm.errors import SpecvlmError
-from specvlm.preset import Preset
-from specvlm_cli import engine
+from specvlm.preset import Preset, head_of
+from specvlm_cli import engine, vocab
 from specvlm_cli.commands.bench_flags import MOST_REPEATS, BenchFlags, in_range, one_prompt, values_of
 from specvlm_cli.commands.bench_shapes import modelled, modelled_grid, refuse_mixture
 from specvlm_cli.commands.caption_flags import MOST
-from specvlm_cli.commands.choices import DEFAULT_PRESET, check_models, model_choice, pair_of, prompt_texts
+from specvlm_cli.commands.choices import (
+    DEFAULT_PRESET,
+    check_models,
+    guessable,
+    model_choice,
+    pair_of,
+    prompt_texts,
+    refuse_for_head,
+)
 from specvlm_cli.exits import ExitCode, FatalError, UsageError
 from specvlm_cli.inputs import Inputs, Item
 from specvlm_cli.screen.bench import BenchTalk, tell
@@ -38,6 +48,8 @@ from specvlm_cli.text import clean, path_text, storable
 if TYPE_CHECKING:
     from specvlm import Captioner
 
+_DEFAULT = Grid()
+_NOT_ASKED = ("inputs", "drafts", "out", "json_output", "quiet", "verbose")
 QUICK_S = (
     60.0  # without INPUT: no further clip is begun after this time, so that a slow machine answers soon too
 )
@@ -49,6 +61,14 @@ class _Videos(NamedTuple):
     clips: tuple[Clip, ...]
     words: str
     left_out: tuple[Left, ...] = ()
+
+
+class _Compared(NamedTuple):
+    """What to measure."""
+
+    grid: Grid
+    drafts: dict[str, str]  # their names in the grid -> what to load; the first is loaded with the target
+    prompt: str
 
 
 class _Measured(NamedTuple):
@@ -128,12 +148,12 @@ def _stopped(error: KeyboardInterrupt, flags: BenchFlags, talk: BenchTalk, code:
 
 def _of_checkpoints(flags: BenchFlags, grid: Grid, talk: BenchTalk) -> _Measured:
     pair = pair_of(flags.preset, flags.target)
-    check_models(pair, flags.draft, flags.draft_revision, flags.device_map)
+    grid, drafts = _with_drafts(grid, flags, pair)
+    check_models(None, next(iter(drafts.values()), None), flags.draft_revision, flags.device_map)
     prompt = prompt_texts(flags.prompt, pair)[0]
-    _refuse_without_draft(grid, pair, flags.draft)
     with ExitStack() as stack:
         videos = _videos(flags, talk, stack)
-        return _measured(flags, pair, grid, prompt, videos, talk)
+        return _measured(flags, pair, _Compared(grid, drafts, prompt), videos, talk)
 
 
 def _grid(flags: BenchFlags) -> Grid:
@@ -141,24 +161,83 @@ def _grid(flags: BenchFlags) -> Grid:
     if flags.num_frames is not None:
         frames = values_of("--num-frames", flags.num_frames, int, "16,64")  # type: ignore[assignment]
     return Grid(
-        methods=METHODS if flags.methods is None else _methods(flags.methods),
+        methods=_DEFAULT.methods if flags.methods is None else _methods(flags.methods),
         num_frames=frames,
-        pruners=cast("tuple[PrunerName, ...]", values_of("--pruner", flags.pruner, str, "specvlm,uniform")),
-        prune_ratios=values_of("--prune-ratio", flags.prune_ratio, float, "0,0.5,0.9"),
+        pruners=_DEFAULT.pruners if flags.pruner is None else _pruners(flags.pruner),
+        prune_ratios=_DEFAULT.prune_ratios if flags.prune_ratio is None else _ratios(flags.prune_ratio),
         trees=cast("tuple[TreeName, ...]", values_of("--tree", flags.tree, str, "static,dynamic")),
     )
+
+
+def _pruners(text: str) -> tuple[PrunerName, ...]:
+    return cast("tuple[PrunerName, ...]", values_of("--pruner", text, str, "specvlm,uniform"))
+
+
+def _ratios(text: str) -> tuple[float, ...]:
+    return values_of("--prune-ratio", text, float, "0,0.5,0.9")
 
 
 def _methods(text: str) -> tuple[MethodName, ...]:
     return cast("tuple[MethodName, ...]", values_of("--methods", text, str, ",".join(METHODS)))
 
 
-def _refuse_without_draft(grid: Grid, pair: Preset | None, draft: str | None) -> None:
-    if (draft or (pair.draft if pair else "none")) == "none" and grid.needs_draft is not None:
-        without = ",".join(method for method in METHODS if method not in WITH_DRAFT)
+def _with_drafts(grid: Grid, flags: BenchFlags, pair: Preset | None) -> tuple[Grid, dict[str, str]]:
+    """Return the grid with its drafts, and those that it uses: their names -> what to load.
+
+    Raises:
+        UsageError: A method has no draft of its kind, a draft no method, or a flag no effect.
+    """
+    drafts = _drafts(flags, pair)
+    known = tuple(GridDraft(name, is_head(load)) for name, load in drafts.items())
+    grid = replace(grid, drafts=known)
+    if flags.methods is None and known:
+        able = tuple(one for one in METHODS if one not in WITH_DRAFT or grid.suiting(one))
+        grid = replace(grid, methods=able)
+    _refuse_without_draft(grid)
+    used = {one.name for one in grid.used()}
+    if unused := [name for name in drafts if name not in used and flags.given_drafts]:
+        chosen = ",".join(grid.methods)
+        raise UsageError(f"--draft {clean(unused[0])} is used by none of --methods {chosen}; leave it out")
+    if known and all(one.is_head for one in known):
+        given = {"pruner": flags.pruner, "prune_ratio": flags.prune_ratio}
+        wanted = {name: value for name, value in given.items() if value is not None}
+        refuse_for_head(next(iter(drafts.values())), wanted)
+    return grid, {name: load for name, load in drafts.items() if name in used}
+
+
+def _drafts(flags: BenchFlags, pair: Preset | None) -> dict[str, str]:
+    """Return the drafts: their names -> what to load. A preset's own small model has the target's head beside it.
+
+    Raises:
+        UsageError: One was given twice, or none beside others, or one revision to several.
+    """
+    given = flags.given_drafts
+    if not given and pair is not None:
+        head = head_of(pair.target)
+        given = (pair.draft, *([] if head is None or is_head(pair.draft) else [head]))
+    elif len(given) > 1 and "none" in given:
+        raise UsageError("--draft none goes with no other draft; give one or the other")
+    elif len(given) > 1 and flags.draft_revision is not None:
         raise UsageError(
-            f"--methods {grid.needs_draft} needs a draft, and there is none; give --draft, or --methods {without}"
+            f"--draft-revision {clean(flags.draft_revision)} does not say of which of {len(given)} drafts it is; "
+            "give one --draft with it"
         )
+    drafts = {engine.public_name(one): one for one in given if one != "none"}
+    if len(drafts) < len(given) and "none" not in given:
+        raise UsageError("--draft was given twice with the same draft; give each once")
+    return drafts
+
+
+def _refuse_without_draft(grid: Grid) -> None:
+    if (method := grid.needs_draft) is None:
+        return
+    without = ",".join(one for one in METHODS if one not in WITH_DRAFT)
+    if not grid.drafts:
+        raise UsageError(
+            f"--methods {method} needs a draft, and there is none; give --draft, or --methods {without}"
+        )
+    kind = "the folder of a trained head" if method == HEAD else "a small model"
+    raise UsageError(f"--methods {method} needs {kind} as its draft, and there is none; give --draft")
 
 
 def _videos(flags: BenchFlags, talk: BenchTalk, stack: ExitStack) -> _Videos:
@@ -214,26 +293,30 @@ def _last_part(name: str) -> str:
 
 
 def _measured(
-    flags: BenchFlags, pair: Preset | None, grid: Grid, prompt: str, videos: _Videos, talk: BenchTalk
+    flags: BenchFlags, pair: Preset | None, compared: _Compared, videos: _Videos, talk: BenchTalk
 ) -> _Measured:
     if pair is not None and flags.preset is None:
         talk.note(
             f"no --preset or --target: using the tiny {DEFAULT_PRESET} pair, it knows only drawn shapes"
         )
     talk.note(f"{counted(len(videos.clips), 'video')}: {videos.words}")
-    models = model_choice(flags, pair)
+    first, *others = list(compared.drafts.values()) or ["none"]
+    kept = guessable(flags.draft_vocab, None if first == "none" else first)
+    if isinstance(kept, int):
+        talk.note(f"--draft-vocab {kept}: {vocab.origin(MostUsed(kept))}")
+    models = replace(model_choice(flags, pair), draft=first, draft_vocab=kept)
     captioner = engine.load_captioner(models, quiet=flags.quiet)
+    by_name = {engine.public_name(one): engine.with_draft(captioner, one, models) for one in others}
 
     from specvlm.bench.measure import Asked
     from specvlm.bench.suite import Setup, StoppedError
     from specvlm.bench.suite import bench as run
 
-    draft = captioner.info.draft
     asked = Asked(
         command=_command(flags),
         target=models.name,
-        draft=None if draft is None else engine.public_name(draft),
-        prompt=prompt,
+        draft=", ".join(compared.drafts) or None,
+        prompt=compared.prompt,
         max_new_tokens=flags.max_new_tokens,
         repeat=flags.repeat,
         clips=videos.words,
@@ -241,7 +324,8 @@ def _measured(
     quick = not flags.inputs and flags.limit is None
     with talk.working():
         try:
-            report = run(captioner, Setup(grid, videos.clips, None, asked, QUICK_S if quick else None), talk)
+            setup = Setup(compared.grid, videos.clips, None, asked, QUICK_S if quick else None)
+            report = run(captioner, setup, talk, by_name)
         except StoppedError as error:
             error.report = replace(error.report, left_out=(*videos.left_out, *error.report.left_out))
             raise
@@ -272,9 +356,10 @@ def _command(flags: BenchFlags) -> str:
     words = ["specvlm", "bench", *(flags.inputs or [])]
     for one in fields(flags):
         value = getattr(flags, one.name)
-        if one.name not in ("inputs", "out", "json_output", "quiet", "verbose") and value != one.default:
+        if one.name not in _NOT_ASKED and value != one.default:
             name = f"--{one.name.replace('_', '-')}"
             words += [name] if value is True else [name, value[0] if isinstance(value, list) else str(value)]
+    words += [word for one in flags.given_drafts for word in ("--draft", one)]
     return storable(shlex.join(words))
 
 

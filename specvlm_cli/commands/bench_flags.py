@@ -6,10 +6,11 @@ where that holds one value, or names a run folder.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -17,7 +18,7 @@ from specvlm.bench.grid import Grid
 from specvlm.bench.records import METHODS
 from specvlm.config import PRUNERS, TREES
 from specvlm_cli.commands.caption_flags import CaptionFlags, DtypeName
-from specvlm_cli.commands.options import flag, same_as
+from specvlm_cli.commands.options import flag, same_as, variable
 from specvlm_cli.exits import UsageError
 from specvlm_cli.text import clean
 
@@ -74,10 +75,10 @@ def values_of(name: str, text: str, kind: Callable[[str], Value], example: str) 
     return tuple(found)
 
 
-def _list(panel: str, names: str, text: str) -> object:
+def _list(panel: str, names: str, text: str, **more: Any) -> object:
     """Declare a list, without a variable: that of `caption` holds one value."""
     long, *others = names.split()
-    return typer.Option(long, *others, help=text, rich_help_panel=panel, metavar="LIST")
+    return typer.Option(long, *others, help=text, rich_help_panel=panel, metavar="LIST", **more)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,13 +124,25 @@ class BenchFlags:
         str | None, _list(_COMPARED, "--methods", f"Of {listed(METHODS)}. Default: all that can run.")
     ] = None
     pruner: Annotated[
-        str, _list(_COMPARED, "--pruner", f"Pruners of the specvlm method, of {listed(PRUNERS)}.")
-    ] = listed(_GRID.pruners)
+        str | None,
+        _list(
+            _COMPARED,
+            "--pruner",
+            f"Pruners of the specvlm method, of {listed(PRUNERS)}.",
+            show_default=listed(_GRID.pruners),
+        ),
+    ] = None
     prune_ratio: Annotated[
-        str, _list(_COMPARED, "--prune-ratio", "Its shares of video tokens that the draft does not see.")
-    ] = listed(_GRID.prune_ratios)
+        str | None,
+        _list(
+            _COMPARED,
+            "--prune-ratio",
+            "Its shares of video tokens that the draft does not see.",
+            show_default=listed(_GRID.prune_ratios),
+        ),
+    ] = None
     tree: Annotated[
-        str, _list(_COMPARED, "--tree", f"Trees of the methods sd and specvlm, of {listed(TREES)}.")
+        str, _list(_COMPARED, "--tree", f"Trees of the methods sd, specvlm and head, of {listed(TREES)}.")
     ] = listed(_GRID.trees)
     num_frames: Annotated[
         str | None,
@@ -149,7 +162,16 @@ class BenchFlags:
     max_new_tokens: Annotated[int, same_as(CaptionFlags, "max_new_tokens")] = CaptionFlags.max_new_tokens
     preset: Annotated[str | None, same_as(CaptionFlags, "preset")] = None
     target: Annotated[str | None, same_as(CaptionFlags, "target")] = None
-    draft: Annotated[str | None, same_as(CaptionFlags, "draft")] = None
+    drafts: Annotated[  # its variable is read by ourselves, because a folder's name may hold spaces
+        list[str] | None,
+        typer.Option(
+            "--draft",
+            help="What guesses: hub id, folder, folder of a trained head, or none. Several are compared.",
+            rich_help_panel=_COMPARED,
+            metavar="ID",
+        ),
+    ] = None
+    draft_vocab: Annotated[str | None, same_as(CaptionFlags, "draft_vocab")] = None
     revision: Annotated[str | None, same_as(CaptionFlags, "revision")] = None
     draft_revision: Annotated[str | None, same_as(CaptionFlags, "draft_revision")] = None
     dtype: Annotated[DtypeName, same_as(CaptionFlags, "dtype")] = "auto"
@@ -193,3 +215,14 @@ class BenchFlags:
         bool,
         typer.Option("--verbose", "-v", help="Show the traceback of an error.", rich_help_panel=_TALKING),
     ] = False
+
+    @property
+    def draft(self) -> str | None:
+        """The first draft that was given."""
+        return next(iter(self.given_drafts), None)
+
+    @property
+    def given_drafts(self) -> tuple[str, ...]:
+        """The drafts that were given; the variable holds one."""
+        from_environment = os.environ.get(variable("--draft"))
+        return tuple(self.drafts or ([from_environment] if from_environment else []))

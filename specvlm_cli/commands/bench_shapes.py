@@ -18,10 +18,20 @@ if TYPE_CHECKING:
 
     from specvlm.bench.modelled import Pair
 
-_OF_CHECKPOINTS = ("inputs", "prompt", "preset", "target", "draft", "revision", "draft_revision", "limit")
+_OF_CHECKPOINTS = (
+    "inputs",
+    "prompt",
+    "preset",
+    "target",
+    "drafts",
+    "revision",
+    "draft_revision",
+    "limit",
+    "draft_vocab",
+)
 _FRAMES = 64  # a modelled video has no length of its own
 _MANY = 1_000_000_000  # parameters that a CPU is slow with
-_CANNOT = ("assisted",)  # its acceptance cannot be given
+_CANNOT = ("assisted", "head")  # their acceptance cannot be given
 
 
 def refuse_mixture(flags: BenchFlags) -> None:
@@ -37,7 +47,7 @@ def refuse_mixture(flags: BenchFlags) -> None:
         return
     for name in _OF_CHECKPOINTS:
         if getattr(flags, name):
-            shown = "INPUT" if name == "inputs" else _flag(name)
+            shown = {"inputs": "INPUT", "drafts": "--draft"}.get(name, _flag(name))
             raise UsageError(f"{shown} and --shape exclude each other: a shape has random weights; give one")
     if (flags.draft_shape is None) != (flags.assume_accepted is None):
         raise UsageError("--draft-shape and --assume-accepted belong together; give both, or neither")

@@ -223,6 +223,7 @@ def _speed(report: Report) -> list[Column]:
         Column(f"same as\n{reference(report)}", lambda one: percent(one.exact_match)),
         Column("video\ntokens", lambda one: f"{one.video_tokens:.0f}" if one.videos else ""),
         Column("draft\nsees", lambda one: f"{one.video_tokens_kept:.0f}" if one.video_tokens_kept else ""),
+        Column("compressor", lambda one: ", ".join(one.compressors), is_listed=True),
     ]
     if report.conditions.peak_memory_of == "device":
         columns.append(

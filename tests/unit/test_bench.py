@@ -586,7 +586,7 @@ def test_a_whole_bench_on_frames() -> None:
 def test_a_bench_without_a_draft_needs_methods_without_one() -> None:
     captioner = tiny_captioner("qwen", Size(), None)
     clips = [Clip("noise", random_frames(1, 4))]
-    with pytest.raises(ConfigError, match="'assisted' needs a draft"):
+    with pytest.raises(ConfigError, match="'assisted' needs a draft that is a small model"):
         bench(captioner, Setup(Grid(), clips, None, ASKED), Heard())
     report = bench(captioner, Setup(Grid(("stock", "plain")), clips, None, ASKED), Heard())
     assert [one.exact_match for one in report.summaries] == [None, 1.0]
