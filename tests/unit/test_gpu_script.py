@@ -148,16 +148,29 @@ def test_profiles_name_what_takes_the_time(found: Any) -> None:
         assert one["host_over_device"] == pytest.approx(one["host_s"] / one["device_s"])
 
 
+def test_heads_are_timed_with_and_without_what_makes_them_cheaper(gpu: Any, found: Any) -> None:
+    heads = found["heads"]
+    assert len(heads) == 2 * 2 * 2 * 2 * 2  # pairs, frames, compressors, vocabularies, trees
+    for one in heads:
+        assert one["modelled"]
+        assert one["vocabulary"] in (100, 320)
+        assert (one["nodes"], one["depth"]) == {"dynamic": (60, 7), "chain": (6, 5)}[one["tree"]]
+        assert one["step_s"] == pytest.approx((one["draft_s"] + one["commit_s"]) / one["depth"])
+        assert one["accepted"] == min(gpu.HEAD_ACCEPTED, one["depth"])
+        modelled = (one["accepted"] + 1) * one["plain_s"] / one["round_s"]
+        assert one["decode_speedup"] == pytest.approx(modelled)
+
+
 def test_the_tables_hold_the_figures_and_say_modelled(folder: Path, found: Any) -> None:
     text = (folder / "gpu.md").read_text()
     assert "20 of 20 captions" in text
     for line in text.splitlines():
         if line.startswith("tiny-"):
             assert "modelled" in line
-    for head in ("## Parity", "## Pairs", "## Choices", "## Host and device", "## Profile"):
+    for head in ("## Parity", "## Pairs", "## Choices", "## Host and device", "## Trained", "## Profile"):
         assert head in text
     heads = [line for line in text.splitlines() if line.startswith("| modelled |")]
-    assert len(heads) == len(found["shapes"]) + 2
+    assert len(heads) == len(found["shapes"]) + 3
     tables = [line for line in text.splitlines() if line.startswith("|")]
     assert all(line.endswith("|") for line in tables)
 
