@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from specvlm.errors import PreprocessError as PreprocessError
     from specvlm.errors import PromptError as PromptError
     from specvlm.errors import SpecvlmError as SpecvlmError
+    from specvlm.errors import TrainingError as TrainingError
     from specvlm.errors import UnknownFamilyError as UnknownFamilyError
     from specvlm.errors import VideoChangedError as VideoChangedError
     from specvlm.errors import VideoDecodeError as VideoDecodeError
@@ -75,6 +76,7 @@ _HOME = {
     "PromptSession": "session",
     "SpeculationSettings": "config",
     "SpecvlmError": "errors",
+    "TrainingError": "errors",
     "UnknownFamilyError": "errors",
     "VideoChangedError": "errors",
     "VideoDecodeError": "errors",

@@ -11,6 +11,7 @@
     ├── GenerationError      the models ran, but no caption came of it
     │   ├── NonFiniteLogitsError     NaN or infinite logits
     │   └── GenerationTimeoutError   not within the time limit
+    ├── TrainingError        a head cannot be trained: no memory, a loss that is not finite, damaged checkpoints
     └── VideoError           the video gives no frames; `.path`, `.stage` say which and where
         ├── VideoNotFoundError   no such file
         ├── PathDeniedError      it lies outside the folder that files may be read from
@@ -38,6 +39,7 @@ __all__ = [
     "PreprocessError",
     "PromptError",
     "SpecvlmError",
+    "TrainingError",
     "UnknownFamilyError",
     "VideoChangedError",
     "VideoDecodeError",
@@ -90,6 +92,10 @@ class NonFiniteLogitsError(GenerationError):
 
 class GenerationTimeoutError(GenerationError):
     """A caption was not done within the time limit that the caller gave."""
+
+
+class TrainingError(SpecvlmError):
+    """A head cannot be trained: there is no memory, the loss is not finite, or every checkpoint is damaged."""
 
 
 class VideoError(SpecvlmError):

@@ -26,6 +26,8 @@ from specvlm_cli.commands.options import command, variable
 from specvlm_cli.commands.presets import presets
 from specvlm_cli.commands.slurm import SlurmFlags, slurm
 from specvlm_cli.commands.status import status
+from specvlm_cli.commands.train import train
+from specvlm_cli.commands.train_flags import TrainFlags
 from specvlm_cli.commands.vocab import VocabFlags, vocab
 from specvlm_cli.exits import CommandError, ExitCode
 from specvlm_cli.stopping import NotBegunError, until_listening
@@ -47,6 +49,7 @@ app.command(name="vocab")(command(VocabFlags, vocab))
 app.command(name="presets")(presets)
 app.command(name="doctor")(doctor)
 app.command(name="bench")(command(BenchFlags, bench))
+app.command(name="train")(command(TrainFlags, train))
 
 
 def _print_version(wanted: bool) -> None:
@@ -72,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
     streams.prepare()
     try:
-        with until_listening() if given[0] == "caption" else nullcontext():
+        with until_listening() if given[0] in ("caption", "train") else nullcontext():
             code = int(app(args=given, prog_name="specvlm", standalone_mode=False) or 0)
         sys.stdout.flush()  # here, where a reader that has gone can still be dealt with
         return code
@@ -115,6 +118,8 @@ def _plainly(message: str) -> str:
         return (
             "nothing to caption: give a folder, a video, a quoted glob, a manifest, or - for standard input"
         )
+    if message.startswith("Missing argument 'VIDEOS...'"):
+        return "nothing to learn from: give a folder, a video, a quoted glob, a manifest, or - for standard input"
     if message.startswith("Missing argument 'VIDEO'"):
         return "nothing to inspect: give a video"
     return message.replace("Value error, ", "")

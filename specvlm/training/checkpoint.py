@@ -1,0 +1,155 @@
+"""Checkpoints of a training: tensors and facts, in a folder that appears whole or not at all. Knows no models.
+
+Two are kept, so that a training goes on from the one before where the newest is damaged. Each is a folder with
+`state.safetensors` and `state.json`, which holds the other's SHA-256; it is written under another name, made
+durable, and renamed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+_PREFIX, _PART = "checkpoint-", ".part"
+_TENSORS, _FACTS = "state.safetensors", "state.json"
+_KEPT = 2
+_CHUNK = 1 << 22
+
+
+class Checkpoint(NamedTuple):
+    """What a training goes on from."""
+
+    step: int
+    facts: Mapping[str, Any]  # plain values
+    tensors: dict[str, torch.Tensor]  # on the CPU
+
+
+class DamagedCheckpointError(Exception):
+    """A checkpoint is not what was written. The message says what is wrong with it."""
+
+
+class Found(NamedTuple):
+    """What is there to go on from."""
+
+    checkpoint: Checkpoint | None  # the newest that is whole; None: there is none
+    damaged: list[str]  # what is wrong with newer ones, which are removed where there is a whole one
+
+
+class Checkpoints:
+    """The checkpoints of one training, in one folder; their names count up."""
+
+    def __init__(self, folder: Path) -> None:
+        """Nothing is read or made yet."""
+        self._folder = folder
+
+    def save(self, step: int, facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+        """Write a checkpoint; when it is durable older ones go, but for the one before.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+        for left in self._folder.glob(f"{_PREFIX}*{_PART}"):  # a process died while it wrote this
+            shutil.rmtree(left)
+        names = self._names()
+        number = int(names[0].removeprefix(_PREFIX)) + 1 if names else 1
+        final = self._folder / f"{_PREFIX}{number:08d}"
+        part = final.with_name(final.name + _PART)
+        part.mkdir()
+        plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        save_file(plain, part / _TENSORS)
+        told = {"step": step, "sha256": _digest(part / _TENSORS), "facts": facts}
+        (part / _FACTS).write_text(json.dumps(told, indent=1), encoding="utf-8")
+        for path in (part / _TENSORS, part / _FACTS, part):
+            _sync(path)
+        part.replace(final)
+        _sync(self._folder)
+        for older in self._names()[_KEPT:]:
+            shutil.rmtree(self._folder / older)
+
+    def peek(self) -> tuple[int, Mapping[str, Any]] | None:
+        """Step and facts of the newest checkpoint whose facts can be read, touching nothing; None: there is none."""
+        for name in self._names():
+            with suppress(OSError, ValueError, KeyError, TypeError):
+                told = _facts(self._folder / name)
+                return int(told["step"]), told["facts"]
+        return None
+
+    def newest(self) -> Found:
+        """Read the newest checkpoint that is whole."""
+        damaged: list[str] = []
+        for number, name in enumerate(names := self._names()):
+            try:
+                checkpoint = _read(self._folder / name)
+            except DamagedCheckpointError as error:
+                damaged.append(f"{name}: {error}")
+                continue
+            for newer in names[:number]:  # they would stand before those to come
+                shutil.rmtree(self._folder / newer)
+            return Found(checkpoint, damaged)
+        return Found(None, damaged)
+
+    def _names(self) -> list[str]:
+        """Newest first."""
+        names = (path.name for path in self._folder.glob(f"{_PREFIX}*"))
+        return sorted((name for name in names if not name.endswith(_PART)), reverse=True)
+
+
+def _read(path: Path) -> Checkpoint:
+    """Read a checkpoint.
+
+    Raises:
+        DamagedCheckpointError: It is not what was written.
+    """
+    try:
+        told = _facts(path)
+        if _digest(path / _TENSORS) != told["sha256"]:
+            raise DamagedCheckpointError(f"{_TENSORS} is not the file that was written")
+        return Checkpoint(int(told["step"]), told["facts"], load_file(path / _TENSORS))
+    except OSError as error:
+        raise DamagedCheckpointError(str(error.strerror or error)) from error
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise DamagedCheckpointError(f"{_FACTS} is damaged") from error
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    told: dict[str, Any] = json.loads((path / _FACTS).read_text(encoding="utf-8"))
+    return told
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file that appears whole or not at all, durably.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    part = path.with_name(f".{path.name}{_PART}")
+    part.write_bytes(data)
+    _sync(part)
+    part.replace(path)
+    _sync(path.parent)

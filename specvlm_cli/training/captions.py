@@ -1,0 +1,160 @@
+"""The tokens that the target wrote, in one SQLite file, and why some samples are left out. Nothing else is kept.
+
+A caption is found by what it depends on: the frames as the target saw them, the prompt, and the settings. So a
+further epoch, a restart, or a file under another name need no generation. Rollback journal and synchronous=FULL, as
+for the ledger: what was committed survives a power cut.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple, Self
+
+import numpy as np
+
+from specvlm.records import Frames
+from specvlm_cli.exits import FatalError
+from specvlm_cli.failure import Failure
+from specvlm_cli.settings import Plain
+from specvlm_cli.text import clean
+
+NAME = "captions.db"
+ALL_PROMPTS = -1
+_APPLICATION, _VERSION = 0x53565443, 1  # "SVTC"
+_BUSY_S = 60.0
+_TABLES = """
+    CREATE TABLE caption (key TEXT PRIMARY KEY, tokens TEXT NOT NULL) STRICT, WITHOUT ROWID;
+    CREATE TABLE left_out (video TEXT NOT NULL, prompt INTEGER NOT NULL, since INTEGER NOT NULL, name TEXT NOT NULL,
+        stage TEXT NOT NULL, error_type TEXT NOT NULL, error TEXT NOT NULL, PRIMARY KEY (video, prompt)) STRICT;
+"""
+
+
+class LeftOut(NamedTuple):
+    """A sample that cannot be used, or all of a video's."""
+
+    video: str  # its id
+    prompt: int  # or ALL_PROMPTS
+    since: int  # the position, or step, from which on it is left out
+    name: str  # for people
+    failure: Failure
+
+
+def caption_key(frames: Frames, prompt: str, settings: Plain) -> str:
+    """Return what a caption is found by: a hash of frames, prompt, and all else that the text depends on."""
+    digest = hashlib.sha256()
+    digest.update(json.dumps([prompt, settings, frames.pixels.shape], sort_keys=True, default=str).encode())
+    digest.update(np.ascontiguousarray(frames.times_s).data)
+    digest.update(np.ascontiguousarray(frames.pixels).data)
+    return digest.hexdigest()
+
+
+class Captions:
+    """The open file."""
+
+    def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
+        self._path, self._connection = path, connection
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Open the file, made where there is none; a journal that a crash left is rolled back by SQLite.
+
+        Raises:
+            FatalError: It is damaged, or another file.
+        """
+        connection = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None)
+        captions = cls(path, connection)
+        try:
+            with captions._guarded():
+                connection.execute("PRAGMA journal_mode = DELETE")
+                connection.execute("PRAGMA synchronous = FULL")
+                captions._set_up()
+        except BaseException:
+            connection.close()
+            raise
+        return captions
+
+    def _set_up(self) -> None:
+        known = self._number("application_id"), self._number("user_version")
+        if (
+            known == (0, 0)
+            and not self._connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]
+        ):
+            self._connection.executescript(
+                f"BEGIN IMMEDIATE; {_TABLES} PRAGMA application_id = {_APPLICATION};"
+                f"PRAGMA user_version = {_VERSION}; COMMIT;"
+            )
+        elif known != (_APPLICATION, _VERSION):
+            raise FatalError(f"{clean(str(self._path))} is no file of this version's captions; move it away")
+        elif (verdict := self._connection.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
+            raise sqlite3.DatabaseError(verdict)
+
+    def _number(self, pragma: str) -> int:
+        return int(self._connection.execute(f"PRAGMA {pragma}").fetchone()[0])
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """Turn damage into one line that says what to do."""
+        try:
+            yield
+        except sqlite3.OperationalError:
+            raise  # a full disk, a file that is held: its own words
+        except sqlite3.DatabaseError as error:
+            reason = clean(" ".join(str(error).split()))
+            raise FatalError(
+                f"{clean(str(self._path))} is damaged ({reason}); delete it to have the captions made again"
+            ) from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._connection.close()
+
+    def tokens(self, key: str) -> tuple[int, ...] | None:
+        """Return a caption's tokens; None: it was not made yet."""
+        with self._guarded():
+            found = self._connection.execute("SELECT tokens FROM caption WHERE key = ?", (key,)).fetchone()
+        return None if found is None else tuple(json.loads(found[0]))
+
+    def add(self, key: str, tokens: Sequence[int]) -> None:
+        """Keep a caption's tokens; they are on disk when this returns."""
+        with self._guarded():
+            self._connection.execute(
+                "INSERT OR REPLACE INTO caption (key, tokens) VALUES (?, ?)", (key, json.dumps(list(tokens)))
+            )
+
+    def count(self) -> int:
+        """Return how many captions there are."""
+        with self._guarded():
+            return int(self._connection.execute("SELECT count(*) FROM caption").fetchone()[0])
+
+    def leave_out(self, left: LeftOut) -> None:
+        """Note that a sample cannot be used; what was noted first stays, or moves to an earlier place."""
+        with self._guarded():
+            self._connection.execute(
+                """INSERT INTO left_out (video, prompt, since, name, stage, error_type, error)
+                   VALUES (?, ?, ?, ?, ?, ?, ?)
+                   ON CONFLICT DO UPDATE SET since = min(since, excluded.since)""",
+                (
+                    *left[:3],
+                    clean(left.name),
+                    left.failure.stage,
+                    left.failure.error_type,
+                    left.failure.error,
+                ),
+            )
+
+    def left_out(self) -> list[LeftOut]:
+        """Return what is left out, in the order in which it was noted."""
+        with self._guarded():
+            rows = self._connection.execute(
+                "SELECT video, prompt, since, name, stage, error_type, error FROM left_out ORDER BY rowid"
+            ).fetchall()
+        return [
+            LeftOut(video, prompt, since, name, Failure(*why)) for video, prompt, since, name, *why in rows
+        ]

@@ -1,0 +1,424 @@
+"""One start of `specvlm train`, from the samples to the outcome: see what is left to do, load, train, say how it ended.
+
+What can be known without a model is found out before one is loaded; a start on a finished training touches nothing.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+
+import specvlm
+from specvlm.captioner import Captioner, CaptionOptions
+from specvlm.costs import CostStore
+from specvlm.drafts.compressor import CompressorConfig
+from specvlm.drafts.head import HeadDraft
+from specvlm.drafts.head_model import HeadConfig, HeadModel, low_middle_high
+from specvlm.model import VideoLM
+from specvlm.training.folder import STATE, HeadFolder
+from specvlm.training.learner import Learner
+from specvlm.training.objective import ObjectiveSettings
+from specvlm.training.order import Order
+from specvlm.training.ranks import Ranks
+from specvlm.training.settings import Schedule, TrainingSettings
+from specvlm.training.trainer import Ending, Interrupted, Parts, Trainer
+from specvlm_cli import engine
+from specvlm_cli.decoding import DecodingPool, Limits, ReadJob
+from specvlm_cli.exits import BusyError, ExitCode, FatalError, UsageError
+from specvlm_cli.lock import take
+from specvlm_cli.settings import CaptionSettings, Plain
+from specvlm_cli.stopping import Stop, listening
+from specvlm_cli.text import clean
+from specvlm_cli.training import stored
+from specvlm_cli.training.asking import Asking, Captioners
+from specvlm_cli.training.captions import NAME, Captions
+from specvlm_cli.training.exam import Exam
+from specvlm_cli.training.lessons import Lessons
+from specvlm_cli.training.reading import Bounds, Reader
+from specvlm_cli.training.register import Register
+from specvlm_cli.training.samples import Samples, Split
+from specvlm_cli.training.source import VideoSource
+from specvlm_cli.training.stored import Stored
+from specvlm_cli.training.talk import Speaker
+
+FeaturesName = Literal["last", "low,mid,high"]
+LockedPolicy = Literal["fail", "skip", "wait"]
+
+_LOOK_EVERY_S = 1.0  # at a lock that others hold
+
+
+@dataclass(frozen=True, slots=True)
+class HeadChoice:
+    """Which head to train.
+
+    Attributes:
+        features: Of which layers of the target.
+        compressor: In front of it.
+        device: Where it trains; None: where the target's logits come out.
+    """
+
+    features: FeaturesName
+    compressor: CompressorConfig
+    device: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What one start is asked to do.
+
+    Attributes:
+        out: The head's folder.
+        samples: What to learn from, and what is held out.
+        captions: How the target captions.
+        split: How the held-out videos were chosen.
+        head: Which head.
+        training: How its weights learn.
+        objective: What is minimised.
+        schedule: How long, and what is done on the way.
+        limits: What reading one video may take.
+        decode_workers: Videos that are read at the same time.
+        root: Nothing outside this folder is read; None: anything.
+        if_locked: What to do where another start is at work.
+        max_runtime_s: Stop after this time; None: never.
+        exit_zero: Samples that were left out do not change the exit code.
+        unreadable: Folders that could not be listed.
+    """
+
+    out: Path
+    samples: Samples
+    captions: CaptionSettings
+    split: Split
+    head: HeadChoice
+    training: TrainingSettings
+    objective: ObjectiveSettings
+    schedule: Schedule
+    limits: Limits = field(default_factory=Limits)
+    decode_workers: int = 1
+    root: bytes | None = None
+    if_locked: LockedPolicy = "fail"
+    max_runtime_s: float | None = None
+    exit_zero: bool = False
+    unreadable: int = 0
+
+    def order(self) -> Order:
+        """In which samples come."""
+        return Order(len(self.samples.train), self.training.accumulate, self.training.seed)
+
+    def fingerprint(self) -> Plain:
+        """Return all that the head that is kept depends on, by the names of flags."""
+        compressor = self.head.compressor
+        return {
+            **self.captions.fingerprint(),
+            "features": self.head.features,
+            "compressor": compressor.name,
+            "operators": list(compressor.operators),
+            "compression_ratio": float(compressor.ratio),
+            "queries": compressor.queries,
+            "cross_entropy": float(self.objective.cross_entropy),
+            "smooth_l1": float(self.objective.smooth_l1),
+            "unroll": self.objective.unroll,
+            **asdict(self.training),
+            "evaluate_every": self.schedule.evaluate_every,
+            "held_out": self.split.share,
+            "held_out_limit": self.split.most,
+            "the list of videos": self.samples.digest(),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a start ended.
+
+    Attributes:
+        exit_code: Of the command.
+        out: The head's folder.
+        steps: Steps taken, over all starts.
+        total_steps: Steps of the training.
+        samples: Samples that were learned from, over all starts.
+        captions: Captions that the target wrote in this start.
+        caption_tokens: Their tokens.
+        left_out: Samples, and rows of manifests, that could not be used.
+        best: Entry of the log of the head that is kept.
+        last: The last entry.
+        stopped: Why it stopped early; None where it did not.
+        wall_s: Time of this start.
+    """
+
+    exit_code: ExitCode
+    out: str
+    steps: int
+    total_steps: int
+    samples: int = 0
+    captions: int = 0
+    caption_tokens: int = 0
+    left_out: int = 0
+    best: dict[str, Any] | None = None
+    last: dict[str, Any] | None = None
+    stopped: str | None = None
+    wall_s: float = 0.0
+
+    def as_json(self) -> dict[str, Any]:
+        """For `--json`."""
+        return asdict(self) | {"exit_code": int(self.exit_code)}
+
+
+def run(request: Request, ranks: Ranks, talk: Speaker, *, quiet: bool) -> Outcome:
+    """Train, and say how it ended; of several processes each calls this, with its own `ranks`.
+
+    Raises:
+        CommandError: The start could not be made, or could not go on.
+        SpecvlmError: The models cannot be loaded, or the head cannot be trained.
+    """
+    began_s = time.monotonic()
+    with listening() as stop:
+        if request.max_runtime_s is not None:
+            stop.end_after(request.max_runtime_s)
+        outcome = _run(request, ranks, talk, stop, quiet)
+    return replace(outcome, wall_s=time.monotonic() - began_s)
+
+
+def _run(request: Request, ranks: Ranks, talk: Speaker, stop: Stop, quiet: bool) -> Outcome:
+    total = request.order().total_steps(request.schedule)
+    with ExitStack() as held:
+        standing = ranks.first(_standing(request, total, talk, stop, held) if ranks.rank == 0 else None)
+        if isinstance(standing, Outcome):
+            return standing
+        return _Start(request, ranks, talk, stop, held).train(quiet)
+
+
+def _standing(request: Request, total: int, talk: Speaker, stop: Stop, held: ExitStack) -> Outcome | None:
+    """Take the folder; or return the outcome where there is nothing to do, or it cannot be had."""
+    if _known(request) is not None and stored.is_finished(request.out, total):
+        talk.note(f"nothing to do: {total:,} steps are done; give more --epochs to go on")
+        return Outcome(ExitCode.OK, str(request.out), total, total)
+    (request.out / STATE).mkdir(parents=True, exist_ok=True)
+    if not _locked(request, talk, stop, held):
+        code = ExitCode.OK if stop.reason is None else ExitCode.STOPPED
+        return Outcome(code, str(request.out), 0, total, stopped=stop.reason or "locked")
+    _known(request)  # it may have changed before we had it
+    return None
+
+
+def _known(request: Request) -> Stored | None:
+    known = stored.read(request.out)
+    if known is not None:
+        stored.agree(request.out, known.settings, request.fingerprint())
+    return known
+
+
+def _locked(request: Request, talk: Speaker, stop: Stop, held: ExitStack) -> bool:
+    """Take the folder's lock; False: another start has it, and that is a reason to skip, or to stop."""
+    told = False
+    while stop.reason is None:
+        try:
+            held.enter_context(take(request.out / STATE / "lock", uuid.uuid4().hex))
+            return True
+        except BusyError as error:
+            if request.if_locked == "fail":
+                raise
+            if not told:
+                talk.note(str(error) if request.if_locked == "skip" else f"waiting: {error}")
+            if request.if_locked == "skip":
+                return False
+            told = True
+            time.sleep(_LOOK_EVERY_S)
+    return False
+
+
+@dataclass(slots=True)
+class _Start:
+    """One start that has its folder, and something to do."""
+
+    request: Request
+    ranks: Ranks
+    talk: Speaker
+    stop: Stop
+    held: ExitStack
+
+    def train(self, quiet: bool) -> Outcome:
+        """Load, train, and say how it ended."""
+        request = self.request
+        self.talk.note(f"loading {clean(request.captions.models.name)}")
+        teacher = engine.load_captioner(request.captions.models, self._device(), quiet=quiet)
+        resolved = _resolved(teacher)
+        _refuse_float16(teacher.target)
+        if self.ranks.rank == 0:
+            self._store(resolved)
+        trainer, lessons = self._trainer(teacher, resolved)
+        with self.talk.working():
+            ending = trainer.run()
+        return self._outcome(ending, lessons)
+
+    def _device(self) -> str | None:
+        """Of several processes each has its own device, unless the flags say where the target goes."""
+        return self.ranks.device if self.request.captions.models.device_map is None else None
+
+    def _store(self, resolved: Plain) -> None:
+        known = stored.read(self.request.out)
+        if known is not None and known.resolved:
+            stored.agree(self.request.out, known.resolved, resolved)
+        stored.write(self.request.out, Stored(self.request.fingerprint(), resolved))
+
+    def _trainer(self, teacher: Captioner, resolved: Plain) -> tuple[Trainer, Lessons]:
+        request, ranks, target = self.request, self.ranks, teacher.target
+        config = _head_config(request, teacher, ranks.count)
+        target.keep_features((-1,))
+        head = HeadModel.fresh(target, config, request.training.seed).to(*self._place(target)).train()
+        in_use = HeadModel.fresh(target, config, request.training.seed).to(target.device, target.dtype)
+        in_use.eval().requires_grad_(False)
+        captioners = Captioners(teacher, _pupil(teacher, in_use))
+        writes = ranks.rank == 0
+        captions = self.held.enter_context(Captions.open(request.out / STATE / NAME)) if writes else None
+        register = Register(captions, ranks, self.talk.left_out)
+        asking = _asking(request, teacher, resolved)
+        check = self._check if ranks.count == 1 else _go_on
+        order = request.order()
+        lessons = Lessons(
+            request.samples.train,
+            order,
+            head,
+            captioners,
+            asking,
+            self._reader(check),
+            captions,
+            register,
+            ranks,
+            self.talk,
+        )
+        exam = Exam(
+            request.samples.held_out,
+            captioners,
+            asking,
+            self._reader(check),
+            register,
+            ranks,
+            self.talk,
+            check,
+        )
+        parts = Parts(
+            target,
+            Learner(head, request.training, ranks),
+            in_use,
+            VideoSource(lessons, exam),
+            HeadFolder(request.out, self.talk.warn) if writes else None,
+            ranks,
+            self.talk,
+        )
+        trainer = Trainer(
+            parts, order, request.training, request.objective, request.schedule, lambda: self.stop.reason
+        )
+        return trainer, lessons
+
+    def _place(self, target: VideoLM) -> tuple[torch.device, torch.dtype]:
+        """Where the head trains, and in which number format: on a CPU in float32, elsewhere in the target's."""
+        device = target.device if self.request.head.device is None else torch.device(self.request.head.device)
+        return device, torch.float32 if device.type == "cpu" else target.dtype
+
+    def _reader(self, check: Callable[[], None]) -> Reader:
+        workers = self.request.decode_workers
+        pool = self.held.enter_context(DecodingPool(workers, self.request.limits))
+        return Reader(pool, Bounds(workers), check)
+
+    def _check(self) -> None:
+        if self.stop.reason is not None:
+            raise Interrupted
+
+    def _outcome(self, ending: Ending, lessons: Lessons) -> Outcome:
+        request, progress = self.request, ending.progress
+        left = 0
+        if self.ranks.rank == 0:
+            with Captions.open(request.out / STATE / NAME) as captions:
+                noted = captions.left_out()
+            left = len(noted) + len(request.samples.problems)
+            if not progress.samples and ending.stopped is None and ending.total:
+                why = f"; the first: {noted[0].name}: {noted[0].failure.error}" if noted else ""
+                raise FatalError(f"none of the videos could be learned from{why}")
+        failed = bool(left or request.unreadable) and not request.exit_zero
+        code = ExitCode.SOME_FAILED if failed else ExitCode.OK
+        return Outcome(
+            exit_code=code if ending.stopped is None else ExitCode.STOPPED,
+            out=str(request.out),
+            steps=ending.steps,
+            total_steps=ending.total,
+            samples=progress.samples,
+            captions=lessons.tally.captions,
+            caption_tokens=lessons.tally.tokens,
+            left_out=left,
+            best=progress.best,
+            last=progress.log[-1] if progress.log else None,
+            stopped=ending.stopped,
+        )
+
+
+def _go_on() -> None:
+    """Several processes stop together, between two samples."""
+
+
+def _resolved(teacher: Captioner) -> Plain:
+    info = teacher.info
+    return {
+        "target_revision": info.target_revision,
+        "number format": info.dtype,
+        "processor_options": dict(info.processor_options),
+    }
+
+
+def _refuse_float16(target: VideoLM) -> None:
+    if target.dtype == torch.float16:
+        raise UsageError("--dtype float16 overflows in training; give --dtype bfloat16 or float32")
+
+
+def _head_config(request: Request, teacher: Captioner, processes: int) -> HeadConfig:
+    """What the head is made for, and how it is trained, for the record."""
+    target = teacher.target
+    layers = (-1,) if request.head.features == "last" else low_middle_high(target)
+    training = {
+        **asdict(request.training),
+        **asdict(request.objective),
+        "train_samples": len(request.samples.train),
+        "held_out_videos": len(request.samples.held_out),
+        "prompts": list(request.captions.prompts),
+        "max_new_tokens": request.captions.generation.max_new_tokens,
+        "processes": processes,
+        "dtype": teacher.info.dtype,
+        "specvlm_version": specvlm.__version__,
+        "torch_version": torch.__version__,
+        "transformers_version": transformers.__version__,
+    }
+    return HeadConfig(
+        target=request.captions.models.name,
+        target_revision=teacher.info.target_revision,
+        family=target.family.name,
+        hidden_size=target.hidden_size,
+        layers=layers,
+        compressor=request.head.compressor,
+        training=training,
+    )
+
+
+def _pupil(teacher: Captioner, head: HeadModel) -> Captioner:
+    """The target with the head in use as its draft."""
+    draft = HeadDraft(head, teacher.target)
+    pupil = Captioner(teacher.target, teacher.processor, draft, teacher.info, teacher.frames)
+    pupil.costs = CostStore(None)
+    return pupil
+
+
+def _asking(request: Request, teacher: Captioner, resolved: Plain) -> Asking:
+    settings = request.captions
+    names = ("pruner", "prune_ratio", "top_p", "tree", "positions")
+    speculation: Any = {name: getattr(settings.speculation, name) for name in names}
+    generation: CaptionOptions = asdict(settings.generation)  # type: ignore[assignment]
+    fingerprint = {name: value for name, value in settings.fingerprint().items() if name != "prompt"}
+    read = ReadJob(0, b"", settings.frames, teacher.frame_multiple, request.root)
+    return Asking(
+        settings.system, generation, speculation, fingerprint | resolved, read, request.objective.unroll
+    )

@@ -1,0 +1,139 @@
+"""Videos on their way to a training: read ahead in child processes, a bounded number of bytes. Knows no model.
+
+Videos are asked for in the order in which they were announced. One that hangs, crashes its reader or is broken
+comes as a failure, after a few tries where another try may help.
+"""
+
+from __future__ import annotations
+
+import select
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+from specvlm.errors import ConfigError
+from specvlm.records import Frames
+from specvlm_cli.decoding import DecodingPool, ReadFailure, ReadJob, ReadVideo
+
+BAD_INPUT = "BadInput"
+_LOOK_EVERY_S = 0.5
+_FIRST_BACKOFF_S = 0.5
+_MOST_READ = 32  # videos that may wait, however small they are: each holds a descriptor
+
+
+class Bounds(NamedTuple):
+    """How much is read at a time."""
+
+    workers: int
+    ahead_bytes: int = 1 << 30
+    retries: int = 2
+
+
+class Reader:
+    """Reads videos ahead of those who ask for them."""
+
+    def __init__(self, pool: DecodingPool, bounds: Bounds, check: Callable[[], None]) -> None:
+        """`check` is called while a video is waited for; what it raises ends the waiting."""
+        self._pool, self._bounds, self._check = pool, bounds, check
+        self._coming: Iterator[ReadJob] = iter(())
+        self._reading: dict[int, ReadJob] = {}
+        self._read: dict[int, ReadVideo | ReadFailure] = {}
+        self._again: list[tuple[float, ReadJob]] = []
+        self._tries: dict[int, int] = {}
+        self._largest_bytes = 0
+
+    def begin(self, jobs: Iterable[ReadJob]) -> None:
+        """Read these from now on, whose keys ascend; what was being read is forgotten."""
+        self._pool.cancel()
+        for one in self._read.values():
+            _close(one)
+        self._reading, self._read, self._again, self._tries = {}, {}, [], {}
+        self._coming = iter(jobs)
+        self._read_ahead()
+
+    def take(self, key: int) -> Frames | ReadFailure:
+        """Return the video of a key, or why there is none; those with smaller keys are dropped."""
+        self._wait(lambda: key in self._read)
+        for passed in [one for one in self._read if one < key]:
+            _close(self._read.pop(passed))
+        found = self._read.pop(key)
+        if isinstance(found, ReadVideo):
+            frames = found.frames()
+            found.close()
+            self._read_ahead()
+            return frames
+        return found
+
+    def first(self, count: int) -> list[Frames]:
+        """Return the frames of the first videos, at most `count`, as far as they fit; they are still to be taken."""
+        self._wait(lambda: len(self._read) >= count or not (self._reading or self._again))
+        return [one.frames() for _, one in sorted(self._read.items())[:count] if isinstance(one, ReadVideo)]
+
+    def _wait(self, ready: Callable[[], bool]) -> None:
+        while True:
+            self._collect()
+            self._read_ahead()
+            if ready():
+                return
+            assert self._reading or self._again, "it was not announced"
+            self._check()
+            limits = [_LOOK_EVERY_S, *(when - time.monotonic() for when, _ in self._again)]
+            deadline_s = self._pool.next_deadline_s()
+            limits += [] if deadline_s is None else [deadline_s]
+            select.select(self._pool.descriptors(), (), (), max(min(limits), 0.0))
+
+    def _collect(self) -> None:
+        for outcome in self._pool.collect() if self._reading else ():
+            job = self._reading.pop(outcome.key)
+            if isinstance(outcome, ReadVideo):
+                self._largest_bytes = max(self._largest_bytes, outcome.size_bytes)
+            elif outcome.transient and self._tries.get(outcome.key, 0) < self._bounds.retries:
+                tries = self._tries[outcome.key] = self._tries.get(outcome.key, 0) + 1
+                self._again.append((time.monotonic() + _FIRST_BACKOFF_S * 2 ** (tries - 1), job))
+                continue
+            self._read[outcome.key] = outcome
+
+    def _read_ahead(self) -> None:
+        while len(self._pool) < self._bounds.workers:
+            job = self._due_again() or (next(self._coming, None) if self._has_room() else None)
+            if job is None:
+                return
+            self._reading[job.key] = job
+            self._pool.submit(job)
+
+    def _due_again(self) -> ReadJob | None:
+        """A video to be tried again, for which there is always room: others may wait behind it."""
+        now_s = time.monotonic()
+        for index, (when_s, job) in enumerate(self._again):
+            if when_s <= now_s:
+                del self._again[index]
+                return job
+        return None
+
+    def _has_room(self) -> bool:
+        """Say whether one more may be read; each is taken to be as large as the largest so far."""
+        if not (self._read or self._reading):
+            return True
+        waiting = [one.size_bytes for one in self._read.values() if isinstance(one, ReadVideo)]
+        expected = sum(waiting) + self._largest_bytes * (len(self._reading) + 1)
+        return expected <= self._bounds.ahead_bytes and len(self._read) < _MOST_READ
+
+
+def job_of(
+    key: int, path: bytes, part: tuple[float | None, float | None], like: ReadJob
+) -> ReadJob | ReadFailure:
+    """Return the job that reads a part of a video as `like` says, or why there is none."""
+    start_s, end_s = part
+    try:
+        settings = like.settings
+        if part != (None, None):
+            settings = replace(settings, start_s=start_s or 0.0, end_s=end_s)
+        return ReadJob(key, path, settings, like.frame_multiple, like.root)
+    except ConfigError as error:  # its own start and end are impossible
+        return ReadFailure(key, "open", BAD_INPUT, str(error), transient=False)
+
+
+def _close(one: ReadVideo | ReadFailure) -> None:
+    if isinstance(one, ReadVideo):
+        one.close()

@@ -1,0 +1,37 @@
+"""Where the loop's samples come from: lessons of the training videos, exams of those held out.
+
+Whatever is wrong with one video costs the training that video: it is noted once, with the reason, and left out from
+there on, after a restart too. Of several processes each reads and captions its own samples; rank 0 alone keeps what
+came of it.
+"""
+
+from __future__ import annotations
+
+from specvlm.training.order import Place
+from specvlm.training.progress import Held, Measures, mean_accepted_tokens
+from specvlm.training.trainer import Learn
+from specvlm_cli.training.exam import Exam
+from specvlm_cli.training.lessons import Lessons
+
+GUESSES_FROM = 0.5  # accepted tokens a round from which on the head in training may guess for the target
+
+
+class VideoSource:
+    """The source of one process."""
+
+    def __init__(self, lessons: Lessons, exam: Exam) -> None:
+        self._lessons, self._exam = lessons, exam
+
+    def begin(self, steps: range) -> None:
+        """See `specvlm.training.trainer.Source`."""
+        self._lessons.begin(steps)
+
+    def visit(self, place: Place | None, learn: Learn) -> Measures | None:
+        """See `specvlm.training.trainer.Source`."""
+        return self._lessons.visit(place, learn)
+
+    def held_out(self, step: int) -> list[Held] | None:
+        """See `specvlm.training.trainer.Source`."""
+        held = self._exam.sit(step)
+        self._lessons.head_guesses = (mean_accepted_tokens(held or []) or 0.0) >= GUESSES_FROM
+        return held

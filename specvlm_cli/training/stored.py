@@ -1,0 +1,90 @@
+"""The settings of a training as they are kept in its folder, and the refusal of a start with others. Plain values."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from specvlm.training.checkpoint import Checkpoints, write_whole
+from specvlm.training.folder import STATE
+from specvlm_cli.exits import FatalError, UsageError
+from specvlm_cli.settings import Plain, differences
+from specvlm_cli.text import clean
+
+_FILE = "train.json"
+_RUN_FILE = "run.json"  # of a run of `caption`
+_FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What a folder says of its training.
+
+    Attributes:
+        settings: All that the trained weights, or the choice of the best of them, depend on.
+        resolved: What the target turned out to be; empty before it was loaded once.
+    """
+
+    settings: Plain
+    resolved: Plain
+
+
+def read(root: Path) -> Stored | None:
+    """Return what a folder says of its training; None: it may be trained into.
+
+    Raises:
+        UsageError: It holds something else.
+        FatalError: It cannot be read.
+    """
+    shown = clean(str(root))
+    if not root.exists():
+        return None
+    if not root.is_dir():
+        raise UsageError(f"{shown} is a file; give a folder for the head with -o")
+    path = root / STATE / _FILE
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+        return Stored(told["settings"], told["resolved"])
+    except FileNotFoundError:
+        if (root / STATE / _RUN_FILE).exists() or any(one.name != STATE for one in root.iterdir()):
+            raise UsageError(
+                f"{shown} is not empty, and no head was trained in it; give another folder with -o"
+            ) from None
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FatalError(
+            f"{clean(str(path))} cannot be read ({clean(' '.join(str(error).split()))}); train in another folder"
+        ) from error
+
+
+def write(root: Path, stored: Stored) -> None:
+    """Keep the settings of a training."""
+    told = {"format": _FORMAT, "settings": stored.settings, "resolved": stored.resolved}
+    write_whole(root / STATE / _FILE, (json.dumps(told, indent=1) + "\n").encode())
+
+
+def agree(root: Path, before: Plain, now: Plain) -> None:
+    """Refuse a start whose settings are not those of the training.
+
+    Raises:
+        UsageError: They differ.
+    """
+    changed = differences(before, json.loads(json.dumps(now)))
+    if changed:
+        named = changed[0].partition(" ")[0]
+        told = f"--{named.replace('_', '-')}{changed[0].removeprefix(named)}" if named in now else changed[0]
+        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+        raise UsageError(
+            f"{clean(str(root))} was begun with other settings: {clean(told)}{more}; give those, or another "
+            "folder with -o"
+        )
+
+
+def is_finished(root: Path, total: int) -> bool:
+    """Say whether the training went to its end, and was evaluated there; touches nothing."""
+    known = Checkpoints(root / STATE).peek()
+    if known is None or known[0] < total:
+        return False
+    log = known[1].get("log") or [{}]
+    return bool(log[-1].get("step") == known[0])

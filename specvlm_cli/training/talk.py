@@ -1,0 +1,233 @@
+"""What a person sees of a training, on stderr: a bar on a terminal, elsewhere a line every 30 s; messages; the end.
+
+Text from outside is cleaned, never read as markup. It knows figures, not how they came about.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Self, TextIO, cast
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.text import Text
+
+from specvlm.training.progress import Measures
+from specvlm.training.progress import Progress as Standing
+from specvlm_cli.exits import UsageError
+from specvlm_cli.screen.live import every
+from specvlm_cli.screen.log import LogFile
+from specvlm_cli.screen.words import counted, duration, rate
+from specvlm_cli.talk import LOG_EVERY_S, STDERR, ProgressName, _chosen
+from specvlm_cli.text import MOST_CHARACTERS, caption_line, clean, short
+from specvlm_cli.training.captions import LeftOut
+
+_LATELY = 64  # samples whose mean loss is told
+_PACE_S = 120.0
+
+
+class Speaker:
+    """Speaks to one person, and to a log file where one is given; of several processes only that of rank 0 does.
+
+    It is the loop's watcher and the listener of its samples.
+    """
+
+    def __init__(
+        self,
+        *,
+        quiet: bool = False,
+        verbose: bool = False,
+        progress: ProgressName = "auto",
+        log_file: Path | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._console = Console(
+            file=cast(TextIO, STDERR), markup=False, emoji=False, highlight=False, soft_wrap=True
+        )
+        self._quiet, self._verbose, self._clock = quiet, verbose, clock
+        self._progress = _chosen(progress, quiet, self._console)
+        self._log_path, self._log = log_file, None if log_file is None else _opened(log_file)
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+        self._step, self._total = 0, 0
+        self._lately: deque[Measures] = deque(maxlen=_LATELY)
+        self._samples: deque[tuple[float, int]] = deque([(clock(), 0)])
+        self._steps: deque[tuple[float, int]] = deque()
+        self._best: tuple[float, int] | None = None
+        self._last: float | None = None
+        self._doing = ""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if self._log is not None:
+            if error is not None:
+                self._log.line(short(f"error: {str(error) or type(error).__name__}", MOST_CHARACTERS))
+            self._log.close()
+
+    def note(self, message: str) -> None:
+        """Say something that is worth a line; not with -q."""
+        self._say(message, shown=not self._quiet)
+
+    def warn(self, message: str) -> None:
+        """Say something that went wrong, with -q too."""
+        self._say(message, shown=True)
+
+    def _say(self, message: str, shown: bool) -> None:
+        said = short(message, MOST_CHARACTERS)
+        if shown:
+            (self._console if self._bar is None else self._bar.console).print(Text(said))
+        if self._log is not None and (trouble := self._log.line(said)):
+            self._console.print(
+                Text(f"--log-file {clean(str(self._log_path))}: {trouble}; going on without it")
+            )
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Show progress while the block runs."""
+        with ExitStack() as stack:
+            if self._progress == "bar":
+                words = TextColumn("{task.description}", markup=False)
+                self._bar = stack.enter_context(
+                    Progress(BarColumn(24), words, console=self._console, transient=True)
+                )
+                self._task = self._bar.add_task("", total=None)
+                stack.callback(self._end_bar)
+            if self._progress == "log" or self._log is not None:
+                stack.enter_context(every(LOG_EVERY_S, self._tell_line))
+            yield
+
+    def _end_bar(self) -> None:
+        self._bar = None
+
+    def _tell_line(self) -> None:
+        if self._log is not None:
+            self._log.follow()
+        self._say(self.line(), shown=self._progress == "log")
+
+    def _refresh(self) -> None:
+        if self._bar is not None:
+            words = short(self.line(), max(self._console.width - 28, 20))
+            self._bar.update(self._task, completed=self._step, total=max(self._total, 1), description=words)
+
+    def line(self) -> str:
+        """Return how things stand, as one line."""
+        pieces = [f"step {self._step:,}/{self._total:,}"]
+        if self._doing:
+            pieces.append(self._doing)
+        if self._lately:
+            count = len(self._lately)
+            pieces.append(f"loss {sum(one.loss for one in self._lately) / count:.3f}")
+            pieces.append(f"right {100 * sum(one.right for one in self._lately) / count:.0f} %")
+        if self._last is not None:
+            best = "" if self._best is None else f" (best {self._best[0]:.2f} at {self._best[1]:,})"
+            pieces.append(f"held-out {self._last:.2f} accepted{best}")
+        (since_s, before), (_, now) = self._samples[0], self._samples[-1]
+        if now > before:
+            pieces.append(f"{rate((now - before) / max(self._clock() - since_s, 1e-6))} samples/s")
+        if len(self._steps) > 1 and self._steps[-1][1] > self._steps[0][1]:
+            (first_s, first), (last_s, last) = self._steps[0], self._steps[-1]
+            left_s = (self._total - self._step) * (last_s - first_s) / (last - first)
+            pieces.append(f"{duration(left_s)} left")
+        return ", ".join(pieces)
+
+    # --- the loop's watcher ---
+
+    def began(self, step: int, total: int, progress: Standing) -> None:
+        """See `specvlm.training.trainer.Watcher`."""
+        self._step, self._total = step, total
+        if step:
+            self.note(f"going on from step {step:,} of {total:,}")
+        for entry in progress.log:
+            self._take(entry)
+
+    def learned(self, one: Measures | None) -> None:
+        """See `specvlm.training.trainer.Watcher`."""
+        self._doing = ""
+        if one is not None:
+            self._lately.append(one)
+            self._samples.append((self._clock(), self._samples[-1][1] + 1))
+            while len(self._samples) > 2 and self._clock() - self._samples[0][0] > _PACE_S:
+                self._samples.popleft()
+        self._refresh()
+
+    def stepped(self, step: int, progress: Standing) -> None:
+        """See `specvlm.training.trainer.Watcher`."""
+        self._step = step
+        self._steps.append((self._clock(), step))
+        while len(self._steps) > 2 and self._clock() - self._steps[0][0] > 5 * _PACE_S:
+            self._steps.popleft()
+        self._refresh()
+        if self._verbose:
+            self.note(self.line())
+
+    def evaluating(self) -> None:
+        """See `specvlm.training.trainer.Watcher`."""
+        self._doing = "decoding held-out videos"
+        self._refresh()
+
+    def evaluated(self, entry: dict[str, Any]) -> None:
+        """See `specvlm.training.trainer.Watcher`."""
+        self._doing = ""
+        self._take(entry)
+        figure = entry["mean_accepted_tokens"]
+        if figure is not None:
+            kept = ", the best so far" if self._best == (figure, entry["step"]) else ""
+            loss = "" if entry["loss"] is None else f", loss {entry['loss']:.3f}"
+            self.note(
+                f"step {entry['step']:,}: {figure:.2f} tokens accepted a round on held-out videos{loss}{kept}"
+            )
+        self._refresh()
+
+    def _take(self, entry: dict[str, Any]) -> None:
+        self._last = figure = entry["mean_accepted_tokens"]
+        if figure is not None and (self._best is None or figure > self._best[0]):
+            self._best = (figure, entry["step"])
+
+    # --- the listener of samples ---
+
+    def left_out(self, left: LeftOut) -> None:
+        """See `specvlm_cli.training.asking.Listener`."""
+        why = left.failure
+        self.warn(f"left out: {left.name}: {why.error} ({why.stage}, {why.error_type})")
+
+    def captioned(self, name: str, text: str) -> None:
+        """See `specvlm_cli.training.asking.Listener`."""
+        if self._verbose:
+            self.note(f"{name}: {caption_line(text)}")
+
+    def measured(self, videos: int, of: int) -> None:
+        """See `specvlm_cli.training.asking.Listener`."""
+        self._doing = f"decoding held-out videos, {videos} of {of}"
+        self._refresh()
+
+
+def ending(outcome: Any) -> str:
+    """Return how a training ended, as one line."""
+    words = [
+        f"{counted(outcome.steps, 'step')} of {outcome.total_steps:,} done in {duration(outcome.wall_s)}"
+    ]
+    if outcome.best is not None and outcome.best["mean_accepted_tokens"] is not None:
+        words.append(
+            f"best head: {outcome.best['mean_accepted_tokens']:.2f} tokens accepted a round on held-out videos, "
+            f"at step {outcome.best['step']:,}"
+        )
+    if outcome.left_out:
+        words.append(f"{counted(outcome.left_out, 'sample')} left out")
+    if outcome.stopped is not None:
+        words.append(f"stopped by {outcome.stopped}, start again to go on")
+    return "; ".join(words)
+
+
+def _opened(log_file: Path) -> LogFile:
+    try:
+        return LogFile(log_file)
+    except OSError as error:
+        raise UsageError(
+            f"--log-file {clean(str(log_file))}: {error.strerror}; give a file that can be written"
+        ) from error
