@@ -213,7 +213,7 @@ def choose_ids(wanted: DraftVocab, by: Choosing) -> list[int]:
                 f"{name}: made with another tokenizer (fingerprint {wanted.tokenizer}, that of the target is "
                 f"{ours}); {_REMEDY} for this target"
             )
-        wanted = wanted.ids
+        wanted = [token for token in wanted.ids if token < by.shared]
     return _checked(name, wanted, by)
 
 
