@@ -1,21 +1,29 @@
-"""The target's prefill and the pruner's choice for one video, as numbers. Draws nothing, needs no draft."""
+"""The target's prefill, and the pruner's or a trained head's choice for one video, as numbers. Draws nothing.
+
+A small model is not needed for it; a head is, since its compressor is trained with it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from specvlm.config import PrunerName, SpeculationSettings
-from specvlm.errors import NonFiniteLogitsError
+from specvlm.cache import SlabCache
+from specvlm.config import GenerationSettings, PrunerName, SpeculationSettings
+from specvlm.drafts.base import DraftJob, DraftRow
+from specvlm.drafts.head import HeadDraft
+from specvlm.errors import ConfigError, NonFiniteLogitsError
 from specvlm.families.base import ModelInputs, VideoGrid
-from specvlm.prefill import embed, prefill_target
+from specvlm.prefill import Prompt, TargetPrefill, embed, prefill_target
 from specvlm.pruning import kept_by_stage
 from specvlm.records import Frames
+from specvlm.sampling import TokenRule, logits_rules
 
 if TYPE_CHECKING:
     from specvlm.captioner import Captioner
@@ -31,6 +39,15 @@ _STAGE_NAMES: dict[PrunerName, dict[int, str]] = {
     "window": {SECOND: "the end of the video"},
     "none": {SECOND: "all of them"},
 }
+
+
+# What the operators of a head's compressor do that keep video tokens as they are.
+_OF_HEADS = {
+    "none": "all of them",
+    "prune": "at random, by the head's compressor",
+    "prune-guided": "by the target's attention, then evenly, by the head's compressor",
+}
+_OF_A_STEP = ("kept", "kept_first", "kept_second")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +91,28 @@ class Step:
         return self.kept_first + self.kept_second
 
 
+@dataclass(frozen=True, slots=True)
+class Compression:
+    """What a trained head's compressor made of the video tokens (SpecVLM, arXiv 2509.11815, section 3.2).
+
+    Attributes:
+        name: How it is built: the mode, or its one operator.
+        operator: What it used for this video; operators used together are joined by `+`.
+        seen: Tokens that the head sees in place of the video's.
+        prunes: They are video tokens as they were; else new ones, which stand for no cells.
+    """
+
+    name: str
+    operator: str
+    seen: int
+    prunes: bool
+
+    @property
+    def words(self) -> str:
+        """The operator, and the mode where that chose it."""
+        return self.operator if self.operator == self.name else f"{self.operator}, chosen by {self.name}"
+
+
 @dataclass(frozen=True)
 class Inspection:
     """What the target looked at, and what of it the draft would see.
@@ -86,6 +125,7 @@ class Inspection:
         stage: int8 [V]: 0 dropped, 1 kept by stage I, 2 kept by stage II or by a pruner that asks no attention.
         prompt_tokens: S, the video tokens included.
         settings: Pruner, prune ratio, top-p.
+        compression: Of a trained head, in place of the pruner; None: the draft is a small model.
     """
 
     frames: Frames
@@ -94,6 +134,17 @@ class Inspection:
     stage: NDArray[np.int8]
     prompt_tokens: int
     settings: SpeculationSettings
+    compression: Compression | None = None
+
+    @property
+    def has_cells(self) -> bool:
+        """Whether what the draft sees are cells of the video, as they were."""
+        return self.compression is None or self.compression.prunes
+
+    @property
+    def seen(self) -> int:
+        """Tokens that the draft sees of the video: kept ones, or those that a head's compressor made."""
+        return self.kept() if self.compression is None else self.compression.seen
 
     @property
     def video_tokens(self) -> int:
@@ -121,20 +172,30 @@ class Inspection:
 
     @property
     def stages(self) -> tuple[StageFigures, ...]:
-        """The stages that this pruner has."""
+        """The stages that this pruner has; none where a compressor makes new tokens."""
+        names = _STAGE_NAMES[self.settings.pruner]
+        if self.compression is not None:
+            names = {SECOND: _OF_HEADS[self.compression.operator]} if self.compression.prunes else {}
         return tuple(
             StageFigures(stage, name, self.kept(stage), self.attention_kept(stage))
-            for stage, name in _STAGE_NAMES[self.settings.pruner].items()
+            for stage, name in names.items()
         )
 
     @property
     def pruner_words(self) -> str:
-        """The pruner and the settings that it heeds."""
+        """The pruner and the settings that it heeds; of a head, its compressor."""
         settings = self.settings
+        if self.compression is not None:
+            return f"{self.compression.words}, {self._ratio_words()}"
         if settings.pruner == "none":
             return "none"
         words = f"{settings.pruner}, prune ratio {settings.prune_ratio:g}"
         return words + (f", top-p {settings.top_p:g}" if settings.pruner == "specvlm" else "")
+
+    def _ratio_words(self) -> str:
+        assert self.compression is not None
+        seen = self.compression.seen
+        return f"{self.video_tokens / seen:.1f} video tokens to one" if seen else "nothing of the video"
 
     def cells(self, values: NDArray[Any]) -> NDArray[Any]:
         """Values of the video tokens [V] by place, [T, rows, columns]."""
@@ -161,22 +222,43 @@ class Inspection:
         )
 
     def figures(self) -> dict[str, Any]:
-        """All numbers as plain JSON; `video_tokens_kept` is by step, and by stage."""
-        settings = self.settings
+        """All numbers as plain JSON; `video_tokens_kept` is by step, and by stage.
+
+        What says which cells were kept is null where a compressor made new tokens of all of them.
+        """
+        numbers = self._numbers() | self._choice()
+        if not self.has_cells:
+            numbers |= dict.fromkeys(("kept_first", "kept_second", "attention_kept", "attention_kept_first"))
+            numbers["no_cells"] |= dict.fromkeys(("kept_first", "kept_second"))
+            numbers["steps"] = [step | dict.fromkeys(_OF_A_STEP) for step in numbers["steps"]]
+        return numbers
+
+    def _choice(self) -> dict[str, Any]:
+        """What chose, and how it was set."""
+        settings, made = self.settings, self.compression
+        if made is not None:
+            ratio = self.video_tokens / made.seen if made.seen else None
+            chosen = {"compressor": made.operator, "compressor_mode": made.name, "compression_ratio": ratio}
+            return dict.fromkeys(("pruner", "prune_ratio", "top_p")) | chosen
+        return {
+            "pruner": settings.pruner,
+            "prune_ratio": None if settings.pruner == "none" else settings.prune_ratio,
+            "top_p": settings.top_p if settings.pruner == "specvlm" else None,
+            **dict.fromkeys(("compressor", "compressor_mode", "compression_ratio")),
+        }
+
+    def _numbers(self) -> dict[str, Any]:
         return {
             "num_frames": len(self.frames.pixels),
             "grid": self.grid._asdict(),
             "prompt_tokens": self.prompt_tokens,
             "video_tokens": self.video_tokens,
-            "video_tokens_kept": self.kept(),
+            "video_tokens_kept": self.seen,
             "kept_first": self.kept(FIRST),
             "kept_second": self.kept(SECOND),
             "attention_to_video": self.attention_to_video,
             "attention_kept": self.attention_kept(),
             "attention_kept_first": self.attention_kept(FIRST),
-            "pruner": settings.pruner,
-            "prune_ratio": None if settings.pruner == "none" else settings.prune_ratio,
-            "top_p": settings.top_p if settings.pruner == "specvlm" else None,
             "no_cells": self._no_cells(),
             "steps": [asdict(step) | {"kept": step.kept} for step in self.steps],
         }
@@ -216,30 +298,96 @@ def look(
         NonFiniteLogitsError: The target's attention is NaN somewhere.
     """
     inputs = captioner.prepare(frames, prompt, system=system).inputs
-    scores = _scores(captioner, inputs)
-    stage = np.full(len(scores), DROPPED, np.int8)
+    scores = _scores(_read(captioner, inputs))
     kept = kept_by_stage(scores, settings)
-    stage[kept.first.numpy()] = FIRST
-    stage[kept.second.numpy()] = SECOND
-    return Inspection(
-        frames=frames,
-        grid=captioner.target.family.video_grid(captioner.processor, inputs),
-        scores=scores.numpy(),
-        stage=stage,
-        prompt_tokens=inputs.prompt_tokens,
-        settings=settings,
-    )
+    stage = _marked(scores, {FIRST: kept.first, SECOND: kept.second})
+    grid = captioner.target.family.video_grid(captioner.processor, inputs)
+    return Inspection(frames, grid, scores.numpy(), stage, inputs.prompt_tokens, settings)
 
 
-def _scores(captioner: Captioner, inputs: ModelInputs) -> torch.Tensor:
-    """The target's scores, float32 [V] on the CPU, as a caption of the same prompt would have them."""
+def look_through_head(
+    captioner: Captioner, frames: Frames, prompt: str, *, system: str | None = None
+) -> Inspection:
+    """Prefill the target with a video and a prompt, and have a trained head's compressor do its part.
+
+    Args:
+        captioner: With a target and a head for it.
+        frames: As `read_video` gives them.
+        prompt: The user's text, as in `Captioner.caption`.
+        system: The system message; None leaves it to the chat template.
+
+    Raises:
+        ConfigError: The captioner's draft is no head.
+        PromptError, PreprocessError, GenerationError, NonFiniteLogitsError: As of `look`.
+    """
+    draft = captioner.draft
+    if not isinstance(draft, HeadDraft):
+        raise ConfigError("the draft is no trained head; give a captioner with one, or use look()")
+    inputs = captioner.prepare(frames, prompt, system=system).inputs
+    read = _read(captioner, inputs)
+    scores, settings = _scores(read), SpeculationSettings()
+    operator, seen = _compressed(captioner, draft, read, settings)
+    kept = torch.arange(len(scores)) if operator == "none" else _kept(draft, scores, operator, settings)
+    made = Compression(draft.head.config.compressor.name, operator, seen, kept is not None)
+    stage = _marked(scores, {} if kept is None else {SECOND: kept})
+    grid = captioner.target.family.video_grid(captioner.processor, inputs)
+    return Inspection(frames, grid, scores.numpy(), stage, inputs.prompt_tokens, settings, made)
+
+
+class _TargetRead(NamedTuple):
+    """What the target knows of a prompt, and where it keeps it."""
+
+    prompt: Prompt
+    cache: SlabCache
+    told: TargetPrefill
+
+
+def _read(captioner: Captioner, inputs: ModelInputs) -> _TargetRead:
+    """Prefill the target as for a caption of the same prompt."""
     target = captioner.target
     with torch.inference_mode():
         prompt = embed(target, inputs)
-        scores = prefill_target(target, prompt, target.new_cache(1, prompt.length), 0).scores
-        scores = scores.float().cpu()
+        cache = target.new_cache(1, prompt.length)
+        return _TargetRead(prompt, cache, prefill_target(target, prompt, cache, 0))
+
+
+def _scores(read: _TargetRead) -> torch.Tensor:
+    """The target's scores, float32 [V] on the CPU."""
+    scores = read.told.scores.float().cpu()
     if not bool(scores.isfinite().all()):
         raise NonFiniteLogitsError(
             "the target pays NaN attention to the video; load it in another dtype, bfloat16 or float32"
         )
     return scores
+
+
+def _marked(scores: torch.Tensor, kept: Mapping[int, torch.Tensor]) -> NDArray[np.int8]:
+    """Which stage kept which video token, int8 [V]."""
+    stage = np.full(len(scores), DROPPED, np.int8)
+    for number, where in kept.items():
+        stage[where.cpu().numpy()] = number
+    return stage
+
+
+def _compressed(
+    captioner: Captioner, draft: HeadDraft, read: _TargetRead, settings: SpeculationSettings
+) -> tuple[str, int]:
+    """What the head's compressor used, and how many tokens it made: the head begins as for a caption."""
+    target, generation = captioner.target, GenerationSettings()
+    rules = logits_rules(captioner.generation_config, generation)
+    ids = [read.prompt.inputs.token_ids[0]]
+    rule = TokenRule(rules, generation, ids, target.vocabulary, target.device)
+    row = DraftRow(read.prompt, read.told.scores)
+    with torch.inference_mode():
+        first = int(read.told.logits.argmax())
+        proposer = draft.begin(DraftJob([row], settings, rule, 0, read.cache), [first])
+    assert proposer.compressors is not None
+    return proposer.compressors[0], proposer.kept[0]
+
+
+def _kept(
+    draft: HeadDraft, scores: torch.Tensor, operator: str, settings: SpeculationSettings
+) -> torch.Tensor | None:
+    """The video tokens that an operator keeps; None: it makes new ones."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    return draft.head.compressor.kept(scores, operator, generator)

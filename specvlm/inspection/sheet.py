@@ -167,15 +167,17 @@ def _draw_head(
 
 def _headline(found: Inspection) -> list[tuple[str, str]]:
     """The numbers of the pruner, and what each of them is."""
-    kept = found.kept()
+    seen = found.seen
     pruner, _, settings = found.pruner_words.partition(", ")
-    return [
+    share = percent(seen / found.video_tokens)
+    lines = [
         (pruner, settings or "nothing is pruned"),
         (f"{found.video_tokens:,}", "video tokens"),
-        (f"{kept:,}", f"kept ({percent(kept / found.video_tokens)})"),
-        (f"{percent(found.attention_kept())}", "of the attention is kept"),
-        (f"{percent(found.attention_to_video)}", "of all attention is on the video"),
+        (f"{seen:,}", f"kept ({share})" if found.has_cells else f"made of them ({share})"),
     ]
+    if found.has_cells:
+        lines.append((f"{percent(found.attention_kept())}", "of the attention is kept"))
+    return [*lines, (f"{percent(found.attention_to_video)}", "of all attention is on the video")]
 
 
 def _draw_legend(draw: ImageDraw.ImageDraw, top: int, found: Inspection, heat: Heat) -> None:
@@ -258,7 +260,8 @@ def _draw_label(
 ) -> None:
     step, face = found.steps[number], font(13)
     write(draw, at, cut(_frames_and_times(step), face, width), face)
-    below = f"kept {step.kept} of {found.grid.rows * found.grid.columns}  ·  {percent(step.attention)} of attention"
+    kept = f"kept {step.kept} of {found.grid.rows * found.grid.columns}  ·  " if found.has_cells else ""
+    below = f"{kept}{percent(step.attention)} of attention"
     write(draw, (at[0], at[1] + 17), cut(below, face, width), face, FAINT)
 
 
@@ -276,13 +279,9 @@ def _draw_timeline(draw: ImageDraw.ImageDraw, top: int, layout: _Layout, found: 
     """Bars of what is kept and a line of the attention, each on a scale of its own."""
     steps, face = found.steps, font(13)
     most = max(step.kept for step in steps), max(step.attention for step in steps)
-    end = write(
-        draw,
-        (_MARGIN, top),
-        f"{counted(len(steps), 'step')} in all: kept cells (bars, at most {most[0]})",
-        face,
-    )
-    write(draw, (end, top), f" and share of the attention (line, at most {percent(most[1])})", face, FAINT)
+    bars = f" kept cells (bars, at most {most[0]}) and" if found.has_cells else ""
+    end = write(draw, (_MARGIN, top), f"{counted(len(steps), 'step')} in all:{bars}", face)
+    write(draw, (end, top), f" share of the attention (line, at most {percent(most[1])})", face, FAINT)
     bottom, right = top + 24 + _TIMELINE_HEIGHT, layout.width - _MARGIN
     edges = np.rint(np.linspace(_MARGIN, right, len(steps) + 1)).astype(int).tolist()
     line: list[tuple[int, int]] = []
@@ -331,7 +330,10 @@ def _remarks(found: Inspection, shown: int) -> list[str]:
         said.append(f"A step covers {grid.frames_per_step} frames; its first one is shown.")
     if beyond := found.video_tokens - grid.cells:
         kept = int(np.count_nonzero(found.stage[grid.cells :]))
-        said.append(f"{beyond} video token{'s are' if beyond > 1 else ' is'} no cell; kept: {kept}.")
+        told = f"; kept: {kept}" if found.has_cells else ""
+        said.append(f"{beyond} video token{'s are' if beyond > 1 else ' is'} no cell{told}.")
+    if not found.has_cells:
+        said.append("The head's compressor makes new tokens of all cells, so none is outlined.")
     said.append(
         f"Heat runs from the scores' {_COLD:g}st to their {_HOT:g}th percentile, the same for all frames."
     )

@@ -17,6 +17,7 @@ import typer
 
 from specvlm.bench.words import counted, frames_note, percent
 from specvlm.config import SpeculationSettings
+from specvlm.drafts.kinds import is_head
 from specvlm.preset import Preset
 from specvlm_cli import engine
 from specvlm_cli.commands.bench_flags import in_range, one_prompt
@@ -27,6 +28,7 @@ from specvlm_cli.commands.choices import (
     frame_settings,
     pair_of,
     prompt_texts,
+    refuse_for_head,
     text_of,
 )
 from specvlm_cli.commands.options import same_as
@@ -65,6 +67,15 @@ class InspectFlags(FrameFlags, PruningFlags):
     system: Annotated[str | None, same_as(InputFlags, "system")] = None
     preset: Annotated[str | None, same_as(ModelFlags, "preset")] = None
     target: Annotated[str | None, same_as(ModelFlags, "target")] = None
+    draft: Annotated[  # no variable: SPECVLM_DRAFT may be a small model, which nothing here depends on
+        Path | None,
+        typer.Option(
+            "--draft",
+            help="Folder of a trained head: show what its compressor makes of the video. Default: the preset's.",
+            rich_help_panel="Models",
+            metavar="FOLDER",
+        ),
+    ] = None
     revision: Annotated[str | None, same_as(ModelFlags, "revision")] = None
     dtype: Annotated[DtypeName, same_as(ModelFlags, "dtype")] = "auto"
     device_map: Annotated[str | None, same_as(ModelFlags, "device_map")] = None
@@ -117,7 +128,7 @@ class _Question:
 def inspect(flags: InspectFlags) -> int:
     """Draw what the target looked at in a video, and what of it the draft would be given.
 
-    The target reads the video and the prompt; nothing is generated, and no draft is loaded.
+    The target reads the video and the prompt; nothing is generated, and no draft is loaded but a trained head.
 
     The sheet shows frames with the target's attention as heat, and the kept cells outlined.
     """
@@ -134,9 +145,12 @@ def inspect(flags: InspectFlags) -> int:
     if number and (note := frames_note(number, len(read.pixels), captioner.frame_multiple)):
         _tell(note)
 
-    from specvlm.inspection import look
+    from specvlm.inspection import look, look_through_head
 
-    found = look(captioner, read, asked.prompt, asked.speculation, system=asked.system)
+    if captioner.draft is None:
+        found = look(captioner, read, asked.prompt, asked.speculation, system=asked.system)
+    else:
+        found = look_through_head(captioner, read, asked.prompt, system=asked.system)
     _write(asked.sheet, _picture(found, flags, asked))
     _print(found, captioner, flags, asked)
     return ExitCode.OK
@@ -144,13 +158,15 @@ def inspect(flags: InspectFlags) -> int:
 
 def _question(flags: InspectFlags, pair: Preset | None) -> _Question:
     check_device(flags.device_map)
+    head, pruning = _head(flags, pair), _pruning(flags)
+    refuse_for_head(head, pruning)
     video = _existing_file(flags.video)
     return _Question(
         video=video,
         models=ModelChoice(
             name=engine.public_name(pair.target if pair else str(flags.target)),
             load=pair.name if pair else str(flags.target),
-            draft="none",
+            draft=head or "none",
             revision=flags.revision,
             dtype=flags.dtype,
             device_map=flags.device_map,
@@ -159,9 +175,25 @@ def _question(flags: InspectFlags, pair: Preset | None) -> _Question:
         ),
         prompt=prompt_texts(one_prompt(flags.prompt, "inspect"), pair)[0],
         system=None if flags.system is None else text_of("--system", flags.system),
-        speculation=SpeculationSettings(**_pruning(flags)),
+        speculation=SpeculationSettings(**pruning),
         sheet=_sheet_path(video, flags.out, flags.overwrite),
     )
+
+
+def _head(flags: InspectFlags, pair: Preset | None) -> str | None:
+    """Return the folder of the head to look through; None: the draft is a small model.
+
+    Raises:
+        UsageError: A draft was given that is no head.
+    """
+    if flags.draft is None:
+        return pair.draft if pair is not None and is_head(pair.draft) else None
+    if not is_head(flags.draft):
+        raise UsageError(
+            f"--draft {clean(str(flags.draft))} is no folder of a trained head, and what a small model is given "
+            "depends on --pruner alone; leave it out"
+        )
+    return str(flags.draft)
 
 
 def _pruning(flags: InspectFlags) -> dict[str, Any]:
@@ -243,6 +275,7 @@ def _print(found: Inspection, captioner: Captioner, flags: InspectFlags, asked: 
         "sheet": storable(str(asked.sheet)),
         "target": asked.models.name,
         "target_revision": captioner.info.target_revision,
+        "draft": None if captioner.info.draft is None else engine.public_name(captioner.info.draft),
         "dtype": captioner.info.dtype,
         "device": captioner.info.device,
         "prompt": asked.prompt,
@@ -252,17 +285,28 @@ def _print(found: Inspection, captioner: Captioner, flags: InspectFlags, asked: 
 
 
 def _lines(found: Inspection, asked: _Question) -> list[tuple[str, str]]:
-    grid, kept = found.grid, found.kept()
+    grid = found.grid
     cells = f"{counted(grid.steps, 'step')} of {grid.rows} x {grid.columns} cells"
     return [
         ("sheet", str(asked.sheet)),
-        ("pruner", found.pruner_words),
+        ("pruner" if found.compression is None else "compressor", found.pruner_words),
         ("frames", f"{len(found.frames.pixels)}, {cells}"),
         (
             "video tokens",
             f"{found.video_tokens}, {percent(found.attention_to_video)} of the text's attention",
         ),
-        ("kept", f"{kept} ({percent(kept / found.video_tokens)}), {_attention(found.attention_kept())}"),
+        *(_cells(found) if found.has_cells else [("the head sees", f"{_seen(found)}, made of all cells")]),
+    ]
+
+
+def _seen(found: Inspection) -> str:
+    return f"{found.seen} ({percent(found.seen / found.video_tokens)})"
+
+
+def _cells(found: Inspection) -> list[tuple[str, str]]:
+    """Which video tokens are kept."""
+    return [
+        ("kept", f"{_seen(found)}, {_attention(found.attention_kept())}"),
         *((f"  {one.name}", f"{one.kept}, {_attention(one.attention)}") for one in found.stages),
         ("kept by step", _by_step([step.kept for step in found.steps])),
         *_beyond(found),

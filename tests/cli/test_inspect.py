@@ -141,7 +141,7 @@ def test_a_sheet_is_replaced_only_on_request(run: Run, tmp_path: Path) -> None:
             "--prompt was given 2 times, and inspect asks one question",
         ),
         ([CLIP, "-o", "/nonexistent/sheet.png"], "its folder does not exist"),
-        ([CLIP, "--draft", "x"], "No such option: --draft"),
+        ([CLIP, "--draft", "x"], "--draft x is no folder of a trained head, and what a small model is given"),
         ([CLIP, "--device-map", "moon"], "'moon' is unknown"),
         ([CLIP, "--preset", "demo", "--prompt", "a <|im_end|> b"], "special token <|im_end|>"),
     ],

@@ -157,6 +157,24 @@ def test_the_variable_names_one_draft(run: Run, head: Path, monkeypatch: pytest.
     assert [one["method"] for one in json.loads(said)["summaries"]] == ["stock", "plain", "head"]
 
 
+def test_inspect_says_what_the_head_was_given(run: Run, shipped: str, head: Path, tmp_path: Path) -> None:
+    sheet = tmp_path / "sheet.png"
+    code, said, told = run("inspect", CLIP, "--preset", shipped, "-o", sheet, "--json")
+    assert (code, told) == (0, "")
+    found = json.loads(said)
+    assert (found["draft"], found["compressor"], found["pruner"]) == (str(head), "pool", None)
+    assert (found["video_tokens"], found["video_tokens_kept"], found["kept_first"]) == (144, 36, None)
+    assert sheet.stat().st_size > 1000
+    code, said, _ = run("inspect", CLIP, "--preset", "demo", "--draft", head, "-o", sheet, "--overwrite")
+    assert code == 0
+    lines = dict(line.split("  ", 1) for line in said.splitlines())
+    assert lines["compressor"].strip() == "pool, 4.0 video tokens to one"
+    assert lines["the head sees"].strip() == "36 (25.0 %), made of all cells"
+    code, _, told = run("inspect", CLIP, "--preset", shipped, "--prune-ratio", 0.5, "-o", tmp_path / "no.png")
+    assert (code, told.count("\n")) == (2, 1)
+    assert f"--prune-ratio 0.5 has no effect on {head}, a trained head: " in told
+
+
 def test_a_head_of_another_target_is_refused_in_one_line(run: Run, head: Path) -> None:
     code, said, told = run("bench", CLIP, *QUICK, "--preset", "demo-llava", "--draft", head)
     assert (code, said) == (2, "")

@@ -14,9 +14,13 @@ from PIL import Image
 from specvlm.captioner import Captioner
 from specvlm.config import PRUNERS, SpeculationSettings
 from specvlm.drafts import small_model
-from specvlm.errors import NonFiniteLogitsError, PromptError
+from specvlm.drafts.compressor import OPERATORS, CompressorConfig, OperatorName
+from specvlm.drafts.compressor import _Prune as Pruning
+from specvlm.drafts.head import HeadDraft
+from specvlm.drafts.head_model import HeadConfig, HeadModel
+from specvlm.errors import ConfigError, NonFiniteLogitsError, PromptError
 from specvlm.families.base import VideoGrid
-from specvlm.inspection import Inspection, look
+from specvlm.inspection import Compression, Inspection, look, look_through_head
 from specvlm.inspection.drawing import FIRST_COLOUR, PAPER, SECOND_COLOUR, cut, font, one_line
 from specvlm.inspection.sheet import Heat, SheetText, draw_sheet, evenly_chosen, step_picture
 from specvlm.pruning import budget_for
@@ -142,6 +146,92 @@ def test_wrong_prompts_and_broken_models_are_said(captioner: Captioner, family: 
     broken.target.model.get_input_embeddings().weight.data.fill_(float("nan"))
     with pytest.raises(NonFiniteLogitsError, match="another dtype"):
         look(broken, frames, "What?", SpeculationSettings())
+
+
+# --- a trained head ---
+
+
+def headed(family: FamilyName, compressor: CompressorConfig) -> Captioner:
+    """A tiny target with an untrained head."""
+    captioner = tiny_captioner(family, Size(seed=3), None)
+    target = captioner.target
+    config = HeadConfig("tiny", None, family, target.hidden_size, compressor=compressor)
+    head = HeadModel.fresh(target, config, 0).eval().requires_grad_(False)
+    return Captioner(target, captioner.processor, HeadDraft(head, target), captioner.info, captioner.frames)
+
+
+def single(name: OperatorName, ratio: float = 3.0) -> CompressorConfig:
+    return CompressorConfig("single", (name,), ratio=ratio)
+
+
+COMPRESSORS = [
+    *(single(name) for name in OPERATORS),
+    CompressorConfig("none", ()),
+    CompressorConfig("select", ("pool", "prune"), ratio=3.0),
+    CompressorConfig("concat", ("prune", "resampler"), ratio=3.0),
+    CompressorConfig("weighted", ("pool", "conv"), ratio=3.0),
+]
+
+
+@pytest.mark.parametrize("compressor", COMPRESSORS, ids=lambda one: f"{one.mode}-{'+'.join(one.operators)}")
+def test_a_head_is_given_what_a_caption_s_is(
+    family: FamilyName, compressor: CompressorConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captioner, frames = headed(family, compressor), frames_of(family, 5)
+    pruned: list[torch.Tensor] = []
+    real = Pruning.kept
+
+    def heard(self: Pruning, *given: Any) -> torch.Tensor:
+        pruned.append(real(self, *given))
+        return pruned[-1]
+
+    monkeypatch.setattr(Pruning, "kept", heard)
+    stats = captioner.caption(frames, "What is it?", tree="chain", max_new_tokens=3).stats
+    in_caption = list(pruned)
+    found = look_through_head(captioner, frames, "What is it?")
+    made = found.compression
+    assert made is not None
+    assert (made.operator, made.name) == (stats.compressor, compressor.name)
+    assert (found.seen, found.video_tokens) == (stats.video_tokens_kept, stats.video_tokens)
+    assert found.has_cells == (made.operator in ("none", "prune", "prune-guided"))
+    if made.operator in ("prune", "prune-guided"):
+        assert np.flatnonzero(found.stage).tolist() == in_caption[0].tolist()
+    else:
+        assert found.kept() == (found.video_tokens if made.operator == "none" else 0)
+    said = found.figures()
+    assert (said["pruner"], said["compressor"]) == (None, made.operator)
+    ratio = said["compression_ratio"]
+    assert ratio == stats.compression_ratio
+    assert ratio is None or ratio == pytest.approx(stats.video_tokens / stats.video_tokens_kept)
+    for name in ("kept_first", "kept_second", "attention_kept"):
+        assert (said[name] is None) == (not found.has_cells), name
+    assert (said["steps"][0]["kept"] is None) == (not found.has_cells)
+    assert said["steps"][0]["attention"] > 0
+    sheet = np.asarray(draw_sheet(found, TEXT))
+    assert has(sheet, SECOND_COLOUR) == found.has_cells
+    assert not has(sheet, FIRST_COLOUR)
+    assert (sheet[:, -24:] == PAPER).all()
+
+
+def test_words_tell_what_chose_the_operator() -> None:
+    assert [
+        Compression(*made).words for made in (("pool", "pool", 3, False), ("select", "pool", 3, False))
+    ] == [
+        "pool",
+        "pool, chosen by select",
+    ]
+    found = made(
+        stage=np.zeros(60, np.int8), compression=Compression("text-only", "text-only", 0, prunes=False)
+    )
+    assert found.pruner_words == "text-only, nothing of the video"
+    assert made(compression=Compression("pool", "pool", 12, prunes=False)).pruner_words == (
+        "pool, 5.0 video tokens to one"
+    )
+
+
+def test_a_small_model_is_not_looked_through(captioner: Captioner, family: FamilyName) -> None:
+    with pytest.raises(ConfigError, match="no trained head"):
+        look_through_head(captioner, frames_of(family, 2), "What?")
 
 
 # --- the picture ---
