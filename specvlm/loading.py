@@ -258,8 +258,13 @@ def with_draft(
 
 def _ready(target: _Loaded, draft: Draft | None, info: ModelInfo, frames: FrameSettings) -> Captioner:
     captioner = Captioner(target.model, target.processor, draft, info, frames)
-    captioner.costs = CostStore(cost_file(_pair(info, draft)))
+    captioner.costs = costs_of(captioner)
     return captioner
+
+
+def costs_of(captioner: Captioner) -> CostStore:
+    """What is known of the costs of rounds with these models, and the vocabulary that the draft has now."""
+    return CostStore(cost_file(_pair(captioner.info, captioner.draft)))
 
 
 def load_tokenizer(

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import specvlm
+from specvlm.drafts.kept_tokens import MostUsed
 from specvlm.records import Caption, Frames
 from specvlm_cli.exits import UsageError
 from specvlm_cli.settings import CaptionSettings, ModelChoice, Plain
@@ -21,6 +22,7 @@ DEMO_WEIGHTS = Path(specvlm.__file__).parent / "demo" / "weights"
 
 if TYPE_CHECKING:
     from specvlm import Captioner, PromptSession
+    from specvlm.trimming import Trimming
 
 WARM_UP_TOKENS = 8
 
@@ -96,22 +98,27 @@ class EngineFactory(Protocol):
 class _SpecvlmSession:
     """The library's session behind the `Session` protocol."""
 
-    def __init__(self, session: PromptSession, options: dict[str, Any]) -> None:
-        self._session, self._options = session, options
+    def __init__(self, session: PromptSession, options: dict[str, Any], trimming: Trimming | None) -> None:
+        self._session, self._options, self._trimming = session, options, trimming
 
     def caption(
         self, index: int, *, speculate: bool, time_limit_s: float | None = None, estimate: bool = False
     ) -> Caption:
-        return self._session.caption(
+        caption = self._session.caption(
             index, speculate=speculate, time_limit_s=time_limit_s, estimate=estimate, **self._options
         )
+        if self._trimming is not None and speculate:  # what is also decoded plainly is counted once
+            self._trimming.hear(caption.token_ids)
+        return caption
 
 
 class SpecvlmEngine:
     """The library behind the `Engine` protocol."""
 
-    def __init__(self, captioner: Captioner, settings: CaptionSettings) -> None:
-        self._captioner = captioner
+    def __init__(
+        self, captioner: Captioner, settings: CaptionSettings, trimming: Trimming | None = None
+    ) -> None:
+        self._captioner, self._trimming = captioner, trimming
         self._settings = settings
         self._options = asdict(settings.generation) | _speculation_options(settings)
 
@@ -134,7 +141,7 @@ class SpecvlmEngine:
 
     def open(self, frames: Frames, prompts: Sequence[str]) -> Session:
         session = self._captioner.session(frames, prompts, system=self._settings.system)
-        return _SpecvlmSession(session, self._options)
+        return _SpecvlmSession(session, self._options, self._trimming)
 
     def warm_up(self, frames: Frames, prompt: str) -> None:
         few = min(WARM_UP_TOKENS, self._settings.generation.max_new_tokens)
@@ -186,7 +193,14 @@ class Factory:
 
     def load(self, device: str | None) -> Engine:
         """Load the models. Here transformers is imported."""
-        return SpecvlmEngine(load_captioner(self.settings.models, device, quiet=self.quiet), self.settings)
+        models = self.settings.models
+        if not isinstance(models.draft_vocab, MostUsed):
+            return SpecvlmEngine(load_captioner(models, device, quiet=self.quiet), self.settings)
+        captioner = load_captioner(replace(models, draft_vocab=None), device, quiet=self.quiet)
+
+        from specvlm.trimming import Trimming
+
+        return SpecvlmEngine(captioner, self.settings, Trimming(captioner, models.draft_vocab))
 
 
 def load_captioner(models: ModelChoice, device: str | None = None, *, quiet: bool) -> Captioner:

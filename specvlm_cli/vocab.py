@@ -65,11 +65,11 @@ def most_used(size: int, out: Path) -> MostUsed:
 
 
 def origin(wanted: MostUsed) -> str:
-    """Tell which tokens a number stands for."""
-    if not wanted.texts:
-        return "the first ones of the tokenizer, as there are no captions to count in"
+    """Tell which tokens a number stands for, in `caption`."""
     number = len(wanted.texts)
-    return f"counted in {'one caption' if number == 1 else f'{number} captions'} that are there"
+    if not number:
+        return "counted in the captions to come; until they tell enough, the draft guesses from every token"
+    return f"counted in {'one earlier caption' if number == 1 else f'{number} earlier captions'} and those to come"
 
 
 def captions(run: RunView, most: int = sys.maxsize) -> Iterator[str]:

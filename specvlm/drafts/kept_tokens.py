@@ -203,7 +203,8 @@ def choose_ids(wanted: DraftVocab, by: Choosing) -> list[int]:
     if isinstance(wanted, int):
         wanted = MostUsed(wanted)
     if isinstance(wanted, MostUsed):
-        return _most_used(wanted, by)
+        check_size(wanted.size, by)
+        return most_used(count_tokens(by.tokenizer, wanted.texts)[0], wanted.size, by)
     name = "the draft vocabulary"
     if isinstance(wanted, (str, os.PathLike)):
         name, wanted = os.fspath(wanted), read_kept(wanted)
@@ -233,17 +234,36 @@ def _ends(by: Choosing) -> list[int]:
     return [token for token in by.ends if token < by.shared]
 
 
-def _most_used(wanted: MostUsed, by: Choosing) -> list[int]:
-    """Tokens that only the padding of one of the models has a row for are never used, and so never kept."""
-    ends = _ends(by)
-    fewest, most = len(ends) + 1, by.shared - 1
-    if isinstance(wanted.size, bool) or not fewest <= wanted.size <= most:
+def check_size(size: int, by: Choosing) -> None:
+    """Refuse a number of tokens that leaves nothing to guess, or nothing out.
+
+    Raises:
+        ConfigError: It is one.
+    """
+    fewest, most = len(_ends(by)) + 1, by.shared - 1
+    if isinstance(size, bool) or not fewest <= size <= most:
         raise ConfigError(
-            f"draft_vocab={wanted.size} is out of range; target and draft share {by.shared} tokens, so give "
+            f"draft_vocab={size} is out of range; target and draft share {by.shared} tokens, so give "
             f"{fewest} to {most}, or leave it out"
         )
-    counts, _ = count_tokens(by.tokenizer, wanted.texts)
-    for token in [token for token in counts if token >= by.shared or token in ends]:
-        del counts[token]
-    chosen = filled(counts, by.tokenizer, wanted.size - len(ends))
+
+
+def most_used(counts: Counter[int], size: int, by: Choosing) -> list[int]:
+    """The `size` tokens that are used most, ascending, ends of sequence among them.
+
+    Tokens that only the padding of one of the models has a row for are never used, and so never kept.
+    """
+    ends = _ends(by)
+    used = Counter({token: n for token, n in counts.items() if token < by.shared and token not in ends})
+    chosen = filled(used, by.tokenizer, size - len(ends))
     return sorted({*ends, *(token for token, _ in chosen)})
+
+
+def unseen_share(counts: Counter[int], size: int, by: Choosing) -> float:
+    """The share of tokens to come that a choice of `size` leaves out because they were never counted, estimated.
+
+    Good and Turing's estimate: those counted once / all; of those, here, the ones that would not have filled up either.
+    """
+    fill = [token for token, count in filled(counts, by.tokenizer, size - len(_ends(by))) if not count]
+    last, total = max(fill, default=-1), counts.total()
+    return sum(count == 1 and token > last for token, count in counts.items()) / total if total else 1.0

@@ -21,6 +21,7 @@ class DraftVocabulary:
     """What a draft guesses from, over an LM head of its own or over its target's.
 
     Attributes:
+        width: Tokens that draft and target share.
         size: M, tokens that may be guessed.
         ids: int64 [M], these tokens, ascending, where logits come out; None: tokens 0 to M - 1.
     """
@@ -36,7 +37,7 @@ class DraftVocabulary:
         Raises:
             ConfigError: There is nothing to keep, a token is not among the shared ones, or the head is quantised.
         """
-        self._head, self._width = head, width
+        self._head, self.width = head, width
         self.size = width
         self.ids: torch.Tensor | None = None
         self._weight: torch.Tensor | None = None
@@ -46,10 +47,10 @@ class DraftVocabulary:
             self._trim(head, kept)
 
     def _trim(self, head: nn.Module, kept: Sequence[int]) -> None:
-        if not kept or not 0 <= kept[0] <= kept[-1] < self._width:
+        if not kept or not 0 <= kept[0] <= kept[-1] < self.width:
             told = f"token {kept[0] if kept[0] < 0 else kept[-1]}" if kept else "no token"
             raise ConfigError(
-                f"the draft vocabulary holds {told}, the draft has tokens 0 to {self._width - 1}; "
+                f"the draft vocabulary holds {told}, the draft has tokens 0 to {self.width - 1}; "
                 "choose some of these"
             )
         weight: torch.Tensor = head.weight  # type: ignore[assignment]
@@ -64,9 +65,13 @@ class DraftVocabulary:
         bias: torch.Tensor | None = getattr(head, "bias", None)
         self._bias = None if bias is None else bias.detach().index_select(0, ids)
 
+    def over(self, ids: Sequence[int] | None) -> DraftVocabulary:
+        """Another choice of tokens over the same LM head; errors are those of the constructor."""
+        return DraftVocabulary(self._head, self.width, ids)
+
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states [B, n, hidden], where the LM head is -> logits float32 [B, n, M]."""
         if self._weight is None:
             out: torch.Tensor = self._head(hidden)
-            return out[..., : self._width].float()
+            return out[..., : self.width].float()
         return functional.linear(hidden, self._weight, self._bias).float()

@@ -23,11 +23,10 @@ from specvlm.bench.page import PageSheet
 from specvlm.bench.records import METHODS, Left, MethodName, Report
 from specvlm.bench.words import counted, stopped_words
 from specvlm.config import GenerationSettings, PrunerName, TreeName
-from specvlm.drafts.kept_tokens import MostUsed
 from specvlm.drafts.kinds import is_head
 from specvlm.errors import SpecvlmError
 from specvlm.preset import Preset, head_of
-from specvlm_cli import engine, vocab
+from specvlm_cli import engine
 from specvlm_cli.commands.bench_flags import MOST_REPEATS, BenchFlags, in_range, one_prompt, values_of
 from specvlm_cli.commands.bench_shapes import modelled, modelled_grid, refuse_mixture
 from specvlm_cli.commands.caption_flags import MOST
@@ -303,7 +302,10 @@ def _measured(
     first, *others = list(compared.drafts.values()) or ["none"]
     kept = guessable(flags.draft_vocab, None if first == "none" else first)
     if isinstance(kept, int):
-        talk.note(f"--draft-vocab {kept}: {vocab.origin(MostUsed(kept))}")
+        talk.note(
+            f"--draft-vocab {kept}: the tokenizer's first tokens, of which captions may use few; for those that they "
+            "use, give a file of specvlm vocab"
+        )
     models = replace(model_choice(flags, pair), draft=first, draft_vocab=kept)
     captioner = engine.load_captioner(models, quiet=flags.quiet)
     by_name = {engine.public_name(one): engine.with_draft(captioner, one, models) for one in others}
