@@ -1,0 +1,293 @@
+"""Compare the visual compressors of a head at equal training: each operator, each ratio, three modes, none, text alone.
+
+    python benchmarks/head_compressors.py --work work/compressors --figures docs/images
+
+All heads learn from the same clips in the same order, in the same number of steps, from the very same passes of the
+target. Then all of them caption held-out clips with 128 and with 1,024 video tokens in turns, in this one process, and
+all captions must be equal to plain decoding. The demo target learned from clips of about 140 video tokens; of 1,024 it
+makes captions that are mostly wrong, which the tables say. Given again, the command goes on where it was. Prints JSON;
+the tables for docs/benchmarks.md go to WORK/compressors.md, the plot to FIGURES/head-compressors.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from acceptance import conditions
+from head_study import (
+    LONG,
+    SHORT,
+    Kind,
+    Method,
+    Pool,
+    Run,
+    Trainee,
+    World,
+    accepted,
+    add_common_arguments,
+    asked,
+    captions_of,
+    compressor_named,
+    head_draft,
+    learn,
+    measure,
+    objective_of,
+    study_of,
+    training_of,
+)
+
+from specvlm.captioner import CaptionOptions
+from specvlm.demo.captions import compare, facts_in, facts_of
+from specvlm.demo.clips import scene_for, seed_for
+from specvlm.drafts.compressor import CompressorConfig
+from specvlm.drafts.head_model import HeadModel
+from specvlm.records import Caption
+
+BY_RATIO = ("prune", "prune-guided", "pool", "conv")
+MODES = ("select", "weighted", "concat")
+TREES: dict[str, CaptionOptions] = {
+    "dynamic": {"tree": "dynamic", "depth": 7, "nodes": 60, "width": 10},
+    "chain": {"tree": "chain", "depth": 16},
+}
+
+
+def compressors(ratios: Sequence[float], mode_ratio: float) -> dict[str, CompressorConfig]:
+    """All that are compared, by name."""
+    found = {name: compressor_named(name, mode_ratio) for name in ("none", "text-only", "resampler")}
+    found |= {f"{name} {ratio:g}x": compressor_named(name, ratio) for name in BY_RATIO for ratio in ratios}
+    return found | {f"{name} {mode_ratio:g}x": compressor_named(name, mode_ratio) for name in MODES}
+
+
+def train(world: World, options: argparse.Namespace) -> tuple[list[Trainee], dict[str, Any]]:
+    """Train all heads side by side."""
+    long = round(options.clips * options.long_share)
+    kinds = [LONG if number * long // options.clips < (number + 1) * long // options.clips else SHORT
+             for number in range(options.clips)]  # fmt: skip
+    pool = Pool(world, kinds)
+    target = world.captioner.target
+    target.keep_features((-1,))
+    reading_s = pool.read_all()
+    trainees = [
+        Trainee(
+            name,
+            HeadModel.fresh(target, world.head_config(config), options.seed),
+            pool,
+            training_of(options, options.seed),
+            objective_of(options),
+        )
+        for name, config in compressors(options.ratios, options.mode_ratio).items()
+    ]
+    last: dict[str, dict[str, float]] = {}
+
+    def note(_steps: int, told: Mapping[str, dict[str, float]]) -> None:
+        last.update(told)
+
+    learn(world, pool, trainees, options.epochs * trainees[0].steps_per_epoch, study_of(options), note)
+    samples = options.epochs * options.clips
+    return trainees, {
+        "samples": samples,
+        "long_samples": options.epochs * long,
+        "captioning_and_reading_s": reading_s,
+        "ms_per_sample": {one.name: 1e3 * one.seconds / samples for one in trainees},
+        "last_losses": last,
+    }
+
+
+class Row(NamedTuple):
+    """Figures of one head on one kind of clips; medians over captions where nothing else is said."""
+
+    compressor: str
+    kept: float  # video tokens that the head sees
+    dynamic: float  # accepted a round, all over all
+    chain: float
+    prefill_ms: float
+    kv_bytes: float  # of the prompt
+    operators: dict[str, int]  # captions by what compressed them
+
+
+def kv_bytes(head: HeadModel, slots: float) -> float:
+    """Keys and values of a head's one layer."""
+    config = head.text.config
+    heads: int = config.num_key_value_heads
+    width: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return slots * 2 * heads * width * head.join.weight.element_size()
+
+
+def row(runs: Sequence[Run], trainee: Trainee) -> Row:
+    """Of one head."""
+    stats = [one.stats for tree in TREES for one in captions_of(runs, f"{trainee.name}, {tree}")]
+    slots = [one.prompt_tokens - one.video_tokens + one.video_tokens_kept for one in stats]
+    return Row(
+        trainee.name,
+        statistics.median(one.video_tokens_kept for one in stats),
+        accepted(runs, f"{trainee.name}, dynamic"),
+        accepted(runs, f"{trainee.name}, chain"),
+        1e3 * statistics.median(one.draft_prefill_s for one in stats),
+        kv_bytes(trainee.learner.head, statistics.median(slots)),
+        dict(Counter(one.compressor or "" for one in stats)),
+    )
+
+
+class Found(NamedTuple):
+    """All heads on one kind of clips."""
+
+    video_tokens: int
+    clips: int
+    facts_right: float  # of the target's captions
+    small_dynamic: float
+    small_chain: float
+    rows: list[Row]
+
+
+def look(world: World, trainees: Sequence[Trainee], kind: Kind, count: int) -> Found:
+    """Measure all heads on held-out clips of one kind."""
+    captioners = {one.name: world.with_draft(head_draft(world, one.learner)) for one in trainees}
+    captioners["small draft"] = world.with_draft(world.captioner.draft)
+    methods = [
+        Method(f"{name}, {tree}", captioner, how)
+        for name, captioner in captioners.items()
+        for tree, how in TREES.items()
+    ]
+    plain = Method("plain", world.with_draft(None))
+    measure(world, [(-1, world.clip("held-out", kind, 299))], methods)  # the first of everything is slow
+    clips = ((number, world.clip("held-out", kind, number)) for number in range(count))
+    runs = measure(world, clips, [plain, *methods])
+    dynamic, chain = (accepted(runs, f"small draft, {tree}") for tree in TREES)
+    told = captions_of(runs, "plain")
+    right = facts_right((run.clip, run.caption) for run in runs if run.method == "plain" and run.caption)
+    rows = [row(runs, one) for one in trainees]
+    return Found(told[0].stats.video_tokens, count, right, dynamic, chain, rows)
+
+
+def facts_right(captions: Iterable[tuple[int, Caption]]) -> float:
+    """Share of the facts of held-out clips that captions get right."""
+    scores = [
+        compare(facts_in(caption.text), facts_of(scene_for(seed_for("held-out", clip)))).values()
+        for clip, caption in captions
+    ]
+    flat = [pair for score in scores for pair in score]
+    return sum(hits for hits, _ in flat) / sum(of for _, of in flat)
+
+
+def table(found: Found) -> str:
+    """Markdown."""
+    lead = (
+        f"{found.video_tokens:,} video tokens, {found.clips} held-out clips, {found.facts_right:.0%} of whose facts "
+        "the target's captions get right:"
+    )
+    columns = (
+        "compressor",
+        "seen by the head",
+        "accepted, dynamic",
+        "accepted, chain",
+        "head prefill ms",
+        "head KV kB",
+    )
+    lines = [lead, "", f"| {' | '.join(columns)} |", "|---|---|---|---|---|---|"]
+    for one in found.rows:
+        used = (
+            ""
+            if len(one.operators) == 1 and not one.compressor.startswith("select")
+            else _used(one.operators)
+        )
+        cells = f"{one.kept:g} | {one.dynamic:.2f} | {one.chain:.2f} | {one.prefill_ms:.2f} | {one.kv_bytes / 1e3:.1f}"
+        lines.append(f"| {one.compressor}{used} | {cells} |")
+    return "\n".join(
+        [*lines, f"| small draft, 0.9 pruned | | {found.small_dynamic:.2f} | {found.small_chain:.2f} | | |"]
+    )
+
+
+def _used(operators: Mapping[str, int]) -> str:
+    total = sum(operators.values())
+    return f" ({', '.join(f'{name} {count / total:.0%}' for name, count in sorted(operators.items()))})"
+
+
+def plot(kinds: Sequence[Found], path: Path) -> None:
+    """Accepted tokens over the video tokens that a head sees."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.6, 4.4), layout="constrained")
+    colours = ("#2b83c6", "#e0762b", "#2a9d72", "#c2549c", "#a48a00", "#7a6bd6", "#cf4a45", "#2aa0ad")
+    panels = figure.subplots(1, len(kinds), squeeze=False)[0]
+    for axes, found in zip(panels, kinds, strict=True):
+        groups: dict[str, list[Row]] = {}
+        for one in found.rows:
+            groups.setdefault(one.compressor.split()[0], []).append(one)
+        names = [*BY_RATIO, *(name for name in groups if name not in BY_RATIO)]
+        for number, name in enumerate(names):
+            some = sorted(groups[name], key=lambda one: one.kept)
+            look = "o-" if name in BY_RATIO else "*"
+            seen = [max(one.kept, 0.7) for one in some]  # none stands left of one
+            colour = colours[number % len(colours)]
+            axes.plot(seen, [one.dynamic for one in some], look, color=colour, label=name,
+                      markerfacecolor="none" if number >= len(colours) else colour)  # fmt: skip
+        axes.set_xscale("log")
+        axes.set(
+            title=f"{found.video_tokens:,} video tokens",
+            xlabel="video tokens that the head sees (none: left)",
+        )
+        axes.grid(alpha=0.2)
+    panels[0].set_ylabel("accepted tokens a round, dynamic tree")
+    panels[-1].legend(frameon=False, fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
+def report(world: World, options: argparse.Namespace) -> dict[str, Any]:
+    """Train, measure, write tables and plot."""
+    trainees, training = train(world, options)
+    kinds = [
+        look(world, trainees, kind, count)
+        for kind, count in ((SHORT, options.held_out), (LONG, options.held_out_long))
+        if count
+    ]
+    lead = (
+        f"Every head learned from the same {training['samples']:,} samples ({options.clips:,} clips, {options.epochs} "
+        f"times; {training['long_samples']:,} samples of 1,024 video tokens, the others of 128), learning rate "
+        f"{options.learning_rate:g}, {options.accumulate} a step, unroll {options.unroll}, seed {options.seed}. "
+        f"{conditions()}."
+    )
+    (world.work / "compressors.md").write_text("\n\n".join([lead, *map(table, kinds)]) + "\n")
+    plot(kinds, options.figures / "head-compressors.png")
+    return {
+        "settings": asked(options),
+        "conditions": conditions(),
+        "training": training,
+        "kinds": [found._asdict() | {"rows": [one._asdict() for one in found.rows]} for found in kinds],
+        "captions equal to plain decoding": True,  # measure() refuses any other
+    }
+
+
+def main() -> None:
+    """Parse and run."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_common_arguments(parser)
+    parser.add_argument("--ratios", type=float, nargs="+", default=[3.0, 5.0, 10.0, 20.0])
+    parser.add_argument("--mode-ratio", type=float, default=5.0, help="of the operators of the three modes")
+    parser.add_argument("--clips", type=int, default=1000, help="training clips")
+    parser.add_argument("--epochs", type=int, default=3, help="how often each is learned from")
+    parser.add_argument(
+        "--long-share", type=float, default=0.1, help="share of clips with 1,024 video tokens"
+    )
+    parser.add_argument("--held-out", type=int, default=24, help="clips of 128 video tokens to measure on")
+    parser.add_argument(
+        "--held-out-long", type=int, default=12, help="clips of 1,024 video tokens to measure on"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    print(json.dumps(report(World.load(options.preset, options.work), options), indent=1))
+
+
+if __name__ == "__main__":
+    main()
