@@ -210,6 +210,10 @@ def load(
     draft_name = None if draft in (None, "none") else draft
     for name in filter(None, (target, draft_name)):
         _refuse_misspelt(name)
+    if is_head(target):
+        raise ModelLoadError(
+            f"{target}: a trained head is no target; give it as the draft of the model that it was made for"
+        )
     if draft_vocab is not None and draft_name is None:
         raise ConfigError("draft_vocab has no effect without a draft; give one, or leave it out")
     device = _default_device()

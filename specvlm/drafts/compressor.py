@@ -249,7 +249,7 @@ class Compressor(nn.Module):
         return Compressed(inputs, positions, self.config.operators[choice], log_weight)
 
     def _weigh(self, video: VideoPairs, generator: torch.Generator) -> Compressed:
-        """The weighted sum on one grid; fewer tokens, those of the resampler, are repeated; `text-only` adds nothing."""
+        """The weighted sum on one grid; the resampler's few tokens are repeated, and `text-only` adds nothing."""
         shares = self._shares(video, generator, draw=False).to(video.inputs)
         count = video.inputs.shape[1]
         left = _left(count, self.config.ratio)

@@ -131,8 +131,8 @@ class _HeadProposer(Proposer):
     @property
     def host_state(self) -> Hashable:
         """See `Proposer`."""
-        slabs = self._cache.slabs.name, self._kept.slabs.name
-        return self._text.round_attention, slabs, self._extent, self._vocabulary, self._columns
+        slabs = self._cache.slabs.name, self._kept.slabs.name  # which are one head's, and one target's, alone
+        return self._text.round_attention, slabs, self._extent, self._vocabulary
 
     def propose(self, shape: TreeShape, root: torch.Tensor, index: torch.Tensor, horizon: Horizon) -> Guesses:
         """One tree, grown level by level; the root was read when it was committed."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,10 @@ class HeadConfig:
         compressor["operators"] = tuple(compressor["operators"])
         known["compressor"] = CompressorConfig(**compressor)
         known["layers"] = tuple(int(layer) for layer in known["layers"])
+        if len(set(known["layers"])) < max(len(known["layers"]), 1):
+            raise ValueError(f"its layers are {known['layers']}")
+        if not isinstance(known["hidden_size"], int):
+            raise ValueError(f"its hidden_size is {known['hidden_size']!r}")
         return cls(**known)
 
 
@@ -123,6 +127,15 @@ class HeadModel(nn.Module):
         last = target.text.layers[-1].state_dict()
         head.text.layers[0].load_state_dict({name: value.float().cpu() for name, value in last.items()})
         return head.float()
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> HeadModel:
+        """Move or cast. The rotary frequencies stay float32, as in a checkpoint that was loaded in another format."""
+        rotary = self.text.rotary_emb
+        frequencies = dict(rotary.named_buffers())
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, frequency in frequencies.items():
+            setattr(rotary, name, frequency.to(self.device))
+        return self
 
     @property
     def device(self) -> torch.device:
@@ -183,13 +196,24 @@ class HeadModel(nn.Module):
         try:
             with torch.random.fork_rng(devices=[]):
                 head = cls(target, config)
-            head.load_state_dict(load_file(folder / WEIGHTS))
+            weights = load_file(folder / WEIGHTS)
+            _check_weights(weights, head.state_dict())
+            head.load_state_dict(weights)
         except (OSError, SafetensorError, RuntimeError, ValueError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
             raise ModelLoadError(
                 f"{folder}: cannot load the head's weights ({reason}); train it again"
             ) from error
         return head.to(target.device, target.dtype if dtype is None else dtype).eval().requires_grad_(False)
+
+
+def _check_weights(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+    """What `load_state_dict` says in many lines, in one."""
+    for name in sorted(found.keys() ^ expected.keys()):
+        raise ValueError(f"{name} is missing" if name in expected else f"{name} is none of this head")
+    for name, value in expected.items():
+        if found[name].shape != value.shape:
+            raise ValueError(f"{name} is of shape {tuple(found[name].shape)}, not {tuple(value.shape)}")
 
 
 def _settle(part: Path, name: Path) -> None:
