@@ -76,7 +76,7 @@ class Launched:
         self.device: str | None = str(self._state.device)
 
     def share(self, value: T) -> list[T]:
-        from accelerate.utils import gather_object
+        from accelerate.utils import gather_object  # type: ignore[import-untyped]
 
         shared: list[T] = gather_object([value])
         return shared

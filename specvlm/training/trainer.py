@@ -229,7 +229,7 @@ class Trainer:
         if parts.folder is not None:
             if progress.best is entry:
                 config = parts.in_use.config
-                parts.folder.keep(parts.in_use, replace(config, training={**config.training, **entry}))
+                parts.folder.keep(parts.in_use, replace(config, training={**config.training, "reached": entry}))
             parts.folder.tell(progress.log)
         self._write()
         parts.watcher.evaluated(entry)

@@ -1,0 +1,120 @@
+"""Runs `specvlm train` in forks of a process that has everything imported, to be killed there.
+
+    python -m tests.cli.train_drive         starts, as orders on stdin say, one JSON object a line
+
+`{"start": [ARGUMENTS], "stderr": FILE}` answers with the process id, which is its process group too;
+`{"wait": PID, "most_s": S}` with the exit code, minus the signal that ended it, or null where it still runs.
+Importing and compiling takes most of a start's time; here it is done once. Nothing is faked.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+from tests.cli.drive import _redirect, _wait
+
+ROOT = Path(__file__).parents[2]
+
+
+class TrainDriver:
+    """The other end: makes starts, and waits for them."""
+
+    def __init__(self, target: Path) -> None:
+        """`target` is loaded once, so that all it brings is imported."""
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.cli.train_drive", str(target)],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={"PATH": os.defpath, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MPLCONFIGDIR": str(target)},
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.stdout.close()
+        self._process.wait(30)
+
+    def start(self, arguments: Sequence[object], stderr: Path) -> int:
+        """Make a start; return its process id."""
+        process = self._ask({"start": [str(one) for one in arguments], "stderr": str(stderr)})
+        assert process is not None
+        return process
+
+    def wait(self, process: int, most_s: float = 120.0) -> int | None:
+        """Return how a start ended; None: it still runs."""
+        return self._ask({"wait": process, "most_s": most_s})
+
+    def run(self, arguments: Sequence[object], stderr: Path) -> int | None:
+        """Make a start and wait for it."""
+        return self.wait(self.start(arguments, stderr))
+
+    def _ask(self, order: dict[str, object]) -> int | None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.flush()
+        answer: int | None = json.loads(self._process.stdout.readline())
+        return answer
+
+
+def _start(arguments: list[str], stderr: Path) -> int:
+    child = os.fork()
+    if child:
+        return child
+    code = 70
+    try:
+        os.setsid()
+        _redirect(stderr)
+        for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        from specvlm_cli import app
+
+        code = app.main(arguments)
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _warm_up(target: str) -> None:
+    import torch
+
+    import specvlm
+    import specvlm_cli.app
+    import specvlm_cli.training.job
+    from tests.tiny import random_frames
+
+    torch.set_num_threads(1)
+    captioner = specvlm.load(target)
+    captioner.caption(captioner.prepare(random_frames(0), "Hi."), max_new_tokens=2)
+
+
+def main() -> None:
+    """Serve."""
+    _warm_up(sys.argv[1])
+    for line in sys.stdin:
+        said = json.loads(line)
+        if "start" in said:
+            answer: int | None = _start(said["start"], Path(said["stderr"]))
+        else:
+            answer = _wait(said["wait"], said["most_s"])
+        print(json.dumps(answer), flush=True)
+        time.sleep(0)
+
+
+if __name__ == "__main__":
+    main()
