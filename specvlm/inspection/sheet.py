@@ -333,7 +333,7 @@ def _remarks(found: Inspection, shown: int) -> list[str]:
         told = f"; kept: {kept}" if found.has_cells else ""
         said.append(f"{beyond} video token{'s are' if beyond > 1 else ' is'} no cell{told}.")
     if not found.has_cells:
-        said.append("The head's compressor makes new tokens of all cells, so none is outlined.")
+        said.append("New tokens are made of all cells; none is outlined.")
     said.append(
         f"Heat runs from the scores' {_COLD:g}st to their {_HOT:g}th percentile, the same for all frames."
     )

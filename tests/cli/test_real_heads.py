@@ -175,6 +175,14 @@ def test_inspect_says_what_the_head_was_given(run: Run, shipped: str, head: Path
     assert f"--prune-ratio 0.5 has no effect on {head}, a trained head: " in told
 
 
+def test_doctor_generates_with_a_head(shipped: str) -> None:
+    from specvlm_cli.doctor import probe
+
+    found = probe.generation(shipped)
+    assert found["same"]
+    assert found["tokens"] == probe.TOKENS
+
+
 def test_a_head_of_another_target_is_refused_in_one_line(run: Run, head: Path) -> None:
     code, said, told = run("bench", CLIP, *QUICK, "--preset", "demo-llava", "--draft", head)
     assert (code, said) == (2, "")
