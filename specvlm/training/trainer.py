@@ -134,9 +134,9 @@ class Trainer:
         """
         learner, watcher = self._parts.learner, self._parts.watcher
         self._resume()
-        self._parts.source.begin(range(learner.steps, max(self._total, learner.steps)))
         watcher.began(learner.steps, self._total, self._progress)
         try:
+            self._parts.source.begin(range(learner.steps, max(self._total, learner.steps)))
             while self._go_on():
                 pass
         except Interrupted:

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.cli.test_real import save
-from tests.cli.train_drive import ROOT, TrainDriver
+from tests.cli.train_drive import TrainDriver
 from tests.tiny import Size
 from tests.video_files import write_video
 
@@ -36,7 +36,7 @@ class Ground:
     def arguments(self, out: Path, *more: object) -> list[object]:
         """A training of 12 steps on five videos, one of them held out and one broken."""
         flags = ["--target", self.target, "--draft", "none", "-o", out, "-q", "--checkpoint-every", 1]
-        learning = ["--accumulate", 2, "--epochs", 6, "--learning-rate", 1e-3, "--seed", 3]
+        learning = ["--accumulate", 2, "--epochs", 4, "--learning-rate", 1e-3, "--seed", 3]
         looks = ["--evaluate-every", 4, "--held-out", 0.2, "--max-new-tokens", 8, "--num-frames", 4]
         return ["train", self.videos, *flags, *learning, *looks, "--prompt", "What is it?", *more]
 
@@ -91,62 +91,74 @@ def assert_same(one: State, other: State) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(ground: Ground, tmp_path_factory: pytest.TempPathFactory) -> tuple[State, float]:
-    """An uninterrupted training, and what it took."""
+def whole(ground: Ground, tmp_path_factory: pytest.TempPathFactory) -> State:
+    """An uninterrupted training."""
     out = tmp_path_factory.mktemp("whole") / "head"
-    began_s = time.monotonic()
     assert ground.run(out) == 3, out.with_suffix(".err").read_text()
-    took_s = time.monotonic() - began_s
     state = state_of(out)
     assert state.step == 12
     assert [entry["step"] for entry in state.log] == [0, 4, 8, 12]
     assert len(state.captions) == 4
     assert len(state.left_out) == 1
-    return state, took_s
+    return state
 
 
-def killed(ground: Ground, out: Path, kills: int, took_s: float, chance: random.Random) -> int:
-    """Kill a training at random moments of its life, until it has been often enough; return how often it was."""
-    done = 0
-    while done < kills:
+def checkpoints(out: Path) -> list[str]:
+    return sorted(path.name for path in out.glob(".specvlm/checkpoint-*[0-9]"))
+
+
+def killed(ground: Ground, out: Path, kills: int, chance: random.Random) -> int:
+    """Kill a training at random moments, a few steps after each start; return how often it was before it ended.
+
+    How far it gets is counted in checkpoints, so a busy machine changes nothing.
+    """
+    for done in range(kills):
         process = ground.driver.start(ground.arguments(out), out.with_suffix(".err"))
-        code = ground.driver.wait(process, chance.uniform(0.1, 1.0) * took_s)
-        if code is not None:  # it was at its end before
+        before, steps = checkpoints(out), chance.randrange(3)
+        while (code := ground.driver.wait(process, 0.0)) is None and _written(
+            before, checkpoints(out)
+        ) < steps:
+            time.sleep(0.002)
+        code = ground.driver.wait(
+            process, chance.choice([chance.uniform(0.0, 0.05), chance.uniform(0.0, 0.8)])
+        )
+        if code is not None:
             assert code == 3, out.with_suffix(".err").read_text()
-            break
+            return done
         os.killpg(process, signal.SIGKILL)
         assert ground.driver.wait(process) == -signal.SIGKILL
-        done += 1
-    return done
+    return kills
 
 
-def test_ten_kills_change_no_bit(ground: Ground, whole: tuple[State, float], tmp_path: Path) -> None:
-    state, took_s = whole
-    chance, kills, round_ = random.Random(5), 0, 0
+def _written(before: list[str], now: list[str]) -> int:
+    """How many checkpoints were written; two are kept, and their names count up."""
+    numbers = [int(names[-1][-8:]) if names else 0 for names in (before, now)]
+    return numbers[1] - numbers[0]
+
+
+def test_ten_kills_change_no_bit(ground: Ground, whole: State, tmp_path: Path) -> None:
+    chance, kills, trainings = random.Random(5), 0, 0
     while kills < 10:
-        out = tmp_path / f"head{round_}"
-        # Shorter lives than a whole training's, so that one training is killed several times.
-        kills += killed(ground, out, 10 - kills, 0.6 * took_s, chance)
+        out = tmp_path / f"head{trainings}"
+        kills += killed(ground, out, 10 - kills, chance)
         assert ground.run(out) in (0, 3), out.with_suffix(".err").read_text()
-        assert_same(state_of(out), state)
-        round_ += 1
+        assert_same(state_of(out), whole)
+        trainings += 1
+    assert trainings <= 4, "it was killed several times in a life"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(10))
-def test_a_hundred_kills_change_no_bit(
-    seed: int, ground: Ground, whole: tuple[State, float], tmp_path: Path
-) -> None:
-    state, took_s = whole
+def test_a_hundred_kills_change_no_bit(seed: int, ground: Ground, whole: State, tmp_path: Path) -> None:
     out = tmp_path / "head"
-    killed(ground, out, 10, 0.4 * took_s, random.Random(seed))
+    killed(ground, out, 10, random.Random(seed))
     assert ground.run(out) in (0, 3)
-    assert_same(state_of(out), state)
+    assert_same(state_of(out), whole)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
 def test_a_signal_stops_with_a_checkpoint(
-    number: signal.Signals, ground: Ground, whole: tuple[State, float], tmp_path: Path
+    number: signal.Signals, ground: Ground, whole: State, tmp_path: Path
 ) -> None:
     out = tmp_path / "head"
     process = ground.driver.start(ground.arguments(out), out.with_suffix(".err"))
@@ -155,14 +167,14 @@ def test_a_signal_stops_with_a_checkpoint(
         assert time.monotonic() < end_s, out.with_suffix(".err").read_text()
         time.sleep(0.005)
     os.kill(process, number)
-    assert ground.driver.wait(process) == STOPPED
+    assert ground.driver.wait(process) == STOPPED, out.with_suffix(".err").read_text()
     said = out.with_suffix(".err").read_text()
     assert f"stopped by {number.name}, start again to go on" in said
     newest = max((out / ".specvlm").glob("checkpoint-*[0-9]"))
     assert 1 < json.loads((newest / "state.json").read_text())["step"] < 12
     assert (out / ".specvlm" / "lock").read_text() == ""
     assert ground.run(out) == 3
-    assert_same(state_of(out), whole[0])
+    assert_same(state_of(out), whole)
 
 
 def test_two_trainings_never_share_a_folder(ground: Ground, tmp_path: Path) -> None:
@@ -173,21 +185,19 @@ def test_two_trainings_never_share_a_folder(ground: Ground, tmp_path: Path) -> N
     assert ground.driver.run(ground.arguments(out), tmp_path / "second.err") == STOPPED
     assert f"{out} is in use by process {process}" in (tmp_path / "second.err").read_text()
     os.kill(process, signal.SIGTERM)
-    assert ground.driver.wait(process) == STOPPED
+    assert ground.driver.wait(process) == STOPPED, out.with_suffix(".err").read_text()
 
 
-def test_what_is_over_the_time_stops(ground: Ground, whole: tuple[State, float], tmp_path: Path) -> None:
+def test_what_is_over_the_time_stops(ground: Ground, whole: State, tmp_path: Path) -> None:
+    """With hardly any time it stops as soon as it could, and with enough it goes on to the end."""
     out = tmp_path / "head"
-    starts = 0
-    while (code := ground.run(out, "--max-runtime", f"{whole[1] / 2:.2f}s")) == STOPPED:
-        starts += 1
-        assert starts < 50
-    assert code == 3
-    assert starts >= 1
-    assert_same(state_of(out), whole[0])
+    assert ground.run(out, "--max-runtime", "0.3s") == STOPPED
+    assert "stopped by max-runtime, start again to go on" in out.with_suffix(".err").read_text()
+    assert ground.run(out, "--max-runtime", "1h") == 3
+    assert_same(state_of(out), whole)
 
 
-def test_a_truncated_checkpoint_is_seen(ground: Ground, whole: tuple[State, float], tmp_path: Path) -> None:
+def test_a_truncated_checkpoint_is_seen(ground: Ground, whole: State, tmp_path: Path) -> None:
     out = tmp_path / "head"
     assert ground.run(out, "--max-steps", 6) == 3
     newest = max((out / ".specvlm").glob("checkpoint-*[0-9]"))
@@ -197,10 +207,5 @@ def test_a_truncated_checkpoint_is_seen(ground: Ground, whole: tuple[State, floa
     assert f"{newest.name}: state.safetensors is not the file that was written; going on from step" in (
         out.with_suffix(".err").read_text()
     )
-    ours, theirs = state_of(out), whole[0]
+    ours, theirs = state_of(out), whole
     assert all(torch.equal(value, theirs.weights[name]) for name, value in ours.weights.items())
-
-
-def test_the_repository_is_where_it_was() -> None:
-    """Starts work where their folders are."""
-    assert not list(ROOT.glob("log.jsonl"))

@@ -35,7 +35,12 @@ class TrainDriver:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={"PATH": os.defpath, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MPLCONFIGDIR": str(target)},
+            env={
+                "PATH": os.defpath,
+                "PYTHONPATH": str(ROOT),
+                "OMP_NUM_THREADS": "1",
+                "MPLCONFIGDIR": str(target),
+            },
         )
 
     def __enter__(self) -> Self:
@@ -95,7 +100,7 @@ def _warm_up(target: str) -> None:
 
     import specvlm
     import specvlm_cli.app
-    import specvlm_cli.training.job
+    import specvlm_cli.training.job  # noqa: F401
     from tests.tiny import random_frames
 
     torch.set_num_threads(1)
