@@ -14,8 +14,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from specvlm.captioner import Captioner
+from specvlm.drafts.base import Draft
+from specvlm.drafts.head import HeadDraft
 from specvlm.drafts.small_model import SmallModelDraft
 from specvlm.graphs import Graphs, Recorded, Stage
+from specvlm.model import TextModel
 
 # What a stream that is being captured cannot do: ask for values, shapes that depend on data, memory of the host.
 FORBIDDEN = (
@@ -171,13 +174,18 @@ class Emulator:
         return fail
 
 
+def draft_text(draft: Draft) -> TextModel:
+    """The decoder that a draft runs over slabs of its own."""
+    assert isinstance(draft, SmallModelDraft | HeadDraft)
+    return draft.model if isinstance(draft, SmallModelDraft) else draft.text
+
+
 def emulate(captioner: Captioner) -> Emulator:
     """Turn graphs on for a captioner on the CPU; -> what captures the target's rounds."""
     emulator = Emulator()
     captioner.target.graphs = Graphs(lambda _: emulator)
     if captioner.draft is not None:
-        assert isinstance(captioner.draft, SmallModelDraft)
-        captioner.draft.model.graphs = Graphs(lambda _: Emulator())
+        draft_text(captioner.draft).graphs = Graphs(lambda _: Emulator())
     return emulator
 
 

@@ -15,9 +15,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from specvlm.attention import RoundAttention
-from specvlm.config import GenerationSettings
+from specvlm.cache import SlabCache
+from specvlm.config import GenerationSettings, SpeculationSettings
 from specvlm.decode import TargetRows, _Rounds
-from specvlm.drafts.base import Horizon
+from specvlm.drafts.base import DraftJob, DraftRow, Horizon, Proposer
+from specvlm.drafts.compressor import Compressed, CompressorConfig
+from specvlm.drafts.head import HeadDraft, _HeadProposer, _Read
+from specvlm.drafts.head_model import HeadConfig, HeadModel
 from specvlm.drafts.small_model import _SmallModelProposer
 from specvlm.drafts.vocabulary import DraftVocabulary
 from specvlm.families import family_of
@@ -43,6 +47,7 @@ class Case(NamedTuple):
     dtype: torch.dtype
     exact: bool  # one row whose length the host knows
     trimmed: bool = False  # the draft guesses from some tokens alone
+    layers: tuple[int, ...] = ()  # the draft is a head that reads these; none: a small model
 
 
 class Seen(TorchDispatchMode):
@@ -90,7 +95,7 @@ def _there(value: Any) -> Any:
     return value
 
 
-def _lm_there(model: Any, dtype: torch.dtype) -> VideoLM:
+def _weights_there(model: torch.nn.Module, dtype: torch.dtype) -> None:
     for module in model.modules():
         for held in (module._parameters, module._buffers):
             for name, tensor in held.items():
@@ -98,7 +103,33 @@ def _lm_there(model: Any, dtype: torch.dtype) -> VideoLM:
                     kind = dtype if held is module._parameters else tensor.dtype
                     there = torch.empty(tensor.shape, dtype=kind, device=CUDA)
                     held[name] = torch.nn.Parameter(there, False) if held is module._parameters else there
+
+
+def _lm_there(model: Any, dtype: torch.dtype) -> VideoLM:
+    _weights_there(model, dtype)
     return VideoLM(model, family_of(model.config, "tiny"))
+
+
+def _head(model: Any, layers: tuple[int, ...]) -> HeadModel:
+    """A head for a stock model, still on the CPU."""
+    target = VideoLM(model, family_of(model.config, "tiny"))
+    compressor = CompressorConfig("none", ())
+    config = HeadConfig("tiny", None, target.family.name, target.hidden_size, layers, compressor)
+    return HeadModel.fresh(target, config, seed=0).eval().requires_grad_(False)
+
+
+def _head_proposer(
+    draft: HeadDraft, prompts: list[Any], rule: TokenRule, cache: SlabCache, how: RoundAttention
+) -> Proposer:
+    """A head that reads prompts of which a few tokens of the video are left out."""
+    draft.text.graphs, draft.text.round_attention = None, how
+    read = []
+    for prompt in prompts:
+        pairs, positions = prompt.embeds[:, 7:], prompt.positions[:, 7:]
+        positions = positions[: draft.target.family.position_rows]
+        read.append(_Read(pairs, positions, Compressed(pairs[:, :9], positions[:, :9], "pool")))
+    rows = [DraftRow(prompt, torch.empty(0)) for prompt in prompts]
+    return _HeadProposer(draft, DraftJob(rows, SpeculationSettings(), rule, 100, cache), read)
 
 
 def _rule() -> TokenRule:
@@ -132,6 +163,7 @@ def _prompt(length: int, width: int, dtype: torch.dtype) -> Any:
 def run_round(case: Case, prompt: int) -> Seen:
     """Run a round behind prompts of about so many tokens; -> what was called."""
     rule, large, small = _rule(), *(tiny_model(case.family, Size(n, width=64)) for n in (2, 1))
+    head = _head(large, case.layers) if case.layers else None
     if case.exact:
         rule._least, rule._seen = rule._least[:1], rule._seen[:1]
     # A tensor of one element would be kept as a constant, for which the device would have to be there.
@@ -143,13 +175,19 @@ def run_round(case: Case, prompt: int) -> Seen:
         for model in (target, draft):
             model.graphs, model.round_attention = None, case.attention
         prompts = [_prompt(prompt + row, 64, case.dtype) for row in range(1 if case.exact else 2)]
+        ids = range(0, 300, 7) if case.trimmed else None
+        if head is not None:
+            _weights_there(head, case.dtype)
+            headed = HeadDraft(head, target, ids)
         cache = target.new_cache(len(prompts), prompt + 100)
         rows, rule = TargetRows(target, cache, prompts, torch.empty(0)), _there(rule)
         rounds = _Rounds(rows, rule, StageClock(torch.device("cpu")), accept)
         rounds.start(torch.zeros(len(prompts), dtype=torch.long, device=CUDA))
-        ids = range(0, 300, 7) if case.trimmed else None
-        vocabulary = DraftVocabulary(draft.model.get_output_embeddings(), 300, ids)
-        rounds.proposer = _SmallModelProposer(draft, vocabulary, prompts, rule, 100)
+        if head is not None:
+            rounds.proposer = _head_proposer(headed, prompts, rule, cache, case.attention)
+        else:
+            vocabulary = DraftVocabulary(draft.model.get_output_embeddings(), 300, ids)
+            rounds.proposer = _SmallModelProposer(draft, vocabulary, prompts, rule, 100)
         value, seen = None, Seen()
         with seen:
             for stage in rounds._stages(_there(case.shape), Horizon(5, case.exact)):

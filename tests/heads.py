@@ -11,7 +11,7 @@ import torch
 
 from specvlm.captioner import Captioner, PreparedVideo
 from specvlm.drafts.compressor import DEFAULT_OPERATORS, OPERATORS, CompressorConfig
-from specvlm.drafts.head import HeadDraft, _HeadProposer
+from specvlm.drafts.head import HeadDraft
 from specvlm.drafts.head_model import HeadConfig, HeadModel, low_middle_high
 from specvlm.model import VideoLM
 from specvlm.training.example import Example, read_example
@@ -133,15 +133,10 @@ def head_captioner(
     return captioner
 
 
-def proposers(captioner: Captioner) -> list[_HeadProposer]:
-    """Those that a captioner's draft begins from now on, in order."""
-    draft, begun = captioner.draft, []
-    assert isinstance(draft, HeadDraft)
-    begin = draft.begin
-
-    def noting(*args: Any) -> Any:
-        begun.append(begin(*args))
-        return begun[-1]
-
-    draft.begin = noting  # type: ignore[method-assign]
-    return begun
+def fresh_captioner(family: FamilyName, *, deep: bool = False) -> Captioner:
+    """A captioner whose head knows nothing."""
+    captioner = target_captioner(family)
+    config = config_of(captioner.target, COMPRESSORS["select"], deep=deep)
+    head = HeadModel.fresh(captioner.target, config, seed=7).eval().requires_grad_(False)
+    captioner.draft = HeadDraft(head, captioner.target)
+    return captioner

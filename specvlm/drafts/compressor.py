@@ -212,7 +212,10 @@ class Compressor(nn.Module):
         self.gate: nn.Linear | None = None
         if config.mode in ("select", "weighted"):
             self.gate_norm = nn.RMSNorm(hidden, eps=1e-6)
+            # Hardly a preference to begin with: an operator that is never drawn never learns.
             self.gate = nn.Linear(hidden, len(config.operators))
+            nn.init.normal_(self.gate.weight, std=0.1 * hidden**-0.5)
+            nn.init.zeros_(self.gate.bias)
 
     def forward(self, video: VideoPairs, generator: torch.Generator) -> Compressed:
         """Compress. In training mode the gate's choice is drawn (Gumbel-softmax), else it is the likeliest."""

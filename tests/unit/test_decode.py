@@ -12,6 +12,7 @@ from specvlm import decode
 from specvlm.config import TREES, SpeculationSettings
 from specvlm.decode import RowText
 from specvlm.tree import make_shape
+from tests.heads import fresh_captioner
 from tests.tiny import Size, random_frames, tiny_captioner
 
 # Operations whose shape depends on data, so that the host must wait for it; and ways to ask for values.
@@ -34,11 +35,14 @@ class Watch(TorchDispatchMode):
 
 @pytest.mark.parametrize("tree", TREES)
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("draft", ["small", "head"])
 def test_a_round_never_waits_for_its_own_results(
-    tree: str, temperature: float, monkeypatch: pytest.MonkeyPatch
+    tree: str, temperature: float, draft: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One synchronisation per round: the report at its end, and nothing else asks for a value."""
-    captioner = tiny_captioner("qwen", Size(seed=1), Size(seed=2))
+    captioner = (
+        tiny_captioner("qwen", Size(seed=1), Size(seed=2)) if draft == "small" else fresh_captioner("qwen")
+    )
     captioner.generation_config.repetition_penalty = 1.1
     captioner.generation_config.min_new_tokens = 3
     watched: list[str] = []
