@@ -68,7 +68,7 @@ def fit(
     optimizer = torch.optim.Adam(head.parameters(), RATE)
     losses = []
     head.train()
-    for _ in range(steps):
+    for _ in range(steps if examples else 0):
         optimizer.zero_grad()
         total = torch.zeros(())
         for example in examples:

@@ -8,6 +8,12 @@ from typing import Any
 import pytest
 
 from specvlm.config import POSITIONS, PRUNERS, TREES
+from specvlm.drafts.compressor import MODES, OPERATORS, CompressorConfig
+from specvlm.drafts.head import HeadDraft
+from specvlm.drafts.head_model import HeadModel
+from specvlm.model import VideoLM
+from specvlm.training.objective import ObjectiveSettings
+from tests.heads import config_of, examples_of, fit
 from tests.tiny import FamilyName, Size, random_frames, stock_ids, tiny_captioner
 
 CI_CASES = 60
@@ -53,6 +59,18 @@ def random_options(dice: random.Random) -> dict[str, Any]:
     }
 
 
+def random_head(dice: random.Random, target: VideoLM) -> HeadModel:
+    """An untrained head of a target."""
+    mode = dice.choice(MODES)
+    count = {"none": 0, "single": 1}.get(mode, dice.randint(2, len(OPERATORS)))
+    compressor = CompressorConfig(
+        mode, tuple(dice.sample(OPERATORS, count)), dice.choice([1.0, 3.0, 7.5, 20.0])
+    )
+    return HeadModel.fresh(
+        target, config_of(target, compressor, deep=dice.random() < 0.5), dice.randrange(99)
+    )
+
+
 def check_case(seed: int) -> None:
     """Speculative == plain == stock for one random pair, video, prompt and set of options."""
     dice = random.Random(seed)
@@ -61,6 +79,8 @@ def check_case(seed: int) -> None:
     same = dice.random() < 0.4
     draft = target if same else random_size(dice, dice.choice([270, 300, 340]))
     captioner = tiny_captioner(family, target, draft)
+    others = random.Random(~seed)  # so that a seed names the same case as before there were heads
+    head = random_head(others, captioner.target) if others.random() < 0.4 else None
     frames = random_frames(
         seed, dice.choice([1, 2, 3, 4, 7]), 16 * dice.randint(1, 4), 16 * dice.randint(1, 4)
     )
@@ -74,7 +94,12 @@ def check_case(seed: int) -> None:
     if dice.random() < 0.5:
         config.eos_token_id = [dice.choice(stock), dice.randrange(260)]
         stock = stock_ids(captioner.target.model, tensors, limit)
-    said = f"case {seed}: {family} {target} {draft} {options}"
+    if head is not None:
+        told = [(prepared, stock)] if len(stock) > 1 else []
+        fit(head, captioner.target, examples_of(captioner.target, head, told), 8, ObjectiveSettings(unroll=1))
+        ids = sorted(others.sample(range(260), 40)) if others.random() < 0.3 else None
+        captioner.draft = HeadDraft(head.requires_grad_(False), captioner.target, ids)
+    said = f"case {seed}: {family} {target} {draft if head is None else head.config} {options}"
     assert captioner.caption(prepared, speculate=False, max_new_tokens=limit).token_ids == stock, said
     assert captioner.caption(prepared, **options).token_ids == stock, said
     sampling = {"temperature": dice.choice([0.5, 1.5]), "top_k": dice.choice([0, 4]), "seed": seed}
