@@ -213,7 +213,7 @@ def plot(kinds: Sequence[Found], path: Path) -> None:
     """Accepted tokens over the video tokens that a head sees."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9.6, 4.4), layout="constrained")
+    figure = Figure(figsize=(9.6, 4.8), layout="constrained")
     colours = ("#2b83c6", "#e0762b", "#2a9d72", "#c2549c", "#a48a00", "#7a6bd6", "#cf4a45", "#2aa0ad")
     panels = figure.subplots(1, len(kinds), squeeze=False)[0]
     for axes, found in zip(panels, kinds, strict=True):
@@ -235,7 +235,8 @@ def plot(kinds: Sequence[Found], path: Path) -> None:
         )
         axes.grid(alpha=0.2)
     panels[0].set_ylabel("accepted tokens a round, dynamic tree")
-    panels[-1].legend(frameon=False, fontsize=8)
+    handles, labels = panels[-1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, metadata={"Software": None})
 

@@ -151,7 +151,7 @@ def plot(found: Mapping[Point, Row], small: Row, path: Path) -> None:
     """Accepted tokens and decode speedup over units, seeds as points, their means as lines."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9.6, 3.8), layout="constrained")
+    figure = Figure(figsize=(9.6, 4.1), layout="constrained")
     units = sorted({point.units for point in found})
     titles = {"accepted": "accepted tokens a round", "speedup": "decode, times stock generate()"}
     for axes, field in zip(figure.subplots(1, 2), titles, strict=True):
@@ -166,7 +166,8 @@ def plot(found: Mapping[Point, Row], small: Row, path: Path) -> None:
         axes.set(title=titles[field], xlabel="units of training", ylim=(0, None))
         axes.grid(alpha=0.2)
     axes.plot([], [], color="grey", linestyle=(0, (4, 3)), linewidth=1, label="small draft, same tree")
-    axes.legend(frameon=False)
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, metadata={"Software": None})
 
