@@ -125,7 +125,7 @@ def _nothing(flags: TrainFlags, samples: Samples) -> Outcome:
 def _speaker(flags: TrainFlags, ranks: Ranks) -> Speaker:
     """The person hears of several processes what the first one says."""
     if ranks.rank:
-        return Speaker(quiet=True, progress="none")
+        return Speaker(quiet=True, progress="none", silent=True)
     return Speaker(quiet=flags.quiet, verbose=flags.verbose, progress=flags.progress, log_file=flags.log_file)
 
 

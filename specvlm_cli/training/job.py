@@ -252,10 +252,13 @@ class _Start:
         _refuse_float16(teacher.target)
         if self.ranks.rank == 0:
             self._store(resolved)
-        trainer, lessons = self._trainer(teacher, resolved)
+        captions = None
+        if self.ranks.rank == 0:
+            captions = self.held.enter_context(Captions.open(request.out / STATE / NAME))
+        trainer, lessons = self._trainer(teacher, resolved, captions)
         with self.talk.working():
             ending = trainer.run()
-        return self._outcome(ending, lessons)
+        return self._outcome(ending, lessons, captions)
 
     def _device(self) -> str | None:
         """Of several processes each has its own device, unless the flags say where the target goes."""
@@ -267,7 +270,9 @@ class _Start:
             stored.agree(self.request.out, known.resolved, resolved)
         stored.write(self.request.out, Stored(self.request.fingerprint(), resolved))
 
-    def _trainer(self, teacher: Captioner, resolved: Plain) -> tuple[Trainer, Lessons]:
+    def _trainer(
+        self, teacher: Captioner, resolved: Plain, captions: Captions | None
+    ) -> tuple[Trainer, Lessons]:
         request, ranks, target = self.request, self.ranks, teacher.target
         config = _head_config(request, teacher, ranks.count)
         target.keep_features((-1,))
@@ -275,8 +280,6 @@ class _Start:
         in_use = HeadModel.fresh(target, config, request.training.seed).to(target.device, target.dtype)
         in_use.eval().requires_grad_(False)
         captioners = Captioners(teacher, _pupil(teacher, in_use))
-        writes = ranks.rank == 0
-        captions = self.held.enter_context(Captions.open(request.out / STATE / NAME)) if writes else None
         register = Register(captions, ranks, self.talk.left_out)
         asking = _asking(request, teacher, resolved)
         check = self._check if ranks.count == 1 else _go_on
@@ -308,7 +311,7 @@ class _Start:
             Learner(head, request.training, ranks),
             in_use,
             VideoSource(lessons, exam),
-            HeadFolder(request.out, self.talk.warn) if writes else None,
+            None if captions is None else HeadFolder(request.out, self.talk.warn),
             ranks,
             self.talk,
         )
@@ -331,16 +334,13 @@ class _Start:
         if self.stop.reason is not None:
             raise Interrupted
 
-    def _outcome(self, ending: Ending, lessons: Lessons) -> Outcome:
+    def _outcome(self, ending: Ending, lessons: Lessons, captions: Captions | None) -> Outcome:
         request, progress = self.request, ending.progress
-        left = 0
-        if self.ranks.rank == 0:
-            with Captions.open(request.out / STATE / NAME) as captions:
-                noted = captions.left_out()
-            left = len(noted) + len(request.samples.problems)
-            if not progress.samples and ending.stopped is None and ending.total:
-                why = f"; the first: {noted[0].name}: {noted[0].failure.error}" if noted else ""
-                raise FatalError(f"none of the videos could be learned from{why}")
+        noted = self.ranks.first([] if captions is None else captions.left_out())
+        left = len(noted) + len(request.samples.problems)
+        if not progress.samples and ending.stopped is None and ending.total:
+            why = f"; the first: {noted[0].name}: {noted[0].failure.error}" if noted else ""
+            raise FatalError(f"none of the videos could be learned from{why}")
         failed = bool(left or request.unreadable) and not request.exit_zero
         code = ExitCode.SOME_FAILED if failed else ExitCode.OK
         return Outcome(

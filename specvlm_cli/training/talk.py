@@ -43,8 +43,11 @@ class Speaker:
         verbose: bool = False,
         progress: ProgressName = "auto",
         log_file: Path | None = None,
+        silent: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`silent`: another process speaks."""
+        self._silent = silent
         self._console = Console(
             file=cast(TextIO, STDERR), markup=False, emoji=False, highlight=False, soft_wrap=True
         )
@@ -80,7 +83,7 @@ class Speaker:
 
     def _say(self, message: str, shown: bool) -> None:
         said = short(message, MOST_CHARACTERS)
-        if shown:
+        if shown and not self._silent:
             (self._console if self._bar is None else self._bar.console).print(Text(said))
         if self._log is not None and (trouble := self._log.line(said)):
             self._console.print(

@@ -1,4 +1,7 @@
-"""Trainings that are killed, signalled and started again: the same weights, bitwise, as if nothing had been."""
+"""Trainings that are killed, signalled and started again: the same weights, bitwise, as if nothing had been.
+
+And trainings of two processes, as `accelerate launch` starts them.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import json
 import os
 import random
 import signal
+import socket
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -209,3 +213,52 @@ def test_a_truncated_checkpoint_is_seen(ground: Ground, whole: State, tmp_path: 
     )
     ours, theirs = state_of(out), whole
     assert all(torch.equal(value, theirs.weights[name]) for name, value in ours.weights.items())
+
+
+def launched(ground: Ground, out: Path, *more: object) -> list[int]:
+    """Start two processes of one training, with the variables that `accelerate launch --cpu` sets."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [
+        ground.driver.start(
+            ground.arguments(out, *more),
+            out.with_suffix(f".err{rank}"),
+            RANK=rank,
+            LOCAL_RANK=rank,
+            WORLD_SIZE=2,
+            LOCAL_WORLD_SIZE=2,
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=port,
+            ACCELERATE_USE_CPU="true",
+        )
+        for rank in range(2)
+    ]
+
+
+def test_two_processes_average_their_gradients(ground: Ground, whole: State, tmp_path: Path) -> None:
+    """Sums in another order round otherwise, so it is not bitwise; what is told is the same."""
+    out = tmp_path / "head"
+    codes = [ground.driver.wait(process) for process in launched(ground, out)]
+    assert codes == [3, 3], out.with_suffix(".err0").read_text()
+    state = state_of(out)
+    for name, value in whole.weights.items():
+        if name.startswith("head."):
+            assert (value - state.weights[name]).abs().mean() < 2e-5, name
+    assert (state.captions, state.left_out) == (whole.captions, whole.left_out)
+    assert [entry["samples"] for entry in state.log] == [entry["samples"] for entry in whole.log]
+    assert [entry["num_drafts"] > 0 for entry in state.log] == [True] * 4
+    assert [out.with_suffix(f".err{rank}").read_text().count("left out: ") for rank in range(2)] == [1, 0]
+
+
+def test_a_signal_to_one_process_stops_both(ground: Ground, whole: State, tmp_path: Path) -> None:
+    out = tmp_path / "head"
+    processes = launched(ground, out)
+    end_s = time.monotonic() + 60
+    while not list(out.glob(".specvlm/checkpoint-00000003")):
+        assert time.monotonic() < end_s, out.with_suffix(".err0").read_text()
+        time.sleep(0.005)
+    os.kill(processes[1], signal.SIGTERM)
+    assert [ground.driver.wait(process) for process in processes] == [STOPPED, STOPPED]
+    assert ground.run(out) == 3, "one process goes on from what two have done"
+    assert state_of(out).captions == whole.captions

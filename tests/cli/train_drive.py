@@ -2,7 +2,7 @@
 
     python -m tests.cli.train_drive         starts, as orders on stdin say, one JSON object a line
 
-`{"start": [ARGUMENTS], "stderr": FILE}` answers with the process id, which is its process group too;
+`{"start": [ARGUMENTS], "stderr": FILE, "environment": {}}` answers with the process id, which is its process group too;
 `{"wait": PID, "most_s": S}` with the exit code, minus the signal that ended it, or null where it still runs.
 Importing and compiling takes most of a start's time; here it is done once. Nothing is faked.
 """
@@ -14,7 +14,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
@@ -53,9 +52,11 @@ class TrainDriver:
         self._process.stdout.close()
         self._process.wait(30)
 
-    def start(self, arguments: Sequence[object], stderr: Path) -> int:
+    def start(self, arguments: Sequence[object], stderr: Path, **environment: object) -> int:
         """Make a start; return its process id."""
-        process = self._ask({"start": [str(one) for one in arguments], "stderr": str(stderr)})
+        more = {name: str(value) for name, value in environment.items()}
+        words = [str(one) for one in arguments]
+        process = self._ask({"start": words, "stderr": str(stderr), "environment": more})
         assert process is not None
         return process
 
@@ -76,7 +77,7 @@ class TrainDriver:
         return answer
 
 
-def _start(arguments: list[str], stderr: Path) -> int:
+def _start(arguments: list[str], stderr: Path, environment: dict[str, str]) -> int:
     child = os.fork()
     if child:
         return child
@@ -87,6 +88,7 @@ def _start(arguments: list[str], stderr: Path) -> int:
         for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.environ.update(environment)
         from specvlm_cli import app
 
         code = app.main(arguments)
@@ -114,11 +116,10 @@ def main() -> None:
     for line in sys.stdin:
         said = json.loads(line)
         if "start" in said:
-            answer: int | None = _start(said["start"], Path(said["stderr"]))
+            answer: int | None = _start(said["start"], Path(said["stderr"]), said["environment"])
         else:
             answer = _wait(said["wait"], said["most_s"])
         print(json.dumps(answer), flush=True)
-        time.sleep(0)
 
 
 if __name__ == "__main__":
