@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -89,14 +90,16 @@ def write(report: Report, folder: Path, sheets: Sequence[PageSheet] = ()) -> Non
 
 
 def _write_rows(report: Report, path: Path) -> None:
-    rows = [
-        row | {"video": storable(row["video"]), "modelled": report.modelled}
-        for row in rows_of(report.samples)
-    ]
+    rows = [row | _texts(row) | {"modelled": report.modelled} for row in rows_of(report.samples)]
     note = json.dumps({"label": report.label, "conditions": asdict(report.conditions)})
     table = pa.Table.from_pylist(rows, SCHEMA.with_metadata({_METADATA: note}))
     with _whole(path) as temporary:
         pq.write_table(table, temporary, compression="zstd")
+
+
+def _texts(row: dict[str, Any]) -> dict[str, str]:
+    """What comes from outside, as Parquet takes it."""
+    return {name: storable(row[name]) for name in ("video", "draft") if row[name] is not None}
 
 
 def _write_page(report: Report, path: Path, sheets: Sequence[PageSheet]) -> None:

@@ -18,6 +18,11 @@ _OF_A_PAIR = tuple(method for method in METHODS if method != HEAD)
 _SPECULATION = SpeculationSettings()
 
 
+def _shown(name: str) -> str:
+    """A draft's name, which comes from outside, as it may stand in a table: no control characters."""
+    return "".join(character if character.isprintable() else "\ufffd" for character in name)
+
+
 class GridDraft(NamedTuple):
     """One draft of a bench."""
 
@@ -89,7 +94,7 @@ class Grid:
             return ""
         short = str(draft.name).rpartition("/")[2]
         alike = sum(name.rpartition("/")[2] == short for name in kin)
-        return short if alike == 1 else str(draft.name)
+        return _shown(short if alike == 1 else str(draft.name))
 
     def all(self) -> list[Configuration]:
         """Those of all numbers of frames."""

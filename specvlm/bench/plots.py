@@ -1,7 +1,7 @@
 """The plots of a bench as SVG, to stand inside a page. Knows records and matplotlib; no pages, no files.
 
 What is black in a plot is drawn in `INK`, which becomes the page's own text colour, so that one plot suits light
-and dark pages. Text stays text. All words come from this package, none from outside.
+and dark pages. Text stays text, and no formula: drafts' names come from outside, all other words from this package.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ STAGE_COLOURS = {
 
 _STYLE: Any = {
     "svg.fonttype": "none",
+    "text.parse_math": False,
     "font.size": 11,
     "axes.spines.top": False,
     "axes.spines.right": False,

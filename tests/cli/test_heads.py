@@ -8,11 +8,16 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from specvlm import preset
-from specvlm_cli import checkpoints
+from specvlm.bench.grid import Grid, GridDraft
+from specvlm.bench.records import Sample, Stages
+from specvlm_cli import bench_files, checkpoints
 from specvlm_cli.doctor.models import _missing
+from specvlm_cli.screen.bench import tell
+from tests.bench_reports import made
 from tests.cli.conftest import Specvlm, rows
 
 ROOT = Path(__file__).parents[2]
@@ -113,6 +118,27 @@ def test_a_head_without_its_weights_is_not_on_disk(with_preset: str, head: Path)
     (head / "model.safetensors").unlink()
     assert {one.name: one.draft_on_disk for one in checkpoints.preset_views()}[with_preset] == "no"
     assert _missing(with_preset) == str(head)
+
+
+def test_a_draft_whose_name_is_no_text_is_written_and_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drafts = tuple(GridDraft(name, is_head=True) for name in ("/work/a\x1b[31m", "/work/\udcff"))
+    report = made(Grid(("stock", "head"), trees=("auto",), drafts=drafts))
+    samples = tuple(
+        Sample(how, "a.mp4", 1, 8, 100, 20, 120, (1, 2), Stages(), 1.0, 1, 2.0, 0, 0, 0, (), (), 7, "pool")
+        for how in Grid(("head",), trees=("auto",), drafts=drafts).all()
+    )
+    bench_files.write(replace(report, samples=samples), tmp_path)
+    found = pq.read_table(tmp_path / "bench.parquet").to_pylist()
+    assert [(row["draft"], row["compressor"]) for row in found] == [
+        ("/work/a\x1b[31m", "pool"),
+        ("/work/\\xff", "pool"),
+    ]
+    tell(report)
+    said = capsys.readouterr().out
+    assert "head auto, a\ufffd[31m" in said
+    assert "\x1b" not in said
 
 
 def test_a_flag_is_refused_without_torch(head: Path) -> None:

@@ -266,6 +266,27 @@ def test_the_page_and_the_plots_name_drafts() -> None:
     assert {f"pruner specvlm, tree static, {name}" in ratio.svg for name in ("small", "other")} == {True}
 
 
+def test_names_from_outside_cannot_do_harm() -> None:
+    """Control characters, markup, formulas that are none, and a name that no terminal or file takes."""
+    names = ("/work/a\x1b[31m<b>\u202e", "/work/costs $5 & $x_{", "/work/\ud800")
+    grid = Grid(
+        ("stock", "head"), trees=("auto",), drafts=tuple(GridDraft(name, is_head=True) for name in names)
+    )
+    found = [one.label for one in grid.all()]
+    assert found == [
+        "stock",
+        "head auto, a\ufffd[31m<b>\ufffd",
+        "head auto, costs $5 & $x_{",
+        "head auto, \ufffd",
+    ]
+    report = made(grid)
+    shown = page(report)
+    shown.encode()
+    assert "head auto, a\ufffd[31m&lt;b&gt;\ufffd" in shown
+    (speedups,) = [one for one in plots(report) if one.name == "speedup"]
+    assert "head auto, costs $5 &amp; $x_{" in speedups.svg
+
+
 def test_conditions_name_all_drafts(tmp_path: Path) -> None:
     captioner = tiny_captioner("qwen", Size(), None)
     report = Report(conditions(captioner, ASKED, ("a",)), summarise([PLAIN], [sample(PLAIN, 1.0)]), ())
