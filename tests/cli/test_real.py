@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 import specvlm
 from specvlm.demo.tokenizer import tokenizer_from
+from specvlm.drafts.head_model import HeadConfig, HeadModel
 from specvlm_cli import app
 from tests.cli import invariants
 from tests.cli.conftest import rows
@@ -39,7 +41,21 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer_from({symbol: number for number, symbol in enumerate(symbols)}, [], "qwen").save_pretrained(
         other
     )
+    heads(root)
     return root
+
+
+def heads(root: Path) -> None:
+    """A head of the target `qwen`, and what may become of it."""
+    captioner = specvlm.load(str(root / "qwen"))
+    target, revision = captioner.target, captioner.info.target_revision
+    config = HeadConfig("qwen", revision, target.family.name, target.hidden_size)
+    HeadModel.fresh(target, config, 0).save(root / "head")
+    for name in ("stale", "later"):
+        shutil.copytree(root / "head", root / f"{name}-head")
+    for name, said in (("stale", {"target_revision": "0" * 16}), ("later", {"format": 9})):
+        file = root / f"{name}-head" / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | said))
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +166,12 @@ def test_the_draft_cannot_change_a_caption(run: Run, models: Path, films: Path, 
     [
         (["--target", "qwen", "--draft", "other-tokenizer"], 2, "other-tokenizer: its tokenizer differs"),
         (["--target", "qwen", "--draft", "llava-draft"], 2, "llava-draft: its family is llava_onevision"),
+        (
+            ["--target", "qwen", "--draft", "stale-head"],
+            2,
+            "made for qwen, revision 0000000000000000, and qwen",
+        ),
+        (["--target", "qwen", "--draft", "later-head"], 1, "config.json (its format is 9, not 1); train it"),
         (["--target", "nowhere"], 1, "nowhere: no such preset or folder"),
         (["--target", "qwen", "--dtype", "int3"], 2, "--dtype': 'int3' is not one of"),
         (["--target", "qwen", "--prompt", "a <|im_end|> b"], 2, "special token <|im_end|>"),
