@@ -61,32 +61,37 @@ class Row(NamedTuple):
     accepted: float  # guesses of a round
 
 
-def run(captioner: Captioner, video: PreparedVideo, tree: str, limit: int) -> tuple[Ran, tuple[int, ...]]:
+def run(captioner: Captioner, video: PreparedVideo, asked: dict[str, Any]) -> tuple[Ran, tuple[int, ...]]:
     """One caption."""
-    caption = captioner.caption(video, tree=tree, max_new_tokens=limit)  # type: ignore[arg-type]
+    caption = captioner.caption(video, **asked)
     stats = caption.stats
     assert stats.draft_s is not None
     return Ran(stats.decode_s, stats.draft_s, stats.num_drafts, stats.num_accepted_tokens), caption.token_ids
 
 
 def in_turns(
-    captioner: Captioner, videos: Sequence[PreparedVideo], drafts: dict[str, Draft], tree: str, options: Any
+    captioner: Captioner,
+    videos: Sequence[PreparedVideo],
+    drafts: dict[str, Draft],
+    repeat: int,
+    asked: dict[str, Any],
 ) -> dict[str, Row]:
     """All drafts on each video in turn, another one first every time; one turn more at the beginning warms up."""
     plain = [
-        captioner.caption(v, speculate=False, max_new_tokens=options.max_new_tokens).token_ids for v in videos
+        captioner.caption(v, speculate=False, max_new_tokens=asked["max_new_tokens"]).token_ids
+        for v in videos
     ]
     turns: dict[str, list[list[Ran]]] = {name: [] for name in drafts}
     names = list(drafts)
-    for turn in range(options.repeat + 1):
+    for turn in range(repeat + 1):
         runs: dict[str, list[Ran]] = defaultdict(list)
         for index, video in enumerate(videos):
             shift = (turn + index) % len(names)
             for name in names[shift:] + names[:shift]:
                 captioner.draft = drafts[name]
-                ran, written = run(captioner, video, tree, options.max_new_tokens)
+                ran, written = run(captioner, video, asked)
                 if written != plain[index]:
-                    raise SystemExit(f"{name}, {tree}, video {index}: not the caption of plain decoding")
+                    raise SystemExit(f"{name}, {asked}, video {index}: not the caption of plain decoding")
                 runs[name].append(ran)
         if turn:
             for name in names:
@@ -173,7 +178,8 @@ def demo(options: argparse.Namespace) -> None:
     weight = draft.model.model.get_output_embeddings().weight
     alone = head_ms(drafts, weight, weight.shape[1])
     for tree in TREES:
-        tell(in_turns(captioner, clips[: options.clips], drafts, tree, options), tree, alone)
+        asked = {"tree": tree, "max_new_tokens": options.max_new_tokens}
+        tell(in_turns(captioner, clips[: options.clips], drafts, options.repeat, asked), tree, alone)
     print("\nAll captions are those of plain decoding.")
 
 
@@ -264,7 +270,9 @@ def compare(
     }
     alone = head_ms(drafts, captioner.target.model.get_output_embeddings().weight, kind.width)
     for tree in options.trees:
-        tell(in_turns(captioner, videos, drafts, tree, options), tree, alone)
+        # Random weights give another text where video tokens are missing, so none is.
+        asked = {"tree": tree, "max_new_tokens": options.max_new_tokens, "prune_ratio": 0.0}
+        tell(in_turns(captioner, videos, drafts, options.repeat, asked), tree, alone)
     captioner.draft = None
 
 
