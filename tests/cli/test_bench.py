@@ -23,6 +23,7 @@ from rich.console import Console
 from specvlm.bench.records import STAGES, Configuration, Left, Report, Sample, Stages
 from specvlm.bench.suite import Step
 from specvlm.bench.summing import summarise
+from specvlm.preset import find_preset
 from specvlm_cli import app, bench_files
 from specvlm_cli.commands.bench_flags import BenchFlags
 from specvlm_cli.screen.bench import BenchTalk, tell
@@ -108,10 +109,9 @@ def test_a_bench_of_the_demo_pair(run: Run, tmp_path: Path) -> None:
     assert (found["schema"], found["modelled"], found["left_out"]) == (1, False, [])
     conditions = found["conditions"]
     assert conditions["videos"] == ["one-drifts-left.mp4"]
-    assert (conditions["target"], conditions["draft"]) == (
-        "specvlm-demo/qwen-target",
-        "specvlm-demo/qwen-draft",
-    )
+    heads = ["specvlm-demo/qwen-head"] if find_preset("demo-head") else []
+    assert conditions["target"] == "specvlm-demo/qwen-target"
+    assert conditions["draft"].split(", ") == ["specvlm-demo/qwen-draft", *heads]
     assert conditions["command"] == (
         "specvlm bench --limit 1 --prune-ratio 0.5,0.9 --tree static --repeat 1 --max-new-tokens 24"
     )
@@ -129,7 +129,8 @@ def test_a_bench_of_the_demo_pair(run: Run, tmp_path: Path) -> None:
     assert seen[0] == drafting[0]["video_tokens"] > seen[1] > seen[2] > 0
     rows = pq.read_table(out / "bench.parquet").to_pylist()
     assert {(row["method"], row["prune_ratio"]) for row in rows} == {
-        *(("stock", None), ("plain", None), ("sd", 0.0), ("specvlm", 0.5), ("specvlm", 0.9))
+        *(("stock", None), ("plain", None), ("sd", 0.0), ("specvlm", 0.5), ("specvlm", 0.9)),
+        *(("head", None) for _ in heads),
     }
     assert {tuple(row["token_ids"]) for row in rows} == {tuple(rows[0]["token_ids"])}
     for row in rows:
