@@ -10,10 +10,13 @@ import pytest
 import specvlm
 from specvlm.bench.clips import example_clips
 from specvlm.captioner import Captioner
+from specvlm.config import GenerationSettings, SpeculationSettings
 from specvlm.drafts.kept_tokens import Choosing, MostUsed, unseen_share
 from specvlm.drafts.small_model import SmallModelDraft
 from specvlm.errors import ConfigError
 from specvlm.trimming import Trimming, guess_from
+from specvlm_cli.engine import SpecvlmEngine
+from specvlm_cli.settings import CaptionSettings, ModelChoice
 from tests.tiny import Size, processor_for, random_frames, tiny_captioner
 
 TARGET = Size(layers=2, seed=1, vocabulary=320)
@@ -101,6 +104,25 @@ def test_captions_stay_the_same_while_the_vocabulary_changes(captioner: Captione
         if ids is not None:
             guess_from(captioner, ids)
         assert session.caption(index, max_new_tokens=24, tree="static").token_ids == plain[index]
+
+
+def test_the_batch_tools_engine_counts_each_caption_once(captioner: Captioner) -> None:
+    """Not what is decoded plainly beside it: that would make every token look common."""
+    heard: list[tuple[int, ...]] = []
+    trimming = Trimming(captioner, MostUsed(40))
+    trimming.hear = heard.append  # type: ignore[assignment,method-assign]
+    settings = CaptionSettings(
+        ModelChoice("tiny", "tiny"),
+        ("Hi there.",),
+        None,
+        captioner.frames,
+        GenerationSettings(max_new_tokens=9),
+        SpeculationSettings(tree="chain"),
+    )
+    session = SpecvlmEngine(captioner, settings, trimming).open(random_frames(1), settings.prompts)
+    plain, guessed = (session.caption(0, speculate=speculate) for speculate in (False, True))
+    assert plain.token_ids == guessed.token_ids
+    assert heard == [guessed.token_ids]
 
 
 def test_the_demo_pair_with_half_of_its_vocabulary(tmp_path: Path) -> None:
