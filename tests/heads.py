@@ -30,8 +30,8 @@ COMPRESSORS = {
 }
 # Of other lengths, prompts and places of the video.
 PROMPTS = ((3, 4, "Hi there."), (4, 2, "Look at <video> and tell."), (5, 6, "What?"))
-FITTED_TOKENS = 24
-STEPS, FURTHER_STEPS, RATE = 90, 12, 1e-2
+FITTED_TOKENS = 20
+STEPS, FURTHER_STEPS, RATE = 80, 14, 1e-2
 Weights = dict[str, torch.Tensor]
 
 

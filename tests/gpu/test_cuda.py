@@ -13,9 +13,13 @@ from specvlm import attention, graphs
 from specvlm.attention import RoundAttention, node_table, round_plan
 from specvlm.captioner import Captioner
 from specvlm.config import TREES, FrameSettings
+from specvlm.drafts.head import HeadDraft
+from specvlm.drafts.head_model import HeadConfig, HeadModel
 from specvlm.drafts.small_model import SmallModelDraft
 from specvlm.families import family_of
 from specvlm.model import VideoLM
+from specvlm.training.example import read_example
+from specvlm.training.objective import ObjectiveSettings, distillation_loss
 from tests.tiny import FamilyName, Size, processor_for, random_frames, stock_ids, tiny_captioner, tiny_model
 
 pytestmark = [
@@ -77,6 +81,84 @@ def test_bfloat16_differs_only_at_near_ties(family: FamilyName) -> None:
     )
     best, second = out.logits[first][0].float().topk(2).values.tolist()
     assert best - second < 2**-6 * abs(best)
+
+
+def headed(family: FamilyName, dtype: torch.dtype, layers: tuple[int, ...] = (-1,)) -> Captioner:
+    """A captioner whose draft is an untrained head, moved to the first GPU after it was made."""
+    captioner = cuda_captioner(family, dtype)
+    target = captioner.target
+    config = HeadConfig("tiny", None, target.family.name, target.hidden_size, layers)
+    head = HeadModel.fresh(target, config, 0).to(DEVICE, dtype).eval().requires_grad_(False)
+    captioner.draft = HeadDraft(head, target)
+    return captioner
+
+
+@pytest.mark.usefixtures("_small_steps")
+@pytest.mark.parametrize("family", ["qwen", "llava"])
+@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize("layers", [(-1,), (0, 1, 2)])
+@pytest.mark.parametrize("how", ["masked", "split"])
+def test_a_head_in_float32_is_stock_by_graphs_and_without(
+    family: FamilyName, tree: Any, layers: tuple[int, ...], how: RoundAttention
+) -> None:
+    """Greedy and sampled, several videos in one rig, one row and two; without a warning."""
+    captioner = headed(family, torch.float32, layers)
+    assert isinstance(captioner.draft, HeadDraft)
+    assert captioner.draft.head.text.rotary_emb.inv_freq.device.type == DEVICE
+    for model in (captioner.target, captioner.draft.text):
+        model.round_attention = how
+    videos = [captioner.prepare(random_frames(seed), "Hi there."[: 9 - seed]) for seed in range(2)]
+    tensors = [{n: v.to(DEVICE) for n, v in video.inputs.tensors.items()} for video in videos]
+    stock = [stock_ids(captioner.target.model, one, 24) for one in tensors]
+
+    def run(**options: Any) -> list[tuple[int, ...]]:
+        jobs = ([videos[0]], [videos[1]], videos)
+        return [
+            one.token_ids for job in jobs for one in captioner.caption_rows(job, max_new_tokens=24, **options)
+        ]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert run(tree=tree) == stock * 2
+        drawn = run(tree=tree, temperature=0.7)
+        assert captured(captioner)
+    captioner.target.graphs = None
+    assert run(tree=tree) == stock * 2
+    assert drawn == run(speculate=False, temperature=0.7)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_head_in_other_formats_runs_by_graphs(dtype: torch.dtype) -> None:
+    captioner = headed("qwen", dtype)
+    assert isinstance(captioner.draft, HeadDraft)
+    assert captioner.draft.head.text.rotary_emb.inv_freq.dtype == torch.float32
+    video = captioner.prepare(random_frames(1), "Hi there.")
+    assert captioner.target.graphs is not None
+    captioner.target.graphs.working = False  # the same slabs and shapes, run eagerly
+    eager = captioner.caption(video, tree="static", max_new_tokens=60).token_ids
+    captioner.target.graphs = graphs.Graphs()
+    assert captioner.caption(video, tree="static", max_new_tokens=60).token_ids == eager
+    assert captured(captioner)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_head_learns_on_the_device(dtype: torch.dtype) -> None:
+    """A loss with gradients of every kind, the gate's through the attention mask too."""
+    captioner = headed("qwen", dtype)
+    assert isinstance(captioner.draft, HeadDraft)
+    head, target = captioner.draft.head.train().requires_grad_(True), captioner.target
+    video = captioner.prepare(random_frames(1), "Hi there.")
+    tokens = captioner.caption(video, speculate=False, max_new_tokens=12).token_ids
+    example = read_example(target, video.inputs, tokens).to(head.device)
+    for seed in range(12):
+        generator = torch.Generator().manual_seed(seed)
+        loss = distillation_loss(head, target, example, ObjectiveSettings(unroll=1), generator).total
+        loss.backward()  # type: ignore[no-untyped-call]
+    assert head.compressor.gate is not None
+    for weight in (head.join.weight, head.compressor.gate.bias):
+        assert weight.grad is not None
+        assert weight.grad.isfinite().all()
+        assert weight.grad.any()
 
 
 def attend_as(captioner: Captioner, how: RoundAttention) -> None:

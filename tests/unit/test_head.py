@@ -107,18 +107,18 @@ def learned(captioner: Captioner, video: PreparedVideo, tokens: tuple[int, ...],
     return found
 
 
-def check_equal(noted: list[Propose], found: Learned, caption: tuple[int, ...]) -> int:
-    """Roots, and levels as far as guesses were the caption's; -> how many levels that were."""
-    levels = 0
+def check_equal(
+    captioner: Captioner, video: PreparedVideo, noted: list[Propose], caption: tuple[int, ...]
+) -> None:
+    """Roots, and the levels below them, as training has them for a caption that ends with the tokens guessed."""
+    assert noted
     for one in noted:
+        assert len(one.levels) == CHAIN.depth - 1
+        found = learned(captioner, video, (*caption[: one.index + 1], *one.tokens, 0), len(one.levels))
         assert torch.allclose(one.root, found.first[one.index], atol=1e-5), one.index
-        for step, (level, token) in enumerate(zip(one.levels, one.tokens, strict=True), start=1):
-            at = one.index + step
-            if at >= len(caption) - 1 or caption[at] != token:
-                break
-            assert torch.allclose(level, found.own[step - 1][at - step], atol=1e-5), (one.index, step)
-            levels += 1
-    return levels
+        for step, level in enumerate(one.levels, start=1):
+            # The pass of a step begins with pair `step`, whose root is pair 0.
+            assert torch.allclose(level, found.own[step - 1][one.index], atol=1e-5), (one.index, step)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -129,14 +129,14 @@ def test_drafting_reads_what_training_read(family: FamilyName, name: str, propos
     video = videos_of(captioner)[1]
     tokens = written(captioner, video)
     caption = captioner.caption(video, tree="chain", depth=4, max_new_tokens=FITTED_TOKENS)
-    found = learned(captioner, video, tokens, 3)
     assert proposed[0].index == 0
     assert len(proposed) == caption.stats.num_drafts
-    assert check_equal(proposed, found, tokens) >= 3
+    assert len(proposed) < len(tokens) - 1  # some guesses were accepted
+    check_equal(captioner, video, proposed[::3], tokens)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("catch_up", [1, 2, 3, 64])
+@pytest.mark.parametrize("catch_up", [1, 3, 64])
 @pytest.mark.parametrize(
     "plain", [[True] * 7, [False, True, True, False, True, False] * 2, [False] + [True] * 9], ids=str
 )
@@ -153,7 +153,7 @@ def test_a_head_that_fell_behind_reads_what_it_missed(
     tokens = written(captioner, video)
     monkeypatch.setattr(captioner, "chooser", lambda *_: Scheduled(plain))
     assert captioner.caption(video, max_new_tokens=FITTED_TOKENS).token_ids == tokens
-    assert check_equal(proposed, learned(captioner, video, tokens, 3), tokens) >= 3
+    check_equal(captioner, video, proposed, tokens)
 
 
 _SHARED: dict[FamilyName, Captioner] = {}
@@ -177,14 +177,13 @@ def test_long_videos_keep_their_positions(family: FamilyName, name: str, propose
         assert positions.max() > positions[0, -1]
     tokens = written(captioner, video, max_new_tokens=12)
     captioner.caption(video, tree="chain", depth=4, max_new_tokens=12)
-    found = learned(captioner, video, tokens, 3)
     assert len(proposed) >= 3
-    check_equal(proposed, found, tokens)
+    check_equal(captioner, video, proposed, tokens)
 
 
-def test_positions_are_those_of_the_features(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The test above means something: with a pair's position one off, it fails."""
-    captioner = head_captioner("qwen")
+def test_a_position_that_is_one_off_shows(proposed: list[Propose], monkeypatch: pytest.MonkeyPatch) -> None:
+    """So the tests above mean something."""
+    captioner = _shared("qwen")
     video = videos_of(captioner)[0]
     tokens = written(captioner, video)
     real = _HeadProposer._read_written
@@ -197,17 +196,10 @@ def test_positions_are_those_of_the_features(monkeypatch: pytest.MonkeyPatch) ->
             self._position -= 1
 
     monkeypatch.setattr(_HeadProposer, "_read_written", shifted)
-    noted: list[Propose] = []
-    propose = _HeadProposer.propose
-
-    def noting(self: _HeadProposer, shape: Any, root: Any, index: torch.Tensor, horizon: Any) -> Any:
-        noted.append(Propose(int(index[0]), self._root[0, 0].clone(), [], []))
-        return propose(self, shape, root, index, horizon)
-
-    monkeypatch.setattr(_HeadProposer, "propose", noting)
     captioner.caption(video, tree="chain", depth=4, max_new_tokens=FITTED_TOKENS)
+    check_equal(captioner, video, proposed[:1], tokens)
     with pytest.raises(AssertionError):
-        check_equal(noted, learned(captioner, video, tokens, 1), tokens)
+        check_equal(captioner, video, proposed[1:2], tokens)
 
 
 def test_frequencies_stay_float32() -> None:
@@ -221,8 +213,7 @@ def test_frequencies_stay_float32() -> None:
     assert head.float().text.rotary_emb.inv_freq.dtype == torch.float32
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(("family", "dtype"), [("qwen", "bfloat16"), ("llava", "float16")])
 @pytest.mark.parametrize("deep", [False, True])
 def test_other_number_formats_caption_too(
     family: FamilyName, dtype: str, deep: bool, folders: dict[str, Path]

@@ -57,15 +57,13 @@ def told(captioner: Captioner, videos: list[PreparedVideo], **options: Any) -> T
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tree", ["chain", "static", "dynamic"])
-@pytest.mark.parametrize(
-    ("rows", "temperature", "how"), [(1, 0.0, "masked"), (2, 0.0, "split"), (2, 0.7, "masked")]
-)
+@pytest.mark.parametrize(("rows", "temperature", "how"), [(1, 0.0, "masked"), (2, 0.7, "split")])
 def test_graphs_write_what_eager_rounds_write(
     family: FamilyName, tree: str, rows: int, temperature: float, how: attention.RoundAttention
 ) -> None:
     """Two jobs in one rig; the second one's rounds are graphs of the first one's."""
     captioner, (first, other, _, like_first) = pair(family)
-    captioner.generation_config.repetition_penalty = 1.2
+    captioner.generation_config.repetition_penalty = 1.2 if temperature else None
     jobs = [[first], [like_first]] if rows == 1 else [[first, other], [other, like_first]]
     options: dict[str, Any] = {"tree": tree, "temperature": temperature}
     eager = [told(captioner, job, seed=seed, **options) for seed, job in enumerate(jobs)]
@@ -86,7 +84,7 @@ def test_plain_rounds_between_share_the_rig(family: FamilyName, monkeypatch: pyt
 
     def run() -> list[Told]:
         found = []
-        for seed in range(3):
+        for seed in range(2):
             chooser = ByChance(seed, plain_first=2 * seed)
             monkeypatch.setattr(captioner, "chooser", lambda *_, chosen=chooser: chosen)
             found += [told(captioner, [videos[0]]), told(captioner, videos[:2])]
