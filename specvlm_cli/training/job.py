@@ -267,7 +267,7 @@ class _Start:
     def _store(self, resolved: Plain) -> None:
         known = stored.read(self.request.out)
         if known is not None and known.resolved:
-            stored.agree(self.request.out, known.resolved, resolved)
+            stored.agree(self.request.out, known.resolved, resolved, flags=False)
         stored.write(self.request.out, Stored(self.request.fingerprint(), resolved))
 
     def _trainer(

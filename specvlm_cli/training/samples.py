@@ -10,7 +10,7 @@ import json
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import fsdecode
 from typing import NamedTuple
 
@@ -128,12 +128,14 @@ def divided(
     Raises:
         UsageError: Nothing would be left to learn from.
     """
-    kept_out = split.chosen(videos) if elsewhere is None else {video.id for video in elsewhere}
-    files = set() if elsewhere is None else {_part(video) for video in elsewhere}
-    train = [video for video in videos if video.id not in kept_out and _part(video) not in files]
-    held_out = elsewhere
-    if held_out is None:
-        held_out = [video for video in videos if video.id in kept_out][: split.most]
+    if elsewhere is None:
+        chosen = split.chosen(videos)
+        held_out = [video for video in videos if video.id in chosen]
+        train = [video for video in videos if video.id not in chosen]
+    else:  # an id is that of a path below its input, so two inputs may have the same
+        held_out = [replace(video, id=f"held out {video.id}") for video in elsewhere]
+        files = {_part(video) for video in elsewhere}
+        train = [video for video in videos if _part(video) not in files]
     if not train and videos:
         told = "1 video" if len(videos) == 1 else f"{len(videos)} videos"
         raise UsageError(

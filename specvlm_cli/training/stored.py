@@ -6,7 +6,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from specvlm.training.checkpoint import Checkpoints, write_whole
+from specvlm.durable import write_whole
+from specvlm.training.checkpoint import Checkpoints
 from specvlm.training.folder import STATE
 from specvlm_cli.exits import FatalError, UsageError
 from specvlm_cli.settings import Plain, differences
@@ -64,16 +65,19 @@ def write(root: Path, stored: Stored) -> None:
     write_whole(root / STATE / _FILE, (json.dumps(told, indent=1) + "\n").encode())
 
 
-def agree(root: Path, before: Plain, now: Plain) -> None:
-    """Refuse a start whose settings are not those of the training.
+def agree(root: Path, before: Plain, now: Plain, *, flags: bool = True) -> None:
+    """Refuse a start whose settings are not those of the training; `flags`: they have the names of flags.
 
     Raises:
         UsageError: They differ.
     """
     changed = differences(before, json.loads(json.dumps(now)))
+    # What one side does not have follows from another setting, which is told first.
+    changed.sort(key=lambda line: line.partition(" was ")[0] not in before.keys() & now.keys())
     if changed:
-        named = changed[0].partition(" ")[0]
-        told = f"--{named.replace('_', '-')}{changed[0].removeprefix(named)}" if named in now else changed[0]
+        named, _, values = changed[0].partition(" was ")
+        flag = flags and " " not in named
+        told = f"--{named.replace('_', '-')} was {values}" if flag else changed[0]
         more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
         raise UsageError(
             f"{clean(str(root))} was begun with other settings: {clean(told)}{more}; give those, or another "
