@@ -32,7 +32,7 @@ from head_study import (
     compressor_named,
     decode_speedup,
     learn,
-    measure,
+    look,
     objective_of,
     study_of,
     training_of,
@@ -176,9 +176,7 @@ def report(world: World, options: argparse.Namespace) -> dict[str, Any]:
     """Train, measure, write table and plot."""
     points, training = train(world, options)
     some = methods(world, points)
-    clips = ((i, world.clip("held-out", SQUARE_CLIPS, i)) for i in range(options.held_out))
-    measure(world, [(-1, world.clip("held-out", SQUARE_CLIPS, 299))], some)  # the first of everything is slow
-    runs = measure(world, clips, some, options.turns)
+    runs = look(world, SQUARE_CLIPS, options.held_out, some, options.turns)
     found, small = {point: row(runs, point.name) for point in points}, row(runs, "small draft")
     lead = (
         f"A unit is {options.unit_steps} steps of {options.accumulate} clips, of {options.clips:,} in all; learning "
@@ -200,7 +198,7 @@ def report(world: World, options: argparse.Namespace) -> dict[str, Any]:
         "training": training,
         "heads": [point._asdict() | one._asdict() for point, one in found.items()],
         "small draft": small._asdict(),
-        "captions equal to stock": True,  # measure() refuses any other
+        "captions equal to stock": True,  # look() refuses any other
         "accepted rises": list(means.values()) == sorted(means.values()),
     }
 

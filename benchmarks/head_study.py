@@ -38,7 +38,7 @@ from specvlm.training.order import Order, noise_seed
 from specvlm.training.ranks import Alone
 from specvlm.training.settings import TrainingSettings
 
-LIMIT = 200  # new tokens of a caption
+LIMIT, WARM_UP = 200, 16  # new tokens of a caption
 _KEPT_EXAMPLES = 6000  # of a fifth to one megabyte each
 _SLACK = 256  # slots for what the prompts of several methods may differ in
 
@@ -49,11 +49,13 @@ class Kind(NamedTuple):
     name: str
     stored: Format
     frames: FrameSettings
+    limit: int = LIMIT  # tokens of a caption that is measured
 
 
 SQUARE_CLIPS = Kind("square", SQUARE, FrameSettings(num_frames=8))  # 144 video tokens of the demo target
 SHORT = Kind("short", WIDE, FrameSettings(num_frames=8))  # 128
-LONG = Kind("long", LONGER, FrameSettings(num_frames=64))  # 1,024
+MIDDLE = Kind("middle", WIDE, FrameSettings(num_frames=16))  # 256
+LONG = Kind("long", LONGER, FrameSettings(num_frames=64), limit=64)  # 1,024, of which captions ramble
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,8 +236,23 @@ class Run(NamedTuple):
     caption: Caption | None = None  # None: stock
 
 
+def look(world: World, kind: Kind, count: int, methods: Sequence[Method], turns: int = 1) -> list[Run]:
+    """All methods on the first held-out clips of a kind, behind a warm-up.
+
+    Raises:
+        SystemExit: Some captions of a clip differ.
+    """
+    measure(world, [(-1, world.clip("held-out", kind, 299))], methods, 1, WARM_UP)
+    clips = ((number, world.clip("held-out", kind, number)) for number in range(count))
+    return measure(world, clips, methods, turns, kind.limit)
+
+
 def measure(
-    world: World, clips: Iterable[tuple[int, PreparedVideo]], methods: Sequence[Method], turns: int = 1
+    world: World,
+    clips: Iterable[tuple[int, PreparedVideo]],
+    methods: Sequence[Method],
+    turns: int = 1,
+    limit: int = LIMIT,
 ) -> list[Run]:
     """All methods on each clip in turns, another one first every time; what the target sees is prefilled once.
 
@@ -248,25 +265,27 @@ def measure(
         for turn in range(turns):
             shift = (place + turn * len(methods) // turns) % len(methods)
             some = [*methods[shift:], *methods[:shift]]
-            texts = {one.name: _run(world, one, clip, video, seen, runs) for one in some}
-            if len(set(texts.values())) > 1:
-                raise SystemExit(f"clip {clip}: captions differ between {', '.join(texts)}")
+            made = [_run(world, one, clip, video, seen, limit) for one in some]
+            runs += [run for run, _ in made]
+            if len({tokens for _, tokens in made}) > 1:
+                raise SystemExit(
+                    f"clip {clip}: captions differ between {', '.join(one.name for one in some)}"
+                )
     return runs
 
 
 def _run(
-    world: World, method: Method, clip: int, video: PreparedVideo, seen: Seen, runs: list[Run]
-) -> tuple[int, ...]:
+    world: World, method: Method, clip: int, video: PreparedVideo, seen: Seen, limit: int
+) -> tuple[Run, tuple[int, ...]]:
     if method.captioner is None:
-        sample = Measurer(world.captioner, LIMIT).measure(Configuration("stock"), video, str(clip), 1)
-        runs.append(Run(method.name, clip, sample.decode_s))
-        return sample.token_ids
-    job = Job(method.captioner, [video], True, {**method.options, "max_new_tokens": LIMIT}, seen)
+        sample = Measurer(world.captioner, limit).measure(Configuration("stock"), video, str(clip), 1)
+        return Run(method.name, clip, sample.decode_s), sample.token_ids
+    speculate = method.captioner.draft is not None
+    job = Job(method.captioner, [video], speculate, {**method.options, "max_new_tokens": limit}, seen)
     for _ in job.run():
         pass
     caption = job.caption(0)
-    runs.append(Run(method.name, clip, caption.stats.decode_s, caption))
-    return caption.token_ids
+    return Run(method.name, clip, caption.stats.decode_s, caption), caption.token_ids
 
 
 def captions_of(runs: Iterable[Run], method: str) -> list[Caption]:
