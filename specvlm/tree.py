@@ -318,4 +318,6 @@ def make_shape(settings: SpeculationSettings, vocabulary: int, device: torch.dev
         return StaticShape(tuple((0,) * d for d in range(1, settings.most_depth + 1)), device)
     if settings.tree == "static":
         return StaticShape(STATIC_PATHS, device)
-    return DynamicShape(settings.most_depth, settings.most_nodes, min(settings.most_width, vocabulary), device)
+    return DynamicShape(
+        settings.most_depth, settings.most_nodes, min(settings.most_width, vocabulary), device
+    )

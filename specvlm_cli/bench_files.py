@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from specvlm.bench.page import PageSheet, write_page
 from specvlm.bench.records import STAGES, Report, rows_of
-from specvlm_cli.durable import publish
+from specvlm.durable import publish
 from specvlm_cli.exits import FatalError, UsageError
 from specvlm_cli.text import clean, storable
 

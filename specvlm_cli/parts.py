@@ -21,7 +21,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from specvlm_cli.durable import publish
+from specvlm.durable import publish
 from specvlm_cli.exits import FatalError
 from specvlm_cli.ledger import Ledger, Part, Row
 from specvlm_cli.text import path_bytes, path_text

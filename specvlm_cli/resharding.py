@@ -17,7 +17,7 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
-from specvlm_cli.durable import publish, sync
+from specvlm.durable import publish, sync
 from specvlm_cli.exits import FatalError
 from specvlm_cli.ledger import Ledger
 from specvlm_cli.run_folder import RunFile, RunFolder

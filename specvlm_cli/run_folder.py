@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from specvlm.durable import publish
 from specvlm_cli import lock
-from specvlm_cli.durable import publish
 from specvlm_cli.exits import FatalError, UsageError
 from specvlm_cli.ledger import Ledger, refused
 from specvlm_cli.parts import Parts, ids_in_parts, kept_in_parts

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from specvlm import durable
 from specvlm.drafts.kept_tokens import (
     KeptTokens,
     MostUsed,
@@ -26,7 +27,6 @@ from specvlm.drafts.kept_tokens import (
     read_kept,
 )
 from specvlm.errors import ConfigError
-from specvlm_cli import durable
 from specvlm_cli.exits import CommandError, UsageError
 from specvlm_cli.run_view import RunView, view
 from specvlm_cli.text import clean, storable

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -17,12 +16,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
 from specvlm.attention import ATTENTION
 from specvlm.drafts.compressor import Compressor, CompressorConfig
 from specvlm.drafts.kinds import HEAD_TYPE
+from specvlm.durable import write_whole
 from specvlm.errors import IncompatibleDraftError, ModelLoadError
 from specvlm.model import TextModel, VideoLM
 
@@ -168,12 +168,8 @@ class HeadModel(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         told = json.dumps((config or self.config).as_json(), indent=1, sort_keys=True) + "\n"
         weights = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
-        part = folder / f".{WEIGHTS}.part"
-        save_file(weights, part, metadata={"format": "pt"})
-        _settle(part, folder / WEIGHTS)
-        part = folder / f".{CONFIG}.part"
-        part.write_text(told, encoding="utf-8")
-        _settle(part, folder / CONFIG)
+        write_whole(folder / WEIGHTS, save(weights, metadata={"format": "pt"}))
+        write_whole(folder / CONFIG, told.encode())
 
     @classmethod
     def load(cls, folder: Path, target: VideoLM, dtype: torch.dtype | None = None) -> HeadModel:
@@ -214,18 +210,6 @@ def _check_weights(found: Mapping[str, torch.Tensor], expected: Mapping[str, tor
     for name, value in expected.items():
         if found[name].shape != value.shape:
             raise ValueError(f"{name} is of shape {tuple(found[name].shape)}, not {tuple(value.shape)}")
-
-
-def _settle(part: Path, name: Path) -> None:
-    """Make a file durable, then give it its name."""
-    with part.open("rb") as stream:
-        os.fsync(stream.fileno())
-    part.replace(name)
-    folder = os.open(name.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def read_config(folder: Path) -> HeadConfig:

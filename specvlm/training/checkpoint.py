@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -18,7 +17,9 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
+
+from specvlm.durable import publish, sync
 
 _PREFIX, _PART = "checkpoint-", ".part"
 _TENSORS, _FACTS = "state.safetensors", "state.json"
@@ -66,13 +67,12 @@ class Checkpoints:
         part = final.with_name(final.name + _PART)
         part.mkdir()
         plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        save_file(plain, part / _TENSORS)
+        (part / _TENSORS).write_bytes(save(plain))
         told = {"step": step, "sha256": _digest(part / _TENSORS), "facts": facts}
         (part / _FACTS).write_text(json.dumps(told, indent=1), encoding="utf-8")
-        for path in (part / _TENSORS, part / _FACTS, part):
-            _sync(path)
-        part.replace(final)
-        _sync(self._folder)
+        for path in (part / _TENSORS, part / _FACTS):
+            sync(path)
+        publish(part, final)
         for older in self._names()[_KEPT:]:
             shutil.rmtree(self._folder / older)
 
@@ -132,24 +132,3 @@ def _digest(path: Path) -> str:
         while chunk := stream.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file that appears whole or not at all, durably.
-
-    Raises:
-        OSError: It cannot be written.
-    """
-    part = path.with_name(f".{path.name}{_PART}")
-    part.write_bytes(data)
-    _sync(part)
-    part.replace(path)
-    _sync(path.parent)

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from specvlm.drafts.head_model import HeadConfig, HeadModel
+from specvlm.durable import write_whole
 from specvlm.errors import TrainingError
-from specvlm.training.checkpoint import Checkpoint, Checkpoints, write_whole
+from specvlm.training.checkpoint import Checkpoint, Checkpoints
 from specvlm.training.curve import curve
 
 STATE, LOG, CURVE = ".specvlm", "log.jsonl", "curve.png"

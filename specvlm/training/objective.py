@@ -172,8 +172,10 @@ def _own_pass(
     device = own.device
     query = torch.arange(step, count, device=device)[:, None]
     seen = [torch.arange(-before, count, device=device)[None] <= query - step]
-    for passed in range(1, step + 1):
-        seen.append(torch.arange(passed, count, device=device)[None] == query - step + passed)
+    seen += [
+        torch.arange(passed, count, device=device)[None] == query - step + passed
+        for passed in range(1, step + 1)
+    ]
     visible = torch.cat(seen, dim=1)
     bias = functional.pad(sequence.bias, (0, visible.shape[1] - length))
     mask = bias[None].expand(visible.shape[0], -1).masked_fill(~visible, float("-inf"))

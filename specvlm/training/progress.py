@@ -91,11 +91,12 @@ class Progress:
 
     @property
     def best(self) -> dict[str, Any] | None:
-        """The entry of the head that is kept: the first with the highest figure, or the last where none has any."""
+        """The entry of the head that is kept: the last with the highest figure, or the last where none has any."""
         told = [entry for entry in self.log if entry["mean_accepted_tokens"] is not None]
         if not told:
             return self.log[-1] if self.log else None
-        return max(told, key=lambda entry: entry["mean_accepted_tokens"])  # the first of equals
+        # Of equals the last: easy videos are all guessed to the tree's end long before a head has learned all it can.
+        return max(reversed(told), key=lambda entry: entry["mean_accepted_tokens"])
 
     def evaluated_at(self, step: int) -> bool:
         """Whether the log has an entry of this step, its last one."""

@@ -229,7 +229,9 @@ class Trainer:
         if parts.folder is not None:
             if progress.best is entry:
                 config = parts.in_use.config
-                parts.folder.keep(parts.in_use, replace(config, training={**config.training, "reached": entry}))
+                parts.folder.keep(
+                    parts.in_use, replace(config, training={**config.training, "reached": entry})
+                )
             parts.folder.tell(progress.log)
         self._write()
         parts.watcher.evaluated(entry)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from specvlm_cli.durable import sync
+from specvlm.durable import sync
 from specvlm_cli.exits import BusyError, UsageError
 from specvlm_cli.text import clean
 

@@ -73,7 +73,7 @@ POINTS = {
     "describe": "specvlm_cli.parts:_described",
     "fsync": "os:fsync",
     "rename": "os:replace",
-    "sync": "specvlm_cli.durable:sync",
+    "sync": "specvlm.durable:sync",
     "run_file": "specvlm_cli.run_folder:RunFolder.write",
     "start_worker": "specvlm_cli.generating.worker:Worker.__init__",
     "prepare": "specvlm_cli.generating.worker:Worker.prepare",

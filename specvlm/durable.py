@@ -20,3 +20,14 @@ def publish(temporary: Path, final: Path) -> None:
     sync(temporary)
     os.replace(temporary, final)
     sync(final.parent)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file that appears whole or not at all.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    part = path.with_name(f".{path.name}.part")
+    part.write_bytes(data)
+    publish(part, path)
