@@ -96,7 +96,8 @@ class Progress:
         if not told:
             return self.log[-1] if self.log else None
         # Of equals the last: easy videos are all guessed to the tree's end long before a head has learned all it can.
-        return max(reversed(told), key=lambda entry: entry["mean_accepted_tokens"])
+        best: dict[str, Any] = max(reversed(told), key=lambda entry: entry["mean_accepted_tokens"])
+        return best
 
     def evaluated_at(self, step: int) -> bool:
         """Whether the log has an entry of this step, its last one."""

@@ -189,7 +189,7 @@ class Speaker:
 
     def _take(self, entry: dict[str, Any]) -> None:
         self._last = figure = entry["mean_accepted_tokens"]
-        if figure is not None and (self._best is None or figure > self._best[0]):
+        if figure is not None and (self._best is None or figure >= self._best[0]):
             self._best = (figure, entry["step"])
 
     # --- the listener of samples ---
