@@ -117,19 +117,17 @@ class Row(NamedTuple):
     dynamic: float  # accepted a round, all over all
     chain: float
     prefill_ms: float
-    kv_bytes: float  # of the prompt
+    kv_bytes: int  # of the prompt
     operators: dict[str, int]  # captions by what compressed them
 
 
-def kv_bytes(head: HeadModel, slots: float) -> float:
-    """Keys and values of a head's one layer."""
-    config = head.text.config
-    heads: int = config.num_key_value_heads
-    width: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return slots * 2 * heads * width * head.join.weight.element_size()
+def kv_bytes(world: World, head: HeadModel, slots: int) -> int:
+    """The slabs of a head's one layer, with room for this many pairs."""
+    slabs = head.text_model(world.captioner.target.family.position_rows).new_cache(1, slots).slabs
+    return sum(slab.nbytes for slab in slabs.by_device.values())
 
 
-def row(runs: Sequence[Run], trainee: Trainee) -> Row:
+def row(world: World, runs: Sequence[Run], trainee: Trainee) -> Row:
     """Of one head."""
     stats = [one.stats for tree in TREES for one in captions_of(runs, f"{trainee.name}, {tree}")]
     slots = [one.prompt_tokens - one.video_tokens + one.video_tokens_kept for one in stats]
@@ -139,7 +137,7 @@ def row(runs: Sequence[Run], trainee: Trainee) -> Row:
         accepted(runs, f"{trainee.name}, dynamic"),
         accepted(runs, f"{trainee.name}, chain"),
         1e3 * statistics.median(one.draft_prefill_s for one in stats),
-        kv_bytes(trainee.learner.head, statistics.median(slots)),
+        kv_bytes(world, trainee.learner.head, round(statistics.median(slots))),
         dict(Counter(one.compressor or "" for one in stats)),
     )
 
@@ -169,7 +167,7 @@ def compare_heads(world: World, trainees: Sequence[Trainee], kind: Kind, count: 
     dynamic, chain = (accepted(runs, f"small draft, {tree}") for tree in TREES)
     tokens = captions_of(runs, "plain")[0].stats.video_tokens
     right = facts_right(world, kind, count)
-    rows = [row(runs, one) for one in trainees]
+    rows = [row(world, runs, one) for one in trainees]
     return Found(tokens, count, right, dynamic, chain, rows)
 
 
@@ -226,7 +224,7 @@ def plot(kinds: Sequence[Found], path: Path) -> None:
         groups: dict[str, list[Row]] = {}
         for one in found.rows:
             groups.setdefault(one.compressor.split()[0], []).append(one)
-        names = [*BY_RATIO, *(name for name in groups if name not in BY_RATIO)]
+        names = sorted(groups, key=lambda name: name not in BY_RATIO)  # those with lines first
         for number, name in enumerate(names):
             some = sorted(groups[name], key=lambda one: one.kept)
             mark = "o-" if name in BY_RATIO else "*"
