@@ -81,7 +81,7 @@ def train(world: World, options: argparse.Namespace) -> tuple[list[Trainee], dic
     """Train all heads side by side."""
     pool = Pool(world, training_kinds(options.clips, options.longer_share))
     target = world.captioner.target
-    target.keep_features((-1,))
+    target.keep_features()
     reading_s = pool.read_all()
     trainees = [
         Trainee(

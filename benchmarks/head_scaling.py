@@ -66,7 +66,7 @@ def train(world: World, options: argparse.Namespace) -> tuple[list[Point], dict[
     pool = Pool(world, [SQUARE_CLIPS] * options.clips)
     config = world.head_config(compressor_named(options.compressor, options.ratio))
     target = world.captioner.target
-    target.keep_features(config.layers)
+    target.keep_features()
     captioning_s = pool.read_all()
     trainees = [
         Trainee(

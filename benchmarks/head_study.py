@@ -82,11 +82,11 @@ class World:
             (path,) = draw_clips(folder, split, 1, number, kind.stored)
         return self.captioner.prepare(str(path), self.prompt, frames=kind.frames)
 
-    def head_config(self, compressor: CompressorConfig, layers: tuple[int, ...] = (-1,)) -> HeadConfig:
+    def head_config(self, compressor: CompressorConfig) -> HeadConfig:
         """For a head of this target."""
         info, target = self.captioner.info, self.captioner.target
         name, revision = info.target, info.target_revision
-        return HeadConfig(name, revision, target.family.name, target.hidden_size, layers, compressor)
+        return HeadConfig(name, revision, target.family.name, target.hidden_size, compressor=compressor)
 
     def with_draft(self, draft: Draft | None) -> Captioner:
         """A captioner of the same target with another draft."""

@@ -174,14 +174,10 @@ class SlabCache(Cache):
         self._aim.visible = visible
 
     def keep_features(self, features: torch.Tensor) -> None:
-        """Store the features [b, n, width] of the tokens that the last forward wrote, where this cache keeps any.
-
-        A cache from before more features were asked for keeps those that it has room for, which stand first.
-        """
+        """Store the features [b, n, width] of the tokens that the last forward wrote, where this cache keeps any."""
         kept = self._slabs.features
         if kept is not None:
-            told = features.flatten(0, 1)[:, : kept.shape[1]]
-            kept.index_copy_(0, self._aim.slots.to(kept.device), told.to(kept))
+            kept.index_copy_(0, self._aim.slots.to(kept.device), features.flatten(0, 1).to(kept))
 
     def features(self, slots: torch.Tensor) -> torch.Tensor:
         """The features [B, n, width] at slots [B, n]."""

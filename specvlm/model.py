@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -76,8 +76,7 @@ class TextModel:
             reasoning (the kernel that reads a long prefix at full bandwidth takes no mask), not by measurement.
         graphs: What makes this model's rounds CUDA graphs, None: they run eagerly. Set to None to turn them off;
             rounds follow the target's, a draft's own only keeps its slabs in place.
-        feature_layers: Whose outputs the slabs keep of each token, in this order; -1 is what comes out behind the
-            last norm.
+        keeps_features: New caches keep of each token, beside its keys and values, what comes out behind the last norm.
     """
 
     def __init__(self, module: Any, text: Any, position_rows: int, dtype: torch.dtype) -> None:
@@ -94,8 +93,7 @@ class TextModel:
         on_cuda = all(device.type == "cuda" for device in devices)
         self.round_attention: RoundAttention = "split" if on_cuda else "masked"
         self.graphs: Graphs | None = Graphs() if can_capture(module, devices) else None
-        self.feature_layers: tuple[int, ...] = ()
-        self._outputs: dict[int, torch.Tensor] = {}  # of the last pass, by layer
+        self.keeps_features = False
 
     @property
     def device(self) -> torch.device:
@@ -108,27 +106,15 @@ class TextModel:
         """Width of hidden states."""
         return int(self._text.config.hidden_size)
 
-    def keep_features(self, layers: Sequence[int]) -> None:
-        """From now on, new caches keep the outputs of these layers too, beside those that they keep already."""
-        for layer in layers:
-            if layer not in self.feature_layers:
-                self.feature_layers += (layer,)
-                if layer >= 0:
-                    self._text.layers[layer].register_forward_hook(self._note_output(layer))
-        width = len(self.feature_layers) * self.hidden_size
-        self._slab_shape = self._slab_shape._replace(feature_width=width, feature_device=self.device)
+    def keep_features(self) -> None:
+        """From now on, new caches keep features; see `keeps_features`."""
+        if self.keeps_features:
+            return
+        self.keeps_features = True
+        self._slab_shape = self._slab_shape._replace(
+            feature_width=self.hidden_size, feature_device=self.device
+        )
         self.graphs = None if self.graphs is None else Graphs()  # whose slabs have no room for them
-
-    def _note_output(self, layer: int) -> Callable[..., None]:
-        def note(_module: Any, _inputs: Any, output: Any) -> None:
-            self._outputs[layer] = output[0] if isinstance(output, tuple) else output
-
-        return note
-
-    def feature_columns(self, layers: Sequence[int]) -> tuple[slice, ...]:
-        """Which columns of kept features are those of these layers."""
-        at = [self.feature_layers.index(layer) * self.hidden_size for layer in layers]
-        return tuple(slice(first, first + self.hidden_size) for first in at)
 
     def new_cache(self, rows: int, capacity: int) -> SlabCache:
         """Slabs for `rows` videos of at most `capacity` tokens, prompt and caption and one round together.
@@ -153,7 +139,7 @@ class TextModel:
         Args:
             embeds: [B, n, hidden].
             positions: int64 [P, B, n], or [1, B, n] where all rows of a position are the same.
-            cache: Aimed at n slots per row; it also keeps the features that it was made for.
+            cache: Aimed at n slots per row; it also keeps the features, where it was made for them.
             plan: What to attend to.
 
         Returns:
@@ -168,10 +154,8 @@ class TextModel:
             use_cache=True,
         )
         hidden: torch.Tensor = out.last_hidden_state.to(self.device)
-        if self.feature_layers:
-            self._outputs[-1] = hidden
-            kept = [self._outputs.pop(layer).to(self.device) for layer in self.feature_layers]
-            cache.keep_features(kept[0] if len(kept) == 1 else torch.cat(kept, dim=-1))
+        if self.keeps_features:
+            cache.keep_features(hidden)
         return hidden
 
     def run_nodes(

@@ -47,7 +47,7 @@ class Case(NamedTuple):
     dtype: torch.dtype
     exact: bool  # one row whose length the host knows
     trimmed: bool = False  # the draft guesses from some tokens alone
-    layers: tuple[int, ...] = ()  # the draft is a head that reads these; none: a small model
+    headed: bool = False  # the draft is a head; else a small model
 
 
 class Seen(TorchDispatchMode):
@@ -110,11 +110,11 @@ def _lm_there(model: Any, dtype: torch.dtype) -> VideoLM:
     return VideoLM(model, family_of(model.config, "tiny"))
 
 
-def _head(model: Any, layers: tuple[int, ...]) -> HeadModel:
+def _head(model: Any) -> HeadModel:
     """A head for a stock model, still on the CPU."""
     target = VideoLM(model, family_of(model.config, "tiny"))
     compressor = CompressorConfig("none", ())
-    config = HeadConfig("tiny", None, target.family.name, target.hidden_size, layers, compressor)
+    config = HeadConfig("tiny", None, target.family.name, target.hidden_size, compressor=compressor)
     return HeadModel.fresh(target, config, seed=0).eval().requires_grad_(False)
 
 
@@ -163,7 +163,7 @@ def _prompt(length: int, width: int, dtype: torch.dtype) -> Any:
 def run_round(case: Case, prompt: int) -> Seen:
     """Run a round behind prompts of about so many tokens; -> what was called."""
     rule, large, small = _rule(), *(tiny_model(case.family, Size(n, width=64)) for n in (2, 1))
-    head = _head(large, case.layers) if case.layers else None
+    head = _head(large) if case.headed else None
     if case.exact:
         rule._least, rule._seen = rule._least[:1], rule._seen[:1]
     # A tensor of one element would be kept as a constant, for which the device would have to be there.
@@ -178,13 +178,13 @@ def run_round(case: Case, prompt: int) -> Seen:
         ids = range(0, 300, 7) if case.trimmed else None
         if head is not None:
             _weights_there(head, case.dtype)
-            headed = HeadDraft(head, target, ids)
+            head_draft = HeadDraft(head, target, ids)
         cache = target.new_cache(len(prompts), prompt + 100)
         rows, rule = TargetRows(target, cache, prompts, torch.empty(0)), _there(rule)
         rounds = _Rounds(rows, rule, StageClock(torch.device("cpu")), accept)
         rounds.start(torch.zeros(len(prompts), dtype=torch.long, device=CUDA))
         if head is not None:
-            rounds.proposer = _head_proposer(headed, prompts, rule, cache, case.attention)
+            rounds.proposer = _head_proposer(head_draft, prompts, rule, cache, case.attention)
         else:
             vocabulary = DraftVocabulary(draft.model.get_output_embeddings(), 300, ids)
             rounds.proposer = _SmallModelProposer(draft, vocabulary, prompts, rule, 100)

@@ -12,7 +12,7 @@ import torch
 from specvlm.captioner import Captioner, PreparedVideo
 from specvlm.drafts.compressor import DEFAULT_OPERATORS, OPERATORS, CompressorConfig
 from specvlm.drafts.head import HeadDraft
-from specvlm.drafts.head_model import HeadConfig, HeadModel, low_middle_high
+from specvlm.drafts.head_model import HeadConfig, HeadModel
 from specvlm.model import VideoLM
 from specvlm.training.example import Example, read_example
 from specvlm.training.objective import ObjectiveSettings, distillation_loss
@@ -35,10 +35,9 @@ STEPS, FURTHER_STEPS, RATE = 80, 14, 1e-2
 Weights = dict[str, torch.Tensor]
 
 
-def config_of(target: VideoLM, compressor: CompressorConfig = NONE, *, deep: bool = False) -> HeadConfig:
-    """A head for this target; `deep`: it reads three of its layers."""
-    layers = low_middle_high(target) if deep else (-1,)
-    return HeadConfig("tiny", None, target.family.name, target.hidden_size, layers, compressor)
+def config_of(target: VideoLM, compressor: CompressorConfig = NONE) -> HeadConfig:
+    """A head for this target."""
+    return HeadConfig("tiny", None, target.family.name, target.hidden_size, compressor=compressor)
 
 
 def videos_of(captioner: Captioner) -> list[PreparedVideo]:
@@ -52,11 +51,9 @@ def written(captioner: Captioner, video: PreparedVideo, **options: Any) -> tuple
     return captioner.caption(video, speculate=False, **options).token_ids
 
 
-def examples_of(
-    target: VideoLM, head: HeadModel, told: Sequence[tuple[PreparedVideo, Sequence[int]]]
-) -> list[Example]:
+def examples_of(target: VideoLM, told: Sequence[tuple[PreparedVideo, Sequence[int]]]) -> list[Example]:
     """What a head learns from videos and their captions."""
-    target.keep_features((-1, *head.config.layers))
+    target.keep_features()
     return [read_example(target, video.inputs, tokens) for video, tokens in told]
 
 
@@ -88,32 +85,30 @@ def target_captioner(family: FamilyName, size: Size = TARGET) -> Captioner:
 
 
 @cache
-def _fitted_weights(family: FamilyName, name: str, deep: bool, unroll: int) -> Weights:
+def _fitted_weights(family: FamilyName, name: str, unroll: int) -> Weights:
     """Weights of a head that knows the captions of the test videos; the common part is fitted without a compressor."""
     captioner = target_captioner(family)
     target = captioner.target
-    head = HeadModel.fresh(target, config_of(target, COMPRESSORS[name], deep=deep), seed=7)
+    head = HeadModel.fresh(target, config_of(target, COMPRESSORS[name]), seed=7)
     told = [(video, written(captioner, video)) for video in videos_of(captioner)]
     if name != "none":
-        common = _fitted_weights(family, "none", deep, unroll)
+        common = _fitted_weights(family, "none", unroll)
         head.load_state_dict(common, strict=False)
     steps = STEPS if name == "none" else FURTHER_STEPS
     fit(
         head,
         target,
-        examples_of(target, head, told),
+        examples_of(target, told),
         steps,
         ObjectiveSettings(cross_entropy=1.0, unroll=unroll),
     )
     return head.state_dict()
 
 
-def fitted_head(
-    target: VideoLM, family: FamilyName, name: str = "none", *, deep: bool = False, unroll: int = 1
-) -> HeadModel:
+def fitted_head(target: VideoLM, family: FamilyName, name: str = "none", *, unroll: int = 1) -> HeadModel:
     """A head for a target of the size `TARGET`, ready to guess."""
-    head = HeadModel.fresh(target, config_of(target, COMPRESSORS[name], deep=deep), seed=7)
-    head.load_state_dict(_fitted_weights(family, name, deep, unroll))
+    head = HeadModel.fresh(target, config_of(target, COMPRESSORS[name]), seed=7)
+    head.load_state_dict(_fitted_weights(family, name, unroll))
     return head.eval().requires_grad_(False)
 
 
@@ -121,22 +116,21 @@ def head_captioner(
     family: FamilyName,
     name: str = "none",
     *,
-    deep: bool = False,
     unroll: int = 1,
     ids: Sequence[int] | None = None,
 ) -> Captioner:
     """A captioner whose draft is a head that is right most of the time about the test videos."""
     captioner = target_captioner(family)
-    head = fitted_head(captioner.target, family, name, deep=deep, unroll=unroll)
+    head = fitted_head(captioner.target, family, name, unroll=unroll)
     captioner.draft = HeadDraft(head, captioner.target, ids)
     captioner.info = replace(captioner.info, draft="head")
     return captioner
 
 
-def fresh_captioner(family: FamilyName, *, deep: bool = False) -> Captioner:
+def fresh_captioner(family: FamilyName) -> Captioner:
     """A captioner whose head knows nothing."""
     captioner = target_captioner(family)
-    config = config_of(captioner.target, COMPRESSORS["select"], deep=deep)
+    config = config_of(captioner.target, COMPRESSORS["select"])
     head = HeadModel.fresh(captioner.target, config, seed=7).eval().requires_grad_(False)
     captioner.draft = HeadDraft(head, captioner.target)
     return captioner

@@ -41,12 +41,12 @@ class HeadDraft(Draft):
     """A head and the target that it was made for."""
 
     def __init__(self, head: HeadModel, target: VideoLM, ids: Sequence[int] | None = None) -> None:
-        """From now on the target keeps the features that the head reads. `ids`: what it may guess; None: all."""
+        """From now on the target keeps the features, which the head reads. `ids`: what it may guess; None: all."""
         self.head, self.target = head, target
         self.guessable = DraftVocabulary(target.model.get_output_embeddings(), target.vocabulary, ids)
         self.vocabulary = self.guessable.size
         self.text = head.text_model(target.family.position_rows)
-        target.keep_features(head.config.layers)
+        target.keep_features()
 
     def settings(self, settings: SpeculationSettings) -> SpeculationSettings:
         """A dynamic tree is the paper's where nothing is said."""
@@ -71,9 +71,7 @@ class HeadDraft(Draft):
     def _read(self, job: DraftJob, row: int, first: int) -> _Read:
         """The pairs of one prompt and the first token of its caption."""
         told = job.rows[row]
-        kept = job.cache.row_features(row, told.prompt.length)
-        columns = self.target.feature_columns(self.head.config.layers)
-        features = self.head.features(torch.cat([kept[..., column] for column in columns], dim=-1))
+        features = job.cache.row_features(row, told.prompt.length)
         root = self.target.embed_tokens(torch.tensor([[first]]))
         following = torch.cat((told.prompt.embeds[:, 1:], root), dim=1).to(self.head.device)
         pairs = self.head.pairs(features, following)
@@ -107,7 +105,6 @@ class _HeadProposer(Proposer):
     def __init__(self, draft: HeadDraft, job: DraftJob, read: Sequence[_Read]) -> None:
         self._head, self._text, self._target = draft.head, draft.text, draft.target
         self._vocabulary, self._rule, self._kept = draft.guessable, job.rule, job.cache
-        self._columns = draft.target.feature_columns(draft.head.config.layers)
         self.kept = tuple(one.video.inputs.shape[1] for one in read)
         self.compressors = tuple(one.video.operator for one in read)
         device = draft.head.device
@@ -185,9 +182,8 @@ class _HeadProposer(Proposer):
         """
         count = tokens.shape[1]
         levels = torch.arange(count, device=index.device)
-        kept = self._kept.features((self._prompt_lengths + index - 1)[:, None] + levels)
         # Where a guess spoilt the target's logits, its feature is NaN; behind a mask that is NaN all the same.
-        told = torch.cat([kept[..., column] for column in self._columns], dim=-1).nan_to_num()
+        told = self._kept.features((self._prompt_lengths + index - 1)[:, None] + levels).nan_to_num()
         lengths = self._before + index
         causal = torch.ones(count, count, dtype=torch.bool, device=index.device).tril()
         nodes = Nodes(
@@ -196,7 +192,7 @@ class _HeadProposer(Proposer):
             lengths[:, None] + levels,
             causal.expand(len(index), -1, -1) if count > 1 else None,
         )
-        pairs = self._pairs(self._head.features(told), tokens)
+        pairs = self._pairs(told, tokens)
         reach = self._extent.reach(longest, count, exact=exact)
         return self._text.run_nodes(pairs, nodes, self._cache, lengths, reach)
 

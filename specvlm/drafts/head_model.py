@@ -41,7 +41,7 @@ class HeadConfig:
         target_revision: The target's revision, or fingerprint where it is a folder; None: not known.
         family: Of its target, as `model_type` in config.json.
         hidden_size: Width of the target's hidden states.
-        layers: Whose outputs it reads, counted from 0; -1 is the last one, behind the norm.
+        layer: Whose outputs it reads: -1, the last one's, behind the norm. This version reads no other.
         compressor: In front of its prefill.
         training: How it was trained, for the record.
     """
@@ -50,9 +50,15 @@ class HeadConfig:
     target_revision: str | None
     family: str
     hidden_size: int
-    layers: tuple[int, ...] = (-1,)
+    layer: int = -1
     compressor: CompressorConfig = field(default_factory=CompressorConfig)
     training: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.layer != -1:
+            raise ValueError(
+                f"it reads layer {self.layer!r} of its target, this version reads the last one, -1, only"
+            )
 
     def as_json(self) -> dict[str, Any]:
         """For config.json."""
@@ -71,18 +77,9 @@ class HeadConfig:
         compressor = dict(known["compressor"])
         compressor["operators"] = tuple(compressor["operators"])
         known["compressor"] = CompressorConfig(**compressor)
-        known["layers"] = tuple(int(layer) for layer in known["layers"])
-        if len(set(known["layers"])) < max(len(known["layers"]), 1):
-            raise ValueError(f"its layers are {known['layers']}")
         if not isinstance(known["hidden_size"], int):
             raise ValueError(f"its hidden_size is {known['hidden_size']!r}")
         return cls(**known)
-
-
-def low_middle_high(target: VideoLM) -> tuple[int, ...]:
-    """Three layers of a target, as EAGLE-3 (arXiv 2503.01840, section 3) joins them."""
-    count = len(target.text.layers)
-    return tuple(dict.fromkeys((min(2, count - 1), count // 2, max(count - 3, 0))))
 
 
 def _one_layer(target: VideoLM) -> Any:
@@ -109,9 +106,6 @@ class HeadModel(nn.Module):
         hidden = config.hidden_size
         self.config = config
         eps = getattr(target.text.config, "rms_norm_eps", 1e-6)
-        self.fuse: nn.Linear | None = None
-        if len(config.layers) > 1:
-            self.fuse = nn.Linear(len(config.layers) * hidden, hidden, bias=False)
         self.feature_norm = nn.RMSNorm(hidden, eps=eps)
         self.embed_norm = nn.RMSNorm(hidden, eps=eps)
         self.join = nn.Linear(2 * hidden, hidden)
@@ -146,10 +140,6 @@ class HeadModel(nn.Module):
     def dtype(self) -> torch.dtype:
         """Of its weights."""
         return self.join.weight.dtype
-
-    def features(self, kept: torch.Tensor) -> torch.Tensor:
-        """What was kept of the target's layers [B, n, layers * hidden] -> features [B, n, hidden]."""
-        return kept if self.fuse is None else self.fuse(kept)
 
     def pairs(self, features: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
         """Features [B, n, hidden] and the embeddings of the tokens that follow [B, n, hidden] -> pairs."""
@@ -233,7 +223,6 @@ def check_shapes(folder: Path, config: HeadConfig, target: VideoLM) -> None:
     Raises:
         IncompatibleDraftError: They are.
     """
-    layers = len(target.text.layers)
     here: dict[str, Any] = {"family": target.family.name, "hidden size": target.hidden_size}
     there: dict[str, Any] = {"family": config.family, "hidden size": config.hidden_size}
     for name, value in here.items():
@@ -242,8 +231,3 @@ def check_shapes(folder: Path, config: HeadConfig, target: VideoLM) -> None:
                 f"{folder}: this head was made for {config.target} ({name} {there[name]}), the target's is {value}; "
                 "use it with its own target, or train another"
             )
-    if not all(-1 <= layer < layers for layer in config.layers):
-        raise IncompatibleDraftError(
-            f"{folder}: this head reads layers {', '.join(map(str, config.layers))} of {config.target}, "
-            f"the target has {layers}; use it with its own target, or train another"
-        )

@@ -24,8 +24,7 @@ class Example:
         video: int64 [V], where the video tokens stand.
         embeds: [1, n, hidden], embeddings of tokens, and the video's features, as the target reads them.
         positions: int64 [P, n].
-        features: [1, n, layers * hidden], of `layers`.
-        layers: Whose outputs the features are.
+        features: [1, n, hidden], what the target gives behind its last norm.
         scores: float32 [V], the target's attention to each video token.
         prompt_tokens: S.
     """
@@ -34,15 +33,8 @@ class Example:
     embeds: torch.Tensor
     positions: torch.Tensor
     features: torch.Tensor
-    layers: tuple[int, ...]
     scores: torch.Tensor
     prompt_tokens: int
-
-    def layer(self, layer: int) -> torch.Tensor:
-        """The outputs [1, n, hidden] of one layer; -1: behind the last norm."""
-        hidden = self.embeds.shape[-1]
-        first = self.layers.index(layer) * hidden
-        return self.features[..., first : first + hidden]
 
     def to(self, device: torch.device) -> Example:
         """The same on another device."""
@@ -51,7 +43,6 @@ class Example:
             self.embeds.to(device),
             self.positions.to(device),
             self.features.to(device),
-            self.layers,
             self.scores.to(device),
             self.prompt_tokens,
         )
@@ -61,7 +52,7 @@ def read_example(target: VideoLM, inputs: ModelInputs, token_ids: Sequence[int])
     """Show the target a video, its prompt and the caption that it wrote of it, in one go.
 
     Args:
-        target: It must keep the features of layer -1, and of those that the head reads; see `keep_features`.
+        target: It must keep features; see `keep_features`.
         inputs: What the processor made of video and prompt.
         token_ids: The caption's, T of them.
 
@@ -91,7 +82,6 @@ def read_example(target: VideoLM, inputs: ModelInputs, token_ids: Sequence[int])
         embeds.to(target.device).clone(),
         positions.to(target.device).clone(),
         features.clone(),
-        target.feature_layers,
         scores.to(target.device).clone(),
         prompt.length,
     )

@@ -105,14 +105,14 @@ def _slabs(target: VideoLM, sample: Sample) -> int:
     config = target.text.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     each = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim
-    each += len(target.feature_layers) * config.hidden_size
+    each += config.hidden_size
     return int((sample.tokens + _ROUND_NODES) * each * _size(target.dtype))
 
 
 def _passes(target: VideoLM, sample: Sample) -> int:
     """One layer's activations over all tokens, the scores' attention, and the example that is kept."""
     config, size = target.text.config, _size(target.dtype)
-    kept = 2 * (1 + len(target.feature_layers)) * config.hidden_size
+    kept = 4 * config.hidden_size  # embeddings and features, and the example's own of both
     layer = 6 * config.hidden_size + 3 * config.intermediate_size
     video = sample.inputs.video_tokens
     scores = config.num_attention_heads * (sample.inputs.prompt_tokens - video) * video * _FLOAT
@@ -134,7 +134,7 @@ def _layer(target: VideoLM, head: HeadModel, sample: Sample) -> int:
     """What the head keeps for its gradient: pairs of all tokens, the layer over those that are left, masks."""
     config, size = target.text.config, _size(head.dtype)
     hidden = config.hidden_size
-    pairs = sample.tokens * (8 + len(head.config.layers)) * hidden * size
+    pairs = sample.tokens * 9 * hidden * size
     left = _left(head.config.compressor, sample.inputs.video_tokens)
     first = sample.tokens - sample.inputs.video_tokens + left
     each = (14 * hidden + 4 * config.intermediate_size) * size

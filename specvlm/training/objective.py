@@ -107,14 +107,13 @@ def distillation_loss(
 def _aims(head: HeadModel, target: VideoLM, example: Example) -> _Aims:
     """The pair at i, the last but one of the prompt or later, is to give the target's feature of token i + 1."""
     with torch.no_grad():
-        features = example.layer(-1)[:, example.prompt_tokens :]
+        features = example.features[:, example.prompt_tokens :]
         logits = target.logits(features.to(target.device)).to(head.device)
         return _Aims(features.to(head.dtype), logits.softmax(dim=-1), logits.argmax(dim=-1))
 
 
 def _sequence(head: HeadModel, example: Example, count: int, generator: torch.Generator) -> _Sequence:
-    kept = torch.cat([example.layer(layer) for layer in head.config.layers], dim=-1).to(head.dtype)
-    features = head.features(kept[:, :-1])
+    features = example.features[:, :-1].to(head.dtype)
     pairs = head.pairs(features, example.embeds[:, 1:].to(head.dtype))  # [1, n - 1, hidden]
     positions = example.positions[:, :-1]
     first, end = int(example.video[0]), int(example.video[-1]) + 1

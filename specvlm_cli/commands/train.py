@@ -175,7 +175,7 @@ def _head(flags: TrainFlags, device: str | None) -> HeadChoice:
         single = flags.compressor != "none"
         operators = (flags.compressor,) if single else ()
         compressor = CompressorConfig(mode="single" if single else "none", operators=operators, **more)  # type: ignore[arg-type]
-    return HeadChoice(flags.features, compressor, device)
+    return HeadChoice(compressor, device)
 
 
 def _objective(flags: TrainFlags) -> ObjectiveSettings:

@@ -30,7 +30,6 @@ CompressorName = Literal[
     "resampler",
     "text-only",
 ]
-FeaturesName = Literal["last", "low,mid,high"]
 
 _INPUT, _HEAD, _LEARNING, _STOPPING, _TALKING = (
     "Input and output",
@@ -110,9 +109,6 @@ class TrainModelFlags(ReadingFlags):
 class HeadFlags:
     """Which head, and what is minimised."""
 
-    features: Annotated[
-        FeaturesName, flag(_HEAD, "--features", "Which layers of the target the head reads.")
-    ] = "last"
     compressor: Annotated[
         CompressorName,
         flag(_HEAD, "--compressor", "What becomes of the video tokens: a choice of several, or one alone."),

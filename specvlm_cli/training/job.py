@@ -21,7 +21,7 @@ from specvlm.captioner import Captioner, CaptionOptions
 from specvlm.costs import CostStore
 from specvlm.drafts.compressor import CompressorConfig
 from specvlm.drafts.head import HeadDraft
-from specvlm.drafts.head_model import HeadConfig, HeadModel, low_middle_high
+from specvlm.drafts.head_model import HeadConfig, HeadModel
 from specvlm.model import VideoLM
 from specvlm.training.folder import STATE, HeadFolder
 from specvlm.training.learner import Learner
@@ -49,7 +49,6 @@ from specvlm_cli.training.source import VideoSource
 from specvlm_cli.training.stored import Stored
 from specvlm_cli.training.talk import Speaker
 
-FeaturesName = Literal["last", "low,mid,high"]
 LockedPolicy = Literal["fail", "skip", "wait"]
 
 _LOOK_EVERY_S = 1.0  # at a lock that others hold
@@ -60,12 +59,10 @@ class HeadChoice:
     """Which head to train.
 
     Attributes:
-        features: Of which layers of the target.
         compressor: In front of it.
         device: Where it trains; None: where the target's logits come out.
     """
 
-    features: FeaturesName
     compressor: CompressorConfig
     device: str | None = None
 
@@ -117,7 +114,6 @@ class Request:
         compressor = self.head.compressor
         return {
             **self.captions.fingerprint(),
-            "features": self.head.features,
             "compressor": compressor.name,
             "operators": list(compressor.operators),
             "compression_ratio": float(compressor.ratio),
@@ -275,7 +271,7 @@ class _Start:
     ) -> tuple[Trainer, Lessons]:
         request, ranks, target = self.request, self.ranks, teacher.target
         config = _head_config(request, teacher, ranks.count)
-        target.keep_features((-1,))
+        target.keep_features()
         head = HeadModel.fresh(target, config, request.training.seed).to(*self._place(target)).train()
         in_use = HeadModel.fresh(target, config, request.training.seed).to(target.device, target.dtype)
         in_use.eval().requires_grad_(False)
@@ -379,7 +375,6 @@ def _refuse_float16(target: VideoLM) -> None:
 def _head_config(request: Request, teacher: Captioner, processes: int) -> HeadConfig:
     """What the head is made for, and how it is trained, for the record."""
     target = teacher.target
-    layers = (-1,) if request.head.features == "last" else low_middle_high(target)
     training = {
         **asdict(request.training),
         **asdict(request.objective),
@@ -398,7 +393,6 @@ def _head_config(request: Request, teacher: Captioner, processes: int) -> HeadCo
         target_revision=teacher.info.target_revision,
         family=target.family.name,
         hidden_size=target.hidden_size,
-        layers=layers,
         compressor=request.head.compressor,
         training=training,
     )

@@ -21,7 +21,7 @@ from specvlm.drafts.head_model import read_config
 from specvlm.training import folder, memory
 from specvlm.training.objective import ObjectiveSettings
 from specvlm_cli import app
-from specvlm_cli.commands.train_flags import CompressorName, FeaturesName
+from specvlm_cli.commands.train_flags import CompressorName
 from specvlm_cli.decoding import DecodingPool
 from specvlm_cli.training import job, lessons, source
 from specvlm_cli.training.captions import NAME, Captions, LeftOut
@@ -135,7 +135,6 @@ def test_help_names_the_defaults_of_the_library() -> None:
 
 def test_every_mode_and_operator_is_a_compressor() -> None:
     assert set(get_args(CompressorName)) == {*MODES, *OPERATORS} - {"single"}
-    assert get_args(FeaturesName) == get_args(job.FeaturesName)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +161,6 @@ def test_every_mode_and_operator_is_a_compressor() -> None:
         (["--compression-ratio", "0"], "compression ratio 0.0 is out of range"),
         (["--fps", "1", "--num-frames", "2"], "exclude each other"),
         (["--max-runtime", "0s"], "--max-runtime 0s leaves no time"),
-        (["--features", "middle"], "'middle' is not one of"),
     ],
 )
 def test_what_makes_no_sense_is_refused(
@@ -287,7 +285,6 @@ OTHERS: list[tuple[dict[str, object], str]] = [
     ({"evaluate_every": 2}, "--evaluate-every was 3, is now 2"),
     ({"limit": 4}, "the list of videos was"),
     ({"num_frames": 8}, "--num-frames was null, is now 8"),
-    ({"features": "low,mid,high"}, '--features was "last", is now "low,mid,high"'),
 ]
 
 
@@ -339,8 +336,7 @@ def test_neither_draft_nor_guesses_of_the_head_change_anything(
 def test_flags_reach_the_head(train: Train, videos: Path, tmp_path: Path) -> None:
     made: dict[str, Path] = {}
     for name, flags in {
-        "last": {},
-        "layers": {"features": "low,mid,high"},
+        "default": {},
         "pool": {"compressor": "pool", "compression_ratio": 3},
         "concat": {"compressor": "concat", "operators": "resampler,text-only", "queries": 3},
         "unroll": {"unroll": 1},
@@ -349,12 +345,11 @@ def test_flags_reach_the_head(train: Train, videos: Path, tmp_path: Path) -> Non
         made[name] = tmp_path / name
         assert train(videos, "-o", made[name], max_steps=1, held_out=0, **flags).code == 0
     configs = {name: read_config(out) for name, out in made.items()}
-    assert len(configs["layers"].layers) > 1
     assert (configs["pool"].compressor.name, configs["pool"].compressor.ratio) == ("pool", 3.0)
     assert configs["concat"].compressor == CompressorConfig("concat", ("resampler", "text-only"), 5.0, 3)
     assert configs["unroll"].training["unroll"] == 1
     for name in ("unroll", "clip"):
-        assert not same(made[name], made["last"])
+        assert not same(made[name], made["default"])
 
 
 # --- samples ---
@@ -528,7 +523,7 @@ def test_too_little_memory_is_told_before_the_first_step(
 
 def test_the_estimate_of_memory_grows_with_what_takes_it(models: Path) -> None:
     captioner = specvlm.load(str(models / "target"))
-    captioner.target.keep_features((-1,))
+    captioner.target.keep_features()
     from specvlm.drafts.head_model import HeadConfig, HeadModel
     from tests.tiny import random_frames
 

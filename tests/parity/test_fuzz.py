@@ -66,9 +66,7 @@ def random_head(dice: random.Random, target: VideoLM) -> HeadModel:
     compressor = CompressorConfig(
         mode, tuple(dice.sample(OPERATORS, count)), dice.choice([1.0, 3.0, 7.5, 20.0])
     )
-    return HeadModel.fresh(
-        target, config_of(target, compressor, deep=dice.random() < 0.5), dice.randrange(99)
-    )
+    return HeadModel.fresh(target, config_of(target, compressor), dice.randrange(99))
 
 
 def check_case(seed: int) -> None:
@@ -96,7 +94,7 @@ def check_case(seed: int) -> None:
         stock = stock_ids(captioner.target.model, tensors, limit)
     if head is not None:
         told = [(prepared, stock)] if len(stock) > 1 else []
-        fit(head, captioner.target, examples_of(captioner.target, head, told), 8, ObjectiveSettings(unroll=1))
+        fit(head, captioner.target, examples_of(captioner.target, told), 8, ObjectiveSettings(unroll=1))
         ids = sorted(others.sample(range(260), 40)) if others.random() < 0.3 else None
         captioner.draft = HeadDraft(head.requires_grad_(False), captioner.target, ids)
     said = f"case {seed}: {family} {target} {draft if head is None else head.config} {options}"

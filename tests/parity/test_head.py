@@ -31,9 +31,9 @@ SAMPLINGS: tuple[dict[str, Any], ...] = (
 
 
 @cache
-def captioner_for(family: FamilyName, name: str = "none", deep: bool = False) -> Captioner:
-    """One captioner per family, compressor and kind of features, shared by all tests."""
-    return head_captioner(family, name, deep=deep)
+def captioner_for(family: FamilyName, name: str = "none") -> Captioner:
+    """One captioner per family and compressor, shared by all tests."""
+    return head_captioner(family, name)
 
 
 @cache
@@ -82,15 +82,6 @@ def drawn(family: FamilyName, seed: int) -> tuple[int, ...]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("tree", TREES)
-def test_features_of_three_layers(family: FamilyName, tree: str) -> None:
-    captioner = captioner_for(family, "pool", deep=True)
-    assert len(captioner.target.feature_layers) == 3
-    accepted = check(captioner, family, tree)
-    assert tree == "auto" or accepted > 0.15
-
-
-@pytest.mark.parametrize("family", FAMILIES)
 def test_a_trimmed_vocabulary(family: FamilyName) -> None:
     """Some tokens that captions use, some that they do not; then none that they use."""
     used = sorted({token for _, stock in cases(family) for token in stock})
@@ -103,7 +94,7 @@ def test_a_trimmed_vocabulary(family: FamilyName) -> None:
         assert check(blind, family, tree, [0]) == 0.0
 
 
-@pytest.mark.parametrize(("family", "penalty"), [("qwen", 0.8), ("qwen", 1.3), ("llava", 1.3)])
+@pytest.mark.parametrize(("family", "penalty"), [("qwen", 0.8), ("llava", 1.3)])
 def test_a_repetition_penalty(family: FamilyName, penalty: float, monkeypatch: pytest.MonkeyPatch) -> None:
     captioner = captioner_for(family)
     monkeypatch.setattr(captioner.generation_config, "repetition_penalty", penalty)
@@ -182,9 +173,18 @@ def test_several_prompts_of_one_video(family: FamilyName) -> None:
         assert told.stats.acceptance_histogram == alone[index].stats.acceptance_histogram
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("options", [{}, SAMPLINGS[0]], ids=["greedy", "sampled"])
-@pytest.mark.parametrize(("seed", "catch_up"), [(0, 2), (1, 2), (2, 64)])
+@pytest.mark.parametrize(
+    ("family", "options", "seed", "catch_up"),
+    [
+        ("qwen", {}, 0, 2),
+        ("llava", {}, 1, 2),
+        ("qwen", {}, 2, 64),
+        ("llava", SAMPLINGS[0], 0, 2),
+        ("qwen", SAMPLINGS[0], 1, 2),
+        ("llava", SAMPLINGS[0], 2, 64),
+    ],
+    ids=str,
+)
 def test_changing_trees_with_plain_rounds_between(
     family: FamilyName, options: dict[str, Any], seed: int, catch_up: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -203,14 +203,12 @@ def test_changing_trees_with_plain_rounds_between(
     assert {0} < set(chooser.chosen)
 
 
-@pytest.mark.parametrize(
-    ("family", "deep", "trees"), [("qwen", True, ("static", "auto")), ("llava", False, ("chain", "dynamic"))]
-)
+@pytest.mark.parametrize(("family", "trees"), [("qwen", ("static", "auto")), ("llava", ("chain", "dynamic"))])
 def test_a_wrong_guess_that_spoils_the_logits_costs_a_round_and_no_caption(
-    family: FamilyName, deep: bool, trees: tuple[Any, ...]
+    family: FamilyName, trees: tuple[Any, ...]
 ) -> None:
     """Tokens that the target never writes make its logits and features NaN; guesses may name them."""
-    captioner = head_captioner(family, "pool", deep=deep)
+    captioner = head_captioner(family)
     videos = [video for video, _ in cases(family)][:2]
     stocks = [stock for _, stock in cases(family)][:2]
     used = {t for v in videos for t in v.inputs.token_ids[0].tolist()} | {t for s in stocks for t in s}

@@ -20,7 +20,7 @@ from specvlm.config import SpeculationSettings
 from specvlm.drafts import head as head_file
 from specvlm.drafts.compressor import CompressorConfig
 from specvlm.drafts.head import HeadDraft, _HeadProposer
-from specvlm.drafts.head_model import HeadConfig, HeadModel, low_middle_high, read_config
+from specvlm.drafts.head_model import HeadConfig, HeadModel, read_config
 from specvlm.drafts.kinds import is_head
 from specvlm.errors import IncompatibleDraftError, ModelLoadError, SpecvlmError
 from specvlm.loading import with_draft
@@ -41,7 +41,10 @@ from tests.tiny import FamilyName, Size, processor_for, random_frames, stock_ids
 
 CPU = torch.device("cpu")
 CHAIN = make_shape(SpeculationSettings(tree="chain", depth=4), 320, CPU)
-SURE = ["none", "prune-guided", "pool", "conv", "resampler", "text-only", "weighted", "concat"]
+SURE: dict[FamilyName, tuple[str, ...]] = {
+    "qwen": ("none", "prune-guided", "conv", "text-only", "weighted"),
+    "llava": ("none", "pool", "resampler", "concat"),
+}
 
 
 class Propose(NamedTuple):
@@ -121,8 +124,7 @@ def check_equal(
             assert torch.allclose(level, found.own[step - 1][one.index], atol=1e-5), (one.index, step)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", SURE)
+@pytest.mark.parametrize(("family", "name"), [(family, name) for family in FAMILIES for name in SURE[family]])
 def test_drafting_reads_what_training_read(family: FamilyName, name: str, proposed: list[Propose]) -> None:
     """After the prefill, after rounds, and at each level below the root."""
     captioner = head_captioner(family, name)
@@ -135,10 +137,15 @@ def test_drafting_reads_what_training_read(family: FamilyName, name: str, propos
     check_equal(captioner, video, proposed[::3], tokens)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("catch_up", [1, 3, 64])
 @pytest.mark.parametrize(
-    "plain", [[True] * 7, [False, True, True, False, True, False] * 2, [False] + [True] * 9], ids=str
+    ("family", "catch_up", "plain"),
+    [
+        ("qwen", 1, [False, True, True, False, True, False] * 2),
+        ("qwen", 3, [True] * 7),
+        ("llava", 3, [False] + [True] * 9),
+        ("llava", 64, [False, True, True, False, True, False] * 2),
+    ],
+    ids=str,
 )
 def test_a_head_that_fell_behind_reads_what_it_missed(
     family: FamilyName,
@@ -161,12 +168,13 @@ _SHARED: dict[FamilyName, Captioner] = {}
 
 def _shared(family: FamilyName) -> Captioner:
     if family not in _SHARED:
-        _SHARED[family] = head_captioner(family, "pool", deep=True)
+        _SHARED[family] = head_captioner(family, "pool")
     return _SHARED[family]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", ["none", "pool", "resampler"])
+@pytest.mark.parametrize(
+    ("family", "name"), [("qwen", "none"), ("qwen", "pool"), ("qwen", "resampler"), ("llava", "pool")]
+)
 def test_long_videos_keep_their_positions(family: FamilyName, name: str, proposed: list[Propose]) -> None:
     """The time row of M-RoPE runs ahead of the text; a new pair counts on from the text, in training too."""
     captioner = head_captioner(family, name)
@@ -214,12 +222,8 @@ def test_frequencies_stay_float32() -> None:
 
 
 @pytest.mark.parametrize(("family", "dtype"), [("qwen", "bfloat16"), ("llava", "float16")])
-@pytest.mark.parametrize("deep", [False, True])
-def test_other_number_formats_caption_too(
-    family: FamilyName, dtype: str, deep: bool, folders: dict[str, Path]
-) -> None:
-    name = f"{family}-deep" if deep else f"{family}-head"
-    captioner = specvlm.load(str(folders[family]), draft=str(folders[name]), dtype=dtype)
+def test_other_number_formats_caption_too(family: FamilyName, dtype: str, folders: dict[str, Path]) -> None:
+    captioner = specvlm.load(str(folders[family]), draft=str(folders[f"{family}-head"]), dtype=dtype)
     assert isinstance(captioner.draft, HeadDraft)
     assert captioner.draft.head.dtype == getattr(torch, dtype)
     video = captioner.prepare(random_frames(1), "Hi there.")
@@ -229,15 +233,16 @@ def test_other_number_formats_caption_too(
         assert caption.stats.num_drafts > 0
 
 
-def test_a_session_goes_on_when_another_head_asks_for_more() -> None:
-    """Slabs that were made before have no room for its layers, and nobody reads them there."""
-    captioner = head_captioner("qwen", "pool")
+def test_a_session_goes_on_when_a_head_asks_for_features() -> None:
+    """Slabs that were made before have no room for them, and nobody reads them there."""
+    captioner = target_captioner("qwen")
     session = captioner.session(random_frames(3), ["Hi there.", "What?"])
-    before = [session.caption(i, tree="static", max_new_tokens=12).token_ids for i in (0, 1)]
+    before = [session.caption(i, max_new_tokens=12).token_ids for i in (0, 1)]
     target = captioner.target
-    HeadDraft(HeadModel.fresh(target, config_of(target, deep=True), 0).eval(), target)
-    assert len(target.feature_layers) == 4
-    assert [session.caption(i, tree="static", max_new_tokens=12).token_ids for i in (0, 1)] == before
+    assert not target.keeps_features
+    captioner.draft = HeadDraft(HeadModel.fresh(target, config_of(target), 0).eval(), target)
+    assert target.keeps_features
+    assert [session.caption(i, speculate=False, max_new_tokens=12).token_ids for i in (0, 1)] == before
     again = captioner.session(random_frames(3), ["Hi there."])
     assert again.caption(0, tree="static", max_new_tokens=12).token_ids == before[0]
 
@@ -267,18 +272,16 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         tiny_model(family, TARGET).save_pretrained(found[family])
         processor_for(family).save_pretrained(found[family])
         captioner = specvlm.load(str(found[family]))
-        for name, deep in (("head", False), ("deep", True)):
-            config = HeadConfig(
-                str(found[family]),
-                captioner.info.target_revision,
-                captioner.target.family.name,
-                captioner.target.hidden_size,
-                low_middle_high(captioner.target) if deep else (-1,),
-                CompressorConfig(ratio=3.0),
-                {"steps": 3},
-            )
-            found[f"{family}-{name}"] = root / f"{family}-{name}"
-            HeadModel.fresh(captioner.target, config, seed=3).save(found[f"{family}-{name}"])
+        config = HeadConfig(
+            str(found[family]),
+            captioner.info.target_revision,
+            captioner.target.family.name,
+            captioner.target.hidden_size,
+            compressor=CompressorConfig(ratio=3.0),
+            training={"steps": 3},
+        )
+        found[f"{family}-head"] = root / f"{family}-head"
+        HeadModel.fresh(captioner.target, config, seed=3).save(found[f"{family}-head"])
     found["wide"] = root / "wide"
     tiny_model("qwen", Size(layers=3, seed=1, vocabulary=320, width=48)).save_pretrained(found["wide"])
     processor_for("qwen").save_pretrained(found["wide"])
@@ -289,9 +292,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", ["head", "deep"])
-def test_a_saved_head_is_the_same_to_the_bit(family: FamilyName, name: str, folders: dict[str, Path]) -> None:
-    folder = folders[f"{family}-{name}"]
+def test_a_saved_head_is_the_same_to_the_bit(family: FamilyName, folders: dict[str, Path]) -> None:
+    folder = folders[f"{family}-head"]
     assert is_head(folder)
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
     target = tiny_lm(family, TARGET)
@@ -335,7 +337,7 @@ def test_a_loaded_head_is_stock(family: FamilyName, folders: dict[str, Path]) ->
     assert captioner.info.draft_revision != captioner.info.target_revision
     assert len(captioner.info.draft_revision or "") == 16
     plain = specvlm.load(str(folders[family]))
-    other = with_draft(plain, str(folders[f"{family}-deep"]), draft_vocab=100)
+    other = with_draft(plain, str(folders[f"{family}-head"]), draft_vocab=100)
     assert other.caption(video, tree="static", max_new_tokens=16).token_ids == stock
 
 
@@ -368,26 +370,22 @@ def test_another_target_is_refused(folders: dict[str, Path], tmp_path: Path) -> 
     assert "family qwen2_5_vl), the target's is llava_onevision" in refusal(
         IncompatibleDraftError, folders["llava"], free
     )
-    deep = changed(folders["qwen-deep"], tmp_path / "deep", lambda config: config.update(layers=[0, 1, 3]))
-    assert "reads layers 0, 1, 3" in refusal(IncompatibleDraftError, folders["qwen"], _free(deep))
-    low = changed(folders["qwen-deep"], tmp_path / "low", lambda config: config.update(layers=[0, 1, -2]))
-    assert "reads layers 0, 1, -2" in refusal(IncompatibleDraftError, folders["qwen"], _free(low))
 
 
-def _free(folder: Path) -> Path:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"target_revision": None}))
-    return folder
+def test_a_head_that_reads_another_layer_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    assert json.loads((folders["qwen-head"] / "config.json").read_text())["layer"] == -1
+    low = changed(folders["qwen-head"], tmp_path / "low", lambda config: config.update(layer=1))
+    said = refusal(ModelLoadError, folders["qwen"], low)
+    assert "(it reads layer 1 of its target, this version reads the last one, -1, only)" in said
 
 
 BAD_CONFIGS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "a later format": lambda config: config.update(format=2),
     "no format": lambda config: config.pop("format"),
     "no family": lambda config: config.pop("family"),
-    "layers are no list": lambda config: config.update(layers=None),
-    "layers are words": lambda config: config.update(layers="last"),
-    "no layer": lambda config: config.update(layers=[]),
-    "a layer twice": lambda config: config.update(layers=[-1, -1]),
+    "no layer": lambda config: config.pop("layer"),
+    "a layer in words": lambda config: config.update(layer="last"),
+    "several layers": lambda config: config.update(layer=[0, 1, 2]),
     "no compressor": lambda config: config.update(compressor=None),
     "an unknown operator": lambda config: config["compressor"].update(operators=["zip", "pool"]),
     "an unknown mode": lambda config: config["compressor"].update(mode="best"),

@@ -94,7 +94,7 @@ class Clips:
 @pytest.fixture(scope="module")
 def clips() -> Clips:
     teacher = tiny_captioner("qwen", Size(seed=1), None)
-    teacher.target.keep_features((-1,))
+    teacher.target.keep_features()
     return Clips(teacher)
 
 

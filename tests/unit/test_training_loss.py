@@ -31,35 +31,33 @@ from tests.heads import (
 )
 from tests.tiny import FamilyName
 
-_CASES: dict[tuple[FamilyName, bool], tuple[Captioner, HeadModel, list[Example], list[tuple[int, ...]]]] = {}
+_CASES: dict[FamilyName, tuple[Captioner, HeadModel, list[Example], list[tuple[int, ...]]]] = {}
 
 
 def lots(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def case(
-    family: FamilyName, *, deep: bool = False
-) -> tuple[Captioner, HeadModel, list[Example], list[tuple[int, ...]]]:
+def case(family: FamilyName) -> tuple[Captioner, HeadModel, list[Example], list[tuple[int, ...]]]:
     """A target, an untrained head without a compressor, examples, and their captions."""
-    if (family, deep) not in _CASES:
+    if family not in _CASES:
         captioner = target_captioner(family)
-        head = HeadModel.fresh(captioner.target, config_of(captioner.target, deep=deep), seed=2)
+        head = HeadModel.fresh(captioner.target, config_of(captioner.target), seed=2)
         videos = videos_of(captioner)[:2]
         captions = [written(captioner, video, max_new_tokens=12) for video in videos]
         told = list(zip(videos, captions, strict=True))
-        _CASES[family, deep] = captioner, head, examples_of(captioner.target, head, told), captions
-    return _CASES[family, deep]
+        _CASES[family] = captioner, head, examples_of(captioner.target, told), captions
+    return _CASES[family]
 
 
-def headed(captioner: Captioner, name: str, *, deep: bool = False, seed: int = 2) -> HeadModel:
-    return HeadModel.fresh(captioner.target, config_of(captioner.target, COMPRESSORS[name], deep=deep), seed)
+def headed(captioner: Captioner, name: str, *, seed: int = 2) -> HeadModel:
+    return HeadModel.fresh(captioner.target, config_of(captioner.target, COMPRESSORS[name]), seed)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_example_is_what_stock_sees(family: FamilyName) -> None:
-    """Hidden states of every layer as stock's forward over prompt and caption gives them, and its logits."""
-    captioner, _, examples, captions = case(family, deep=True)
+    """Last hidden states as stock's forward over prompt and caption gives them, and its logits."""
+    captioner, head, examples, captions = case(family)
     target = captioner.target
     for video, example, caption in zip(videos_of(captioner), examples, captions, strict=False):
         tensors = dict(video.inputs.tensors)
@@ -71,12 +69,8 @@ def test_an_example_is_what_stock_sees(family: FamilyName) -> None:
         with torch.no_grad():
             out = target.model(**tensors, output_hidden_states=True)
         assert example.embeds.shape[1] == ids.shape[1] == example.positions.shape[1]
-        for layer in example.layers:
-            stock = out.hidden_states[layer if layer == -1 else layer + 1]
-            if layer == len(target.text.layers) - 1:
-                continue  # stock normalises the last one
-            assert torch.allclose(example.layer(layer), stock, atol=1e-4), layer
-        aims = objective._aims(headed(captioner, "none", deep=True), target, example)
+        assert torch.allclose(example.features, out.hidden_states[-1], atol=1e-4)
+        aims = objective._aims(head, target, example)
         logits = out.logits[:, example.prompt_tokens :]
         assert torch.allclose(aims.probabilities, logits.softmax(-1), atol=1e-5)
         assert aims.best[0].tolist() == list(caption[1 : aims.best.shape[1] + 1])
@@ -91,7 +85,7 @@ def test_the_terms_are_those_of_the_paper(family: FamilyName, unroll: int) -> No
     settings = ObjectiveSettings(cross_entropy=0.3, smooth_l1=2.0, unroll=unroll)
     with torch.no_grad():
         got = distillation_loss(head.train(), target, example, settings, lots())
-        embeds, feature = example.embeds[:, 1:], example.layer(-1)
+        embeds, feature = example.embeds[:, 1:], example.features
         start, positions = example.prompt_tokens - 1, example.positions
         read = head.pairs(feature[:, :-1], embeds)  # with the target's features
 
@@ -140,12 +134,11 @@ def test_the_share_that_is_right_is_counted_on_the_first_pass() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", COMPRESSORS)
-@pytest.mark.parametrize("deep", [False, True])
 def test_gradients_reach_every_weight_of_the_head_and_none_of_the_target(
-    family: FamilyName, name: str, deep: bool
+    family: FamilyName, name: str
 ) -> None:
-    captioner, _, examples, _ = case(family, deep=deep)
-    head = headed(captioner, name, deep=deep).train()
+    captioner, _, examples, _ = case(family)
+    head = headed(captioner, name).train()
     before = {key: value.clone() for key, value in captioner.target.model.state_dict().items()}
     generator, reached = lots(), set()
     for _ in range(40 if name == "select" else 1):  # until each operator was drawn
@@ -295,7 +288,7 @@ def test_a_bfloat16_target_and_head() -> None:
     again.target.model.to(torch.bfloat16)
     target = type(again.target)(again.target.model, again.target.family)
     head = HeadModel.fresh(target, config_of(target, CompressorConfig(ratio=3.0)), 1)
-    (example,) = examples_of(target, head, [(videos_of(captioner)[0], captions[0])])
+    (example,) = examples_of(target, [(videos_of(captioner)[0], captions[0])])
     for dtype in (torch.bfloat16, torch.float32):
         head = head.to(dtype).train()
         found = distillation_loss(head, target, example, ObjectiveSettings(unroll=2), lots(1))
