@@ -233,11 +233,10 @@ def plot(kinds: Sequence[Found], path: Path) -> None:
             axes.plot(seen, [one.chain for one in some], mark, color=colour, label=name,
                       markerfacecolor="none" if number >= len(colours) else colour)  # fmt: skip
         axes.set_xscale("log")
-        axes.set(
-            title=f"{found.video_tokens:,} video tokens",
-            xlabel="video tokens that the head sees (none: left)",
-        )
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.set(title=f"{found.video_tokens:,} video tokens", ylim=(0, max(1.0, 1.08 * axes.dataLim.y1)))
         axes.grid(alpha=0.2)
+    panels[len(panels) // 2].set_xlabel("video tokens that the head sees; left of 1: none")
     panels[0].set_ylabel("accepted tokens a round, chain of 16")
     handles, labels = panels[-1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
@@ -279,7 +278,7 @@ def main() -> None:
     parser.add_argument("--ratios", type=float, nargs="+", default=[3.0, 5.0, 10.0, 20.0])
     parser.add_argument("--mode-ratio", type=float, default=5.0, help="of the operators of the three modes")
     parser.add_argument("--clips", type=int, default=1000, help="training clips")
-    parser.add_argument("--epochs", type=int, default=3, help="how often each is learned from")
+    parser.add_argument("--epochs", type=int, default=4, help="how often each is learned from")
     parser.add_argument(
         "--longer-share",
         type=float,
