@@ -21,6 +21,7 @@ from specvlm.attention import ATTENTION, register_attention
 from specvlm.captioner import Captioner, ModelInfo
 from specvlm.config import FrameSettings
 from specvlm.costs import CostStore, cost_file
+from specvlm.demo import local_name
 from specvlm.drafts.base import Draft
 from specvlm.drafts.head import HeadDraft
 from specvlm.drafts.head_model import HeadModel, read_config
@@ -207,7 +208,8 @@ def load(
     preset = find_preset(target)
     if preset is not None:
         target, draft = preset.target, draft or preset.draft
-    draft_name = None if draft in (None, "none") else draft
+    target = local_name(target)
+    draft_name = None if draft is None or draft == "none" else local_name(draft)
     for name in filter(None, (target, draft_name)):
         _refuse_misspelt(name)
     if is_head(target):
@@ -252,6 +254,7 @@ def with_draft(
 
     Arguments and errors are those of `load`.
     """
+    draft = local_name(draft)
     _refuse_misspelt(draft)
     info = captioner.info
     target = _Loaded(captioner.target, captioner.processor, info.target_revision)
@@ -279,6 +282,7 @@ def load_tokenizer(
     trust_remote_code: bool = False,
 ) -> Any:
     """Load the tokenizer of a target as captioning has it; arguments and errors are those of `load`."""
+    target = local_name(target)
     _refuse_misspelt(target)
     source = _Source(target, revision, local_files_only, trust_remote_code)
     return _guarded(source, "its processor", AutoProcessor.from_pretrained).tokenizer

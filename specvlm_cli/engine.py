@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import specvlm
+from specvlm.demo import OWNER, demo_folder
 from specvlm.drafts.kept_tokens import MostUsed
 from specvlm.records import Caption, Frames
 from specvlm_cli.exits import UsageError
 from specvlm_cli.settings import CaptionSettings, ModelChoice, Plain
 
-DEMO_WEIGHTS = Path(specvlm.__file__).parent / "demo" / "weights"
+DEMO_WEIGHTS = demo_folder("qwen-target").parent
 
 if TYPE_CHECKING:
     from specvlm import Captioner, PromptSession
@@ -169,14 +170,8 @@ def public_name(model: str) -> str:
     """Return a model's name for settings and rows; a packaged one's is the same wherever we are installed."""
     folder = Path(model)
     if folder.parent == DEMO_WEIGHTS:
-        return f"specvlm-demo/{folder.name}"
+        return f"{OWNER}/{folder.name}"
     return str(folder.resolve()) if folder.is_dir() else model
-
-
-def loadable_name(public: str) -> str:
-    """Return what to load for a model's name in settings and rows, as `public_name` made it."""
-    packaged, _, name = public.partition("/")
-    return str(DEMO_WEIGHTS / name) if packaged == "specvlm-demo" else public
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,9 +15,19 @@ DemoName = Literal["qwen-target", "qwen-draft", "llava-target", "llava-draft"]
 HeadName = Literal["qwen-head", "llava-head"]
 """Heads that `specvlm train` makes for the demo targets; only folders that are there are presets."""
 
-__all__ = ["DemoName", "HeadName", "demo_folder"]
+OWNER = "specvlm-demo"
+"""Stands before the names of these checkpoints where hub ids have their owner."""
+
+__all__ = ["OWNER", "DemoName", "HeadName", "demo_folder", "local_name"]
 
 
 def demo_folder(name: DemoName | HeadName) -> Path:
     """Folder of one demo checkpoint, in the Hugging Face layout that `from_pretrained` reads, or of a head."""
     return Path(str(files(__name__))) / "weights" / name
+
+
+def local_name(name: str) -> str:
+    """The folder that a name like "specvlm-demo/qwen-target" stands for; any other name as it is."""
+    owner, _, rest = name.partition("/")
+    folder = Path(str(files(__name__))) / "weights" / rest
+    return str(folder) if owner == OWNER and rest and "/" not in rest and folder.is_dir() else name

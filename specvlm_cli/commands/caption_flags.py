@@ -165,7 +165,13 @@ class ModelFlags:
         flag(_MODELS, "--target", "Model whose captions these are: hub id or folder.", metavar="ID"),
     ] = None
     draft: Annotated[
-        str | None, flag(_MODELS, "--draft", "Model that guesses: hub id, folder or none.", metavar="ID")
+        str | None,
+        flag(
+            _MODELS,
+            "--draft",
+            "What guesses: hub id or folder of a model, folder of a trained head, or none.",
+            metavar="ID",
+        ),
     ] = None
     revision: Annotated[
         str | None, flag(_MODELS, "--revision", "Branch, tag or commit of the target.", metavar="NAME")

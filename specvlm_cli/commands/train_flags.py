@@ -35,8 +35,8 @@ _INPUT, _HEAD, _LEARNING, _STOPPING, _TALKING = (
     "Input and output",
     "The head",
     "Learning",
-    "Held-out videos, checkpoints and stopping",
-    "Messages and configuration",
+    "Held-out videos and checkpoints",
+    "Messages, measuring and configuration",
 )
 _TRAINING, _SCHEDULE = TrainingSettings(), Schedule()
 HELD_OUT, HELD_OUT_LIMIT = "0.05", 32
@@ -228,7 +228,7 @@ class StoppingFlags:
     ] = CHECKPOINT_EVERY
     max_runtime: Annotated[str | None, same_as(CaptionFlags, "max_runtime")] = None
     if_locked: Annotated[LockedPolicy, same_as(CaptionFlags, "if_locked")] = "fail"
-    exit_zero: Annotated[bool, flag(_STOPPING, "--exit-zero", "Exit 0 although samples were left out.")] = (
+    exit_zero: Annotated[bool, flag("Resume, failures and stopping", "--exit-zero", "Exit 0 although samples were left out.")] = (
         False
     )
     json_output: Annotated[bool, flag(_TALKING, "--json", "Print the outcome as one JSON object.")] = False

@@ -145,7 +145,7 @@ def _target(flags: VocabFlags, run: RunView | None) -> ModelChoice:
     if not isinstance(settings.get("target"), str):
         why = "text files have no tokenizer" if run is None else "the run folder does not say its target"
         raise UsageError(f"{why}; give --target or --preset")
-    name = engine.loadable_name(settings["target"])
+    name = settings["target"]
     return _choice(name, flags.revision or settings.get("revision"), flags)
 
 

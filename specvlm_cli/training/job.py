@@ -39,9 +39,9 @@ from specvlm_cli.stopping import Stop, listening
 from specvlm_cli.text import clean
 from specvlm_cli.training import stored
 from specvlm_cli.training.asking import Asking, Captioners
-from specvlm_cli.training.captions import NAME, Captions
+from specvlm_cli.training.captions import NAME, Captions, LeftOut
 from specvlm_cli.training.exam import Exam
-from specvlm_cli.training.lessons import Lessons
+from specvlm_cli.training.lessons import Lessons, Tally
 from specvlm_cli.training.reading import Bounds, Reader
 from specvlm_cli.training.register import Register
 from specvlm_cli.training.samples import Samples, Split
@@ -192,9 +192,9 @@ def _run(request: Request, ranks: Ranks, talk: Speaker, stop: Stop, quiet: bool)
 
 def _standing(request: Request, total: int, talk: Speaker, stop: Stop, held: ExitStack) -> Outcome | None:
     """Take the folder; or return the outcome where there is nothing to do, or it cannot be had."""
-    if _known(request) is not None and stored.is_finished(request.out, total):
+    if _known(request) is not None and (progress := stored.finished(request.out, total)) is not None:
         talk.note(f"nothing to do: {total:,} steps are done; give more --epochs to go on")
-        return Outcome(ExitCode.OK, str(request.out), total, total)
+        return _outcome(request, Ending(total, total, None, progress), _left_out(request), Tally())
     (request.out / STATE).mkdir(parents=True, exist_ok=True)
     if not _locked(request, talk, stop, held):
         code = ExitCode.OK if stop.reason is None else ExitCode.STOPPED
@@ -254,7 +254,8 @@ class _Start:
         trainer, lessons = self._trainer(teacher, resolved, captions)
         with self.talk.working():
             ending = trainer.run()
-        return self._outcome(ending, lessons, captions)
+        noted = self.ranks.first([] if captions is None else captions.left_out())
+        return _outcome(request, ending, noted, lessons.tally)
 
     def _device(self) -> str | None:
         """Of several processes each has its own device, unless the flags say where the target goes."""
@@ -330,28 +331,37 @@ class _Start:
         if self.stop.reason is not None:
             raise Interrupted
 
-    def _outcome(self, ending: Ending, lessons: Lessons, captions: Captions | None) -> Outcome:
-        request, progress = self.request, ending.progress
-        noted = self.ranks.first([] if captions is None else captions.left_out())
-        left = len(noted) + len(request.samples.problems)
-        if not progress.samples and ending.stopped is None and ending.total:
-            why = f"; the first: {noted[0].name}: {noted[0].failure.error}" if noted else ""
-            raise FatalError(f"none of the videos could be learned from{why}")
-        failed = bool(left or request.unreadable) and not request.exit_zero
-        code = ExitCode.SOME_FAILED if failed else ExitCode.OK
-        return Outcome(
-            exit_code=code if ending.stopped is None else ExitCode.STOPPED,
-            out=str(request.out),
-            steps=ending.steps,
-            total_steps=ending.total,
-            samples=progress.samples,
-            captions=lessons.tally.captions,
-            caption_tokens=lessons.tally.tokens,
-            left_out=left,
-            best=progress.best,
-            last=progress.log[-1] if progress.log else None,
-            stopped=ending.stopped,
-        )
+
+def _left_out(request: Request) -> list[LeftOut]:
+    """What earlier starts left out; nothing is made."""
+    path = request.out / STATE / NAME
+    if not path.exists():
+        return []
+    with Captions.open(path) as captions:
+        return captions.left_out()
+
+
+def _outcome(request: Request, ending: Ending, noted: list[LeftOut], tally: Tally) -> Outcome:
+    """How a start ended; `noted`: what was left out, `tally`: what the target wrote in this start."""
+    progress, left = ending.progress, len(noted) + len(request.samples.problems)
+    if not progress.samples and ending.stopped is None and ending.total:
+        why = f"; the first: {noted[0].name}: {noted[0].failure.error}" if noted else ""
+        raise FatalError(f"none of the videos could be learned from{why}")
+    failed = bool(left or request.unreadable) and not request.exit_zero
+    code = ExitCode.SOME_FAILED if failed else ExitCode.OK
+    return Outcome(
+        exit_code=code if ending.stopped is None else ExitCode.STOPPED,
+        out=str(request.out),
+        steps=ending.steps,
+        total_steps=ending.total,
+        samples=progress.samples,
+        captions=tally.captions,
+        caption_tokens=tally.tokens,
+        left_out=left,
+        best=progress.best,
+        last=progress.log[-1] if progress.log else None,
+        stopped=ending.stopped,
+    )
 
 
 def _go_on() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from specvlm.durable import write_whole
 from specvlm.training.checkpoint import Checkpoints
 from specvlm.training.folder import STATE
+from specvlm.training.progress import Progress
 from specvlm_cli.exits import FatalError, UsageError
 from specvlm_cli.settings import Plain, differences
 from specvlm_cli.text import clean
@@ -85,10 +86,10 @@ def agree(root: Path, before: Plain, now: Plain, *, flags: bool = True) -> None:
         )
 
 
-def is_finished(root: Path, total: int) -> bool:
-    """Say whether the training went to its end, and was evaluated there; touches nothing."""
+def finished(root: Path, total: int) -> Progress | None:
+    """Return the log of a training that went to its end, and was evaluated there; None: it did not. Touches nothing."""
     known = Checkpoints(root / STATE).peek()
     if known is None or known[0] < total:
-        return False
-    log = known[1].get("log") or [{}]
-    return bool(log[-1].get("step") == known[0])
+        return None
+    progress = Progress.of(known[1])
+    return progress if progress.evaluated_at(known[0]) else None

@@ -63,6 +63,7 @@ class Speaker:
         self._best: tuple[float, int] | None = None
         self._last: float | None = None
         self._doing = ""
+        self._asked_held_out = False  # some were decoded, or could not be
 
     def __enter__(self) -> Self:
         return self
@@ -171,6 +172,7 @@ class Speaker:
 
     def evaluating(self) -> None:
         """See `specvlm.training.trainer.Watcher`."""
+        self._asked_held_out = False
         self._doing = "decoding held-out videos"
         self._refresh()
 
@@ -179,7 +181,12 @@ class Speaker:
         self._doing = ""
         self._take(entry)
         figure = entry["mean_accepted_tokens"]
-        if figure is not None:
+        if figure is None and self._asked_held_out:
+            self.warn(
+                f"step {entry['step']:,}: none of the held-out videos could be used, so nobody knows how good this "
+                "head is; give others with --held-out, for another head"
+            )
+        elif figure is not None:
             kept = ", the best so far" if self._best == (figure, entry["step"]) else ""
             loss = "" if entry["loss"] is None else f", loss {entry['loss']:.3f}"
             self.note(
@@ -206,6 +213,7 @@ class Speaker:
 
     def measured(self, videos: int, of: int) -> None:
         """See `specvlm_cli.training.asking.Listener`."""
+        self._asked_held_out = True
         self._doing = f"decoding held-out videos, {videos} of {of}"
         self._refresh()
 
