@@ -311,6 +311,8 @@ def limit(summary: Summary) -> str:
     before = {name: getattr(summary.stages, name) for name in _BEFORE}
     share = sum(before.values()) / summary.total_s if summary.total_s else 0.0
     decoding = _limit_of_rounds(summary) if summary.num_drafts else ""
+    if not summary.num_drafts and summary.configuration.tree == "auto":
+        decoding = "nothing was guessed: by what rounds cost here and now, plain decoding promised more"
     if share <= _MOSTLY:
         return decoding or f"decoding, token by token, takes {_percent(1.0 - share)} of the time"
     largest = max(before, key=lambda name: before[name])

@@ -236,6 +236,17 @@ def test_without_plain_nothing_is_predicted_and_the_share_is_named() -> None:
     assert limit(alone) == "verifying takes 57 % of a round"
 
 
+def test_where_auto_guessed_nothing_that_is_said() -> None:
+    plain, ours = rounds()
+    auto = replace(ours.configuration, tree="auto")
+    silent = replace(ours, configuration=auto, num_drafts=0)
+    assert limit(silent).endswith(
+        "nothing was guessed: by what rounds cost here and now, plain decoding promised more"
+    )
+    assert "guessed" not in limit(replace(ours, configuration=auto))
+    assert "guessed" not in limit(plain)
+
+
 @pytest.mark.parametrize(
     ("terms", "words"),
     [
