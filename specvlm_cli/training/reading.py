@@ -42,21 +42,23 @@ class Reader:
         self._again: list[tuple[float, ReadJob]] = []
         self._tries: dict[int, int] = {}
         self._largest_bytes = 0
+        self._least = 0  # the smallest key that may still be asked for
 
     def begin(self, jobs: Iterable[ReadJob]) -> None:
         """Read these from now on, whose keys ascend; what was being read is forgotten."""
         self._pool.cancel()
         for one in self._read.values():
             _close(one)
-        self._reading, self._read, self._again, self._tries = {}, {}, [], {}
+        self._reading, self._read, self._again, self._tries, self._least = {}, {}, [], {}, 0
         self._coming = iter(jobs)
         self._read_ahead()
 
     def take(self, key: int) -> Frames | ReadFailure:
         """Return the video of a key, or why there is none; those with smaller keys are dropped."""
+        self._drop_before(
+            key
+        )  # at once: what nobody will ask for must not take the room of what is waited for
         self._wait(lambda: key in self._read)
-        for passed in [one for one in self._read if one < key]:
-            _close(self._read.pop(passed))
         found = self._read.pop(key)
         if isinstance(found, ReadVideo):
             frames = found.frames()
@@ -69,6 +71,12 @@ class Reader:
         """Return the frames of the first videos, at most `count`, as far as they fit; they are still to be taken."""
         self._wait(lambda: len(self._read) >= count or not (self._reading or self._again))
         return [one.frames() for _, one in sorted(self._read.items())[:count] if isinstance(one, ReadVideo)]
+
+    def _drop_before(self, key: int) -> None:
+        self._least = key
+        for passed in [one for one in self._read if one < key]:
+            _close(self._read.pop(passed))
+        self._again = [(when_s, job) for when_s, job in self._again if job.key >= key]
 
     def _wait(self, ready: Callable[[], bool]) -> None:
         while True:
@@ -86,6 +94,9 @@ class Reader:
     def _collect(self) -> None:
         for outcome in self._pool.collect() if self._reading else ():
             job = self._reading.pop(outcome.key)
+            if outcome.key < self._least:
+                _close(outcome)
+                continue
             if isinstance(outcome, ReadVideo):
                 self._largest_bytes = max(self._largest_bytes, outcome.size_bytes)
             elif outcome.transient and self._tries.get(outcome.key, 0) < self._bounds.retries:
@@ -96,11 +107,14 @@ class Reader:
 
     def _read_ahead(self) -> None:
         while len(self._pool) < self._bounds.workers:
-            job = self._due_again() or (next(self._coming, None) if self._has_room() else None)
+            job = self._due_again() or (self._next() if self._has_room() else None)
             if job is None:
                 return
             self._reading[job.key] = job
             self._pool.submit(job)
+
+    def _next(self) -> ReadJob | None:
+        return next((job for job in self._coming if job.key >= self._least), None)
 
     def _due_again(self) -> ReadJob | None:
         """A video to be tried again, for which there is always room: others may wait behind it."""
@@ -117,7 +131,7 @@ class Reader:
             return True
         waiting = [one.size_bytes for one in self._read.values() if isinstance(one, ReadVideo)]
         expected = sum(waiting) + self._largest_bytes * (len(self._reading) + 1)
-        return expected <= self._bounds.ahead_bytes and len(self._read) < _MOST_READ
+        return expected <= self._bounds.ahead_bytes and len(self._read) + len(self._reading) < _MOST_READ
 
 
 def job_of(
