@@ -212,7 +212,16 @@ def plan(request: Request, show: Callable[[Planned], None]) -> Plan:
 
 
 def choose_folder(request: Request) -> RunFolder:
-    """Return the run folder: OUT, or with `--on-config-change new` a sibling named after the new settings."""
+    """Return the run folder: OUT, or with `--on-config-change new` a sibling named after the new settings.
+
+    Raises:
+        UsageError: A head was trained in it.
+        FatalError: Its settings cannot be read.
+    """
+    if (request.out / ".specvlm" / "train.json").exists():
+        raise UsageError(
+            f"{clean(str(request.out))} is the folder of a trained head; give it with --draft, and another with -o"
+        )
     folder = RunFolder(request.out, request.shard)
     known = folder.read()
     fingerprint = request.settings.fingerprint()

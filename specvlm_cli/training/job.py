@@ -182,6 +182,7 @@ def run(request: Request, ranks: Ranks, talk: Speaker, *, quiet: bool) -> Outcom
 
 
 def _run(request: Request, ranks: Ranks, talk: Speaker, stop: Stop, quiet: bool) -> Outcome:
+    _check_place(request.head.device)
     total = request.order().total_steps(request.schedule)
     with ExitStack() as held:
         standing = ranks.first(_standing(request, total, talk, stop, held) if ranks.rank == 0 else None)
@@ -192,15 +193,30 @@ def _run(request: Request, ranks: Ranks, talk: Speaker, stop: Stop, quiet: bool)
 
 def _standing(request: Request, total: int, talk: Speaker, stop: Stop, held: ExitStack) -> Outcome | None:
     """Take the folder; or return the outcome where there is nothing to do, or it cannot be had."""
-    if _known(request) is not None and (progress := stored.finished(request.out, total)) is not None:
-        talk.note(f"nothing to do: {total:,} steps are done; give more --epochs to go on")
-        return _outcome(request, Ending(total, total, None, progress), _left_out(request), Tally())
+    if (finished := _finished(request, total, talk)) is not None:
+        return finished
     (request.out / STATE).mkdir(parents=True, exist_ok=True)
     if not _locked(request, talk, stop, held):
         code = ExitCode.OK if stop.reason is None else ExitCode.STOPPED
         return Outcome(code, str(request.out), 0, total, stopped=stop.reason or "locked")
-    _known(request)  # it may have changed before we had it
-    return None
+    return _finished(request, total, talk)  # it may have changed before we had it
+
+
+def _finished(request: Request, total: int, talk: Speaker) -> Outcome | None:
+    """Return the outcome of a training that has nothing left to do; its head may still have to be written anew."""
+    if _known(request) is None or (progress := stored.finished(request.out, total)) is None:
+        return None
+    if (damage := stored.damage(request.out)) is not None:
+        if progress.best is progress.log[-1]:
+            return None
+        raise FatalError(
+            f"{clean(damage)}, and the newest checkpoint is of a later step; train in another folder, where a copy of "
+            f"{clean(str(request.out / STATE / NAME))} saves making the captions again"
+        )
+    done = progress.log[-1]["step"]
+    more = "" if done == total else f", and {total:,} were asked for"
+    talk.note(f"nothing to do: {done:,} steps are done{more}; give more --epochs to go on")
+    return _outcome(request, Ending(done, done, None, progress), _left_out(request), Tally())
 
 
 def _known(request: Request) -> Stored | None:
@@ -246,12 +262,13 @@ class _Start:
         teacher = engine.load_captioner(request.captions.models, self._device(), quiet=quiet)
         resolved = _resolved(teacher)
         _refuse_float16(teacher.target)
-        if self.ranks.rank == 0:
-            self._store(resolved)
+        self._agree(resolved)
         captions = None
         if self.ranks.rank == 0:
             captions = self.held.enter_context(Captions.open(request.out / STATE / NAME))
         trainer, lessons = self._trainer(teacher, resolved, captions)
+        if self.ranks.rank == 0:  # here, where no flag can turn out to be wrong any more
+            stored.write(request.out, Stored(request.fingerprint(), resolved))
         with self.talk.working():
             ending = trainer.run()
         noted = self.ranks.first([] if captions is None else captions.left_out())
@@ -261,11 +278,10 @@ class _Start:
         """Of several processes each has its own device, unless the flags say where the target goes."""
         return self.ranks.device if self.request.captions.models.device_map is None else None
 
-    def _store(self, resolved: Plain) -> None:
-        known = stored.read(self.request.out)
+    def _agree(self, resolved: Plain) -> None:
+        known = stored.read(self.request.out) if self.ranks.rank == 0 else None
         if known is not None and known.resolved:
             stored.agree(self.request.out, known.resolved, resolved, flags=False)
-        stored.write(self.request.out, Stored(self.request.fingerprint(), resolved))
 
     def _trainer(
         self, teacher: Captioner, resolved: Plain, captions: Captions | None
@@ -277,6 +293,9 @@ class _Start:
         in_use = HeadModel.fresh(target, config, request.training.seed).to(target.device, target.dtype)
         in_use.eval().requires_grad_(False)
         captioners = Captioners(teacher, _pupil(teacher, in_use))
+        folder = None if captions is None else HeadFolder(request.out, self.talk.warn)
+        if folder is not None:
+            _mend(folder, in_use, self.talk)
         register = Register(captions, ranks, self.talk.left_out)
         asking = _asking(request, teacher, resolved)
         check = self._check if ranks.count == 1 else _go_on
@@ -308,7 +327,7 @@ class _Start:
             Learner(head, request.training, ranks),
             in_use,
             VideoSource(lessons, exam),
-            None if captions is None else HeadFolder(request.out, self.talk.warn),
+            folder,
             ranks,
             self.talk,
         )
@@ -330,6 +349,36 @@ class _Start:
     def _check(self) -> None:
         if self.stop.reason is not None:
             raise Interrupted
+
+
+def _mend(folder: HeadFolder, in_use: HeadModel, talk: Speaker) -> None:
+    """Where the head that was kept is damaged, write that of the newest checkpoint; `in_use` gets its weights."""
+    if (damage := stored.damage(folder.root)) is None or (found := folder.newest()) is None:
+        return
+    log = found.facts["log"]
+    if not log:  # none was kept yet
+        return
+    with torch.no_grad():
+        for name, weight in in_use.named_parameters():
+            weight.copy_(found.tensors[f"head.{name}"])
+    measured = log[-1]["step"] == found.step
+    reached = log[-1] if measured else {"step": found.step, "mean_accepted_tokens": None, "held_out": 0}
+    config = in_use.config
+    folder.keep(in_use, replace(config, training={**config.training, "reached": reached}))
+    talk.warn(
+        f"{clean(damage)}; the folder has the head of step {found.step:,} now, until a better one comes"
+    )
+
+
+def _check_place(device: str | None) -> None:
+    """Refuse a device for the head that this machine has not."""
+    if device is None or device == "cpu":
+        return
+    kind, _, number = device.partition(":")
+    counts = {"cuda": torch.cuda.device_count, "xpu": torch.xpu.device_count}
+    count = counts[kind]() if kind in counts else int(torch.backends.mps.is_available())
+    if int(number or 0) >= count:
+        raise UsageError(f"--head-device {device}: there is none here; this machine has {count} of {kind}")
 
 
 def _left_out(request: Request) -> list[LeftOut]:

@@ -5,8 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
+from specvlm.drafts.head_model import WEIGHTS, read_config
 from specvlm.durable import write_whole
+from specvlm.errors import ModelLoadError
 from specvlm.training.checkpoint import Checkpoints
 from specvlm.training.folder import STATE
 from specvlm.training.progress import Progress
@@ -47,7 +52,7 @@ def read(root: Path) -> Stored | None:
     path = root / STATE / _FILE
     try:
         told = json.loads(path.read_text(encoding="utf-8"))
-        return Stored(told["settings"], told["resolved"])
+        return Stored(_plain(told, "settings"), _plain(told, "resolved"))
     except FileNotFoundError:
         if (root / STATE / _RUN_FILE).exists() or any(one.name != STATE for one in root.iterdir()):
             raise UsageError(
@@ -58,6 +63,13 @@ def read(root: Path) -> Stored | None:
         raise FatalError(
             f"{clean(str(path))} cannot be read ({clean(' '.join(str(error).split()))}); train in another folder"
         ) from error
+
+
+def _plain(told: Any, name: str) -> Plain:
+    found = told[name]
+    if not isinstance(found, dict):
+        raise TypeError(f"its {name} are none")
+    return found
 
 
 def write(root: Path, stored: Stored) -> None:
@@ -84,6 +96,19 @@ def agree(root: Path, before: Plain, now: Plain, *, flags: bool = True) -> None:
             f"{clean(str(root))} was begun with other settings: {clean(told)}{more}; give those, or another "
             "folder with -o"
         )
+
+
+def damage(root: Path) -> str | None:
+    """What is wrong with the head in a folder, in words; None: it can be loaded, as far as can be told at a glance."""
+    try:
+        read_config(root)
+        with safe_open(root / WEIGHTS, "pt"):
+            return None
+    except ModelLoadError as error:
+        return str(error).removesuffix("; train it again")
+    except (OSError, SafetensorError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return f"{root}: cannot read the head's {WEIGHTS} ({reason})"
 
 
 def finished(root: Path, total: int) -> Progress | None:

@@ -220,9 +220,10 @@ class Speaker:
 
 def ending(outcome: Any) -> str:
     """Return how a training ended, as one line."""
-    words = [
-        f"{counted(outcome.steps, 'step')} of {outcome.total_steps:,} done in {duration(outcome.wall_s)}"
-    ]
+    if outcome.stopped == "locked":
+        return "skipped: another start is at work there"
+    of = f" of {outcome.total_steps:,}" if outcome.steps <= outcome.total_steps else ""
+    words = [f"{counted(outcome.steps, 'step')}{of} done in {duration(outcome.wall_s)}"]
     if outcome.best is not None and outcome.best["mean_accepted_tokens"] is not None:
         words.append(
             f"best head: {outcome.best['mean_accepted_tokens']:.2f} tokens accepted a round on held-out videos, "
