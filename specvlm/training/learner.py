@@ -5,11 +5,13 @@ A sample's gradient is added only when all of it is there, so a sample that fail
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
 
 from specvlm.drafts.head_model import HeadModel
+from specvlm.errors import TrainingError
 from specvlm.training.ranks import Ranks
 from specvlm.training.settings import BETAS, TrainingSettings
 
@@ -59,20 +61,33 @@ class Learner:
 
         Returns:
             The gradient's norm before clipping; None without samples.
+
+        Raises:
+            TrainingError: The gradient, or a weight after the step, is not finite; what is here is of no use then.
         """
-        self.steps += 1
         if not samples:
+            self.steps += 1
             return None
         self._ranks.add(self._gradient)
         for sum_, master in zip(self._gradient, self._masters, strict=True):
             master.grad = sum_.div_(samples)
         most = self._settings.clip_norm
         norm = torch.nn.utils.clip_grad_norm_(self._masters, float("inf") if most is None else most)
+        if not math.isfinite(norm):
+            raise self._refused(f"the norm of the gradient is {float(norm)}")
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self.forget()
+        if not all(bool(torch.isfinite(master).all()) for master in self._masters):
+            raise self._refused("a weight is not finite")
         self._spread()
+        self.steps += 1
         return float(norm)
+
+    def _refused(self, reason: str) -> TrainingError:
+        return TrainingError(
+            f"step {self.steps + 1}: {reason}; give a lower --learning-rate, or --clip-norm 0.5, in another folder"
+        )
 
     @torch.no_grad()
     def _spread(self) -> None:

@@ -60,6 +60,15 @@ class Source(Protocol):
             Interrupted: Stopping was asked for.
         """
 
+    def settled(self) -> bool:
+        """Whether the samples that failed so far did so for good; else no checkpoint may build on it.
+
+        The same in every process.
+        """
+
+    def end(self) -> None:
+        """The last step was taken: what failed is settled."""
+
 
 class Watcher(Protocol):
     """Told how far a training is."""
@@ -92,7 +101,7 @@ class Ending:
     """How a training ended.
 
     Attributes:
-        steps: Steps taken, over all starts.
+        steps: Steps taken, over all starts, and kept.
         total: Steps to take.
         stopped: Why it stopped early; None where it did not.
         progress: Its log.
@@ -129,7 +138,7 @@ class Trainer:
         """Train to the end, or until stopping is asked for; what was reached stands in a checkpoint then.
 
         Raises:
-            TrainingError: The loss is not finite, or every checkpoint is damaged.
+            TrainingError: Loss, gradient or weights are not finite, or every checkpoint is damaged.
             OSError: The folder cannot be written.
         """
         learner, watcher = self._parts.learner, self._parts.watcher
@@ -141,9 +150,11 @@ class Trainer:
                 pass
         except Interrupted:
             self._stopped = self._stop() or "interrupted"
+        if self._stopped is None:
+            self._parts.source.end()
         if self._written_step != learner.steps:
             self._write()
-        return Ending(learner.steps, self._total, self._stopped, self._progress)
+        return Ending(max(self._written_step, 0), self._total, self._stopped, self._progress)
 
     def _go_on(self) -> bool:
         """Do what is due next; False: nothing is."""
@@ -264,7 +275,10 @@ class Trainer:
         return time.monotonic() - self._written_s >= self._schedule.checkpoint_s
 
     def _write(self) -> None:
+        """Write a checkpoint, unless samples before it may be tried again."""
         learner = self._parts.learner
+        if not self._parts.source.settled():
+            return
         if self._parts.folder is not None:
             self._tick()
             self._parts.folder.checkpoints.save(learner.steps, self._progress.facts(), learner.state())

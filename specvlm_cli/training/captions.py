@@ -1,7 +1,8 @@
-"""The tokens that the target wrote, in one SQLite file, and why some samples are left out. Nothing else is kept.
+"""The tokens that the target wrote, in one SQLite file; in another one why some samples are left out. Nothing else.
 
 A caption is found by what it depends on: the frames as the target saw them, the prompt, and the settings. So a
-further epoch, a restart, or a file under another name need no generation. Rollback journal and synchronous=FULL, as
+further epoch, a restart, a file under another name, or another training need no generation. What is left out is a
+matter of one training, and must not travel with captions. Rollback journal and synchronous=FULL, as
 for the ledger: what was committed survives a power cut.
 """
 
@@ -12,8 +13,9 @@ import json
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from enum import Enum, auto
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import ClassVar, NamedTuple, Self
 
 import numpy as np
 
@@ -24,14 +26,24 @@ from specvlm_cli.settings import Plain
 from specvlm_cli.text import clean
 
 NAME = "captions.db"
+LEFT_OUT_NAME = "left-out.db"
 ALL_PROMPTS = -1
-_APPLICATION, _VERSION = 0x53565443, 1  # "SVTC"
+_VERSION = 1
 _BUSY_S = 60.0
-_TABLES = """
-    CREATE TABLE caption (key TEXT PRIMARY KEY, tokens TEXT NOT NULL) STRICT, WITHOUT ROWID;
+_CAPTIONS = "CREATE TABLE caption (key TEXT PRIMARY KEY, tokens TEXT NOT NULL) STRICT, WITHOUT ROWID;"
+_LEFT_OUT = """
     CREATE TABLE left_out (video TEXT NOT NULL, prompt INTEGER NOT NULL, since INTEGER NOT NULL, name TEXT NOT NULL,
         stage TEXT NOT NULL, error_type TEXT NOT NULL, error TEXT NOT NULL, PRIMARY KEY (video, prompt)) STRICT;
 """
+
+
+class Blame(Enum):
+    """Whose fault it is that a sample cannot be used."""
+
+    VIDEO = auto()  # it will fail again
+    UNSURE = auto()  # the video's, if others can be used
+    PASSING = auto()  # of where the video lies: not there, not readable now
+    MACHINE = auto()  # nothing can be used
 
 
 class LeftOut(NamedTuple):
@@ -42,6 +54,7 @@ class LeftOut(NamedTuple):
     since: int  # the position, or step, from which on it is left out
     name: str  # for people
     failure: Failure
+    blame: Blame = Blame.VIDEO
 
 
 def caption_key(frames: Frames, prompt: str, settings: Plain) -> str:
@@ -53,8 +66,13 @@ def caption_key(frames: Frames, prompt: str, settings: Plain) -> str:
     return digest.hexdigest()
 
 
-class Captions:
-    """The open file."""
+class _File:
+    """An open file."""
+
+    application: ClassVar[int]
+    tables: ClassVar[str]
+    holds: ClassVar[str]  # for people
+    deleted: ClassVar[str]  # what comes of deleting it
 
     def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
         self._path, self._connection = path, connection
@@ -67,16 +85,16 @@ class Captions:
             FatalError: It is damaged, or another file.
         """
         connection = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None)
-        captions = cls(path, connection)
+        file = cls(path, connection)
         try:
-            with captions._guarded():
+            with file._guarded():
                 connection.execute("PRAGMA journal_mode = DELETE")
                 connection.execute("PRAGMA synchronous = FULL")
-                captions._set_up()
+                file._set_up()
         except BaseException:
             connection.close()
             raise
-        return captions
+        return file
 
     def _set_up(self) -> None:
         known = self._number("application_id"), self._number("user_version")
@@ -85,11 +103,13 @@ class Captions:
             and not self._connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]
         ):
             self._connection.executescript(
-                f"BEGIN IMMEDIATE; {_TABLES} PRAGMA application_id = {_APPLICATION};"
+                f"BEGIN IMMEDIATE; {self.tables} PRAGMA application_id = {self.application};"
                 f"PRAGMA user_version = {_VERSION}; COMMIT;"
             )
-        elif known != (_APPLICATION, _VERSION):
-            raise FatalError(f"{clean(str(self._path))} is no file of this version's captions; move it away")
+        elif known != (self.application, _VERSION):
+            raise FatalError(
+                f"{clean(str(self._path))} is no file of this version's {self.holds}; move it away"
+            )
         elif (verdict := self._connection.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
             raise sqlite3.DatabaseError(verdict)
 
@@ -106,7 +126,7 @@ class Captions:
         except sqlite3.DatabaseError as error:
             reason = clean(" ".join(str(error).split()))
             raise FatalError(
-                f"{clean(str(self._path))} is damaged ({reason}); delete it to have the captions made again"
+                f"{clean(str(self._path))} is damaged ({reason}); delete it to have {self.deleted}"
             ) from error
 
     def __enter__(self) -> Self:
@@ -114,6 +134,13 @@ class Captions:
 
     def __exit__(self, *_: object) -> None:
         self._connection.close()
+
+
+class Captions(_File):
+    """The open file of captions."""
+
+    application, tables = 0x53565443, _CAPTIONS  # "SVTC"
+    holds, deleted = "captions", "the captions made again"
 
     def tokens(self, key: str) -> tuple[int, ...] | None:
         """Return a caption's tokens; None: it was not made yet."""
@@ -132,6 +159,13 @@ class Captions:
         """Return how many captions there are."""
         with self._guarded():
             return int(self._connection.execute("SELECT count(*) FROM caption").fetchone()[0])
+
+
+class LeftOuts(_File):
+    """The open file of what one training leaves out."""
+
+    application, tables = 0x5356544C, _LEFT_OUT  # "SVTL"
+    holds, deleted = "left-out samples", "all videos tried again"
 
     def leave_out(self, left: LeftOut) -> None:
         """Note that a sample cannot be used; what was noted first stays, or moves to an earlier place."""

@@ -11,7 +11,6 @@ from specvlm.captioner import CaptionOptions
 from specvlm.training.progress import Held
 from specvlm.training.ranks import Ranks
 from specvlm_cli.decoding import ReadFailure, ReadJob
-from specvlm_cli.failure import Failure
 from specvlm_cli.training.asking import Asking, Captioners, Listener
 from specvlm_cli.training.captions import LeftOut
 from specvlm_cli.training.reading import Reader
@@ -52,15 +51,16 @@ class Exam:
         ]
         jobs = [self._asking.job(number, video) for number, video in mine]
         self._reader.begin(job for job in jobs if isinstance(job, ReadJob))
-        held, left = list[Held](), list[LeftOut]()
+        held, left, used = list[Held](), list[LeftOut](), list[Video]()
         for done, ((_, video), job) in enumerate(zip(mine, jobs, strict=True), 1):
             self._check()
             try:
                 held += self._decoded(Suspect(video, 0, step), job)
+                used.append(video)
             except UselessError as error:
                 left.append(error.left)
             self._listener.measured(done, len(mine))
-        self._register.note(left)
+        self._register.note(left, used)
         return [one for share in self._ranks.share(held) for one in share]
 
     def _decoded(self, suspect: Suspect, job: ReadJob | ReadFailure) -> list[Held]:
@@ -71,7 +71,7 @@ class Exam:
         """
         found = self._reader.take(job.key) if isinstance(job, ReadJob) else job
         if isinstance(found, ReadFailure):
-            raise suspect.fails(Failure(found.stage, found.error_type, found.error), whole=True)
+            raise suspect.unread(found)
         prompts = suspect.video.prompts
         held: list[Held] = []
         options: CaptionOptions = {**self._asking.generation, **_AS_IN_USE}

@@ -39,7 +39,7 @@ from specvlm_cli.stopping import Stop, listening
 from specvlm_cli.text import clean
 from specvlm_cli.training import stored
 from specvlm_cli.training.asking import Asking, Captioners
-from specvlm_cli.training.captions import NAME, Captions, LeftOut
+from specvlm_cli.training.captions import LEFT_OUT_NAME, NAME, Captions, LeftOut, LeftOuts
 from specvlm_cli.training.exam import Exam
 from specvlm_cli.training.lessons import Lessons, Tally
 from specvlm_cli.training.reading import Bounds, Reader
@@ -263,16 +263,17 @@ class _Start:
         resolved = _resolved(teacher)
         _refuse_float16(teacher.target)
         self._agree(resolved)
-        captions = None
+        captions, kept = None, None
         if self.ranks.rank == 0:
             captions = self.held.enter_context(Captions.open(request.out / STATE / NAME))
-        trainer, lessons = self._trainer(teacher, resolved, captions)
+            kept = self.held.enter_context(LeftOuts.open(request.out / STATE / LEFT_OUT_NAME))
+        register = Register(kept, self.ranks, self.talk.left_out, len(request.samples.train))
+        trainer, lessons = self._trainer(teacher, resolved, captions, register)
         if self.ranks.rank == 0:  # here, where no flag can turn out to be wrong any more
             stored.write(request.out, Stored(request.fingerprint(), resolved))
         with self.talk.working():
             ending = trainer.run()
-        noted = self.ranks.first([] if captions is None else captions.left_out())
-        return _outcome(request, ending, noted, lessons.tally)
+        return _outcome(request, ending, register.noted, lessons.tally)
 
     def _device(self) -> str | None:
         """Of several processes each has its own device, unless the flags say where the target goes."""
@@ -284,7 +285,7 @@ class _Start:
             stored.agree(self.request.out, known.resolved, resolved, flags=False)
 
     def _trainer(
-        self, teacher: Captioner, resolved: Plain, captions: Captions | None
+        self, teacher: Captioner, resolved: Plain, captions: Captions | None, register: Register
     ) -> tuple[Trainer, Lessons]:
         request, ranks, target = self.request, self.ranks, teacher.target
         config = _head_config(request, teacher, ranks.count)
@@ -296,7 +297,6 @@ class _Start:
         folder = None if captions is None else HeadFolder(request.out, self.talk.warn)
         if folder is not None:
             _mend(folder, in_use, self.talk)
-        register = Register(captions, ranks, self.talk.left_out)
         asking = _asking(request, teacher, resolved)
         check = self._check if ranks.count == 1 else _go_on
         order = request.order()
@@ -326,7 +326,7 @@ class _Start:
             target,
             Learner(head, request.training, ranks),
             in_use,
-            VideoSource(lessons, exam),
+            VideoSource(lessons, exam, register),
             folder,
             ranks,
             self.talk,
@@ -383,11 +383,11 @@ def _check_place(device: str | None) -> None:
 
 def _left_out(request: Request) -> list[LeftOut]:
     """What earlier starts left out; nothing is made."""
-    path = request.out / STATE / NAME
+    path = request.out / STATE / LEFT_OUT_NAME
     if not path.exists():
         return []
-    with Captions.open(path) as captions:
-        return captions.left_out()
+    with LeftOuts.open(path) as kept:
+        return kept.left_out()
 
 
 def _outcome(request: Request, ending: Ending, noted: list[LeftOut], tally: Tally) -> Outcome:

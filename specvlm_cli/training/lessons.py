@@ -140,7 +140,7 @@ class Lessons:
                 measures = self._taught(lesson, learn)
             except UselessError as error:
                 left.append(error.left)
-        self._register.note(left)
+        self._register.note(left, [] if lesson is None or measures is None else [lesson.suspect.video])
         return measures
 
     def _met(self, place: Place) -> _Lesson | None:
@@ -156,7 +156,7 @@ class Lessons:
         job = self._asking.job(place.position, sample.video)
         found = self._reader.take(place.position) if isinstance(job, ReadJob) else job
         if isinstance(found, ReadFailure):
-            raise suspect.fails(Failure(found.stage, found.error_type, found.error), whole=True)
+            raise suspect.unread(found)
         prompt = sample.video.prompts[sample.prompt]
         with suspect.blamed("preprocess"):
             prepared = self._captioners.teacher.prepare(found, prompt, system=self._asking.system)

@@ -1,8 +1,8 @@
 """Where the loop's samples come from: lessons of the training videos, exams of those held out.
 
 Whatever is wrong with one video costs the training that video: it is noted once, with the reason, and left out from
-there on, after a restart too. Of several processes each reads and captions its own samples; rank 0 alone keeps what
-came of it.
+there on, after a restart too; what may pass is tried again then. Of several processes each reads and captions its own
+samples; rank 0 alone keeps what came of it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from specvlm.training.progress import Held, Measures, mean_accepted_tokens
 from specvlm.training.trainer import Learn
 from specvlm_cli.training.exam import Exam
 from specvlm_cli.training.lessons import Lessons
+from specvlm_cli.training.register import Register
 
 GUESSES_FROM = 0.5  # accepted tokens a round from which on the head in training may guess for the target
 
@@ -19,8 +20,8 @@ GUESSES_FROM = 0.5  # accepted tokens a round from which on the head in training
 class VideoSource:
     """The source of one process."""
 
-    def __init__(self, lessons: Lessons, exam: Exam) -> None:
-        self._lessons, self._exam = lessons, exam
+    def __init__(self, lessons: Lessons, exam: Exam, register: Register) -> None:
+        self._lessons, self._exam, self._register = lessons, exam, register
 
     def begin(self, steps: range) -> None:
         """See `specvlm.training.trainer.Source`."""
@@ -35,3 +36,11 @@ class VideoSource:
         held = self._exam.sit(step)
         self._lessons.head_guesses = (mean_accepted_tokens(held or []) or 0.0) >= GUESSES_FROM
         return held
+
+    def settled(self) -> bool:
+        """See `specvlm.training.trainer.Source`."""
+        return self._register.settled
+
+    def end(self) -> None:
+        """See `specvlm.training.trainer.Source`."""
+        self._register.settle()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sqlite3
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,16 +17,21 @@ import typer.main
 from safetensors.torch import load_file
 
 import specvlm
+from specvlm.captioner import Captioner
 from specvlm.drafts.compressor import MODES, OPERATORS, CompressorConfig
 from specvlm.drafts.head_model import read_config
 from specvlm.training import folder, memory
 from specvlm.training.objective import ObjectiveSettings
+from specvlm.training.ranks import Alone
 from specvlm_cli import app
 from specvlm_cli.commands.train_flags import CompressorName
 from specvlm_cli.decoding import DecodingPool
+from specvlm_cli.exits import FatalError
+from specvlm_cli.failure import Failure
 from specvlm_cli.training import job, lessons, source
-from specvlm_cli.training.captions import NAME, Captions, LeftOut
-from specvlm_cli.training.samples import Split
+from specvlm_cli.training.captions import LEFT_OUT_NAME, NAME, Blame, Captions, LeftOut, LeftOuts
+from specvlm_cli.training.register import Register
+from specvlm_cli.training.samples import Split, Video
 from tests.cli.conftest import Result, snapshot
 from tests.cli.test_real import save
 from tests.cli.train_reader import PLACE
@@ -416,6 +422,117 @@ def test_no_usable_video_is_fatal(train: Train, out: Path, tmp_path: Path) -> No
     assert "none of the videos could be learned from; the first: " in said.err
 
 
+@dataclass
+class Outage:
+    """Something breaks at the nth sample, and is mended later."""
+
+    videos: Path
+    patch: pytest.MonkeyPatch
+
+    @property
+    def away(self) -> Path:
+        return self.videos.with_name("away")
+
+    def at(self, sample: int, happen: Callable[[], object]) -> None:
+        original, count = lessons.Lessons._taught, iter(range(1, 1000))
+
+        def taught(this: Any, *arguments: Any) -> Any:
+            if next(count) == sample:
+                happen()
+            return original(this, *arguments)
+
+        self.patch.setattr(lessons.Lessons, "_taught", taught)
+
+    def folder(self) -> None:
+        self.at(3, lambda: self.videos.rename(self.away))
+
+    def files(self) -> None:
+        def happen() -> None:
+            self.away.mkdir()
+            for path in list(self.videos.iterdir()):
+                path.rename(self.away / path.name)
+
+        self.at(3, happen)
+
+    def device(self) -> None:
+        def broken(*_: Any, **__: Any) -> Any:
+            raise RuntimeError(
+                "CUDA error: an illegal memory access was encountered\nCUDA kernel errors might"
+            )
+
+        self.at(3, lambda: self.patch.setattr(Captioner, "caption", broken))
+
+    def mend(self) -> None:
+        for path in self.away.iterdir() if self.away.exists() else ():
+            self.videos.mkdir(exist_ok=True)
+            path.rename(self.videos / path.name)
+
+
+@pytest.mark.parametrize(
+    ("what", "told"),
+    [
+        (
+            "folder",
+            r"no such file \(open, VideoNotFoundError\): no fault of this video; mend that and start again",
+        ),
+        ("files", r"error: 4 samples in a row could not be used, the last: .*; mend that and start again"),
+        ("device", r"error: .*CUDA error: an illegal .*\(generate, RuntimeError\): no fault of this video"),
+    ],
+)
+def test_an_outage_costs_no_sample(what: str, told: str, train: Train, videos: Path, tmp_path: Path) -> None:
+    """The weights at the end are those of a training that it did not hit."""
+    flags: dict[str, Any] = {"epochs": 12, "evaluate_every": 100, "checkpoint_every": 1}
+    assert train(videos, "-o", tmp_path / "whole", **flags).code == 0
+    with pytest.MonkeyPatch.context() as patch:
+        outage = Outage(videos, patch)
+        getattr(outage, what)()
+        said = train(videos, "-o", tmp_path / "hit", **flags)
+    assert (said.code, said.out) == (1, "")
+    assert re.search(told, said.err.splitlines()[-1]), said.err
+    outage.mend()
+    again = train(videos, "-o", tmp_path / "hit", **flags)
+    assert (again.code, again.json["steps"], again.json["left_out"]) == (0, 24, 0), again.err
+    assert "going on from step " in again.err
+    assert same(tmp_path / "hit", tmp_path / "whole")
+
+
+def test_a_missing_video_is_tried_again_by_the_next_start(train: Train, videos: Path, out: Path) -> None:
+    rows = [f"{videos}/{number}.mp4" for number in range(6)]
+    manifest = videos.with_name("manifest.csv")
+    manifest.write_text("\n".join(["path", *rows]) + "\n")
+    said = train(manifest, "-o", out, held_out=0)
+    assert (said.code, said.json["samples"], said.json["left_out"]) == (3, 5, 1)
+    (videos / "5.mp4").write_text("video 5")
+    said = train(manifest, "-o", out, held_out=0, epochs=2)
+    assert (said.code, said.json["samples"], said.json["left_out"]) == (0, 11, 0)
+
+
+def test_what_fails_while_others_do_not_is_kept(tmp_path: Path) -> None:
+    """What the machine may have done is kept once another sample could be used."""
+
+    def failed(name: str, blame: Blame) -> LeftOut:
+        return LeftOut(name, 0, 0, name, Failure("generate", "Kind", "no"), blame)
+
+    told: list[LeftOut] = []
+    with LeftOuts.open(tmp_path / LEFT_OUT_NAME) as kept:
+        register = Register(kept, Alone(), told.append, 100)
+        register.note([failed("own", Blame.VIDEO)], [])
+        assert register.settled
+        register.note([failed("unsure", Blame.UNSURE)], [])
+        register.note([failed("passing", Blame.PASSING)], [])
+        assert not register.settled
+        assert [left.name for left in kept.left_out()] == ["own"]
+        register.note([], [Video("good", b"/good", None, None, ("Hi.",))])
+        assert register.settled
+        assert [left.name for left in kept.left_out()] == ["own", "unsure"]
+        for number in range(7):
+            register.note([failed(f"{number}", Blame.UNSURE)], [])
+        with pytest.raises(FatalError, match="8 samples in a row could not be used, the last: 7: no "):
+            register.note([failed("7", Blame.UNSURE)], [])
+        assert [left.name for left in kept.left_out()] == ["own", "unsure"]
+    assert [left.name for left in told] == ["own", "unsure", "passing", *"01234567"]
+
+
 def test_the_split_is_seeded_and_bounded() -> None:
     class Video:
         def __init__(self, number: int) -> None:
@@ -452,6 +569,17 @@ def test_captions_are_found_by_what_they_depend_on(train: Train, videos: Path, t
     assert train(videos, "-o", third, prompt="Who?", held_out=0).json["captions"] == 5
 
 
+def test_captions_of_another_training_bring_none_of_its_left_out_samples(
+    train: Train, out: Path, tmp_path: Path
+) -> None:
+    assert train(texts(tmp_path / "one", "text", "video 1", "video 2"), "-o", out, held_out=0).code == 3
+    other = tmp_path / "other"
+    (other / ".specvlm").mkdir(parents=True)
+    (other / ".specvlm" / NAME).write_bytes((out / ".specvlm" / NAME).read_bytes())
+    said = train(texts(tmp_path / "two", "video 0", "video 1", "video 2"), "-o", other, held_out=0)
+    assert (said.code, said.json["samples"], said.json["captions"], said.json["left_out"]) == (0, 3, 1, 0)
+
+
 def test_only_tokens_are_kept(train: Train, videos: Path, out: Path, models: Path) -> None:
     assert train(videos, "-o", out).code == 0
     captioner = specvlm.load(str(models / "target"))
@@ -467,7 +595,7 @@ def test_only_tokens_are_kept(train: Train, videos: Path, out: Path, models: Pat
     assert len(kept) == 4
     assert set(kept) < written
     names = {path.name for path in (out / ".specvlm").iterdir()}
-    assert names == {NAME, "lock", "train.json", "checkpoint-00000001", "checkpoint-00000002"}
+    assert names == {NAME, LEFT_OUT_NAME, "lock", "train.json", "checkpoint-00000001", "checkpoint-00000002"}
 
 
 def test_captions_survive_whatever_happens_to_the_process(tmp_path: Path) -> None:
@@ -477,8 +605,7 @@ def test_captions_survive_whatever_happens_to_the_process(tmp_path: Path) -> Non
         one.add("key", [1, 2, 3])
         assert other.tokens("key") == (1, 2, 3)
         assert other.tokens("none") is None
-        from specvlm_cli.failure import Failure
-
+    with LeftOuts.open(tmp_path / LEFT_OUT_NAME) as one, LeftOuts.open(tmp_path / LEFT_OUT_NAME) as other:
         for since in (7, 3, 5):
             one.leave_out(LeftOut("video", -1, since, "a\x1b[31mb", Failure("open", "Kind", f"at {since}")))
         assert [(left.since, left.name) for left in other.left_out()] == [(3, "a\\x1b[31mb")]

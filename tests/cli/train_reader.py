@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from specvlm.config import FrameSettings
-from specvlm.errors import NotAVideoError, VideoUnavailableError
+from specvlm.errors import NotAVideoError, VideoNotFoundError, VideoUnavailableError
 from specvlm.records import Frames, VideoSource
 
 PLACE = "tests.cli.train_reader:read"
@@ -24,7 +24,10 @@ def read(
 ) -> Frames:
     """Noise that the text decides. "text" is no video, "stuck" hangs, "stale" cannot be read, "once" only at first."""
     name = os.fsdecode(path)
-    text = Path(name).read_text()
+    try:
+        text = Path(name).read_text()
+    except FileNotFoundError:
+        raise VideoNotFoundError(name, "no such file") from None
     if text.startswith("text"):
         raise NotAVideoError(name, "not a video")
     if text.startswith("stuck"):

@@ -61,6 +61,7 @@ class Clips:
         useless: Samples that are left out.
         visited: Positions, in order.
         before: Called before each visit.
+        is_settled: Whether failures so far are for good.
     """
 
     teacher: Captioner
@@ -68,6 +69,7 @@ class Clips:
     useless: frozenset[int] = frozenset()
     visited: list[int] = field(default_factory=list)
     before: Callable[[Place], None] = lambda _: None
+    is_settled: Callable[[], bool] = lambda: True
 
     def __post_init__(self) -> None:
         self.videos = [self.teacher.prepare(random_frames(i), "Hi.") for i in range(SAMPLES + 1)]
@@ -89,6 +91,12 @@ class Clips:
         assert self.pupil is not None
         stats = self.pupil.caption(self.videos[-1], tree="dynamic", max_new_tokens=TOKENS).stats
         return [Held(stats.num_drafts, stats.num_accepted_tokens)]
+
+    def settled(self) -> bool:
+        return self.is_settled()
+
+    def end(self) -> None:
+        self.is_settled = lambda: True
 
 
 @pytest.fixture(scope="module")
@@ -372,6 +380,52 @@ def test_a_loss_that_is_not_finite_ends_it_in_one_line(
     assert Checkpoints(tmp_path / STATE).peek()[0] == 3  # type: ignore[index]
     monkeypatch.undo()
     assert_same(train(clips, tmp_path), whole)
+
+
+def test_a_gradient_that_is_not_finite_is_no_step(
+    clips: Clips, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Run
+) -> None:
+    """Of a loss that is; what was reached before stands in the checkpoint."""
+    original, calls = Learner.gradient, iter(range(100))
+
+    def spoilt(self: Learner, loss: torch.Tensor) -> Any:
+        parts = original(self, loss)
+        spoils = next(calls) == 5
+        return [None if part is None else part * float("nan") if spoils else part for part in parts]
+
+    monkeypatch.setattr(Learner, "gradient", spoilt)
+    with pytest.raises(
+        TrainingError, match=r"step 4: the norm of the gradient is nan; give a lower --learning"
+    ):
+        train(clips, tmp_path, schedule=replace(SCHEDULE, checkpoint_steps=1))
+    assert Checkpoints(tmp_path / STATE).peek()[0] == 3  # type: ignore[index]
+    monkeypatch.undo()
+    assert_same(train(clips, tmp_path), whole)
+
+
+def test_weights_that_are_not_finite_are_not_kept(clips: Clips, tmp_path: Path) -> None:
+    settings = replace(SETTINGS, learning_rate=1.0)
+    object.__setattr__(settings, "learning_rate", float("inf"))
+    with pytest.raises(TrainingError, match=r"step 1: a weight is not finite; give a lower --learning-rate"):
+        train(clips, tmp_path, settings=settings, schedule=replace(SCHEDULE, checkpoint_steps=1))
+    assert Checkpoints(tmp_path / STATE).peek()[0] == 0  # type: ignore[index]
+
+
+def test_no_checkpoint_builds_on_samples_that_may_be_tried_again(
+    clips: Clips, tmp_path: Path, whole: Run
+) -> None:
+    """From the second step on nothing is settled; the next start does those steps over again."""
+    often = replace(SCHEDULE, checkpoint_steps=1)
+    first = train(
+        clips,
+        tmp_path,
+        schedule=often,
+        useless=frozenset(range(SAMPLES)),
+        is_settled=iter([True] * 2 + [False] * 20).__next__,
+        stop=lambda step: "SIGTERM" if step >= 6 else None,
+    )
+    assert (first.learner.steps, first.ending.steps) == (6, 1)
+    assert Checkpoints(tmp_path / STATE).peek()[0] == 1  # type: ignore[index]
 
 
 # --- bfloat16 ---
