@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from gpu_heads import HEAD_ACCEPTED, Heads, time_heads
+from gpu_heads import Heads, time_heads
 from gpu_held import Held, Times
 from gpu_tables import markdown
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -165,9 +165,8 @@ def smoke_plan(budget_s: float) -> Plan:
 class Run:
     """One run: its plan, the time that is left, and what was found so far."""
 
-    def __init__(self, plan: Plan, out: Path, head_accepted: float = HEAD_ACCEPTED) -> None:
+    def __init__(self, plan: Plan, out: Path) -> None:
         self.plan, self._out, self._start = plan, out, time.perf_counter()
-        self.head_accepted = head_accepted
         self.found: dict[str, Any] = {
             "schema": SCHEMA,
             "conditions": _conditions(plan),
@@ -763,13 +762,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--only", nargs="+", metavar="NAME", help="pairs whose target's name holds one of these"
     )
-    parser.add_argument(
-        "--head-accepted",
-        type=float,
-        default=HEAD_ACCEPTED,
-        metavar="TOKENS",
-        help=f"accepted tokens that a head's speedup is modelled at, default {HEAD_ACCEPTED}",
-    )
     options = parser.parse_args(arguments)
     if not options.cpu_smoke and not torch.cuda.is_available():
         parser.error("no CUDA device; --cpu-smoke runs every part in small on the CPU")
@@ -778,7 +770,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.only:
         pairs = tuple(pair for pair in plan.pairs if any(name in pair[0].name for name in options.only))
         plan = replace(plan, pairs=pairs)
-    run = Run(plan, options.out, options.head_accepted)
+    run = Run(plan, options.out)
     everything(run)
     print((options.out / MARKDOWN).read_text())
     return 0

@@ -148,7 +148,7 @@ def test_profiles_name_what_takes_the_time(found: Any) -> None:
         assert one["host_over_device"] == pytest.approx(one["host_s"] / one["device_s"])
 
 
-def test_heads_are_timed_with_and_without_what_makes_them_cheaper(gpu: Any, found: Any) -> None:
+def test_heads_are_timed_with_and_without_what_makes_them_cheaper(found: Any) -> None:
     heads = found["heads"]
     assert len(heads) == 2 * 2 * 2 * 2 * 2  # pairs, frames, compressors, vocabularies, trees
     for one in heads:
@@ -156,7 +156,7 @@ def test_heads_are_timed_with_and_without_what_makes_them_cheaper(gpu: Any, foun
         assert one["vocabulary"] in (100, 320)
         assert (one["nodes"], one["depth"]) == {"dynamic": (60, 7), "chain": (6, 5)}[one["tree"]]
         assert one["step_s"] == pytest.approx((one["draft_s"] + one["commit_s"]) / one["depth"])
-        assert one["accepted"] == min(gpu.HEAD_ACCEPTED, one["depth"])
+        assert one["depth"] - 0.5 < one["accepted"] < one["depth"]  # the demo head's own
         modelled = (one["accepted"] + 1) * one["plain_s"] / one["round_s"]
         assert one["decode_speedup"] == pytest.approx(modelled)
 
