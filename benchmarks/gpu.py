@@ -729,9 +729,7 @@ def of_a_pair(run: Run, target: Shape, draft: Shape) -> None:
         what = f"a head of {target.name} at {frames} frames"
         if run.fits(what, expected_s(run, pair, frames) / 4):
             with run.part(what):
-                asked = Heads(
-                    frames, plan.frame_size(target), plan.rounds, plan.head_tokens, run.head_accepted
-                )
+                asked = Heads(frames, plan.frame_size(target), plan.rounds, plan.head_tokens)
                 run.found["heads"] += time_heads(captioner, asked, lambda work: _timed(plan.device, work))
 
 
