@@ -1,6 +1,6 @@
 """Trainings that are killed, signalled and started again: the same weights, bitwise, as if nothing had been.
 
-And trainings of two processes, as `accelerate launch` starts them.
+And trainings of two processes, as `torchrun`, or accelerate's launcher for several GPUs, starts them.
 """
 
 from __future__ import annotations
@@ -82,6 +82,7 @@ def state_of(out: Path) -> State:
         del entry["at"], entry["trained_s"]
     with sqlite3.connect(out / ".specvlm" / "captions.db") as database:
         captions = database.execute("SELECT * FROM caption ORDER BY key").fetchall()
+    with sqlite3.connect(out / ".specvlm" / "left-out.db") as database:
         left = database.execute("SELECT video, prompt, since FROM left_out ORDER BY video").fetchall()
     weights = load_file(newest / "state.safetensors")
     return State(told["step"], weights, log, (out / "model.safetensors").read_bytes(), captions, left)
@@ -216,7 +217,7 @@ def test_a_truncated_checkpoint_is_seen(ground: Ground, whole: State, tmp_path: 
 
 
 def launched(ground: Ground, out: Path, *more: object) -> list[int]:
-    """Start two processes of one training, with the variables that `accelerate launch --cpu` sets."""
+    """Start two processes of one training, with the variables that torchrun sets, on the CPU."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -230,7 +231,7 @@ def launched(ground: Ground, out: Path, *more: object) -> list[int]:
             LOCAL_WORLD_SIZE=2,
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT=port,
-            ACCELERATE_USE_CPU="true",
+            ACCELERATE_USE_CPU="true",  # where there is a GPU too
         )
         for rank in range(2)
     ]
