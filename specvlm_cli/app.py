@@ -128,7 +128,9 @@ def _plainly(message: str) -> str:
 def _as_flags(message: str) -> str:
     """Return a message about a setting with the setting named as people typed it."""
     return re.sub(
-        r"\b([a-z]+(?:_[a-z0-9]+)*)=(?=[\d.'-])", lambda found: f"--{found[1].replace('_', '-')} ", message
+        r"\b([a-z]+(?:_[a-z0-9]+)*)=(?=[\d.'-]|nan\b|inf\b)",
+        lambda found: f"--{found[1].replace('_', '-')} ",
+        message,
     )
 
 

@@ -63,10 +63,10 @@ class CompressorConfig:
             )
         if not isinstance(self.ratio, int | float) or not LEAST_RATIO <= self.ratio <= MOST_RATIO:
             raise ConfigError(
-                f"compression ratio {self.ratio!r} is out of range; give 1 to 1000, 3 to 20 mostly"
+                f"compression_ratio={self.ratio!r} is out of range; give 1 to 1000, 3 to 20 mostly"
             )
         if not isinstance(self.queries, int) or not 1 <= self.queries <= 1024:
-            raise ConfigError(f"resampler queries {self.queries!r} are out of range; give 1 to 1024")
+            raise ConfigError(f"queries={self.queries!r} is out of range; give 1 to 1024")
 
     @property
     def name(self) -> str:

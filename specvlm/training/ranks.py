@@ -65,7 +65,7 @@ class Alone:
 
 
 class Launched:
-    """One of several processes that `accelerate launch` started."""
+    """One of several processes that `torchrun`, or `accelerate launch --multi_gpu`, started."""
 
     def __init__(self) -> None:
         """Meet the others."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from specvlm.config import GenerationSettings, SpeculationSettings
+from specvlm.errors import ConfigError
 from specvlm.preset import Preset
 from specvlm.training.settings import Schedule, TrainingSettings
 from specvlm_cli.commands.caption_flags import MOST
@@ -53,7 +54,7 @@ def train(flags: TrainFlags) -> int:
     The frozen target captions the videos itself, and the head learns to guess what it writes. The folder HEAD is what
     --draft takes, from the first evaluation on: the best head so far, by accepted tokens on held-out videos.
 
-    Several GPUs: accelerate launch -m specvlm_cli train ...
+    Several GPUs: accelerate launch --multi_gpu -m specvlm_cli train ...
     """
     pair = pair_of(flags.preset, flags.target)
     settings = _settings(flags, pair)
@@ -151,9 +152,13 @@ def _training(flags: TrainFlags) -> TrainingSettings:
 def _schedule(flags: TrainFlags) -> Schedule:
     text = flags.checkpoint_every
     schedule = Schedule(flags.epochs, flags.max_steps, flags.evaluate_every)
-    if re.fullmatch(r"[0-9]{1,12}", text):
-        return replace(schedule, checkpoint_steps=int(text))
-    return replace(schedule, checkpoint_s=seconds("--checkpoint-every", text))
+    try:
+        if re.fullmatch(r"[0-9]{1,12}", text):
+            return replace(schedule, checkpoint_steps=int(text))
+        return replace(schedule, checkpoint_s=seconds("--checkpoint-every", text))
+    except ConfigError as error:
+        fix = "give 1 or more steps, or a time, e.g. 5m"
+        raise UsageError(f"--checkpoint-every {clean(text)} is out of range; {fix}") from error
 
 
 def _head(flags: TrainFlags, device: str | None) -> HeadChoice:

@@ -164,7 +164,7 @@ def test_every_mode_and_operator_is_a_compressor() -> None:
         ),
         (["--operators", "pool"], "takes 2 to 6 operators, not 1"),
         (["--operators", "pool,shrink"], "'shrink' is unknown; choose from prune"),
-        (["--compression-ratio", "0"], "compression ratio 0.0 is out of range"),
+        (["--compression-ratio", "0"], "--compression-ratio 0.0 is out of range"),
         (["--fps", "1", "--num-frames", "2"], "exclude each other"),
         (["--max-runtime", "0s"], "--max-runtime 0s leaves no time"),
     ],

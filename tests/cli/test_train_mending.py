@@ -121,6 +121,40 @@ def test_a_device_that_is_not_there_leaves_nothing_behind(
     assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("learning-rate", "nan"),
+        ("cross-entropy", "nan"),
+        ("smooth-l1", "inf"),
+        ("compression-ratio", "nan"),
+        ("queries", "0"),
+        ("checkpoint-every", "0"),
+        ("checkpoint-every", "999999d"),
+    ],
+)
+def test_a_value_out_of_range_is_told_with_its_flag(
+    flag: str, value: str, train: Train, videos: Path, out: Path
+) -> None:
+    assert app.main(["train", str(videos), "-o", str(out), f"--{flag}", value]) == 2
+    told = train.capfd.readouterr().err
+    assert f"--{flag} {value} is out of range" in told
+    assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "told", ['{"settings": [], "resolved": {}}', "[]", "{}", '{"settings": {}, "resolved": 1}']
+)
+def test_settings_of_other_kinds_are_one_line(told: str, train: Train, videos: Path, out: Path) -> None:
+    (out / ".specvlm").mkdir(parents=True)
+    (out / ".specvlm" / "train.json").write_text(told)
+    said = train(videos, "-o", out)
+    assert (said.code, said.out) == (1, "")
+    assert "train.json cannot be read (" in said.err
+    assert said.err.rstrip().endswith("train in another folder")
+    assert said.err.count("\n") == 1
+
+
 def test_settings_of_a_start_that_was_refused_are_not_kept(train: Train, videos: Path, out: Path) -> None:
     said = train(videos, "-o", out, dtype="float16")
     assert said.code == 2
