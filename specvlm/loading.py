@@ -26,7 +26,7 @@ from specvlm.drafts.base import Draft
 from specvlm.drafts.head import HeadDraft
 from specvlm.drafts.head_model import HeadModel, read_config
 from specvlm.drafts.kept_tokens import Choosing, DraftVocab, choose_ids
-from specvlm.drafts.kinds import is_head
+from specvlm.drafts.kinds import has_head_weights, is_head
 from specvlm.drafts.small_model import SmallModelDraft
 from specvlm.errors import ConfigError, IncompatibleDraftError, ModelLoadError
 from specvlm.families import family_of
@@ -299,7 +299,7 @@ def _load_draft(
     target: _Loaded, target_name: str, source: _Source, draft_vocab: DraftVocab | None
 ) -> tuple[Draft, str | None]:
     """A draft for a target, and its revision."""
-    if is_head(source.name):
+    if is_head(source.name) or has_head_weights(source.name):
         return _load_head(target, target_name, Path(source.name), draft_vocab)
     small = _load_one(source, target.model.dtype, {"": target.model.device})
     _check_draft(target, small, target_name, source.name)

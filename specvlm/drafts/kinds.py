@@ -1,4 +1,4 @@
-"""Which kind of draft a folder holds, told from its config.json alone. Imports neither torch nor models."""
+"""Which kind of draft a folder holds, told from its files. Imports neither torch nor models."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from specvlm.demo import local_name
 
 HEAD_TYPE = "specvlm_head"
+_MOST_HEADER = 1 << 20  # bytes; a head has some twenty tensors
 
 
 def is_head(draft: str | os.PathLike[str]) -> bool:
@@ -18,3 +19,13 @@ def is_head(draft: str | os.PathLike[str]) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(found, dict) and found.get("model_type") == HEAD_TYPE
+
+
+def has_head_weights(draft: str | os.PathLike[str]) -> bool:
+    """Whether a folder has the weights of a head, whatever its config.json says; for those whose config is damaged."""
+    try:
+        with (Path(local_name(os.fspath(draft))) / "model.safetensors").open("rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            return size <= _MOST_HEADER and "join.weight" in json.loads(stream.read(size))
+    except (OSError, ValueError, TypeError):
+        return False

@@ -437,7 +437,7 @@ def test_damaged_folders_are_refused(folders: dict[str, Path], tmp_path: Path) -
         if missing.name == "torn":
             (missing / "config.json").write_text('{"model_type": "specvlm_he')
         assert not is_head(missing)
-        assert "cannot load its config" in refusal(ModelLoadError, folders["qwen"], missing)
+        assert "cannot read the head's config.json (" in refusal(ModelLoadError, folders["qwen"], missing)
 
 
 def test_a_head_is_no_target_and_what_is_not_there_is_said(folders: dict[str, Path]) -> None:
