@@ -228,9 +228,9 @@ class StoppingFlags:
     ] = CHECKPOINT_EVERY
     max_runtime: Annotated[str | None, same_as(CaptionFlags, "max_runtime")] = None
     if_locked: Annotated[LockedPolicy, same_as(CaptionFlags, "if_locked")] = "fail"
-    exit_zero: Annotated[bool, flag("Resume, failures and stopping", "--exit-zero", "Exit 0 although samples were left out.")] = (
-        False
-    )
+    exit_zero: Annotated[
+        bool, flag("Resume, failures and stopping", "--exit-zero", "Exit 0 although samples were left out.")
+    ] = False
     json_output: Annotated[bool, flag(_TALKING, "--json", "Print the outcome as one JSON object.")] = False
     quiet: Annotated[bool, flag(_TALKING, "--quiet -q", "Say nothing unless something fails.")] = False
     verbose: Annotated[
