@@ -129,7 +129,10 @@ def test_two_heads_are_named_and_need_no_small_model(run: Run, head: Path, tmp_p
     ("arguments", "words"),
     [
         (["--draft", "HEAD", "--methods", "sd"], "--methods sd needs a small model as its draft"),
-        (["--methods", "head"], "--methods head needs the folder of a trained head as its draft"),
+        (
+            ["--draft", "specvlm-demo/qwen-draft", "--methods", "head"],
+            "--methods head needs the folder of a trained head",
+        ),
         (["--draft", "none", "--methods", "head"], "--methods head needs a draft, and there is none"),
         (["--draft", "HEAD", "--draft", "none"], "--draft none goes with no other draft"),
         (["--draft", "HEAD", "--methods", "plain"], "is used by none of --methods plain; leave it out"),
