@@ -23,3 +23,15 @@ def seconds(flag: str, text: str) -> float:
     if not _SPAN.fullmatch(text):
         raise UsageError(f"{flag} {clean(text)} is no span of time; give seconds, or e.g. 60s, 10m, 3h50m")
     return sum(float(number) * _SECONDS[unit] for number, unit in _PIECE.findall(text))
+
+
+def positive_seconds(flag: str, text: str) -> float:
+    """Return a span in seconds that is longer than none.
+
+    Raises:
+        UsageError: It is none, or no span.
+    """
+    value = seconds(flag, text)
+    if value <= 0:
+        raise UsageError(f"{flag} {clean(text)} leaves no time; give more, e.g. 60s")
+    return value

@@ -11,33 +11,26 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from os import fsdecode
 from pathlib import Path
-from typing import Literal, Self, TextIO, cast
 
-from rich.console import Console
 from rich.text import Text
 
-from specvlm_cli.exits import ExitCode, UsageError
+from specvlm_cli.exits import ExitCode
 from specvlm_cli.ledger import Claim, Failure, Row
 from specvlm_cli.results import LiveStatus, Outcome
 from specvlm_cli.screen.live import REFRESH_S, Display, every
-from specvlm_cli.screen.log import LogFile
 from specvlm_cli.screen.meter import Meter, line, name_of
 from specvlm_cli.screen.overheard import Lines, Overheard
 from specvlm_cli.screen.report import Work, ending, summary
+from specvlm_cli.screen.voice import LOG_EVERY_S, STDERR, ProgressName, Voice
 from specvlm_cli.screen.words import counted
-from specvlm_cli.streams import Stderr
-from specvlm_cli.text import MOST_CHARACTERS, caption_line, clean, short
+from specvlm_cli.text import MOST_CHARACTERS, caption_line, short
 
 __all__ = ["STDERR", "LiveStatus", "ProgressName", "Talk", "counted", "error_line", "error_trace"]
 
-ProgressName = Literal["auto", "bar", "log", "none"]
-
-LOG_EVERY_S = 30.0
 MOST_TRACE_LINES = 100
-STDERR = Stderr()
 
 
-class Talk:
+class Talk(Voice):
     """Speaks to one person, and to a log file where one is given."""
 
     def __init__(
@@ -48,52 +41,24 @@ class Talk:
         progress: ProgressName = "auto",
         log_file: Path | None = None,
     ) -> None:
-        self._console = Console(
-            file=cast(TextIO, STDERR), markup=False, emoji=False, highlight=False, soft_wrap=True
-        )
-        self._quiet = quiet
-        self._verbose = verbose
-        self._progress = _chosen(progress, quiet, self._console)
-        self._log_path = log_file
-        self._log = _opened(log_file)
+        super().__init__(quiet=quiet, verbose=verbose, progress=progress, log_file=log_file)
         self._meter = Meter(0)
         self._display: Display | None = None
         self._overheard: Overheard | None = None
         self._overheard_lines = Lines()
         self._is_working = False
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self._overheard is not None:
             self._overheard.close()
             self._tell_overheard("\n")  # ends a line that was not
-        if self._log is not None:
-            if error is not None:  # on stderr it is told by who ends the command
-                self._log.line(short(f"error: {str(error) or type(error).__name__}", MOST_CHARACTERS))
-            self._log.close()
-
-    def note(self, message: str) -> None:
-        """Say something that is worth a line; not with -q."""
-        self._say(message, shown=not self._quiet)
-
-    def warn(self, message: str) -> None:
-        """Say something that went wrong, with -q too."""
-        self._say(message, shown=True)
-
-    def _say(self, message: str, shown: bool) -> None:
-        said = short(message, MOST_CHARACTERS)
-        if shown:
-            self._show(said)
-        if self._log is not None and (trouble := self._log.line(said)):
-            self._show(f"--log-file {clean(str(self._log_path))}: {trouble}; going on without it")
+        super().__exit__(kind, error, trace)
 
     def _show(self, cleaned: str) -> None:
         if self._display is not None:
             self._display.say(cleaned)
         else:
-            self._console.print(Text(cleaned))
+            super()._show(cleaned)
 
     def captioned(self, claim: Claim, rows: Sequence[Row]) -> None:
         """Take note of one video that has its captions, one row for each prompt."""
@@ -163,9 +128,7 @@ class Talk:
         self._tell_progress(shown=self._progress == "log")
 
     def _tell_progress(self, shown: bool) -> None:
-        if self._log is not None:
-            self._log.follow()
-        self._say(line(self._meter.standing()), shown)
+        self._tell_standing(line(self._meter.standing()), shown)
 
     def close(self, outcome: Outcome, *, overwriting: bool = False) -> None:
         """Say how it ended."""
@@ -196,26 +159,6 @@ def _whole_name(claim: Claim) -> str:
 
 def _last_lines(trace: str) -> list[str]:
     return trace.splitlines()[-MOST_TRACE_LINES:]
-
-
-def _chosen(progress: ProgressName, quiet: bool, console: Console) -> ProgressName:
-    """Return what to show; a bar needs a terminal that can move its cursor, elsewhere lines take its place."""
-    if quiet:
-        return "none"
-    if progress == "bar" or (progress == "auto" and STDERR.isatty()):
-        return "bar" if console.is_terminal and console.is_interactive else "log"
-    return "log" if progress == "auto" else progress
-
-
-def _opened(log_file: Path | None) -> LogFile | None:
-    if log_file is None:
-        return None
-    try:
-        return LogFile(log_file)
-    except OSError as error:
-        raise UsageError(
-            f"--log-file {clean(str(log_file))}: {error.strerror}; give a file that can be written"
-        ) from error
 
 
 def error_line(message: str) -> None:

@@ -6,7 +6,6 @@ import json
 import os
 import re
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import specvlm
@@ -20,15 +19,17 @@ from specvlm_cli.commands.choices import (
     draft_of,
     frame_settings,
     guessable,
+    input_options,
     model_choice,
     pair_of,
     prompt_texts,
     refuse_for_head,
+    root_of,
     text_of,
 )
 from specvlm_cli.commands.options import PREFIX, variable
 from specvlm_cli.decoding import Limits
-from specvlm_cli.durations import seconds
+from specvlm_cli.durations import positive_seconds, seconds
 from specvlm_cli.exits import ExitCode, UsageError
 from specvlm_cli.inputs import InputOptions, Inputs
 from specvlm_cli.job import Request
@@ -123,14 +124,14 @@ def _policy(flags: CaptionFlags, settings: CaptionSettings) -> Policy:
         limit=flags.limit,
         max_failures=_most_failures(flags)[0],
         retries=flags.retries,
-        timeout_s=_positive("--timeout", flags.timeout),
+        timeout_s=positive_seconds("--timeout", flags.timeout),
         grace_s=seconds("--grace", flags.grace),
         on_oom=flags.on_oom,
         devices=devices,
         all_gpus=all_gpus,
         decode_workers=flags.decode_workers or _decode_workers(),
-        limits=Limits(timeout_s=_positive("--decode-timeout", flags.decode_timeout)),
-        root=None if flags.root is None else os.fsencode(_existing_folder(flags.root)),
+        limits=Limits(timeout_s=positive_seconds("--decode-timeout", flags.decode_timeout)),
+        root=root_of(flags.root),
     )
 
 
@@ -156,25 +157,17 @@ def _request(
         retry_failed=flags.retry_failed,
         on_config_change=flags.on_config_change,
         if_locked=flags.if_locked,
-        max_runtime_s=None if flags.max_runtime is None else _positive("--max-runtime", flags.max_runtime),
+        max_runtime_s=None
+        if flags.max_runtime is None
+        else positive_seconds("--max-runtime", flags.max_runtime),
         max_failures_share=_most_failures(flags)[1],
         exit_zero=flags.exit_zero,
     )
 
 
 def _input_options(flags: CaptionFlags, shard: Shard) -> InputOptions:
-    return InputOptions(
-        recursive=flags.recursive,
-        extensions=tuple(_extensions(flags.extensions)),
-        path_column=flags.path_column,
-        id_column=flags.id_column,
-        start_column=flags.start_column,
-        end_column=flags.end_column,
-        prompt_column=flags.prompt_column,
-        keep_columns=tuple(name for name in (one.strip() for one in flags.keep_columns.split(",")) if name),
-        min_age_s=seconds("--min-age", flags.min_age),
-        shard=shard,
-    )
+    kept = tuple(name for name in (one.strip() for one in flags.keep_columns.split(",")) if name)
+    return input_options(flags, keep_columns=kept, min_age_s=seconds("--min-age", flags.min_age), shard=shard)
 
 
 def _tell_unknown_variables(talk: Talk) -> None:
@@ -245,19 +238,6 @@ def _print_json(outcome: Outcome, **more: Any) -> None:
     print(json.dumps(outcome.as_json() | more))
 
 
-def _positive(name: str, text: str) -> float:
-    value = seconds(name, text)
-    if value <= 0:
-        raise UsageError(f"{name} {clean(text)} leaves no time; give more, e.g. 60s")
-    return value
-
-
-def _existing_folder(root: Path) -> Path:
-    if not root.is_dir():
-        raise UsageError(f"--root {clean(str(root))}: no such folder; give the folder that holds the videos")
-    return root.resolve()
-
-
 def _decode_workers() -> int:
     """Leave most cores to what else is to be done: reading is far cheaper than generating."""
     return max(1, min(_MOST_DECODE_WORKERS, len(os.sched_getaffinity(0)) // 2))
@@ -281,13 +261,6 @@ def _devices(flags: CaptionFlags) -> tuple[tuple[str | None, ...], bool]:
     raise UsageError(
         f"--gpus {clean(flags.gpus)} names none; give all, how many (2), or which (0,2; a single one: 1,)"
     )
-
-
-def _extensions(text: str) -> list[str]:
-    names = [name for name in re.split(r"[\s,]+", text) if name.strip(".")]
-    if not names:
-        raise UsageError(f"--extensions {clean(text)!r} names none; give e.g. mp4,webm")
-    return names
 
 
 def _refuse_pointless_baseline(settings: CaptionSettings, pair: Preset | None, share: float) -> None:

@@ -17,7 +17,7 @@ from specvlm_cli import engine, vocab
 from specvlm_cli.commands.caption_flags import FrameFlags
 from specvlm_cli.commands.options import variable
 from specvlm_cli.exits import UsageError
-from specvlm_cli.inputs import MOST_PROMPTS
+from specvlm_cli.inputs import MOST_PROMPTS, InputOptions
 from specvlm_cli.settings import ModelChoice
 from specvlm_cli.text import clean
 
@@ -209,3 +209,58 @@ def model_choice(flags: _Models, pair: Preset | None) -> ModelChoice:
         local_files_only=flags.local_files_only,
         trust_remote_code=flags.trust_remote_code,
     )
+
+
+class _InputFlags(Protocol):
+    """The flags that say where inputs are found and which columns a manifest has; `caption` and `train` have them."""
+
+    @property
+    def recursive(self) -> bool: ...
+
+    @property
+    def extensions(self) -> str: ...
+
+    @property
+    def path_column(self) -> str | None: ...
+
+    @property
+    def id_column(self) -> str | None: ...
+
+    @property
+    def start_column(self) -> str | None: ...
+
+    @property
+    def end_column(self) -> str | None: ...
+
+    @property
+    def prompt_column(self) -> str | None: ...
+
+
+def input_options(flags: _InputFlags, **more: Any) -> InputOptions:
+    """How inputs are read; `more` are options that only one command has."""
+    return InputOptions(
+        recursive=flags.recursive,
+        extensions=tuple(_extensions(flags.extensions)),
+        path_column=flags.path_column,
+        id_column=flags.id_column,
+        start_column=flags.start_column,
+        end_column=flags.end_column,
+        prompt_column=flags.prompt_column,
+        **more,
+    )
+
+
+def _extensions(text: str) -> list[str]:
+    names = [name for name in re.split(r"[\s,]+", text) if name.strip(".")]
+    if not names:
+        raise UsageError(f"--extensions {clean(text)!r} names none; give e.g. mp4,webm")
+    return names
+
+
+def root_of(root: Path | None) -> bytes | None:
+    """Return the folder outside which nothing is read, links followed; None: there is none."""
+    if root is None:
+        return None
+    if not root.is_dir():
+        raise UsageError(f"--root {clean(str(root))}: no such folder; give the folder that holds the videos")
+    return os.fsencode(root.resolve())

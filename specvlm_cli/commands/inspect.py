@@ -34,7 +34,7 @@ from specvlm_cli.commands.choices import (
 from specvlm_cli.commands.options import same_as
 from specvlm_cli.decoding import Limits, ReadJob
 from specvlm_cli.decoding.single import read_one
-from specvlm_cli.durations import seconds
+from specvlm_cli.durations import positive_seconds
 from specvlm_cli.exits import ExitCode, FatalError, UsageError
 from specvlm_cli.settings import ModelChoice
 from specvlm_cli.talk import STDERR
@@ -136,7 +136,7 @@ def inspect(flags: InspectFlags) -> int:
     pair = pair_of(flags.preset, flags.target)
     asked = _question(flags, pair)
     frames = frame_settings(flags, pair)
-    limits = Limits(timeout_s=_positive("--decode-timeout", flags.decode_timeout))
+    limits = Limits(timeout_s=positive_seconds("--decode-timeout", flags.decode_timeout))
     if flags.preset is None and flags.target is None:
         _tell(f"no --preset or --target: using the tiny {DEFAULT_PRESET} pair, it knows only drawn shapes")
     captioner = engine.load_captioner(asked.models, quiet=flags.json_output)
@@ -223,13 +223,6 @@ def _sheet_path(video: Path, out: Path | None, overwrite: bool) -> Path:
         fix = "give another --out" if sheet.is_dir() else "give --overwrite, or another --out"
         raise UsageError(f"{shown} exists; {fix}")
     return sheet
-
-
-def _positive(name: str, text: str) -> float:
-    value = seconds(name, text)
-    if value <= 0:
-        raise UsageError(f"{name} {clean(text)} leaves no time; give more, e.g. 60s")
-    return value
 
 
 def _tell(message: str) -> None:

@@ -10,7 +10,6 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from specvlm.config import GenerationSettings, SpeculationSettings
@@ -22,18 +21,20 @@ from specvlm_cli.commands.choices import (
     DEFAULT_PRESET,
     check_models,
     frame_settings,
+    input_options,
     model_choice,
     pair_of,
     prompt_texts,
+    root_of,
     text_of,
 )
 from specvlm_cli.commands.train_flags import TrainFlags
 from specvlm_cli.decoding import Limits
-from specvlm_cli.durations import seconds
+from specvlm_cli.durations import positive_seconds, seconds
 from specvlm_cli.exits import ExitCode, UsageError
-from specvlm_cli.inputs import InputOptions, Inputs
+from specvlm_cli.inputs import Inputs
 from specvlm_cli.settings import CaptionSettings
-from specvlm_cli.text import clean, short
+from specvlm_cli.text import clean
 from specvlm_cli.training.samples import Samples, Split, Video, divided, videos_of
 from specvlm_cli.training.talk import Speaker, ending
 from specvlm_cli.wanted import Wanted
@@ -62,8 +63,10 @@ def train(flags: TrainFlags) -> int:
     share = _held_out_share(flags.held_out)
     split = Split(share or 0.0, flags.held_out_limit, flags.seed)
     head_device = _head_device(flags.head_device)
-    max_runtime_s = None if flags.max_runtime is None else _positive("--max-runtime", flags.max_runtime)
-    limits = Limits(timeout_s=_positive("--decode-timeout", flags.decode_timeout))
+    max_runtime_s = (
+        None if flags.max_runtime is None else positive_seconds("--max-runtime", flags.max_runtime)
+    )
+    limits = Limits(timeout_s=positive_seconds("--decode-timeout", flags.decode_timeout))
 
     from specvlm.training.ranks import ranks_of_this_process
     from specvlm_cli.training import job
@@ -92,7 +95,7 @@ def train(flags: TrainFlags) -> int:
             schedule=schedule,
             limits=limits,
             decode_workers=flags.decode_workers or _decode_workers(ranks.count),
-            root=None if flags.root is None else os.fsencode(_existing_folder(flags.root)),
+            root=root_of(flags.root),
             if_locked=flags.if_locked,
             max_runtime_s=max_runtime_s,
             exit_zero=flags.exit_zero,
@@ -235,40 +238,12 @@ def _samples(
 def _gathered(
     given: Sequence[str], flags: TrainFlags, settings: CaptionSettings, limit: int | None, talk: Speaker
 ) -> tuple[list[Video], list[Any], int]:
-    inputs = Inputs(given, _input_options(flags))
+    inputs = Inputs(given, input_options(flags))
     with Wanted.gather(inputs, overlapping=len(given) > 1) as wanted:
         videos, problems = videos_of(wanted, settings.prompts, limit)
     for folder in inputs.report.unreadable:
         talk.warn(f"left out, not readable: {folder}")
     return videos, problems, len(inputs.report.unreadable) + inputs.report.more_unreadable
-
-
-def _input_options(flags: TrainFlags) -> InputOptions:
-    names = [name for name in re.split(r"[\s,]+", flags.extensions) if name.strip(".")]
-    if not names:
-        raise UsageError(f"--extensions {clean(flags.extensions)!r} names none; give e.g. mp4,webm")
-    return InputOptions(
-        recursive=flags.recursive,
-        extensions=tuple(names),
-        path_column=flags.path_column,
-        id_column=flags.id_column,
-        start_column=flags.start_column,
-        end_column=flags.end_column,
-        prompt_column=flags.prompt_column,
-    )
-
-
-def _positive(name: str, text: str) -> float:
-    value = seconds(name, text)
-    if value <= 0:
-        raise UsageError(f"{name} {clean(text)} leaves no time; give more, e.g. 60s")
-    return value
-
-
-def _existing_folder(path: Path) -> Path:
-    if not path.is_dir():
-        raise UsageError(f"--root {short(str(path), 200)} is no folder; give one that exists")
-    return path
 
 
 def _decode_workers(processes: int) -> int:

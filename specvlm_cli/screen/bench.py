@@ -42,7 +42,7 @@ from specvlm.bench.words import (
     stopped_words,
 )
 from specvlm_cli import show
-from specvlm_cli.talk import LOG_EVERY_S, STDERR
+from specvlm_cli.screen.voice import LOG_EVERY_S, STDERR
 from specvlm_cli.text import MOST_CHARACTERS, cells, clean, short
 
 if TYPE_CHECKING:

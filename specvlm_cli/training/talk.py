@@ -10,27 +10,24 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Self, TextIO, cast
+from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
 from specvlm.training.progress import Measures
 from specvlm.training.progress import Progress as Standing
-from specvlm_cli.exits import UsageError
 from specvlm_cli.screen.live import every
-from specvlm_cli.screen.log import LogFile
+from specvlm_cli.screen.voice import LOG_EVERY_S, ProgressName, Voice
 from specvlm_cli.screen.words import counted, duration, rate
-from specvlm_cli.talk import LOG_EVERY_S, STDERR, ProgressName, _chosen
-from specvlm_cli.text import MOST_CHARACTERS, caption_line, clean, short
+from specvlm_cli.text import caption_line, short
 from specvlm_cli.training.captions import LeftOut
 
 _LATELY = 64  # samples whose mean loss is told
 _PACE_S = 120.0
 
 
-class Speaker:
+class Speaker(Voice):
     """Speaks to one person, and to a log file where one is given; of several processes only that of rank 0 does.
 
     It is the loop's watcher and the listener of its samples.
@@ -47,13 +44,8 @@ class Speaker:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`silent`: another process speaks."""
-        self._silent = silent
-        self._console = Console(
-            file=cast(TextIO, STDERR), markup=False, emoji=False, highlight=False, soft_wrap=True
-        )
-        self._quiet, self._verbose, self._clock = quiet, verbose, clock
-        self._progress = _chosen(progress, quiet, self._console)
-        self._log_path, self._log = log_file, None if log_file is None else _opened(log_file)
+        super().__init__(quiet=quiet, verbose=verbose, progress=progress, log_file=log_file)
+        self._silent, self._clock = silent, clock
         self._bar: Progress | None = None
         self._task = TaskID(0)
         self._step, self._total = 0, 0
@@ -65,31 +57,13 @@ class Speaker:
         self._doing = ""
         self._asked_held_out = False  # some were decoded, or could not be
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        if self._log is not None:
-            if error is not None:
-                self._log.line(short(f"error: {str(error) or type(error).__name__}", MOST_CHARACTERS))
-            self._log.close()
-
-    def note(self, message: str) -> None:
-        """Say something that is worth a line; not with -q."""
-        self._say(message, shown=not self._quiet)
-
-    def warn(self, message: str) -> None:
-        """Say something that went wrong, with -q too."""
-        self._say(message, shown=True)
-
-    def _say(self, message: str, shown: bool) -> None:
-        said = short(message, MOST_CHARACTERS)
-        if shown and not self._silent:
-            (self._console if self._bar is None else self._bar.console).print(Text(said))
-        if self._log is not None and (trouble := self._log.line(said)):
-            self._console.print(
-                Text(f"--log-file {clean(str(self._log_path))}: {trouble}; going on without it")
-            )
+    def _show(self, cleaned: str) -> None:
+        if self._silent:
+            return
+        if self._bar is not None:
+            self._bar.console.print(Text(cleaned))
+        else:
+            super()._show(cleaned)
 
     @contextmanager
     def working(self) -> Iterator[None]:
@@ -110,9 +84,7 @@ class Speaker:
         self._bar = None
 
     def _tell_line(self) -> None:
-        if self._log is not None:
-            self._log.follow()
-        self._say(self.line(), shown=self._progress == "log")
+        self._tell_standing(self.line(), shown=self._progress == "log")
 
     def _refresh(self) -> None:
         if self._bar is not None:
@@ -234,12 +206,3 @@ def ending(outcome: Any) -> str:
     if outcome.stopped is not None:
         words.append(f"stopped by {outcome.stopped}, start again to go on")
     return "; ".join(words)
-
-
-def _opened(log_file: Path) -> LogFile:
-    try:
-        return LogFile(log_file)
-    except OSError as error:
-        raise UsageError(
-            f"--log-file {clean(str(log_file))}: {error.strerror}; give a file that can be written"
-        ) from error
