@@ -20,8 +20,8 @@ from specvlm.config import GenerationSettings, SpeculationSettings
 from specvlm.decode import TargetRows, _Rounds
 from specvlm.drafts.base import DraftJob, DraftRow, Horizon, Proposer
 from specvlm.drafts.compressor import Compressed, CompressorConfig
-from specvlm.drafts.head import HeadDraft, _HeadProposer, _Read
-from specvlm.drafts.head_model import HeadConfig, HeadModel
+from specvlm.drafts.head import HeadDraft, _HeadProposer
+from specvlm.drafts.head_model import HeadConfig, HeadModel, PairSequence
 from specvlm.drafts.small_model import _SmallModelProposer
 from specvlm.drafts.vocabulary import DraftVocabulary
 from specvlm.families import family_of
@@ -127,7 +127,7 @@ def _head_proposer(
     for prompt in prompts:
         pairs, positions = prompt.embeds[:, 7:], prompt.positions[:, 7:]
         positions = positions[: draft.target.family.position_rows]
-        read.append(_Read(pairs, positions, Compressed(pairs[:, :9], positions[:, :9], "pool")))
+        read.append(PairSequence(pairs, positions, Compressed(pairs[:, :9], positions[:, :9], "pool"), 0))
     rows = [DraftRow(prompt, torch.empty(0)) for prompt in prompts]
     return _HeadProposer(draft, DraftJob(rows, SpeculationSettings(), rule, 100, cache), read)
 

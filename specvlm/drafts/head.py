@@ -10,15 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 
 from specvlm.attention import AttentionPlan
 from specvlm.config import SpeculationSettings
-from specvlm.drafts.base import Draft, DraftJob, DraftRow, Horizon, Proposer
-from specvlm.drafts.compressor import Compressed, VideoPairs
-from specvlm.drafts.head_model import HeadModel
+from specvlm.drafts.base import Draft, DraftJob, Horizon, Proposer
+from specvlm.drafts.head_model import HeadModel, PairSequence, Shown
 from specvlm.drafts.vocabulary import DraftVocabulary
 from specvlm.model import Extent, Nodes, VideoLM
 from specvlm.tree import Frontier, Guesses, TreeShape
@@ -27,14 +25,6 @@ from specvlm.verify import Accepted
 CATCH_UP = 64  # tokens of a pass over what the target wrote alone
 # The dynamic tree of EAGLE-2 and of the paper: 60 nodes, ten of them expanded at each of 7 levels.
 DEPTH, NODES, WIDTH = 7, 60, 10
-
-
-class _Read(NamedTuple):
-    """One row, ready to prefill."""
-
-    pairs: torch.Tensor  # [1, S', hidden]; the last one is the root's
-    positions: torch.Tensor  # int64 [P, S']
-    video: Compressed
 
 
 class HeadDraft(Draft):
@@ -68,41 +58,25 @@ class HeadDraft(Draft):
         read = [self._read(job, row, token) for row, token in enumerate(first)]
         return _HeadProposer(self, job, read)
 
-    def _read(self, job: DraftJob, row: int, first: int) -> _Read:
-        """The pairs of one prompt and the first token of its caption."""
-        told = job.rows[row]
-        features = job.cache.row_features(row, told.prompt.length)
+    def _read(self, job: DraftJob, row: int, first: int) -> PairSequence:
+        """The pairs of one prompt, and last that of the first token of its caption."""
+        told, device = job.rows[row], self.head.device
         root = self.target.embed_tokens(torch.tensor([[first]]))
-        following = torch.cat((told.prompt.embeds[:, 1:], root), dim=1).to(self.head.device)
-        pairs = self.head.pairs(features, following)
-        positions = told.prompt.positions.to(pairs.device)
-        where = told.prompt.inputs.is_video.nonzero().squeeze(1)
-        start, end = int(where[0]), int(where[-1]) + 1
-        made = self._compress(
-            told, pairs[:, start:end], positions[:, start:end], features[0, end:], job.settings
+        shown = Shown(
+            job.cache.row_features(row, told.prompt.length),
+            torch.cat((told.prompt.embeds[:, 1:], root), dim=1).to(device),
+            told.prompt.positions.to(device),
+            told.prompt.inputs.is_video.nonzero().squeeze(1),
+            told.prompt.length,
+            told.scores.to(device),
         )
-        return _Read(
-            torch.cat((pairs[:, :start], made.inputs, pairs[:, end:]), dim=1),
-            torch.cat((positions[:, :start], made.positions, positions[:, end:]), dim=1),
-            made,
-        )
-
-    def _compress(
-        self,
-        row: DraftRow,
-        pairs: torch.Tensor,
-        positions: torch.Tensor,
-        question: torch.Tensor,
-        settings: SpeculationSettings,
-    ) -> Compressed:
-        video = VideoPairs(pairs, positions, row.scores.to(pairs.device), question.mean(dim=0))
-        return self.head.compressor(video, torch.Generator().manual_seed(settings.seed))  # type: ignore[no-any-return]
+        return self.head.sequence(shown, torch.Generator().manual_seed(job.settings.seed))
 
 
 class _HeadProposer(Proposer):
     """One job. The cache holds the pairs of all committed tokens, the root's included."""
 
-    def __init__(self, draft: HeadDraft, job: DraftJob, read: Sequence[_Read]) -> None:
+    def __init__(self, draft: HeadDraft, job: DraftJob, read: Sequence[PairSequence]) -> None:
         self._head, self._text, self._target = draft.head, draft.text, draft.target
         self._vocabulary, self._rule, self._kept = draft.guessable, job.rule, job.cache
         self.kept = tuple(one.video.inputs.shape[1] for one in read)
@@ -119,7 +93,7 @@ class _HeadProposer(Proposer):
         self._position = torch.tensor(at, device=device)
         self._root = torch.cat([self._prefill(row, one) for row, one in enumerate(read)])  # [B, 1, hidden]
 
-    def _prefill(self, row: int, read: _Read) -> torch.Tensor:
+    def _prefill(self, row: int, read: PairSequence) -> torch.Tensor:
         count = read.pairs.shape[1]
         self._cache.aim_prefill(row, 0, count, read.pairs.device)
         hidden = self._text.forward(read.pairs, read.positions[:, None], self._cache, AttentionPlan())

@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from specvlm.attention import ATTENTION
-from specvlm.drafts.compressor import Compressor, CompressorConfig
+from specvlm.drafts.compressor import Compressed, Compressor, CompressorConfig, VideoPairs
 from specvlm.drafts.kinds import HEAD_TYPE
 from specvlm.durable import write_whole
 from specvlm.errors import IncompatibleDraftError, ModelLoadError
@@ -93,6 +93,26 @@ def _one_layer(target: VideoLM) -> Any:
     return text
 
 
+class Shown(NamedTuple):
+    """What a target shows a head of one video: its prompt, and perhaps what it wrote behind it."""
+
+    features: torch.Tensor  # [1, n, hidden], the target's
+    following: torch.Tensor  # [1, n, hidden], the embeddings of the tokens that follow
+    positions: torch.Tensor  # int64 [P, n]
+    video: torch.Tensor  # int64 [V], where the video tokens stand, one behind the other
+    prompt_tokens: int  # S, at most n
+    scores: torch.Tensor  # float32 [V], the target's attention to each
+
+
+class PairSequence(NamedTuple):
+    """The pairs of `Shown` as a head reads them, those of the video compressed."""
+
+    pairs: torch.Tensor  # [1, m, hidden]
+    positions: torch.Tensor  # int64 [P, m]
+    video: Compressed
+    first: int  # where the compressed ones begin
+
+
 class HeadModel(nn.Module):
     """What is trained of a head.
 
@@ -145,6 +165,21 @@ class HeadModel(nn.Module):
         """Features [B, n, hidden] and the embeddings of the tokens that follow [B, n, hidden] -> pairs."""
         joined = torch.cat((self.feature_norm(features), self.embed_norm(embeds)), dim=-1)
         return self.join(joined)  # type: ignore[no-any-return]
+
+    def sequence(self, shown: Shown, generator: torch.Generator) -> PairSequence:
+        """Join pairs and compress those of the video; `generator`, on the CPU, is for what draws lots."""
+        pairs = self.pairs(shown.features, shown.following)
+        first, end = int(shown.video[0]), int(shown.video[-1]) + 1
+        question = shown.features[0, end : shown.prompt_tokens].mean(dim=0)
+        made: Compressed = self.compressor(
+            VideoPairs(pairs[:, first:end], shown.positions[:, first:end], shown.scores, question), generator
+        )
+        return PairSequence(
+            torch.cat((pairs[:, :first], made.inputs, pairs[:, end:]), dim=1),
+            torch.cat((shown.positions[:, :first], made.positions, shown.positions[:, end:]), dim=1),
+            made,
+            first,
+        )
 
     def text_model(self, position_rows: int) -> TextModel:
         """Its layer over slabs."""

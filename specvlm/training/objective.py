@@ -15,8 +15,7 @@ from torch.nn import functional
 from transformers import DynamicCache
 
 from specvlm.config import _whole, _within
-from specvlm.drafts.compressor import Compressed, VideoPairs
-from specvlm.drafts.head_model import HeadModel
+from specvlm.drafts.head_model import HeadModel, Shown
 from specvlm.model import VideoLM
 from specvlm.training.example import Example
 
@@ -87,7 +86,7 @@ def distillation_loss(
     """
     aims = _aims(head, target, example)
     count = aims.best.shape[1]
-    sequence = _sequence(head, example, count, generator)
+    sequence = _sequence(head, example, generator)
     cache = DynamicCache()
     hidden = _first_pass(head, sequence, cache)[:, -count:]
     terms = [_terms(hidden, target, aims, 0)]
@@ -112,23 +111,21 @@ def _aims(head: HeadModel, target: VideoLM, example: Example) -> _Aims:
         return _Aims(features.to(head.dtype), logits.softmax(dim=-1), logits.argmax(dim=-1))
 
 
-def _sequence(head: HeadModel, example: Example, count: int, generator: torch.Generator) -> _Sequence:
-    features = example.features[:, :-1].to(head.dtype)
-    pairs = head.pairs(features, example.embeds[:, 1:].to(head.dtype))  # [1, n - 1, hidden]
-    positions = example.positions[:, :-1]
-    first, end = int(example.video[0]), int(example.video[-1]) + 1
-    question = features[0, end : example.prompt_tokens].mean(dim=0)
-    video = VideoPairs(pairs[:, first:end], positions[:, first:end], example.scores, question)
-    made: Compressed = head.compressor(video, generator)
-    joined = torch.cat((pairs[:, :first], made.inputs, pairs[:, end:]), dim=1)
-    bias = joined.new_zeros(joined.shape[1], dtype=torch.float32)
-    if made.log_weight is not None and made.inputs.shape[1]:
-        bias = functional.pad(
-            made.log_weight.expand(made.inputs.shape[1]),
-            (first, joined.shape[1] - first - made.inputs.shape[1]),
-        )
-    at = torch.cat((positions[:, :first], made.positions, positions[:, end:]), dim=1)
-    return _Sequence(joined, at, bias, made.operator)
+def _sequence(head: HeadModel, example: Example, generator: torch.Generator) -> _Sequence:
+    shown = Shown(
+        example.features[:, :-1].to(head.dtype),
+        example.embeds[:, 1:].to(head.dtype),
+        example.positions[:, :-1],
+        example.video,
+        example.prompt_tokens,
+        example.scores,
+    )
+    read = head.sequence(shown, generator)
+    length, kept = read.pairs.shape[1], read.video.inputs.shape[1]
+    bias = read.pairs.new_zeros(length, dtype=torch.float32)
+    if read.video.log_weight is not None and kept:
+        bias = functional.pad(read.video.log_weight.expand(kept), (read.first, length - read.first - kept))
+    return _Sequence(read.pairs, read.positions, bias, read.video.operator)
 
 
 def _forward(

@@ -101,7 +101,7 @@ def learned(captioner: Captioner, video: PreparedVideo, tokens: tuple[int, ...],
     assert isinstance(draft, HeadDraft)
     example = read_example(captioner.target, video.inputs, tokens)
     count, cache = len(tokens) - 1, DynamicCache()
-    sequence = objective._sequence(draft.head, example, count, torch.Generator().manual_seed(0))
+    sequence = objective._sequence(draft.head, example, torch.Generator().manual_seed(0))
     hidden = objective._first_pass(draft.head, sequence, cache)[:, -count:]
     found = Learned(hidden[0], [])
     for step in range(1, passes + 1):

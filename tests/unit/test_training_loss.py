@@ -126,7 +126,7 @@ def test_the_share_that_is_right_is_counted_on_the_first_pass() -> None:
                 head, captioner.target, examples[0], ObjectiveSettings(unroll=unroll), lots()
             )
             aims = objective._aims(head, captioner.target, examples[0])
-            sequence = objective._sequence(head, examples[0], aims.best.shape[1], lots())
+            sequence = objective._sequence(head, examples[0], lots())
             hidden = objective._first_pass(head, sequence, DynamicCache())[:, -aims.best.shape[1] :]
             right = (captioner.target.logits(hidden).argmax(-1) == aims.best).float().mean()
             assert torch.equal(found.right, right)
@@ -213,7 +213,7 @@ def test_what_must_not_be_seen_changes_nothing(family: FamilyName, unroll: int) 
 
     def passes(given: Example) -> list[torch.Tensor]:
         cache = DynamicCache()
-        sequence = objective._sequence(head, given, count, lots())
+        sequence = objective._sequence(head, given, lots())
         hidden = objective._first_pass(head, sequence, cache)[:, -count:]
         found = [hidden[0]]
         for step in range(1, unroll + 1):
