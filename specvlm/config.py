@@ -27,12 +27,14 @@ def _one_of(name: str, value: str, known: Collection[str]) -> None:
         raise ConfigError(f"{name}={value!r} is unknown; choose one of {', '.join(known)}")
 
 
-def _whole(name: str, value: object) -> None:
+def whole(name: str, value: object) -> None:
+    """Refuse what is no whole number."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise ConfigError(f"{name}={value!r} is not a whole number; give one")
 
 
-def _within(name: str, value: float, low: float, high: float, fix: str) -> None:
+def within(name: str, value: float, low: float, high: float, fix: str) -> None:
+    """Refuse what is no number from `low` to `high`; `fix` says what to give."""
     if not isinstance(value, int | float):
         raise ConfigError(f"{name}={value!r} is not a number; {fix}")
     if not low <= value <= high:  # also refuses NaN
@@ -70,20 +72,20 @@ class SpeculationSettings:
     def __post_init__(self) -> None:
         for name in ("depth", "nodes", "width", "seed"):
             if getattr(self, name) is not None:
-                _whole(name, getattr(self, name))
+                whole(name, getattr(self, name))
         _one_of("pruner", self.pruner, PRUNERS)
         _one_of("tree", self.tree, TREES)
         _one_of("positions", self.positions, POSITIONS)
-        _within("prune_ratio", self.prune_ratio, 0.0, 1.0, "give a share between 0 (see all) and 1 (see one)")
-        _within("top_p", self.top_p, 0.0, 1.0, "give a share of the attention between 0 and 1")
+        within("prune_ratio", self.prune_ratio, 0.0, 1.0, "give a share between 0 (see all) and 1 (see one)")
+        within("top_p", self.top_p, 0.0, 1.0, "give a share of the attention between 0 and 1")
         if self.depth is not None:
-            _within("depth", self.depth, 1, 64, "give 1 to 64 tokens")
+            within("depth", self.depth, 1, 64, "give 1 to 64 tokens")
             self._refuse_without_effect("depth", self.depth, ("auto", "dynamic", "chain"))
         if self.nodes is not None:
-            _within("nodes", self.nodes, 2, 1024, "give 2 to 1024 nodes, root included")
+            within("nodes", self.nodes, 2, 1024, "give 2 to 1024 nodes, root included")
             self._refuse_without_effect("nodes", self.nodes, ("auto", "dynamic"))
         if self.width is not None:
-            _within("width", self.width, 1, 64, "give 1 to 64 nodes a level")
+            within("width", self.width, 1, 64, "give 1 to 64 nodes a level")
 
     def _refuse_without_effect(self, name: str, value: int, trees: Collection[TreeName]) -> None:
         if self.tree not in trees:
@@ -131,17 +133,17 @@ class GenerationSettings:
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "seed"):
-            _whole(name, getattr(self, name))
-        _within("max_new_tokens", self.max_new_tokens, 1, 1 << 20, "give 1 to 1048576 tokens")
-        _within("temperature", self.temperature, 0.0, 100.0, "give 0 (greedy) to 100")
+            whole(name, getattr(self, name))
+        within("max_new_tokens", self.max_new_tokens, 1, 1 << 20, "give 1 to 1048576 tokens")
+        within("temperature", self.temperature, 0.0, 100.0, "give 0 (greedy) to 100")
         if 0 < self.temperature < 1e-6:
             raise ConfigError(
                 f"temperature={self.temperature!r} is too small; give 0 (greedy), or 1e-6 to 100"
             )
-        _within("seed", self.seed, 0, (1 << 63) - 1, "give 0 to 2**63 - 1")
+        within("seed", self.seed, 0, (1 << 63) - 1, "give 0 to 2**63 - 1")
         if self.top_k is not None:
-            _whole("top_k", self.top_k)
-            _within("top_k", self.top_k, 0, 1 << 31, "give the number of likeliest tokens, or 0 for all")
+            whole("top_k", self.top_k)
+            within("top_k", self.top_k, 0, 1 << 31, "give the number of likeliest tokens, or 0 for all")
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,18 +182,18 @@ class FrameSettings:
             raise ConfigError(f"fps={self.fps} and num_frames={self.num_frames} exclude each other; give one")
         for name in ("num_frames", "min_frames", "max_frames", "max_pixels", "total_pixels"):
             if getattr(self, name) is not None:
-                _whole(name, getattr(self, name))
+                whole(name, getattr(self, name))
         if self.fps is not None:
-            _within("fps", self.fps, 1e-3, 1000.0, "give 0.001 to 1000 frames per second")
+            within("fps", self.fps, 1e-3, 1000.0, "give 0.001 to 1000 frames per second")
         if self.num_frames is not None:
-            _within("num_frames", self.num_frames, 1, 100_000, "give 1 to 100000 frames")
-        _within("min_frames", self.min_frames, 1, 100_000, "give 1 to 100000 frames")
-        _within("max_frames", self.max_frames, self.min_frames, 100_000, "give min_frames to 100000 frames")
+            within("num_frames", self.num_frames, 1, 100_000, "give 1 to 100000 frames")
+        within("min_frames", self.min_frames, 1, 100_000, "give 1 to 100000 frames")
+        within("max_frames", self.max_frames, self.min_frames, 100_000, "give min_frames to 100000 frames")
         if self.max_pixels is not None:
-            _within("max_pixels", self.max_pixels, 16, 1 << 28, "give 16 to 268435456 pixels a frame")
+            within("max_pixels", self.max_pixels, 16, 1 << 28, "give 16 to 268435456 pixels a frame")
         if self.total_pixels is not None:
-            _within("total_pixels", self.total_pixels, 16, 1 << 40, "give at least 16 pixels a video")
-        _within("start_s", self.start_s, 0.0, 1e9, "give seconds from the start of the video")
-        _within("min_decoded", self.min_decoded, 0.0, 1.0, "give a share of the frames between 0 and 1")
+            within("total_pixels", self.total_pixels, 16, 1 << 40, "give at least 16 pixels a video")
+        within("start_s", self.start_s, 0.0, 1e9, "give seconds from the start of the video")
+        within("min_decoded", self.min_decoded, 0.0, 1.0, "give a share of the frames between 0 and 1")
         if self.end_s is not None and not self.end_s > self.start_s:
             raise ConfigError(f"end_s={self.end_s} is not after start_s={self.start_s}; give a later end")

@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional
 from transformers import DynamicCache
 
-from specvlm.config import _whole, _within
+from specvlm.config import whole, within
 from specvlm.drafts.head_model import HeadModel, Shown
 from specvlm.model import VideoLM
 from specvlm.training.example import Example
@@ -35,10 +35,10 @@ class ObjectiveSettings:
     unroll: int = 0
 
     def __post_init__(self) -> None:
-        _within("cross_entropy", self.cross_entropy, 0.0, 1e6, "give a weight, 0 or more")
-        _within("smooth_l1", self.smooth_l1, 0.0, 1e6, "give a weight, 0 or more")
-        _whole("unroll", self.unroll)
-        _within("unroll", self.unroll, 0, 64, "give 0 to 64 passes")
+        within("cross_entropy", self.cross_entropy, 0.0, 1e6, "give a weight, 0 or more")
+        within("smooth_l1", self.smooth_l1, 0.0, 1e6, "give a weight, 0 or more")
+        whole("unroll", self.unroll)
+        within("unroll", self.unroll, 0, 64, "give 0 to 64 passes")
 
 
 class Losses(NamedTuple):

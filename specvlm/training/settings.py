@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from specvlm.config import _whole, _within
+from specvlm.config import whole, within
 
 BETAS = (0.9, 0.95)  # of AdamW; SpecVLM, arXiv 2509.11815, section 4
 
@@ -28,13 +28,13 @@ class TrainingSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _within("learning_rate", self.learning_rate, 1e-9, 1.0, "give a rate between 1e-9 and 1")
-        _whole("accumulate", self.accumulate)
-        _within("accumulate", self.accumulate, 1, 1 << 20, "give 1 to 1048576 samples a step")
+        within("learning_rate", self.learning_rate, 1e-9, 1.0, "give a rate between 1e-9 and 1")
+        whole("accumulate", self.accumulate)
+        within("accumulate", self.accumulate, 1, 1 << 20, "give 1 to 1048576 samples a step")
         if self.clip_norm is not None:
-            _within("clip_norm", self.clip_norm, 1e-9, 1e9, "give a norm above 0, e.g. 0.5")
-        _whole("seed", self.seed)
-        _within("seed", self.seed, 0, (1 << 63) - 1, "give 0 to 2**63 - 1")
+            within("clip_norm", self.clip_norm, 1e-9, 1e9, "give a norm above 0, e.g. 0.5")
+        whole("seed", self.seed)
+        within("seed", self.seed, 0, (1 << 63) - 1, "give 0 to 2**63 - 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +59,6 @@ class Schedule:
         for name in ("epochs", "max_steps", "evaluate_every", "checkpoint_steps"):
             value = getattr(self, name)
             if value is not None:
-                _whole(name, value)
-                _within(name, value, 1, 1 << 40, "give 1 or more")
-        _within("checkpoint_s", self.checkpoint_s, 0.0, 1e9, "give a time, e.g. 5m")
+                whole(name, value)
+                within(name, value, 1, 1 << 40, "give 1 or more")
+        within("checkpoint_s", self.checkpoint_s, 0.0, 1e9, "give a time, e.g. 5m")
