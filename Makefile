@@ -1,24 +1,29 @@
 # Two commands, each from a bare clone with Python 3.11 or newer, an internet connection and nothing else:
 #   make demo    install, caption the example videos with the tiny demo pair, show the rows
 #   make test    install with the development tools, and run every check
+#   make test-all    the same with all combinations of parameters and the long runs
 # `make PYTHON=/path/to/python demo` chooses the interpreter.
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 
-.PHONY: demo test clean
+.PHONY: demo test test-all checks clean
 
 demo: .venv/installed
 	rm -rf demo-out
 	$(BIN)/specvlm caption examples/videos --preset demo --baseline-sample 1.0 -o demo-out
 	$(BIN)/python examples/read_captions.py demo-out
 
-test: .venv/installed-dev
+# worksteal: each process gets one stretch of the tests, so a module's fixtures are rarely built twice.
+test-all: export PYTEST_ADDOPTS = -m "not gpu"
+test test-all: checks
+	$(BIN)/python -m pytest -W error -n 2 --dist worksteal
+
+checks: .venv/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -W error
 
 .venv/bin/python:
 	@test -n "$(PYTHON)" || { echo "specvlm needs Python 3.11 or newer; try: make PYTHON=python3.12" >&2; exit 2; }

@@ -1,8 +1,7 @@
-"""Measure `--tree auto` against fixed trees and with a useless draft, and estimated speedups against measured ones.
+"""Measure `--tree auto` against fixed trees and with a useless draft.
 
     python benchmarks/adaptive.py trees --clips 24
     python benchmarks/adaptive.py random --clips 100
-    python benchmarks/adaptive.py estimate --clips 100
 
 Everything compared runs in this one process, methods alternating clip by clip after a warm-up; figures are of totals.
 Prints Markdown for docs/benchmarks.md.
@@ -11,7 +10,6 @@ Prints Markdown for docs/benchmarks.md.
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 from collections import defaultdict
 from typing import Any, NamedTuple
@@ -108,7 +106,7 @@ def useless_draft(preset: str, clips: int) -> None:
     captioner = specvlm.load(preset)
     videos = videos_of(captioner, preset, clips)
     alternate(captioner, videos[:2], {"plain": PLAIN, "static": {"tree": "static"}}, 1)
-    captioner.costs = CostStore(None)
+    captioner.costs = CostStore()
     torch.manual_seed(0)
     draft: Any = captioner.draft
     for parameter in draft.model.model.model.language_model.parameters():
@@ -126,40 +124,12 @@ def useless_draft(preset: str, clips: int) -> None:
         print(f"| {name} | {decode:.3f} | {whole:.3f} | {rounds} | {accepted:.2f} |")
 
 
-def estimate(preset: str, clips: int) -> None:
-    """The error of estimated decode speedups, and what estimating costs."""
-    captioner = specvlm.load(preset)
-    videos = videos_of(captioner, preset, clips)
-    methods = {"plain": PLAIN, "estimated": AUTO | {"estimate": True}, "not": AUTO}
-    alternate(captioner, videos[:5], methods, 1)
-    runs = alternate(captioner, videos, methods, 1)
-    errors, plain_s = [], 0.0
-    for plain, guessed in zip(runs["plain"], runs["estimated"], strict=True):
-        steps = guessed.caption.stats.completion_tokens - 1
-        told = guessed.caption.stats.plain_token_s
-        if told is not None:
-            errors.append(told * steps / plain.decode_s - 1.0)
-            plain_s += told * steps
-    measured = total(runs["plain"], "decode_s")
-    beside = [one.wall_s - one.total_s for one in runs["estimated"]]
-    without = [one.wall_s - one.total_s for one in runs["not"]]
-    cost = (sum(beside) - sum(without)) / total(runs["estimated"], "wall_s")
-    size = sorted(abs(error) for error in errors)
-    print(f"\nPreset `{preset}`, {len(errors)} of {clips} captions estimated, {conditions()}.\n")
-    print("| | |\n|---|---|")
-    print(f"| error of one caption's estimate, median | {statistics.median(size):.1%} |")
-    print(f"| nine of ten are within | {size[int(0.9 * len(size))]:.1%} |")
-    print(f"| median with its sign | {statistics.median(errors):+.1%} |")
-    print(f"| error of the total | {plain_s / measured - 1.0:+.1%} |")
-    print(f"| share of the time | {cost:.2%} |")
-
-
 def main() -> None:
     """Parse and run."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["trees", "random", "estimate"])
+    parser.add_argument("what", choices=["trees", "random"])
     parser.add_argument("--preset", default="demo")
     parser.add_argument("--clips", type=int, default=24)
     parser.add_argument("--repeat", type=int, default=1)
@@ -172,10 +142,8 @@ def main() -> None:
     with torch.inference_mode():
         if options.what == "trees":
             trees(options.preset, options.clips, options.repeat)
-        elif options.what == "random":
-            useless_draft(options.preset, options.clips)
         else:
-            estimate(options.preset, options.clips)
+            useless_draft(options.preset, options.clips)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""Everything that a GPU is asked, in one go: parity in bfloat16, costs of real shapes, choices, roofline, profile.
+"""Everything that a GPU is asked, in one go: parity, batches, costs of real shapes, choices, roofline, profile.
 
+    python benchmarks/gpu.py --out FOLDER --parts batches   many videos in flight alone, under five minutes
     python benchmarks/gpu.py --out FOLDER             on a machine with CUDA, under ten minutes
     python benchmarks/gpu.py --out FOLDER --cpu-smoke   the same parts in small, on any machine, in half a minute
 
@@ -31,6 +32,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from gpu_batches import Batches, batch_attention, batch_parity, batch_speed
 from gpu_heads import Heads, time_heads
 from gpu_held import Held, Times
 from gpu_tables import markdown
@@ -38,7 +40,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import specvlm
 from specvlm.bench.grid import Grid
-from specvlm.bench.measure import Asked, Measurer, stock_attention
+from specvlm.bench.measure import Asked, Measurer
 from specvlm.bench.modelled import (
     Load,
     ModelledCaptioner,
@@ -66,6 +68,7 @@ from specvlm.bench.shapes import (
     frame_size_of,
     prompt_tokens,
 )
+from specvlm.bench.stock import stock_attention
 from specvlm.bench.suite import Step
 from specvlm.captioner import Captioner, PreparedVideo
 from specvlm.choosing import TreeChooser
@@ -81,7 +84,7 @@ SCHEMA = 1
 ACCEPTED = 3.9  # SpecVLM, arXiv 2508.16201, reports 3.2 to 4.3 for its pairs
 TOLERANCE = 2.0**-6  # of the best score: what two orders of adding in bfloat16 may move a logit by
 TOP = 15
-PARTS = ("parity", "shapes", "rounds", "heads")
+PARTS = ("parity", "batches", "shapes", "rounds", "heads")
 JSON, MARKDOWN = "gpu.json", "gpu.md"
 
 
@@ -104,6 +107,8 @@ class Plan:
     seeds: int  # of each random pair
     rounds: int  # timed in a row
     head_tokens: int  # that a head with a trimmed vocabulary guesses from
+    batches: Batches
+    batch_pair: tuple[Shape, Shape]
     copy_bytes: int
     budget_s: float
     parts: tuple[str, ...] = PARTS
@@ -137,6 +142,8 @@ def full_plan(budget_s: float) -> Plan:
         seeds=12,
         rounds=12,
         head_tokens=16_384,
+        batches=Batches((1, 4, 8, 16, 32), turns=1, new_tokens=128, rows=8, rounds=12),
+        batch_pair=(find_shape("qwen2.5-vl-7b"), find_shape("qwen2.5-vl-3b")),
         copy_bytes=4 << 30,
         budget_s=budget_s,
     )
@@ -157,6 +164,8 @@ def smoke_plan(budget_s: float) -> Plan:
         seeds=1,
         rounds=4,
         head_tokens=100,
+        batches=Batches((1, 2, 4), turns=1, new_tokens=12, rows=3, rounds=2),
+        batch_pair=TINY[0],
         copy_bytes=64 << 20,
         budget_s=budget_s,
     )
@@ -177,6 +186,7 @@ class Run:
             "rounds": [],
             "profiles": [],
             "heads": [],
+            "batches": {"parity": [], "speed": [], "attention": []},
             "skipped": [],
             "seconds": 0.0,
         }
@@ -303,10 +313,8 @@ class Difference:
 class _Unforced(ModelledCaptioner):
     """Random weights whose rounds accept what really matches."""
 
-    def chooser(
-        self, settings: SpeculationSettings, generation: GenerationSettings, videos: Sequence[PreparedVideo]
-    ) -> TreeChooser:
-        return Captioner.chooser(self, settings, generation, videos)
+    def chooser(self, settings: SpeculationSettings, generation: GenerationSettings) -> TreeChooser:
+        return Captioner.chooser(self, settings, generation)
 
 
 def parity(run: Run) -> None:
@@ -334,7 +342,7 @@ def _demo(plan: Plan, preset: str) -> tuple[Captioner, list[PreparedVideo]]:
     captioner = specvlm.load(
         preset, dtype=str(plan.dtype).removeprefix("torch."), device_map={"": str(plan.device)}
     )
-    captioner.costs = CostStore(None)
+    captioner.costs = CostStore()
     count = 8 // captioner.frame_multiple * captioner.frame_multiple
     times = np.array([i * 4.0 / count for i in range(count)])
     clips = [render(scene_for(seed_for("held-out", i)), times, 96, 96) for i in range(plan.clips)]
@@ -396,6 +404,29 @@ def _difference(
     best, second = out.scores[first][0].float().topk(2).values.tolist()
     margin = best - second
     return first, margin, best, margin <= TOLERANCE * max(1.0, abs(best))
+
+
+# --- batches ---
+
+
+def of_batches(run: Run) -> None:
+    """Many videos in flight: captions of a demo pair, times of published shapes, and ways to attend."""
+    plan, found = run.plan, run.found["batches"]
+    asked = plan.batches
+    with run.part("batches of the demo pair"):
+        captioner, videos = _demo(plan, "demo")
+        many = [videos[number % len(videos)] for number in range(max(asked.sizes))]
+        found["parity"] += batch_parity(captioner, "demo", many, asked)
+    target, draft = plan.batch_pair
+    name, frames, size = f"{target.name} + {draft.name}", plan.frames[-1], plan.frame_size(target)
+    with run.part(f"batches of {name}"):
+        pair = make_pair(target, draft, ACCEPTED)
+        load = Load(frames, size, asked.new_tokens, max(asked.sizes))
+        refuse_without_memory(pair, load, plan.dtype, plan.device)
+        modelled = build_pair(pair, plan.device, plan.dtype)
+        for row in batch_speed(modelled, frames, size, asked, run.fits):
+            found["speed"].append(row)
+        found["attention"] += batch_attention(modelled, plan.frames[-2:], size, asked)
 
 
 # --- pairs of published shapes ---
@@ -560,7 +591,7 @@ def _together(*switches: Switch) -> Switch:
     return switch
 
 
-_EAGER, _MASKED = _models_with("graphs", None), _models_with("round_attention", "masked")
+_EAGER, _MASKED = _models_with("captures", False), _models_with("round_attention", "masked")
 
 
 def _masked_by(*backends: SDPBackend) -> Switch:
@@ -575,7 +606,7 @@ CHOICES = (
     Choice("rounds", "without CUDA graphs", _EAGER),
     Choice("attention", "masked", _MASKED),
     Choice("attention", "split", _models_with("round_attention", "split")),
-    Choice("attention", "flex", _models_with("round_attention", "flex")),
+    Choice("attention", "varlen", _models_with("round_attention", "varlen")),
     Choice("kernel under a mask, without CUDA graphs", "torch's own choice", _masked_by()),
     Choice(
         "kernel under a mask, without CUDA graphs",
@@ -694,7 +725,7 @@ def profile(
 def of_rounds(run: Run, captioner: ModelledCaptioner, frames: int) -> None:
     """Choices and profile, of the static tree and of plain steps, on one prefilled state."""
     video = modelled_video(captioner, frames, run.plan.frame_size(captioner.pair.target))
-    held = Held(captioner, video, "static", run.plan.rounds)
+    held = Held(captioner, [video], "static", run.plan.rounds)
     for tree, shape in (("static", held.tree), ("plain", ROOT)):
         compare_choices(run, captioner, held, tree, shape, frames)
         profile(run, captioner, held, tree, shape, frames)
@@ -739,13 +770,21 @@ def everything(run: Run) -> None:
         bandwidth(run)
     if "parity" in run.plan.parts:
         parity(run)
+    if "batches" in run.plan.parts:
+        of_batches(run)
+        _free(run.plan.device)
     for target, draft in run.plan.pairs if {"shapes", "rounds", "heads"} & set(run.plan.parts) else ():
         with run.part(f"{target.name} + {draft.name}"):
             of_a_pair(run, target, draft)
-        gc.collect()  # the models of this pair, before those of the next
-        if run.plan.device.type == "cuda":
-            torch.cuda.empty_cache()
+        _free(run.plan.device)
     run.write()
+
+
+def _free(device: torch.device) -> None:
+    """Give back the memory of a pair that is done with, before the next one is made."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from gpu_held import Held, Times
 
 from specvlm.bench.modelled import ModelledCaptioner, modelled_video
@@ -85,10 +84,9 @@ def _named(
 def _time(
     captioner: ModelledCaptioner, video: PreparedVideo, tree: TreeName, asked: Heads, timed: Timed
 ) -> dict[str, Any]:
-    held = Held(captioner, video, tree, asked.rounds)
+    held = Held(captioner, [video], tree, asked.rounds)
     times, plain = held.time(held.tree, asked.rounds), held.time(ROOT, asked.rounds)
-    with torch.inference_mode():
-        prefill_s = timed(held.begin)
+    prefill_s = timed(held.begin)
     accepted = HEAD_ACCEPTED[tree]
     return {
         "tree": tree,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -13,9 +13,7 @@ from specvlm.bench.modelled import ModelledCaptioner
 from specvlm.captioner import PreparedVideo
 from specvlm.choosing import FixedTree
 from specvlm.config import GenerationSettings, SpeculationSettings, TreeName
-from specvlm.decode import Decoding, RowText, Speculation, TargetRows
-from specvlm.drafts.base import DraftJob, DraftRow, Proposer
-from specvlm.prefill import embed, prefill_target
+from specvlm.decode import TOLD_STEP, CaptionSequence, CaptionText, Decoder, DecodeSettings
 from specvlm.sampling import TokenRule, logits_rules
 from specvlm.stats import StageClock
 from specvlm.tree import TreeShape, make_shape
@@ -32,60 +30,98 @@ class Times:
 
 
 class Held:
-    """A caption whose prompts are read and whose rounds can be run again and again, on the same keys and values.
+    """Captions whose prompts are read and whose rounds can be run again and again, on the same keys and values.
 
     Attributes:
         tree: The shape that was asked for.
-        limit: Tokens of the caption.
-        begin: Prefills the draft anew.
     """
 
     def __init__(
-        self, captioner: ModelledCaptioner, video: PreparedVideo, tree: TreeName, rounds: int
+        self, captioner: ModelledCaptioner, videos: list[PreparedVideo], tree: TreeName, rounds: int
     ) -> None:
         """`rounds`: the most that are run in a row."""
-        self._captioner = captioner
+        self._captioner, self._rounds = captioner, rounds
         assert captioner.draft is not None
         settings = captioner.draft.settings(SpeculationSettings(tree=tree))
         self.tree = make_shape(settings, captioner.draft.vocabulary, captioner.target.device)
-        self.limit = (rounds + 2) * (self.tree.depth + 1)
-        generation = GenerationSettings(max_new_tokens=self.limit)
+        limit = (rounds + 3) * (self.tree.depth + 1) + 1  # no caption ends
+        generation = GenerationSettings(max_new_tokens=limit)
         target = captioner.target
         rules = logits_rules(captioner.generation_config, generation)
-        ids = [video.inputs.token_ids[0]]
-        self._rule = TokenRule(rules, generation, ids, target.vocabulary, target.device)
-        captioner.chooser(settings, generation, [video])  # sets what rounds accept
-        with torch.inference_mode():
-            prompt = embed(target, video.inputs)
-            cache = target.new_cache(1, prompt.length + self.limit + self.tree.nodes)
-            read = prefill_target(target, prompt, cache, 0)
-            self._rows = TargetRows(target, cache, [prompt], read.logits)
-            row = DraftRow(prompt, read.scores)
-            slots = self.limit + self.tree.slots
-            work = DraftJob([row], settings, self._rule, slots, cache)
-            first = [int(read.logits.argmax())]
-            self.begin: Callable[[], Proposer] = lambda: captioner.draft.begin(work, first)
-            self._proposer = self.begin()
 
-    def rounds(self, shape: TreeShape) -> Iterator[StageClock]:
-        """Run rounds from the prompt's end on, until the caption is full; yield the clock after each."""
-        clock = StageClock(self._captioner.target.device)
-        speculation = Speculation(FixedTree(shape), lambda _: self._proposer, self._captioner.accept)
-        text = RowText(self.limit, frozenset())
-        decoding = Decoding(self._rows, speculation, self._rule, [text], clock)
-        running = decoding.run()
-        next(running)  # the token that the prefill gave
-        for _ in running:
-            yield clock
+        def rule() -> TokenRule:
+            return TokenRule(rules, generation, target.vocabulary, target.device)
+
+        captioner.chooser(settings, generation)  # sets what rounds accept
+        draft = captioner.draft
+        self._settings = DecodeSettings(
+            rule,
+            FixedTree(self.tree),
+            lambda rule, cache: draft.proposer(settings, rule, cache),
+            captioner.accept,
+            draft,
+        )
+        self._clock = StageClock(target.device)
+        self._decoder = Decoder(target, self._clock, captioner.make_capture)
+        self._decoder.configure(self._settings)
+        self._rig = self._decoder._rig
+        self._sequences = [
+            CaptionSequence(number, video.inputs, CaptionText(limit, frozenset()))
+            for number, video in enumerate(videos)
+        ]
+        self._decoder.admit(self._sequences)
+        self._first = [sequence.text.tokens[0] for sequence in self._rows()]
+
+    def _rows(self) -> list[CaptionSequence]:
+        """The sequences in the order in which the batch has them."""
+        rows = [row.sequence for row in self._decoder._rows]
+        return [sequence for sequence in rows if sequence is not None]
+
+    def begin(self) -> None:
+        """Prefill the draft anew."""
+        rounds = self._decoder._rounds
+        if rounds.proposer is not None:
+            rounds.proposer.keep([])
+        for row in self._decoder._rows:
+            row.drafted = 0
+        self._rewind()
+        with torch.inference_mode():
+            self._decoder._ready_draft()
+
+    def _rewind(self) -> None:
+        """Every caption has its first token again, and nothing else."""
+        state = self._decoder._rounds.state
+        for row, first in zip(self._decoder._rows, self._first, strict=True):
+            row.text.tokens[:], row.index = [first], 0
+            row.drafted = min(row.drafted, 1)
+        with torch.inference_mode():
+            state.root.copy_(torch.tensor(self._first, device=state.root.device))
+            state.step.zero_()
+
+    def rounds(self, shape: TreeShape) -> Iterator[dict[str, float]]:
+        """Run rounds from the prompts' ends on; yield the stages' times of each, in seconds.
+
+        Eagerly, where the target's `captures` is turned off.
+        """
+        target, draft = self._captioner.target, self._captioner.draft
+        assert draft is not None
+        self._decoder._rounds._rig = self._rig if target.captures else None
+        for model in (target, draft.text):
+            model.told_step = TOLD_STEP if target.captures else 1
+        self._decoder.follow(replace(self._settings, chooser=FixedTree(shape)))
+        self._rewind()
+        names = ("decode", "draft", "verify", "commit")
+        for _ in range(self._rounds + 2):
+            before = {name: self._spent_s(name) for name in names}
+            ended = self._decoder.step()
+            assert not ended
+            yield {name: self._spent_s(name) - before[name] for name in names}
+
+    def _spent_s(self, stage: str) -> float:
+        """Of all sequences, whose shares add up to the whole."""
+        return sum(sequence.seconds[stage] for sequence in self._sequences)
 
     def time(self, shape: TreeShape, rounds: int) -> Times:
         """Time rounds, after two that warm up."""
-        seen: list[tuple[float, ...]] = []
-        names = ("decode", "draft", "verify", "commit")
-        for _, clock in zip(range(rounds + 2), self.rounds(shape), strict=False):
-            seen.append(tuple(clock.seconds(name) for name in names))
-        each = [
-            [after - before for before, after in zip(first, second, strict=True)]
-            for first, second in itertools.pairwise(seen[1:])
-        ]
+        each = [tuple(one.values()) for one in itertools.islice(self.rounds(shape), rounds + 2)][2:]
         return Times(*(statistics.median(column) for column in zip(*each, strict=True)))

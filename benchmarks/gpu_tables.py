@@ -30,6 +30,7 @@ def markdown(found: dict[str, Any]) -> str:
             "",
         ]
     lines += _parity_lines(found["parity"]) + _shape_lines(found["shapes"])
+    lines += _batch_lines(found["batches"])
     lines += _choice_lines(found["choices"]) + _round_lines(found["rounds"])
     lines += _head_lines(found["heads"])
     for one in found["profiles"]:
@@ -95,6 +96,49 @@ def _shape_lines(shapes: Sequence[dict[str, Any]]) -> list[str]:
         ]
         head = "modelled|ms/token|decode x plain|end to end x plain|predicted|accepted|draft ms|verify ms"
         lines += _table([*head.split("|"), "roofline", "of verify", "of draft"], rows)
+    return lines
+
+
+def _batch_lines(batches: dict[str, Any]) -> list[str]:
+    lines: list[str] = []
+    if batches["parity"]:
+        rows = [
+            [o["model"], str(o["batch_size"]), o["way"], f"{o['exact']}/{o['captions']}"]
+            for o in batches["parity"]
+        ]
+        lines += ["## Batches: captions equal to stock's of each video alone", ""]
+        lines += _table(["model", "batch", "way", "equal"], rows)
+    if batches["speed"]:
+        rows = [
+            [
+                f"{o['target']} + {o['draft']}, {o['frames']} frames",
+                str(o["batch_size"]),
+                o["way"],
+                _cell(o.get("videos_per_hour"), ",.0f"),
+                _cell(o.get("tokens_per_s"), ",.0f"),
+                _cell(o.get("accepted"), ".2f"),
+                _cell(o["over_stock"], ".2f"),
+                _cell(o["over_plain"], ".2f"),
+                o["error"] or "",
+            ]
+            for o in batches["speed"]
+        ]
+        head = "modelled|batch|way|videos/h|tokens/s|accepted|x stock|x plain|error"
+        lines += ["## Batches: from prepared videos to tokens", "", *_table(head.split("|"), rows)]
+    if batches["attention"]:
+        rows = [
+            [
+                f"{o['rows']} videos of different lengths, {o['tree']}",
+                o["attention"],
+                _ms(o.get("round_s")),
+                _ms(o.get("draft_s")),
+                _ms(o.get("verify_s")),
+                o["error"] or "",
+            ]
+            for o in batches["attention"]
+        ]
+        head = "modelled|attention|round ms|draft ms|verify ms|error"
+        lines += ["## Batches: how rounds attend", "", *_table(head.split("|"), rows)]
     return lines
 
 

@@ -122,9 +122,8 @@ class Row(NamedTuple):
 
 
 def kv_bytes(world: World, head: HeadModel, slots: int) -> int:
-    """The slabs of a head's one layer, with room for this many pairs."""
-    slabs = head.text_model(world.captioner.target.family.position_rows).new_cache(1, slots).slabs
-    return sum(slab.nbytes for slab in slabs.by_device.values())
+    """Keys and values of a head's one layer, for this many pairs."""
+    return head.text_model(world.captioner.target.family.position_rows).slot_bytes * slots
 
 
 def row(world: World, runs: Sequence[Run], trainee: Trainee) -> Row:

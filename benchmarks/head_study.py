@@ -21,13 +21,14 @@ import torch
 import specvlm
 from specvlm.bench.measure import Measurer
 from specvlm.bench.records import Configuration
-from specvlm.captioner import Captioner, CaptionOptions, Job, PreparedVideo, Seen
+from specvlm.captioner import Captioner, CaptionOptions, PreparedVideo
 from specvlm.config import FrameSettings
 from specvlm.demo.draw import LONGER, SQUARE, WIDE, DrawnSplit, Format, draw_clips
 from specvlm.drafts.base import Draft
 from specvlm.drafts.compressor import OPERATORS, CompressorConfig, CompressorMode, OperatorName
 from specvlm.drafts.head import HeadDraft
 from specvlm.drafts.head_model import HeadConfig, HeadModel
+from specvlm.prefill import Begun
 from specvlm.preset import find_preset
 from specvlm.records import Caption
 from specvlm.training.checkpoint import Checkpoints
@@ -40,7 +41,6 @@ from specvlm.training.settings import TrainingSettings
 
 LIMIT, WARM_UP = 200, 16  # new tokens of a caption
 _KEPT_EXAMPLES = 6000  # of a fifth to one megabyte each
-_SLACK = 256  # slots for what the prompts of several methods may differ in
 
 
 class Kind(NamedTuple):
@@ -261,11 +261,11 @@ def measure(
     """
     runs: list[Run] = []
     for place, (clip, video) in enumerate(clips):
-        seen = Seen(world.captioner.target, video.inputs.prompt_tokens + _SLACK)
+        begun = Begun()
         for turn in range(turns):
             shift = (place + turn * len(methods) // turns) % len(methods)
             some = [*methods[shift:], *methods[:shift]]
-            made = [_run(world, one, clip, video, seen, limit) for one in some]
+            made = [_run(world, one, clip, video, begun, limit) for one in some]
             runs += [run for run, _ in made]
             if len({tokens for _, tokens in made}) > 1:
                 raise SystemExit(
@@ -275,16 +275,14 @@ def measure(
 
 
 def _run(
-    world: World, method: Method, clip: int, video: PreparedVideo, seen: Seen, limit: int
+    world: World, method: Method, clip: int, video: PreparedVideo, begun: Begun, limit: int
 ) -> tuple[Run, tuple[int, ...]]:
     if method.captioner is None:
         sample = Measurer(world.captioner, limit).measure(Configuration("stock"), video, str(clip), 1)
         return Run(method.name, clip, sample.decode_s), sample.token_ids
     speculate = method.captioner.draft is not None
-    job = Job(method.captioner, [video], speculate, {**method.options, "max_new_tokens": limit}, seen)
-    for _ in job.run():
-        pass
-    caption = job.caption(0)
+    kind = method.captioner.kind(speculate, {**method.options, "max_new_tokens": limit})
+    caption = method.captioner.caption_one(video, kind, begun=begun)
     return Run(method.name, clip, caption.stats.decode_s, caption), caption.token_ids
 
 

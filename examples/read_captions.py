@@ -16,12 +16,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-COLUMNS = ("path", "caption", "mean_accepted_tokens", "decode_speedup", "e2e_speedup", "exact_match")
+COLUMNS = (
+    *("path", "caption", "mean_accepted_tokens", "decode_speedup", "e2e_speedup", "speedup_source"),
+    "exact_match",
+)
 
 
-def number(value: float | None, unit: str = "") -> str:
-    """Return a figure with two decimals, or a dash where it was not measured."""
-    return "-" if value is None else f"{value:.2f}{unit}"
+def speedup(value: float | None, source: str | None) -> str:
+    """Return a speedup over plain decoding: two decimals where it was measured, one where it is estimated."""
+    if value is None:
+        return "-"
+    return f"{value:.2f}x" if source == "measured" else f"~{value:.1f}x"
 
 
 def printable(text: str) -> str:
@@ -42,9 +47,9 @@ def main(folder: Path) -> None:
         text = Text(printable(Path(row["path"]).name), style="bold").append("\n")
         table.add_row(
             text.append(printable(row["caption"]), style="not bold"),
-            number(row["mean_accepted_tokens"]),
-            number(row["decode_speedup"], "x"),
-            number(row["e2e_speedup"], "x"),
+            "-" if row["mean_accepted_tokens"] is None else f"{row['mean_accepted_tokens']:.2f}",
+            speedup(row["decode_speedup"], row["speedup_source"]),
+            speedup(row["e2e_speedup"], row["speedup_source"]),
             {True: "yes", False: "NO", None: "-"}[row["exact_match"]],
         )
     Console().print(table)

@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from specvlm.captioner import Captioner as Captioner
+    from specvlm.captioner import Done as Done
     from specvlm.captioner import ModelInfo as ModelInfo
     from specvlm.captioner import PreparedVideo as PreparedVideo
     from specvlm.config import FrameSettings as FrameSettings
@@ -56,6 +57,7 @@ _HOME = {
     "CaptionStats": "records",
     "Captioner": "captioner",
     "ConfigError": "errors",
+    "Done": "captioner",
     "FrameSettings": "config",
     "Frames": "records",
     "GenerationError": "errors",

@@ -10,6 +10,7 @@ changes how fast a caption is made, never its text.
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -18,8 +19,8 @@ from typing import NamedTuple
 
 import torch
 
-from specvlm.choosing import Heard, TreeChooser
-from specvlm.costs import TRIALS, Prices, RoundCosts
+from specvlm.choosing import Batch, RoundReport, TreeChooser
+from specvlm.costs import TRIALS, CostStore, Prices, RoundCosts
 from specvlm.tree import ROOT, StaticShape, TreeShape
 
 Path = tuple[int, ...]
@@ -35,12 +36,15 @@ _BETTER = 1.03  # another tree has to promise this much, so that trees do not ch
 _DEPTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 64)
 _SIZES = (2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 20, 24, 32, 48, 64)
 # Trees that are tried first on a machine that nothing is known of: they tell the costs of depth, width and nodes.
-_TRIALS = ((3, 4), (0, 1), (3, 12), (6, 7), (0, 1), (3, 4), (3, 12), (6, 7), (4, 24), (0, 1))
+_TRIALS = ((3, 4), (3, 4), (0, 1), (0, 1), (6, 7), (6, 7), (3, 12), (3, 12), (0, 1))
 assert len(_TRIALS) == TRIALS
 _HOPELESS = 0.3  # of the root's likeliest guesses are right
 _PAYS_AGAIN = 1.1
 _RETRY_ROUNDS = 3
 _RETRY_SHARE = 0.005  # of all time may go into finding out whether guessing pays again
+_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # numbers of sequences that are judged apart
+_PLAIN_FIRST = 20  # rounds with guesses of so many sequences after which a plain step of as many is timed
+_PLAIN_AGAIN = 150  # rounds with guesses after which a plain step is timed, for estimates and for the choice
 
 
 class Acceptance:
@@ -48,9 +52,11 @@ class Acceptance:
 
     def __init__(self) -> None:
         self._counts = [[0.0] * (RANKS + 1) for _ in range(MOST_DEPTH)]
+        self._shares: list[tuple[float, ...]] | None = None  # of these counts
 
     def hear(self, ranks: Sequence[int]) -> None:
         """Ranks by depth of one round of one row, as `ranks_of` tells them; -1 is not known."""
+        self._shares = None
         for counts, rank in zip(self._counts, ranks, strict=False):
             if rank >= 0:
                 for i in range(RANKS + 1):
@@ -59,6 +65,11 @@ class Acceptance:
 
     def shares(self) -> list[tuple[float, ...]]:
         """For each depth, the shares of ranks 0..RANKS-1 among nodes that were accepted down to there."""
+        if self._shares is None:
+            self._shares = self._worked_out()
+        return self._shares
+
+    def _worked_out(self) -> list[tuple[float, ...]]:
         seen = [sum(column) for column in zip(*self._counts, strict=True)]
         total = sum(seen) + _PRIOR_WEIGHT
         pool = [(seen[rank] + _PRIOR_WEIGHT * _PRIOR[rank]) / total for rank in range(RANKS)]
@@ -145,6 +156,23 @@ def _best_size(nodes: Sequence[tuple[float, Path]], prices: Prices, bounds: Boun
 
 
 @dataclass(slots=True)
+class Choice:
+    """What was found best for some number of sequences in flight.
+
+    Attributes:
+        plan: The best tree.
+        prices: What it was judged by.
+        rounds_to_go: Until it is judged again.
+        pays: It was faster than plain decoding.
+    """
+
+    plan: Plan
+    prices: Prices
+    rounds_to_go: int
+    pays: bool
+
+
+@dataclass(slots=True)
 class Learned:
     """What is known over the captions of one captioner.
 
@@ -152,12 +180,12 @@ class Learned:
         acceptance: By depth and rank.
         spent_s: Time of all rounds and draft prefills so far.
         lost_s: What guessing cost of it beyond plain decoding, less what it gained since.
-        prefill_s: Times of recent draft prefills.
+        prefill_s: Times of recent draft prefills, of one sequence.
         lengths: Tokens of recent captions.
-        pays: Guessing was faster than plain decoding when last judged.
-        plan: The tree that was best when last judged.
-        rounds_to_go: Until the next judgement.
+        choices: What was found best, by sequences in flight.
         guessed: Rounds with guesses so far.
+        since_plain: Of these, those since the last plain step.
+        rounds_at: Of these, those of so many sequences.
     """
 
     acceptance: Acceptance = field(default_factory=Acceptance)
@@ -165,10 +193,14 @@ class Learned:
     lost_s: float = 0.0
     prefill_s: list[float] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
-    pays: bool = True
-    plan: Plan | None = None
-    rounds_to_go: int = 0
+    choices: dict[int, Choice] = field(default_factory=dict)
     guessed: int = 0
+    since_plain: int = 0
+    rounds_at: Counter[int] = field(default_factory=Counter)
+
+    def usual_tokens(self, most: int) -> float:
+        """Tokens of a caption, as recent ones have them, but not more than `most`."""
+        return min(median(self.lengths), most) if self.lengths else most
 
 
 @lru_cache(maxsize=128)
@@ -177,37 +209,44 @@ def _shape(paths: tuple[Path, ...], device: torch.device) -> StaticShape:
 
 
 class AdaptiveTree(TreeChooser):
-    """Chooses for one job, with what was learned from those before."""
+    """Chooses for the sequences of one decoder, with what was learned from those before.
+
+    One tree serves all sequences of a round: what differs between sequences is how much of it is accepted.
+    """
 
     def __init__(
-        self, learned: Learned, costs: RoundCosts, most_tokens: int, device: torch.device, bounds: Bounds
+        self, learned: Learned, costs: CostStore, most_tokens: int, device: torch.device, bounds: Bounds
     ) -> None:
-        """`costs` are those of prompts of about this length; `most_tokens` of a caption."""
+        """`most_tokens`: of a caption."""
         self.nodes = self.slots = bounds.nodes
-        self._bounds = bounds
-        self._learned, self._costs, self._device = learned, costs, device
+        self._bounds, self._device = bounds, device
+        self._learned, self._store = learned, costs
         self._most_tokens = most_tokens
-        self._written = 1
-        self._begun = False
+        self._costs: RoundCosts = costs.costs(1)
         self._retries = 0  # rounds left of a retry
-        self._weighed = False
         self._trying = False
-        self._prices: Prices | None = None
 
-    def choose(self) -> TreeShape:
+    def choose(self, batch: Batch) -> TreeShape:
         """The tree of the next round."""
+        self._costs = self._store.costs(batch.prompt_tokens)
         if (trial := self._trial()) is not None:
             return trial
-        if self._learned.rounds_to_go <= 0:
-            self._judge()
-        elif not self._weighed:
-            self._weigh_anew()
-        return self._guessing() if self._learned.pays or self._retry() else ROOT
+        choice = self._choice(batch)
+        if choice is None:
+            return _shape(self._first(3, 4), self._device)
+        if choice.pays and self._plain_is_due(batch.rows):
+            return ROOT
+        return _shape(choice.plan.paths, self._device) if choice.pays or self._retry(choice, batch) else ROOT
+
+    def _plain_is_due(self, rows: int) -> bool:
+        """Whether to time a plain step, though guessing pays: two at a time, as the first one may be a first use."""
+        learned, number = self._learned, _told_apart(rows)
+        if learned.since_plain >= _PLAIN_AGAIN:
+            return True
+        return learned.rounds_at[number] >= _PLAIN_FIRST and not self._costs.knows_plain(number, rows)
 
     def _trial(self) -> TreeShape | None:
         """A tree whose costs are not known yet, but are needed to know any other's."""
-        if not self._learned.pays:
-            return None
         if self._costs.settled or self._looks_hopeless():
             return None
         self._trying = True
@@ -216,116 +255,110 @@ class AdaptiveTree(TreeChooser):
 
     def _looks_hopeless(self) -> bool:
         """Whether so few guesses were right that further trials would only cost time."""
-        right = sum(self._learned.acceptance.shares()[0])
-        return right < _HOPELESS and self._costs.prices(self._bounds.nodes) is not None
+        if not self._costs.knows_enough:
+            return False
+        return sum(self._learned.acceptance.shares()[0]) < _HOPELESS
 
     def _first(self, depth: int, count: int) -> tuple[Path, ...]:
         depth, count = min(depth, self._bounds.depth), min(count, self._bounds.nodes)
         nodes = likeliest_nodes(self._learned.acceptance.shares()[:depth], count - 1)
         return tuple(path for _, path in nodes)
 
-    def _judge(self) -> None:
-        """Work out the best tree, and whether it beats plain decoding."""
-        learned, prices = self._learned, self._costs.prices(self._bounds.nodes)
+    def _choice(self, batch: Batch) -> Choice | None:
+        """What is best for this batch; None: too little is known to say."""
+        choice = self._learned.choices.get(_told_apart(batch.rows))
+        if choice is not None and choice.rounds_to_go > 0:
+            choice.rounds_to_go -= 1
+            if batch.new:  # a draft has to be prefilled first
+                choice.pays = self._pays(choice, batch, was=choice.pays)
+            return choice
+        prices = self._costs.prices(batch.rows, self._bounds.nodes)
         if prices is None:
-            return
-        shares = learned.acceptance.shares()
+            return None
+        shares = self._learned.acceptance.shares()
         best = best_tree(shares, prices, self._bounds)
-        held = best if learned.plan is None else _worth(learned.plan, shares, prices)
-        learned.plan = best if best.rate > held.rate * _BETTER else held
-        self._weigh(prices, learned.plan)
-        soon = 2 + learned.guessed // 4  # the first guesses say the most
-        learned.rounds_to_go = min(_JUDGE_EVERY, soon) if learned.pays else _JUDGE_PLAIN_EVERY
+        held = best if choice is None else _worth(choice.plan, shares, prices)
+        judged = Choice(best if best.rate > held.rate * _BETTER else held, prices, 0, True)
+        judged.pays = self._pays(judged, batch, was=choice is None or choice.pays)
+        soon = 2 + self._learned.guessed // 4  # the first guesses say the most
+        judged.rounds_to_go = min(_JUDGE_EVERY, soon) if judged.pays else _JUDGE_PLAIN_EVERY
+        self._learned.choices[_told_apart(batch.rows)] = judged
+        return judged
 
-    def _weigh_anew(self) -> None:
-        """Weigh an earlier caption's tree by what is known now."""
-        self._weighed = True
-        learned, prices = self._learned, self._costs.prices(self._bounds.nodes)
-        if learned.plan is not None and prices is not None:
-            learned.plan = _worth(learned.plan, learned.acceptance.shares(), prices)
-            self._weigh(prices, learned.plan)
-
-    def _weigh(self, prices: Prices, plan: Plan) -> None:
-        """Whether a tree pays in what is to come of this caption."""
-        self._weighed = True
-        self._prices, learned = prices, self._learned
+    def _pays(self, choice: Choice, batch: Batch, *, was: bool) -> bool:
+        """Whether a tree pays in what is to come of these captions."""
         # Plain steps and trees are timed at different moments: what did not pay has to promise more than a trifle.
-        usual_s = prices.plain_s if learned.pays else prices.plain_s / _PAYS_AGAIN
-        saved_s = usual_s - plan.seconds / plan.tokens  # of a token
-        learned.pays = saved_s * self._tokens_to_come() > self._prefill_to_come_s()
+        usual_s = choice.prices.plain_s / (1.0 if was else _PAYS_AGAIN)
+        saved_s = usual_s - choice.plan.seconds / choice.plan.tokens  # by each token of all sequences
+        to_come = max(self._learned.usual_tokens(self._most_tokens) - batch.written, 1.0)
+        return saved_s * to_come > self._prefill_to_come_s(batch)
 
-    def _tokens_to_come(self) -> float:
-        usual = median(self._learned.lengths) if self._learned.lengths else self._most_tokens
-        return max(min(usual, self._most_tokens) - self._written, 1.0)
+    def _prefill_to_come_s(self, batch: Batch) -> float:
+        """What the draft's prefill of the sequences that it has not begun with will take."""
+        return batch.new * median(self._learned.prefill_s) if self._learned.prefill_s else 0.0
 
-    def _prefill_to_come_s(self) -> float:
-        """What the draft's prefill will take, or 0 where it is done."""
-        if self._begun or not self._learned.prefill_s:
-            return 0.0
-        return median(self._learned.prefill_s)
-
-    def _guessing(self) -> TreeShape:
-        plan = self._learned.plan
-        if plan is None:
-            return _shape(self._first(3, 4), self._device)
-        return _shape(plan.paths, self._device)
-
-    def _retry(self) -> bool:
+    def _retry(self, choice: Choice, batch: Batch) -> bool:
         """Whether to guess for a few rounds though it did not pay when last tried."""
         learned = self._learned
         if self._retries:
             return True
-        assert learned.plan is not None
-        cost_s = _RETRY_ROUNDS * learned.plan.seconds + self._prefill_to_come_s()
+        cost_s = _RETRY_ROUNDS * choice.plan.seconds + self._prefill_to_come_s(batch)
         if learned.lost_s + cost_s > _RETRY_SHARE * learned.spent_s:
             return False
         self._retries = _RETRY_ROUNDS
         return True
 
-    def hear(self, heard: Heard) -> None:
+    def hear(self, report: RoundReport) -> None:
         """Learn from a round."""
-        self._learned.rounds_to_go -= 1
-        learned, depth = self._learned, heard.shape.depth
-        seconds = self._costs.hear(heard)
+        learned, depth = self._learned, report.shape.depth
+        seconds = self._costs.hear(report)
         self._costs.trials += self._trying
         self._trying = False
         learned.spent_s += seconds
-        tokens = 1.0
-        if heard.rows:
-            tokens = sum(row[0] + 1 for row in heard.rows) / len(heard.rows)
-            self._written += round(tokens)
-        if depth:
+        learned.since_plain = learned.since_plain + 1 if depth or learned.since_plain == _PLAIN_AGAIN else 0
+        if depth and report.accepted:
             learned.guessed += 1
-            for row in heard.rows:
+            learned.rounds_at[_told_apart(report.rows)] += 1
+            for row in report.accepted:
                 learned.acceptance.hear(row[depth + 2 :])
-            self._count_loss(seconds - tokens * self._plain_meanwhile_s(heard.shape, seconds))
+            tokens = sum(row[0] + 1 for row in report.accepted) / len(report.accepted)
+            self._count_loss(report, seconds - tokens * self._plain_meanwhile_s(report, seconds))
 
-    def _plain_meanwhile_s(self, shape: TreeShape, seconds: float) -> float:
+    def _plain_meanwhile_s(self, report: RoundReport, seconds: float) -> float:
         """What a plain step would have taken just when a round of this shape took so long."""
-        if self._prices is None:
-            return self._costs.plain_s() or seconds
-        return seconds * self._prices.plain_s / self._prices.round_s(shape.widths, shape.nodes)
+        choice, shape = self._learned.choices.get(_told_apart(report.rows)), report.shape
+        if choice is None:
+            return self._costs.plain_s(report.rows) or seconds
+        return seconds * choice.prices.plain_s / choice.prices.round_s(shape.widths, shape.nodes)
 
-    def _count_loss(self, over_s: float) -> None:
+    def _count_loss(self, report: RoundReport, over_s: float) -> None:
         """A round took this much longer than plain decoding of its tokens; what is gained pays for what was lost."""
         self._learned.lost_s = max(0.0, self._learned.lost_s + over_s)
         if self._retries:
             self._retries -= 1
-            if not self._retries:
-                self._learned.rounds_to_go = 0
+            choice = self._learned.choices.get(_told_apart(report.rows))
+            if not self._retries and choice is not None:
+                choice.rounds_to_go = 0
 
-    def draft_began(self, seconds: float) -> None:
-        """The draft was prefilled, in so many seconds."""
-        self._begun = True
+    def draft_began(self, seconds: float, sequences: int) -> None:
+        """The draft was prefilled for so many sequences."""
         learned = self._learned
-        learned.prefill_s = [*learned.prefill_s, seconds][-9:]
+        learned.prefill_s = [*learned.prefill_s, seconds / sequences][-9:]
         learned.spent_s += seconds
         learned.lost_s += seconds
 
     def ended(self, tokens: int) -> None:
-        """The captions are done, of so many tokens on average."""
+        """A caption is done, of so many tokens."""
         self._learned.lengths = [*self._learned.lengths, tokens][-25:]
-        self._costs.keep()
+
+    def plain_s(self, rows: int) -> float | None:
+        """Seconds of a plain step of so many sequences."""
+        return self._costs.plain_s(rows)
+
+
+def _told_apart(rows: int) -> int:
+    """The number of sequences whose choice serves so many."""
+    return max(number for number in _ROWS if number <= rows)
 
 
 def _worth(plan: Plan, shares: Sequence[Sequence[float]], prices: Prices) -> Plan:

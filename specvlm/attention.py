@@ -1,4 +1,4 @@
-"""The attention function of text models: causal prefill, scored text rows, and rounds, over one slab cache.
+"""The attention function of text models: causal prefill with scores, and rounds, over a cache of slabs.
 
 It is registered with `transformers` under the name `specvlm` and is told what to do by an `AttentionPlan`, which
 travels where the attention mask would (`attention_mask={"full_attention": plan}`). Called without a plan, by stock
@@ -7,9 +7,10 @@ travels where the attention mask would (`attention_mask={"full_attention": plan}
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import groupby
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -23,10 +24,11 @@ ATTENTION = "specvlm"
 # Text rows are scored in slices of this many, so that [H, rows, S] stays small when a long text follows the video.
 SCORED_ROWS = 128
 
-# How the nodes of a round look at what is committed: one kernel under one mask; the long prefix without a mask and
-# the rest under one, merged; FlexAttention.
-RoundAttention = Literal["masked", "split", "flex"]
-# A prefix is split off in steps of this many slots, so that prompts of nearly one length share their graphs.
+# How the nodes of a round look at what is committed: one kernel under one mask; each row's long prefix without a mask
+# and the rest under one, merged; all of each row's committed slots by one kernel for sequences of different lengths,
+# merged with the round's own nodes.
+RoundAttention = Literal["masked", "split", "varlen"]
+# A prefix is split off in steps of this many slots, so that sequences of nearly one length share their graphs.
 PREFIX_STEP = 128
 # A shorter one is not worth a second kernel and the merge.
 SHORTEST_PREFIX = 512
@@ -41,54 +43,76 @@ class ScoreSum:
     """
 
     def __init__(self, video_slots: torch.Tensor, device: torch.device) -> None:
-        """`video_slots`: int64 [V], where the video tokens stand in the cache."""
+        """`video_slots`: int64 [V], where the video tokens are in the sequence."""
         self.video_slots = video_slots.to(device)
         self.total = torch.zeros(video_slots.numel(), dtype=torch.float32, device=device)  # [V]
         self.terms = 0
 
-    def add(self, weights: torch.Tensor) -> None:
-        """Add softmax `weights` [1, H, rows, S] of one layer."""
-        over_video = weights.sum(dim=(0, 1, 2)).index_select(0, self.video_slots.to(weights.device))
+    def add(self, weights: torch.Tensor, terms: int) -> None:
+        """Add softmax weights of one layer, [S]: the sum of so many terms, one for each head and row."""
+        over_video = weights.index_select(0, self.video_slots.to(weights.device))
         self.total += over_video.to(self.total.device)
-        self.terms += weights.shape[0] * weights.shape[1] * weights.shape[2]
+        self.terms += terms
 
     def mean(self) -> torch.Tensor:
         """The mean attention of each video token, float32 [V]."""
         return self.total / max(self.terms, 1)
 
 
-class NodeTable(NamedTuple):
-    """What a round's nodes see, by distance from the end of what their row has committed."""
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Tokens of one sequence in a prefill pass; they see what is before them in their own sequence, nothing else.
 
-    # float [B, groups * n, m + 2], additive; column 0: committed slots, 1..m: the round's own, m + 1: those behind
-    columns: torch.Tensor
-    lengths: torch.Tensor  # int64 [B], committed slots
+    Attributes:
+        start: Where they begin in the pass.
+        count: How many they are.
+        first: Slots of their sequence before them.
+        scored: The first of them whose attention is added to `scores`, counted within the segment.
+        scores: Where to add the attention paid to the video, or None.
+    """
+
+    start: int
+    count: int
+    first: int = 0
+    scored: int = 0
+    scores: ScoreSum | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What the nodes of some rows of a round see: those that one slab holds.
+
+    Attributes:
+        where: Their places in the batch: a slice, or int64 [rows].
+        mask: Additive, [rows, 1, groups * n, visible - prefix], groups being query heads per key head; None: they
+            see all visible slots. `varlen`: of the round's own slots alone.
+        prefix: This many first slots are seen by all nodes of these rows, and `mask` begins after them.
+        lengths: `varlen`: int64 [rows], committed slots; None: another kernel.
+    """
+
+    where: slice | torch.Tensor
+    mask: torch.Tensor | None = None
+    prefix: int = 0
+    lengths: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionPlan:
-    """What one forward attends to.
+    """What one forward attends to: the segments of a prefill, or the rows of a round, slab by slab."""
 
-    Attributes:
-        first: Causal forwards: slot of the first query row; row i sees slots 0..first+i.
-        mask: Rounds: additive, [B, 1, groups * n, visible - prefix], groups being query heads per key head;
-            None: causal from `first`.
-        scores: Where to add the attention paid to the video, or None.
-        prefix: Rounds: this many first slots are seen by all nodes, and `mask` begins behind them.
-        table: Rounds: given to FlexAttention instead of a mask.
-    """
-
-    first: int = 0
-    mask: torch.Tensor | None = None
-    scores: ScoreSum | None = None
-    prefix: int = 0
-    table: NodeTable | None = None
+    segments: tuple[Segment, ...] = ()
+    rows: tuple[Rows, ...] = ()
 
     def to(self, device: Any, *_: Any, **__: Any) -> AttentionPlan:
         """Follow a layer to its device (accelerate moves what it finds in a forward's arguments)."""
-        mask = None if self.mask is None else self.mask.to(device)
-        table = None if self.table is None else NodeTable(*(one.to(device) for one in self.table))
-        return replace(self, mask=mask, table=table)
+        return replace(self, rows=tuple(_moved(rows, device) for rows in self.rows))
+
+
+def _moved(rows: Rows, device: Any) -> Rows:
+    mask = None if rows.mask is None else rows.mask.to(device)
+    lengths = None if rows.lengths is None else rows.lengths.to(device)
+    where = rows.where if isinstance(rows.where, slice) else rows.where.to(device)
+    return replace(rows, where=where, mask=mask, lengths=lengths)
 
 
 def plan_for(mask: AttentionPlan) -> dict[str, AttentionPlan]:
@@ -108,43 +132,43 @@ def _additive(visible: torch.Tensor, groups: int, dtype: torch.dtype) -> torch.T
     return mask.masked_fill_(~visible, float("-inf")).repeat(1, groups, 1)[:, None]
 
 
-def node_table(lengths: torch.Tensor, sees: torch.Tensor, groups: int, dtype: torch.dtype) -> NodeTable:
-    """What nodes see: all slots that their row has committed, and of the round's own what `sees` says.
+def own_mask(sees: torch.Tensor, groups: int, dtype: torch.dtype) -> torch.Tensor:
+    """The mask of a round's own slots alone: bool [B, n, m] -> additive [B, 1, groups * n, m]."""
+    return _additive(sees, groups, dtype)
+
+
+def ragged_mask(
+    lengths: torch.Tensor, sees: torch.Tensor, visible: int, groups: int, dtype: torch.dtype, prefix: int = 0
+) -> torch.Tensor:
+    """The mask of rows that have committed different numbers of slots, or numbers that the host does not know.
 
     Args:
-        lengths: int64 [B], committed slots; the round's own slots follow them.
+        lengths: int64 [B], committed slots, all of which every node sees; the round's own slots follow them.
         sees: bool [B, n, m], for the first m of the round's own slots.
-        groups: Query heads per key head.
-        dtype: Of the table.
-    """
-    seen = pad(pad(sees, (1, 0), value=True), (0, 1), value=False)
-    return NodeTable(_additive(seen, groups, dtype)[:, 0], lengths)
-
-
-def round_plan(table: NodeTable, visible: int, prefix: int = 0) -> AttentionPlan:
-    """The plan of rows that have committed different numbers of slots, or of one row whose number is not known.
-
-    Args:
-        table: What the nodes see.
         visible: Slots of the pass, at least those committed and the round's own.
-        prefix: Slots without a mask, none of them behind what the shortest row has committed.
+        groups: Query heads per key head.
+        dtype: Of the mask.
+        prefix: Slots that get no mask, none of them after what the shortest row has committed.
+
+    Returns:
+        Additive [B, 1, groups * n, visible - prefix].
     """
+    # By distance from the end of what a row has committed; column 0: committed slots, the last one: those after.
+    columns = _additive(pad(pad(sees, (1, 0), value=True), (0, 1), value=False), groups, dtype)[:, 0]
     width = (visible - prefix + _MASK_ALIGN - 1) // _MASK_ALIGN * _MASK_ALIGN
-    last = table.columns.shape[2] - 1
-    slot = torch.arange(prefix, prefix + width, device=table.lengths.device)
-    column = (slot - table.lengths[:, None] + 1).clamp(0, last)  # [B, width]
-    mask = table.columns.gather(2, column[:, None].expand(-1, table.columns.shape[1], -1))
-    return AttentionPlan(mask=mask[:, None, :, : visible - prefix], prefix=prefix)
+    slot = torch.arange(prefix, prefix + width, device=lengths.device)
+    column = (slot - lengths[:, None] + 1).clamp(0, columns.shape[2] - 1)  # [B, width]
+    mask = columns.gather(2, column[:, None].expand(-1, columns.shape[1], -1))
+    return mask[:, None, :, : visible - prefix]
 
 
-def tail_plan(
+def tail_mask(
     sees: torch.Tensor, visible: int, groups: int, dtype: torch.dtype, prefix: int = 0
-) -> AttentionPlan:
-    """The plan of one row whose nodes see all slots but, of the last m, only those where `sees` [1, n, m] is True."""
+) -> torch.Tensor:
+    """The mask of one row whose nodes see all slots but, of the last m, only those where `sees` [1, n, m] is True."""
     before = visible - prefix - sees.shape[-1]
     behind = -(visible - prefix) % _MASK_ALIGN if prefix else 0
-    mask = pad(_additive(sees, groups, dtype), (before, behind))
-    return AttentionPlan(mask=mask[..., : visible - prefix], prefix=prefix)
+    return pad(_additive(sees, groups, dtype), (before, behind))[..., : visible - prefix]
 
 
 def _pack_groups(query: torch.Tensor, kv_heads: int) -> torch.Tensor:
@@ -199,6 +223,11 @@ def _cuda_kernels(device: torch.device, dtype: torch.dtype, width: int) -> _Kern
     )
 
 
+def has_flash(device: torch.device, dtype: torch.dtype, width: int) -> bool:
+    """Whether a CUDA device has FlashAttention for keys of this kind."""
+    return _cuda_kernels(device, dtype, width).flash
+
+
 def _part(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float
 ) -> _Part:
@@ -240,104 +269,195 @@ def _merge(one: _Part, other: _Part) -> torch.Tensor:
 
 
 def _split(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: AttentionPlan, scaling: float
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: Rows, scaling: float
 ) -> torch.Tensor:
     """The prefix without a mask, the rest under it, merged by log-sum-exp; -> [B, n, H, d].
 
     Flash-Decoding splits slots in the same way (Dao et al., 2023); here the split is where the mask begins, because
     the kernel that reads slots at full bandwidth takes no mask.
     """
-    packed, prefix = _pack_groups(query, key.shape[1]), plan.prefix
+    packed, prefix = _pack_groups(query, key.shape[1]), rows.prefix
     far = _part(packed, key[:, :, :prefix], value[:, :, :prefix], None, scaling)
-    near = _part(packed, key[:, :, prefix:], value[:, :, prefix:], plan.mask, scaling)
+    near = _part(packed, key[:, :, prefix:], value[:, :, prefix:], rows.mask, scaling)
     return _unpack_groups(_merge(far, near), query.shape[1])
 
 
-@lru_cache(maxsize=2)
-def _flex_kernel(kind: str) -> Callable[..., torch.Tensor]:
-    """FlexAttention; without a compiler behind it, on the CPU, its reference."""
-    from torch.nn.attention.flex_attention import flex_attention  # slow to import
-
-    if kind == "cpu":
-        return flex_attention
-    return torch.compile(flex_attention, dynamic=True)
-
-
-def _flex(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, table: NodeTable, scaling: float
+def _varlen(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: Rows, scaling: float
 ) -> torch.Tensor:
-    """FlexAttention (arXiv 2412.05496) over all slots; -> [B, n, H, d]."""
-    columns, lengths = table
-
-    def score(
-        logit: torch.Tensor, row: torch.Tensor, _: torch.Tensor, node: torch.Tensor, slot: torch.Tensor
-    ) -> torch.Tensor:
-        return logit + columns[row, node, (slot - lengths[row] + 1).clamp(0, columns.shape[2] - 1)]
-
+    """All committed slots of each row by one kernel, the round's own nodes under their mask; -> [B, n, H, d]."""
+    assert rows.lengths is not None
+    assert rows.mask is not None
+    far = committed_part(query, key, value, rows.lengths, scaling)
+    own = rows.lengths[:, None] + torch.arange(rows.mask.shape[-1], device=query.device)  # [B, m]
+    at = own[:, None, :, None].expand(-1, key.shape[1], -1, key.shape[3])
     packed = _pack_groups(query, key.shape[1])
-    out = _flex_kernel(query.device.type)(packed, key, value, score_mod=score, scale=scaling)
-    return _unpack_groups(out, query.shape[1])
+    near = _part(packed, key.gather(2, at), value.gather(2, at), rows.mask, scaling)
+    return _unpack_groups(_merge(far, near), query.shape[1])
 
 
-def _scored(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: AttentionPlan, scaling: float
-) -> torch.Tensor:
-    """Causal attention with its weights in sight; adds them to `plan.scores`; -> [B, n, H, d]."""
-    assert plan.scores is not None
-    heads, count = query.shape[1], query.shape[2]
-    outputs = []
-    for start in range(0, count, SCORED_ROWS):
+def committed_part(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: torch.Tensor, scaling: float
+) -> _Part:
+    """Attention of queries [B, H, n, d] over the first `lengths` [B] slots of each row, by `varlen_attn` on CUDA.
+
+    Rows of a slab follow each other in memory, so their starts are those of a packed batch, and `seqused_k` tells how
+    much of each counts.
+    """
+    if query.device.type != "cuda":
+        return _committed_by_hand(query, key, value, lengths, scaling)
+    from torch.nn.attention.varlen import AuxRequest, varlen_attn
+
+    rows, heads, count, width = query.shape
+    slots = key.shape[2]
+    start = torch.arange(rows + 1, device=query.device, dtype=torch.int32)
+    output, total = varlen_attn(
+        query.transpose(1, 2).reshape(rows * count, heads, width),
+        key.transpose(1, 2).reshape(rows * slots, key.shape[1], width),
+        value.transpose(1, 2).reshape(rows * slots, key.shape[1], width),
+        start * count,
+        start * slots,
+        count,
+        slots,
+        return_aux=AuxRequest(lse=True),
+        scale=scaling,
+        enable_gqa=True,
+        seqused_k=lengths.to(torch.int32),
+    )
+    by_row = output.reshape(rows, count, heads, width).transpose(1, 2)
+    sums = total.reshape(heads, rows, count).transpose(0, 1)  # [B, H, n]
+    packed = _pack_groups(by_row, key.shape[1])
+    return _Part(packed, sums.reshape(*packed.shape[:3]))
+
+
+def _committed_by_hand(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: torch.Tensor, scaling: float
+) -> _Part:
+    seen = torch.arange(key.shape[2], device=key.device) < lengths[:, None]
+    mask = torch.zeros(seen.shape, device=key.device).masked_fill_(~seen, float("-inf"))
+    return _part_by_hand(_pack_groups(query, key.shape[1]), key, value, mask[:, None, None], scaling)
+
+
+def _add_scores(query: torch.Tensor, key: torch.Tensor, segments: Sequence[Segment], scaling: float) -> None:
+    """Add the attention of scored rows to the scores of alike segments: a product of its own, touching no output.
+
+    query [segments, H, count, d], key [segments, kv heads, first + count, d].
+    """
+    if segments[0].scores is None:
+        return
+    heads, count, first = query.shape[1], segments[0].count, segments[0].first
+    for start in range(segments[0].scored, count, SCORED_ROWS):
         part = query[:, :, start : start + SCORED_ROWS]
         rows = part.shape[2]
-        packed = _pack_groups(part, key.shape[1])
-        logits = (packed @ key.transpose(2, 3)).float() * scaling  # [B, kv heads, groups * rows, S]
-        logits = logits.reshape(part.shape[0], heads, rows, key.shape[2])
-        visible = _causal_from(plan.first + start, rows, key.shape[2], key.device)
-        weights = logits.masked_fill_(~visible, float("-inf")).softmax(dim=-1)  # [B, H, rows, S]
-        plan.scores.add(weights)
-        outputs.append(_unpack_groups(_pack_groups(weights.to(value.dtype), key.shape[1]) @ value, heads))
-    return torch.cat(outputs, dim=1)
+        packed = _pack_groups(part.float(), key.shape[1])
+        logits = (packed @ key.float().transpose(2, 3)) * scaling  # [segments, kv heads, groups * rows, S]
+        logits = logits.reshape(len(segments), heads, rows, key.shape[2])
+        visible = _causal_from(first + start, rows, key.shape[2], key.device)
+        sums = logits.masked_fill_(~visible, float("-inf")).softmax(dim=-1).sum(dim=(1, 2))  # [segments, S]
+        for segment, total in zip(segments, sums, strict=True):
+            assert segment.scores is not None
+            segment.scores.add(total, heads * rows)
 
 
-def _causal(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: AttentionPlan, scaling: float
+def _continued(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, first: int, scaling: float
 ) -> torch.Tensor:
-    """Causal attention of a prefill part; -> [B, n, H, d]."""
-    if plan.first == 0:
-        out = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
-        return out.transpose(1, 2)
+    """Causal attention of tokens that others precede; -> [1, n, H, d]."""
     outputs = []
     for start in range(0, query.shape[2], SCORED_ROWS):
         part = query[:, :, start : start + SCORED_ROWS]
-        visible = _causal_from(plan.first + start, part.shape[2], key.shape[2], key.device)
+        visible = _causal_from(first + start, part.shape[2], key.shape[2], key.device)
         mask = _additive(visible, query.shape[1] // key.shape[1], query.dtype)
         outputs.append(_masked(part, key, value, mask, scaling))
     return torch.cat(outputs, dim=1)
 
 
+def _prefill(
+    query: torch.Tensor,
+    keys: Sequence[torch.Tensor],
+    values: Sequence[torch.Tensor],
+    segments: Sequence[Segment],
+    scaling: float,
+) -> torch.Tensor:
+    """Causal attention of packed segments; query [1, H, n, d] -> [1, n, H, d].
+
+    `keys`, `values`: those of all tokens where every segment begins its sequence; else one of each for every segment.
+    """
+    outputs = []
+    if not any(one.first for one in segments):
+        for _, alike in groupby(segments, key=lambda one: (one.count, one.scored, one.scores is None)):
+            outputs.append(_whole_prompts(query, keys[0], values[0], list(alike), scaling))
+    else:
+        for one, key, value in zip(segments, keys, values, strict=True):
+            mine = query[:, :, one.start : one.start + one.count]
+            outputs.append(_continued(mine, key, value, one.first, scaling))
+            _add_scores(mine, key, [one], scaling)
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+
+def _whole_prompts(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Sequence[Segment], scaling: float
+) -> torch.Tensor:
+    """Segments of one length that begin their sequences and follow each other: a batch; -> [1, rows * n, H, d]."""
+    start, count = segments[0].start, segments[0].count
+    span = slice(start, start + len(segments) * count)
+    by_row = [
+        part[0, :, span].reshape(part.shape[1], len(segments), count, part.shape[3]).transpose(0, 1)
+        for part in (query, key, value)
+    ]  # each [segments, heads, count, d]
+    queries, keys, values = by_row
+    out = scaled_dot_product_attention(
+        queries, keys, values, is_causal=count > 1, scale=scaling, enable_gqa=True
+    )
+    _add_scores(queries, keys, segments, scaling)
+    return out.transpose(1, 2).flatten(0, 1)[None]
+
+
+def _round(
+    query: torch.Tensor,
+    keys: Sequence[torch.Tensor],
+    values: Sequence[torch.Tensor],
+    rows: Sequence[Rows],
+    scaling: float,
+) -> torch.Tensor:
+    """Attention of the nodes of a round, slab by slab; query [B, H, n, d] -> [B, n, H, d]."""
+    if len(rows) == 1 and isinstance(rows[0].where, slice):
+        return _of_rows(query, keys[0], values[0], rows[0], scaling)
+    out = query.new_empty(query.shape[0], query.shape[2], query.shape[1], query.shape[3])
+    for key, value, some in zip(keys, values, rows, strict=True):
+        out[some.where] = _of_rows(query[some.where], key, value, some, scaling)
+    return out
+
+
+def _of_rows(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: Rows, scaling: float
+) -> torch.Tensor:
+    if rows.lengths is not None:
+        return _varlen(query, key, value, rows, scaling)
+    if rows.prefix:
+        return _split(query, key, value, rows, scaling)
+    return _masked(query, key, value, rows.mask, scaling)
+
+
 def _attend(
     module: torch.nn.Module,
     query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    key: Any,
+    value: Any,
     attention_mask: AttentionPlan | torch.Tensor | None,
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """The registered function. query [B, H, n, d]; key, value [B, kv heads, visible slots, d] -> [B, n, H, d]."""
+    """The registered function; query [B, H, n, d] -> [B, n, H, d].
+
+    With a plan, `key` and `value` are lists as this library's cache gives them, see `specvlm.cache`.
+    """
     if not isinstance(attention_mask, AttentionPlan):
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    plan = attention_mask
-    if plan.scores is not None:
-        return _scored(query, key, value, plan, scale), None
-    if plan.table is not None:
-        return _flex(query, key, value, plan.table, scale), None
-    if plan.prefix:
-        return _split(query, key, value, plan, scale), None
-    if plan.mask is None and query.shape[2] > 1:
-        return _causal(query, key, value, plan, scale), None
-    return _masked(query, key, value, plan.mask, scale), None
+    if attention_mask.segments:
+        return _prefill(query, key, value, attention_mask.segments, scale), None
+    return _round(query, key, value, attention_mask.rows, scale), None
 
 
 def register_attention() -> None:

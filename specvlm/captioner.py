@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, Unpack
 
 import numpy as np
 import torch
 
 from specvlm.adaptive import AdaptiveTree, Bounds, Learned
+from specvlm.batch import CaptionBatch, Finished, Kind
 from specvlm.choosing import FixedTree, TreeChooser
 from specvlm.config import (
     FrameSettings,
@@ -23,18 +25,20 @@ from specvlm.config import (
     PrunerName,
     SpeculationSettings,
     TreeName,
+    whole,
+    within,
 )
 from specvlm.costs import CostStore
-from specvlm.decode import Decoding, RowText, Speculation, TargetRows
-from specvlm.drafts.base import Draft, DraftJob, DraftRow, Proposer
-from specvlm.errors import ConfigError, GenerationTimeoutError
-from specvlm.estimate import PlainEstimate
+from specvlm.decode import CaptionSequence, Decoder, DecodeSettings
+from specvlm.drafts.base import Draft
+from specvlm.errors import ConfigError, GenerationError, GenerationTimeoutError, SpecvlmError
 from specvlm.families.base import ModelInputs
+from specvlm.graphs import Capture, CudaCapture
 from specvlm.model import VideoLM
-from specvlm.prefill import Features, Prompt, TargetReader, embed
+from specvlm.prefill import Begun
 from specvlm.records import Caption, CaptionStats, Frames, VideoSource
 from specvlm.sampling import TokenRule, logits_rules
-from specvlm.stats import StageClock, device_words, peak_memory_bytes, reset_peak_memory
+from specvlm.stats import StageClock, device_words, peak_memory_bytes
 from specvlm.tree import ROOT, make_shape
 from specvlm.verify import Accept, accept
 from specvlm.video import read_video
@@ -107,6 +111,7 @@ class CaptionOptions(TypedDict, total=False):
 
 
 DEFAULT_PROMPT = "Describe the video."
+_KEPT_DECODERS = 2  # that have nothing in flight
 
 Video = str | bytes | os.PathLike[str] | Frames
 
@@ -124,191 +129,19 @@ def _settings(options: CaptionOptions) -> tuple[GenerationSettings, SpeculationS
     return GenerationSettings(**pick(GenerationSettings)), SpeculationSettings(**pick(SpeculationSettings))
 
 
-class Seen:
-    """What a captioner's models know of one video, kept between the captions of its several prompts.
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What became of one video of `Captioner.caption_many`.
 
     Attributes:
-        features: Of the vision towers.
-        reader: The target's cache.
-        prompt_tokens: S of the longest prompt to come; the cache has room for it at once.
+        index: Its position in `videos`.
+        caption: Its caption, or None.
+        error: Why it has none, or None.
     """
 
-    def __init__(self, target: VideoLM, prompt_tokens: int) -> None:
-        """Nothing is known yet."""
-        self.features, self.reader = Features(), TargetReader(target)
-        self.prompt_tokens = prompt_tokens
-
-
-@dataclass(frozen=True, slots=True)
-class _DraftStart:
-    """Prefills the draft, when the first tree is to be filled. It knows no job, so that none has to be collected."""
-
-    draft: Draft
-    work: DraftJob
-    chooser: TreeChooser
-    clock: StageClock
-
-    def __call__(self, first: Sequence[int]) -> Proposer:
-        with self.clock.awaited_stage("draft_prefill"):
-            proposer = self.draft.begin(self.work, first)
-        self.chooser.draft_began(self.clock.seconds("draft_prefill"))
-        return proposer
-
-
-class Job:
-    """Captions in the making: of B prepared videos in one loop, or of one whose video may be `seen` already."""
-
-    def __init__(
-        self,
-        captioner: Captioner,
-        videos: Sequence[PreparedVideo],
-        speculate: bool,
-        options: CaptionOptions,
-        seen: Seen | None = None,
-    ) -> None:
-        """Options are checked; nothing is done yet."""
-        self._captioner, self._videos, self._seen = captioner, videos, seen
-        self._generation, self._speculation = _settings(options)
-        self._draft = captioner.draft if speculate else None
-        if self._draft is not None:
-            self._speculation = self._draft.settings(self._speculation)
-        self._start = time.perf_counter()
-        self._target = captioner.target
-        reset_peak_memory(self._target.device)
-        self.clock = StageClock(self._target.device)
-        rules = logits_rules(captioner.generation_config, self._generation)
-        self._rule = TokenRule(
-            rules,
-            self._generation,
-            [video.inputs.token_ids[0] for video in videos],
-            self._target.vocabulary,
-            self._target.device,
-        )
-        limit, eos = self._generation.max_new_tokens, frozenset(rules.eos)
-        self.texts = [RowText(limit, eos) for _ in videos]
-        self._chooser: TreeChooser = FixedTree(ROOT)
-        if self._draft is not None:
-            self._chooser = captioner.chooser(self._speculation, self._generation, videos)
-        self._decoding: Decoding | None = None
-        self._end: float | None = None
-        self._plain_token_s: float | None = None
-
-    def run(self) -> Iterator[list[list[int]]]:
-        """Do it all; yield each row's new tokens as they come."""
-        with torch.inference_mode():
-            rows, scores = self._prefill_target(self._embed())
-        begin = self._draft_start(self._draft, rows, scores) if self._draft else None
-        speculation = Speculation(self._chooser, begin, self._captioner.accept)
-        self._decoding = Decoding(rows, speculation, self._rule, self.texts, self.clock)
-        yield from self._decoding.run()
-        self._end = time.perf_counter()
-
-    def _embed(self) -> list[Prompt]:
-        features = None if self._seen is None else self._seen.features
-        if features is not None and self._target not in features:
-            with self.clock.awaited_stage("tower"):
-                features.of(self._target, self._videos[0].inputs)
-        with self.clock.awaited_stage("vision"):
-            return [embed(self._target, video.inputs, features) for video in self._videos]
-
-    def _room(self, prompts: list[Prompt]) -> int:
-        """Slots of a row. What a video's later captions need, with the draft too, is there from the first one on."""
-        longest, nodes = max(prompt.length for prompt in prompts), self._chooser.nodes
-        if self._seen is not None:
-            longest = max(longest, self._seen.prompt_tokens)
-            if self._draft is None and self._captioner.draft is not None:
-                settings = self._captioner.draft.settings(self._speculation)
-                chooser = self._captioner.chooser(settings, self._generation, self._videos)
-                nodes = max(nodes, chooser.nodes)
-        return longest + self._generation.max_new_tokens + nodes
-
-    def _prefill_target(self, prompts: list[Prompt]) -> tuple[TargetRows, list[torch.Tensor]]:
-        reader = TargetReader(self._target) if self._seen is None else self._seen.reader
-        with self.clock.host_stage("target_prefill"):
-            cache = reader.make_room(len(prompts), self._room(prompts))
-            read = [reader.read(prompt, row, self.clock) for row, prompt in enumerate(prompts)]
-        rows = TargetRows(self._target, cache, prompts, torch.cat([one.logits for one in read]))
-        return rows, [one.scores for one in read]
-
-    def _draft_start(self, draft: Draft, rows: TargetRows, scores: list[torch.Tensor]) -> _DraftStart:
-        features = None if self._seen is None else self._seen.features
-        told = [DraftRow(prompt, score, features) for prompt, score in zip(rows.prompts, scores, strict=True)]
-        slots = self._generation.max_new_tokens + self._chooser.slots
-        work = DraftJob(told, self._speculation, self._rule, slots, rows.cache)
-        return _DraftStart(draft, work, self._chooser, self.clock)
-
-    def finish(self, began: float, time_limit_s: float | None) -> None:
-        """Do it all, unless that takes longer than the limit, counted from `began` on the monotonic clock.
-
-        Raises:
-            GenerationTimeoutError: It does, which is seen between two rounds.
-        """
-        for _ in self.run():
-            late = time_limit_s is not None and time.monotonic() - began > time_limit_s
-            if late and not all(text.finish_reason is not None for text in self.texts):
-                raise GenerationTimeoutError(
-                    f"the caption was not done after {time_limit_s:g} s and {len(self.texts[0].tokens)} tokens; "
-                    "give it more time, or fewer tokens"
-                )
-
-    def estimate_plain(self) -> None:
-        """Time a few plain steps, now that the captions are done."""
-        if self._draft is None or self._decoding is None:
-            return
-        estimate = self._captioner.plain_estimate
-        steps = self._decoding.time_plain_steps(estimate.affordable(self._total_s(0)))
-        length = max(
-            v.inputs.prompt_tokens + len(t.tokens) for v, t in zip(self._videos, self.texts, strict=True)
-        )
-        self._plain_token_s = estimate.token_s(length, steps)
-
-    def _total_s(self, row: int) -> float:
-        assert self._end is not None
-        video = self._videos[row]
-        return self._end - self._start + video.video_decode_s + video.preprocess_s
-
-    def caption(self, row: int) -> Caption:
-        """The finished caption of one row."""
-        text, video = self.texts[row], self._videos[row]
-        assert text.finish_reason is not None
-        tokens = tuple(text.tokens)
-        return Caption(
-            self._captioner.detokenize(tokens), tokens, text.finish_reason, self._stats(row), video.source
-        )
-
-    def _stats(self, row: int) -> CaptionStats:
-        text, video, clock = self.texts[row], self._videos[row], self.clock
-        plain = self._draft is None
-        proposer = self._decoding.proposer if self._decoding else None
-        video_tokens, kept = video.inputs.video_tokens, proposer.kept[row] if proposer else 0
-        return CaptionStats(
-            method="plain" if self._draft is None else self._draft.method(self._speculation),
-            num_frames=video.num_frames,
-            video_tokens=video_tokens,
-            video_tokens_kept=kept,
-            compressor=proposer.compressors[row] if proposer and proposer.compressors else None,
-            compression_ratio=video_tokens / kept if proposer and proposer.compressors and kept else None,
-            prompt_tokens=video.inputs.prompt_tokens,
-            completion_tokens=len(text.tokens),
-            num_drafts=sum(text.histogram),
-            num_draft_tokens=text.guessed,
-            num_accepted_tokens=sum(k * count for k, count in enumerate(text.histogram)),
-            acceptance_histogram=tuple(text.histogram),
-            depth_tries=tuple(text.tries),
-            video_decode_s=video.video_decode_s,
-            preprocess_s=video.preprocess_s,
-            vision_s=clock.seconds("tower") + clock.seconds("vision"),
-            target_prefill_s=clock.seconds("target_prefill"),
-            draft_prefill_s=clock.seconds("draft_prefill"),
-            decode_s=clock.seconds("decode"),
-            draft_s=0.0 if plain else clock.seconds("draft"),
-            verify_s=clock.seconds("verify"),
-            commit_s=clock.seconds("commit"),
-            total_s=self._total_s(row),
-            plain_token_s=self._plain_token_s,
-            peak_memory_bytes=peak_memory_bytes(self._target.device),
-            device=device_words(self._target.device),
-        )
+    index: int
+    caption: Caption | None
+    error: SpecvlmError | None
 
 
 class Captioner:
@@ -322,21 +155,135 @@ class Captioner:
         self.processor, self.info, self.frames = processor, info, frames
         self.generation_config = target.model.generation_config
         self.accept: Accept = accept
-        self.costs, self.plain_estimate = CostStore(None), PlainEstimate()
-        self._learned: dict[tuple[SpeculationSettings, bool, int], Learned] = {}
+        self.costs = CostStore()
+        self.make_capture: Callable[[torch.device], Capture] = CudaCapture
+        self._learned: dict[Kind, Learned] = {}
+        self._decoders: dict[Kind, Decoder] = {}
 
-    def chooser(
-        self, settings: SpeculationSettings, generation: GenerationSettings, videos: Sequence[PreparedVideo]
-    ) -> TreeChooser:
-        """What chooses the tree of each round of a job of B videos."""
+    # --- decoders, for `CaptionBatch` ---
+
+    def kind(self, speculate: bool, options: CaptionOptions) -> Kind:
+        """How to decode: what keywords ask for.
+
+        Raises:
+            ConfigError: An option is unknown or out of range.
+        """
+        generation, speculation = _settings(options)
+        return self.kind_of(generation, speculation if speculate else None)
+
+    def kind_of(self, generation: GenerationSettings, speculation: SpeculationSettings | None) -> Kind:
+        """How to decode; `speculation` None: plainly. Without a draft everything is decoded plainly."""
+        if speculation is None or self.draft is None:
+            return Kind(generation, None)
+        return Kind(generation, self.draft.settings(speculation))
+
+    def chooser(self, settings: SpeculationSettings, generation: GenerationSettings) -> TreeChooser:
+        """What chooses the tree of each round."""
         assert self.draft is not None
         if settings.tree != "auto":
             return FixedTree(make_shape(settings, self.draft.vocabulary, self.target.device))
-        learned = self._learned.setdefault((settings, generation.temperature > 0, len(videos)), Learned())
-        prompt_tokens = max(video.inputs.prompt_tokens for video in videos)
-        costs = self.costs.costs(prompt_tokens, len(videos))
+        learned = self._learned.setdefault(Kind(generation, settings), Learned())
         bounds = Bounds(settings.most_depth, settings.most_nodes)
-        return AdaptiveTree(learned, costs, generation.max_new_tokens, self.target.device, bounds)
+        return AdaptiveTree(learned, self.costs, generation.max_new_tokens, self.target.device, bounds)
+
+    def nodes(self, kind: Kind) -> int:
+        """Most nodes of a round."""
+        if kind.speculation is None or self.draft is None:
+            return 1
+        if kind.speculation.tree == "auto":
+            return kind.speculation.most_nodes
+        return make_shape(kind.speculation, self.draft.vocabulary, self.target.device).nodes
+
+    def end_tokens(self, generation: GenerationSettings) -> tuple[int, ...]:
+        """Tokens that end a caption."""
+        return logits_rules(self.generation_config, generation).eos
+
+    def _decode_settings(self, kind: Kind) -> DecodeSettings:
+        rules = logits_rules(self.generation_config, kind.generation)
+
+        def rule() -> TokenRule:
+            return TokenRule(rules, kind.generation, self.target.vocabulary, self.target.device)
+
+        if kind.speculation is None:
+            return DecodeSettings(rule, FixedTree(ROOT), accept=self.accept)
+        chooser, draft = self.chooser(kind.speculation, kind.generation), self.draft
+        assert draft is not None
+        propose = partial(draft.proposer, kind.speculation)
+        return DecodeSettings(rule, chooser, propose, self.accept, draft)
+
+    def take_decoder(self, kind: Kind) -> Decoder:
+        """A decoder that has nothing in flight: the one that decoded this kind before, where it is free."""
+        decoder = self._decoders.pop(kind, None)
+        if decoder is None:
+            decoder = Decoder(self.target, StageClock(self.target.device), self.make_capture)
+        decoder.configure(self._decode_settings(kind))
+        return decoder
+
+    def refresh(self, decoder: Decoder, kind: Kind) -> None:
+        """Have a decoder guess with the draft as it is now, whose vocabulary may have been trimmed meanwhile."""
+        if kind.speculation is not None and decoder.settings.draft is not self.draft:
+            decoder.follow(self._decode_settings(kind))
+
+    def give_back(self, decoder: Decoder, kind: Kind) -> None:
+        """A decoder has nothing in flight any more. The last ones stay, as their graphs and memory serve again."""
+        self._decoders[kind] = decoder
+        while len(self._decoders) > _KEPT_DECODERS:
+            self._decoders.pop(next(iter(self._decoders)))
+        if not self.target.captures:  # memory alone is soon had again
+            decoder.release()
+
+    def finished(
+        self, sequence: CaptionSequence, video: PreparedVideo, kind: Kind, decoder: Decoder, *, first: bool
+    ) -> Caption:
+        """The caption of a sequence that has ended.
+
+        `first`: reading and preprocessing of the video count in it; of several prompts, in one caption only.
+        """
+        assert sequence.text.finish_reason is not None
+        tokens = tuple(sequence.text.tokens)
+        stats = self._stats(sequence, video, kind, decoder, first=first)
+        return Caption(self.detokenize(tokens), tokens, sequence.text.finish_reason, stats, video.source)
+
+    def _stats(
+        self, sequence: CaptionSequence, video: PreparedVideo, kind: Kind, decoder: Decoder, *, first: bool
+    ) -> CaptionStats:
+        text, seconds, read = sequence.text, sequence.seconds, sequence.draft
+        read_s = video.video_decode_s if first else 0.0
+        stages_s = sum(seconds[stage] for stage in ("vision", "target_prefill", "draft_prefill", "decode"))
+        method = "plain"
+        if kind.speculation is not None and self.draft is not None:
+            method = self.draft.method(kind.speculation)
+        video_tokens, kept = video.inputs.video_tokens, 0 if read is None else read.kept
+        compressor = None if read is None else read.compressor
+        return CaptionStats(
+            method=method,
+            num_frames=video.num_frames,
+            video_tokens=video_tokens,
+            video_tokens_kept=kept,
+            compressor=compressor,
+            compression_ratio=video_tokens / kept if compressor and kept else None,
+            prompt_tokens=video.inputs.prompt_tokens,
+            completion_tokens=len(text.tokens),
+            num_drafts=sum(text.histogram),
+            num_draft_tokens=text.guessed,
+            num_accepted_tokens=sum(k * count for k, count in enumerate(text.histogram)),
+            acceptance_histogram=tuple(text.histogram),
+            depth_tries=tuple(text.tries),
+            video_decode_s=read_s,
+            preprocess_s=video.preprocess_s,
+            vision_s=seconds["vision"],
+            target_prefill_s=seconds["target_prefill"],
+            draft_prefill_s=seconds["draft_prefill"],
+            decode_s=seconds["decode"],
+            draft_s=seconds["draft"] if kind.speculation is not None else 0.0,
+            verify_s=seconds["verify"],
+            commit_s=seconds["commit"],
+            total_s=read_s + video.preprocess_s + stages_s,
+            plain_token_s=decoder.plain_token_s(sequence),
+            peak_memory_bytes=peak_memory_bytes(self.target.device),
+            device=device_words(self.target.device),
+            mean_batch_size=sequence.shared_steps / sequence.steps if sequence.steps else 1.0,
+        )
 
     @property
     def frame_multiple(self) -> int:
@@ -399,10 +346,10 @@ class Captioner:
             VideoError: The file gives no frames.
             ConfigError: There are no prompts, or frame settings were given for frames that are read already.
         """
-        from specvlm.session import PromptSession  # which runs jobs of this module
+        from specvlm.session import PromptSession  # which captions with this module
 
         if isinstance(prompts, str) or not prompts:
-            raise ConfigError(f"prompts={prompts!r} is no list of prompts; give at least one, in a list")
+            raise ConfigError(f"prompts={prompts!r} is not a list of prompts; give at least one, in a list")
         read, decode_s = self._read(video, frames)
         return PromptSession(self, read, prompts, system, decode_s)
 
@@ -438,21 +385,18 @@ class Captioner:
         speculate: bool = True,
         frames: FrameSettings | None = None,
         time_limit_s: float | None = None,
-        estimate: bool = False,
         **options: Unpack[CaptionOptions],
     ) -> Caption:
         """Caption one video.
 
         Args:
             video: A path, decoded frames, or what `prepare` made, which has its prompt and frames already.
-            prompt: The user's text; `<video>` in it marks where the video stands, else the video stands first.
+            prompt: The user's text; `<video>` in it marks where the video goes, else the video comes first.
                 None asks to describe the video.
             system: The system message; None leaves it to the chat template.
             speculate: False decodes plainly: same caption, slower.
             frames: Which frames to read; None takes the captioner's own.
             time_limit_s: Give up between two rounds once this much time has passed.
-            estimate: Time a few plain steps when the caption is done, for `stats.plain_token_s`; `total_s` does not
-                count them. They take at most 2.5 % of the time of all captions, and none without a draft.
             **options: Fields of GenerationSettings and SpeculationSettings.
 
         Raises:
@@ -463,11 +407,43 @@ class Captioner:
             GenerationTimeoutError: Not within the time limit.
         """
         began = time.monotonic()
-        job = self._job(video, prompt, system, speculate, frames, options)
-        job.finish(began, time_limit_s)
-        if estimate:
-            job.estimate_plain()
-        return job.caption(0)
+        kind = self.kind(speculate, options)  # wrong options fail before a video is read
+        prepared = self._prepared(video, prompt, system, frames)
+        return self.caption_one(prepared, kind, began=began, time_limit_s=time_limit_s)
+
+    def caption_one(
+        self,
+        video: PreparedVideo,
+        kind: Kind,
+        *,
+        begun: Begun | None = None,
+        first: bool = True,
+        began: float = 0.0,
+        time_limit_s: float | None = None,
+    ) -> Caption:
+        """Caption one prepared video; `began`, on the monotonic clock, is when its time limit began to count.
+
+        See `CaptionBatch.add` for the other arguments.
+
+        Raises:
+            GenerationError: No caption came of it.
+            GenerationTimeoutError: Not within the time limit.
+        """
+        batch = CaptionBatch(self, 1)
+        batch.add(0, video, kind, begun=begun, first=first)
+        try:
+            while not (ended := batch.step()):
+                if time_limit_s is not None and time.monotonic() - began > time_limit_s:
+                    raise GenerationTimeoutError(
+                        f"the caption was not done after {time_limit_s:g} s and {len(batch.text_of(0))} tokens; "
+                        "give it more time, or fewer tokens"
+                    )
+        finally:
+            batch.close()
+        if ended[0].error is not None:
+            raise ended[0].error
+        assert ended[0].caption is not None
+        return ended[0].caption
 
     def stream(
         self,
@@ -483,45 +459,145 @@ class Captioner:
 
         Arguments and errors are those of `caption`.
         """
-        job = self._job(video, prompt, system, speculate, frames, options)
+        kind = self.kind(speculate, options)
+        batch = CaptionBatch(self, 1)
+        batch.add(0, self._prepared(video, prompt, system, frames), kind)
         told = ""
-        for _ in job.run():
-            text = self.detokenize(job.texts[0].tokens)
-            # Half a character at the end of the tokens so far shows as U+FFFD: wait for the rest of it.
-            if text.startswith(told) and len(text) > len(told) and not text.endswith("\ufffd"):
-                yield text[len(told) :]
-                told = text
-        rest = job.caption(0).text
+        try:
+            while not (ended := batch.step()):
+                text = self.detokenize(batch.text_of(0))
+                # Half a character at the end of the tokens so far shows as U+FFFD: wait for the rest of it.
+                if text.startswith(told) and len(text) > len(told) and not text.endswith("\ufffd"):
+                    yield text[len(told) :]
+                    told = text
+        finally:
+            batch.close()
+        if ended[0].error is not None:
+            raise ended[0].error
+        assert ended[0].caption is not None
+        rest = ended[0].caption.text
         if len(rest) > len(told):
             yield rest[len(told) :]
 
-    def _job(
+    def _prepared(
         self,
         video: Video | PreparedVideo,
         prompt: str | None,
         system: str | None,
-        speculate: bool,
         frames: FrameSettings | None,
-        options: CaptionOptions,
-    ) -> Job:
-        _settings(options)  # wrong options fail before a video is read
+    ) -> PreparedVideo:
         if not isinstance(video, PreparedVideo):
             prompt = DEFAULT_PROMPT if prompt is None else prompt
-            video = self.prepare(video, prompt, system=system, frames=frames)
-        elif (prompt, system, frames) != (None, None, None):
+            return self.prepare(video, prompt, system=system, frames=frames)
+        if (prompt, system, frames) != (None, None, None):
             raise ConfigError("a prepared video has its prompt and frames already; give them to prepare()")
-        return Job(self, [video], speculate, options)
+        return video
 
-    def caption_rows(
-        self, videos: Sequence[PreparedVideo], *, speculate: bool = True, **options: Unpack[CaptionOptions]
-    ) -> list[Caption]:
-        """Caption several prepared videos in one loop, B rows at a time; each gets what it would get alone."""
-        if not videos:
-            return []
-        job = Job(self, videos, speculate, options)
-        for _ in job.run():
-            pass
-        return [job.caption(row) for row in range(len(videos))]
+    def caption_many(
+        self,
+        videos: Iterable[Video | PreparedVideo | tuple[Video, str]],
+        prompt: str | None = None,
+        *,
+        batch_size: int | None = None,
+        system: str | None = None,
+        speculate: bool = True,
+        frames: FrameSettings | None = None,
+        on_error: Literal["return", "raise"] = "return",
+        **options: Unpack[CaptionOptions],
+    ) -> Iterator[Done]:
+        """Caption many videos, several at a time; each gets the caption that `caption` gives alone.
+
+        A video is admitted as soon as another one is done (continuous batching); none waits for another to end.
+
+        Args:
+            videos: Paths, decoded frames, what `prepare` made, or pairs of a video and its own prompt. It is read
+                lazily, only as far ahead as the batch needs.
+            prompt: As in `caption`, for all videos without one of their own.
+            batch_size: Most videos in flight; None: as many as memory holds and as help. When memory runs out, it is
+                lowered, and what was in flight is captioned again.
+            system: The system message of all of them; not with prepared videos.
+            speculate: False decodes plainly: same captions, slower.
+            frames: Which frames to read; not with prepared videos or decoded frames.
+            on_error: `return` yields a result with the error for a video that gives no caption; `raise` raises the
+                first error.
+            **options: Fields of GenerationSettings and SpeculationSettings.
+
+        Yields:
+            Results as they finish, in any order; see `Done`.
+
+        Raises:
+            ConfigError: An option is unknown or out of range.
+            SpecvlmError: With `on_error="raise"`, why a video has no caption.
+        """
+        kind = self.kind(speculate, options)
+        if on_error not in ("return", "raise"):
+            raise ConfigError(f"on_error={on_error!r} is unknown; choose one of return, raise")
+        if batch_size is not None:
+            whole("batch_size", batch_size)
+            within("batch_size", batch_size, 1, 1024, "give 1 to 1024 videos, or None")
+        if isinstance(videos, (str, bytes, os.PathLike)):
+            raise ConfigError(f"videos={videos!r} is one video; give a list of videos, or use caption()")
+        asked = _Asked(prompt, system, frames, kind)
+        return self._caption_many(
+            enumerate(videos), CaptionBatch(self, batch_size), asked, on_error == "raise"
+        )
+
+    def _caption_many(
+        self, videos: Iterator[tuple[int, Any]], batch: CaptionBatch, asked: _Asked, raises: bool
+    ) -> Iterator[Done]:
+        try:
+            more = True
+            while more or len(batch):
+                done = list[Done]()
+                while more and batch.has_room():
+                    index, video = next(videos, (-1, None))
+                    more = index >= 0
+                    if more and (error := self._add(batch, index, video, asked)) is not None:
+                        done.append(Done(index, None, error))
+                        break  # say so at once
+                done += [_done(one) for one in batch.step()]
+                for one in done:
+                    if one.error is not None and raises:
+                        raise one.error
+                    yield one
+        finally:
+            batch.close()
+
+    def _add(self, batch: CaptionBatch, index: int, video: Any, asked: _Asked) -> SpecvlmError | None:
+        """Prepare a video and queue it; -> why that is not possible."""
+        prompt = asked.prompt
+        # Frames and prepared videos are no pairs, though frames are a tuple.
+        if isinstance(video, tuple) and not isinstance(video, Frames):
+            if len(video) != 2 or not isinstance(video[1], str):
+                raise ConfigError(f"videos[{index}] is a tuple that is not a video and its prompt")
+            video, prompt = video
+        try:
+            batch.add(index, self._prepared(video, prompt, asked.system, asked.frames), asked.kind)
+        except ConfigError:
+            raise  # every other video would fail in the same way
+        except SpecvlmError as error:
+            return error
+        return None
+
+
+class _Asked(NamedTuple):
+    """What is asked of all videos of `caption_many`."""
+
+    prompt: str | None
+    system: str | None
+    frames: FrameSettings | None
+    kind: Kind
+
+
+def _done(one: Finished) -> Done:
+    error = one.error
+    if error is not None and not isinstance(error, SpecvlmError):
+        reason = " ".join(str(error).split()) or type(error).__name__
+        made = GenerationError(f"{type(error).__name__}: {reason}")
+        made.__cause__ = error
+        error = made
+    assert isinstance(one.key, int)
+    return Done(one.key, one.caption, error)
 
 
 def _check_frames(frames: Frames) -> None:

@@ -1,39 +1,46 @@
-"""THE loop: propose, verify, commit, until every row has its caption. Plain decoding is this loop with no guesses.
+"""THE loop: propose, verify, commit, for all sequences in flight at once. Plain decoding is this loop with no guesses.
 
-Inside a round nothing asks the host; at its end one small tensor comes back, which says what was accepted. The tree
-may be another one in every round. The loop knows neither videos nor files nor how a draft guesses.
+Sequences are admitted between steps and leave in the step in which they end; none waits for another. Inside a round
+nothing asks the host; at its end one small tensor comes back, which says what was accepted. The tree may be another one
+in every round. The loop knows neither videos nor files nor how a draft guesses.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 
-from specvlm.cache import SlabCache
-from specvlm.choosing import Heard, TreeChooser
-from specvlm.drafts.base import Horizon, Proposer
+from specvlm.cache import KVCache
+from specvlm.choosing import Batch, RoundReport, TreeChooser
+from specvlm.drafts.base import Draft, DraftRead, DraftRow, Proposer
 from specvlm.errors import NonFiniteLogitsError
-from specvlm.graphs import Stage, index_step
-from specvlm.model import Extent, Nodes, VideoLM
-from specvlm.prefill import Prompt
+from specvlm.families.base import ModelInputs
+from specvlm.graphs import Capture, CudaCapture, Rig, Stage, Table
+from specvlm.model import Lengths, Nodes, VideoLM
+from specvlm.prefill import Begun, Prompt, Reading, ToSee, embed, prefill_target
 from specvlm.records import FinishReason
 from specvlm.sampling import TokenRule
 from specvlm.stats import StageClock
 from specvlm.tree import ROOT, Guesses, TreeShape
 from specvlm.verify import Accept, Accepted, accept, ranks_of
 
+# Batches of graphs shrink in these steps, so that few graphs serve all of them.
+GRAPH_ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
+TOLD_STEP = 128  # slots; see `TextModel.told_step`
+
 
 @dataclass(slots=True)
-class RowText:
-    """What one row has written, on the host.
+class CaptionText:
+    """What one sequence has written, on the host.
 
     Attributes:
         tokens: Committed tokens; complete once `finish_reason` is set.
-        finish_reason: None while the row goes on.
+        finish_reason: None while the sequence runs.
         histogram: Entry k counts the rounds that gave k accepted guesses to the text.
         tries: Entry d - 1 counts the rounds whose guess at depth d was judged: those above it were right, and neither
             tree nor caption ended there.
@@ -73,22 +80,58 @@ class RowText:
         self.guessed += shape.nodes - 1
 
 
-class TargetRows(NamedTuple):
-    """The target, prefilled for B rows."""
+@dataclass(slots=True, eq=False)
+class CaptionSequence:
+    """One caption in the making.
 
-    model: VideoLM
-    cache: SlabCache
-    prompts: Sequence[Prompt]
-    first_logits: torch.Tensor  # float32 [B, 1, C]
+    Attributes:
+        key: The caller's name for it.
+        inputs: Its prompt and video.
+        text: What is written so far.
+        begun: What is known of its video from other prompts, and is to be kept for them; None: it is the only one.
+        seconds: Its share of each stage's wall time: of a step, that of one sequence of those that ran; of a prefill,
+            by tokens. Sums over sequences are wall time.
+        steps: Steps that it took part in.
+        shared_steps: The sequences of each of these steps, summed.
+        tokens_at: Tokens written by steps of so many sequences; the first token is of the prefill.
+        draft: What the draft saw of the video; None: it was not needed.
+        error: Why there is no caption; None: nothing went wrong.
+    """
+
+    key: Hashable
+    inputs: ModelInputs
+    text: CaptionText
+    begun: Begun | None = None
+    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    steps: int = 0
+    shared_steps: int = 0
+    tokens_at: Counter[int] = field(default_factory=Counter)
+    draft: DraftRead | None = None
+    error: Exception | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether it has ended."""
+        return self.text.finish_reason is not None or self.error is not None
 
 
-class Speculation(NamedTuple):
-    """What the loop guesses with."""
+@dataclass(frozen=True, slots=True)
+class DecodeSettings:
+    """What all sequences in flight have in common.
 
+    Attributes:
+        rule: Makes the token rule, for no sequence yet.
+        chooser: Chooses the tree of each round.
+        propose: Makes the draft at work, for no sequence yet, given the rule and the target's cache; None: no draft.
+        accept: What counts as accepted.
+        draft: Whose work `propose` makes.
+    """
+
+    rule: Callable[[], TokenRule]
     chooser: TreeChooser
-    # Prefills the draft, the first time that a tree needs it, told the first token of each row; None: no draft.
-    begin: Callable[[Sequence[int]], Proposer] | None
+    propose: Callable[[TokenRule, KVCache], Proposer] | None = None
     accept: Accept = accept
+    draft: Draft | None = None
 
 
 class _State(NamedTuple):
@@ -108,68 +151,80 @@ def _choose(rule: TokenRule, logits: torch.Tensor, guesses: Guesses) -> tuple[to
     return best.indices, best.values.isfinite()
 
 
+def _integers(values: Sequence[int], device: torch.device) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.long, device=device)
+
+
 class _Verifier:
-    """The target's half of a round."""
+    """The target's half of a round.
 
-    def __init__(self, rows: TargetRows, rule: TokenRule, accept: Accept) -> None:
-        self._rows, self._rule, self._accept = rows, rule, accept
-        device = rows.model.device
-        lengths = [prompt.length for prompt in rows.prompts]
-        self._lengths = torch.tensor(lengths, device=device)
-        self._positions = torch.tensor([prompt.next_position for prompt in rows.prompts], device=device)
-        self._extent = Extent.of(lengths, rows.cache)
+    Attributes:
+        cache: The target's.
+    """
 
-    @property
-    def host_state(self) -> Hashable:
-        """All that this half depends on beside its tensors and the weights."""
-        rows = self._rows  # their slabs are one model's alone
-        return rows.model.round_attention, rows.cache.slabs.name, self._extent, self._accept
+    def __init__(self, target: VideoLM) -> None:
+        self._target, self.cache = target, target.new_cache()
+        self.accept: Accept = accept
+        self._prompts: list[int] = []  # tokens of each row's prompt
+        nothing = _integers([], target.device)
+        self._lengths, self._positions = nothing, nothing
+
+    def add(self, prompts: Sequence[Prompt], slots: int, most_rows: int) -> None:
+        """Add rows for prompts; each needs `slots` more for its caption and a round."""
+        self.cache.add([prompt.length + slots for prompt in prompts], most_rows)
+        device = self._lengths.device
+        self._prompts += [prompt.length for prompt in prompts]
+        self._lengths = _integers(self._prompts, device)
+        more = _integers([prompt.next_position for prompt in prompts], device)
+        self._positions = torch.cat((self._positions, more))
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """From now on the batch is these of its rows, in this order."""
+        self.cache.keep(rows)
+        self._prompts = [self._prompts[row] for row in rows]
+        self._lengths = _integers(self._prompts, self._lengths.device)
+        self._positions = self._positions[_integers(rows, self._positions.device)]
+
+    def _committed(self, index: Lengths) -> Lengths:
+        """Committed slots of rows whose root has this index."""
+        prompts = tuple(self._prompts)
+        return Lengths(self._lengths, prompts, prompts).plus(index)
+
+    def host_state(self, index: Lengths) -> Hashable:
+        """All that this half depends on besides its tensors and the weights."""
+        return self._target.host_state(self._committed(index), self.cache), self.accept
 
     def verify(
-        self, shape: TreeShape, guesses: Guesses, step: torch.Tensor, horizon: Horizon
+        self, shape: TreeShape, guesses: Guesses, rule: TokenRule, index: Lengths
     ) -> tuple[Accepted, torch.Tensor]:
         """One forward over all N nodes; -> what is accepted, and per row whether all its logits were finite."""
-        model, cache = self._rows.model, self._rows.cache
-        lengths = self._lengths + step
-        slots = lengths[:, None] + torch.arange(shape.nodes, device=lengths.device)
-        positions = (self._positions + step)[:, None] + guesses.depths
+        lengths = self._committed(index)
+        slots = lengths.slots[:, None] + torch.arange(shape.nodes, device=lengths.slots.device)
+        positions = (self._positions + index.slots)[:, None] + guesses.depths
         sees = guesses.ancestors if shape.depth else None
-        reach = self._extent.reach(horizon.longest, shape.nodes, exact=horizon.exact)
-        hidden = model.forward_nodes(
-            Nodes(guesses.tokens, positions[None], slots, sees), cache, lengths, reach
-        )
-        choices, finite = _choose(self._rule, model.logits(hidden), guesses)
-        accepted = self._accept(guesses, choices, shape.depth)
+        nodes = Nodes(guesses.tokens, positions[None], slots, sees)
+        hidden = self._target.forward_nodes(nodes, self.cache, lengths, shape.nodes)
+        choices, finite = _choose(rule, self._target.logits(hidden), guesses)
+        accepted = self.accept(guesses, choices, shape.depth)
         return accepted, finite.gather(1, accepted.path).all(dim=1)
 
     def forget(self, shape: TreeShape, step: torch.Tensor) -> None:
-        """Zero the slots behind the committed ones that a round may have written."""
+        """Zero the slots after the committed ones that a round may have written."""
         first = (self._lengths + step)[:, None]
-        self._rows.cache.zero(first + torch.arange(2 * shape.nodes, device=first.device))
+        self.cache.zero(first + torch.arange(2 * shape.nodes, device=first.device))
 
     def commit(self, shape: TreeShape, accepted: Accepted, step: torch.Tensor) -> None:
-        """Move the accepted path's keys and values behind the committed ones."""
+        """Move the accepted path's keys and values to the end of the committed ones."""
         if shape.depth:
             first = (self._lengths + step)[:, None]
             levels = torch.arange(shape.depth + 1, device=first.device)
-            self._rows.cache.commit(first + accepted.path, first + levels)
+            self.cache.commit(first + accepted.path, first + levels)
 
 
-def _first_tokens(rows: TargetRows, rule: TokenRule) -> tuple[torch.Tensor, bool]:
-    """The token that the prefill's logits choose, int64 [B, 1], and whether all logits were finite."""
-    zero = torch.zeros(rows.first_logits.shape[0], dtype=torch.long, device=rows.first_logits.device)
-    rule.begin_round(zero, 0)
-    path = torch.empty(zero.shape[0], 1, 0, dtype=torch.long, device=zero.device)
-    best = rule.scores(rows.first_logits, zero[:, None], path).max(dim=-1)
-    rule.commit(best.indices, zero + 1)
-    return best.indices, bool(best.values.isfinite().all())
-
-
-def _refuse_non_finite(finite: bool) -> None:
-    if not finite:
-        raise NonFiniteLogitsError(
-            "the target's logits are NaN or infinite; no caption was kept (try another --dtype)"
-        )
+def _not_finite() -> NonFiniteLogitsError:
+    return NonFiniteLogitsError(
+        "the target's logits are NaN or infinite; no caption was kept (try another --dtype)"
+    )
 
 
 class _Verified(NamedTuple):
@@ -190,65 +245,45 @@ class _Rounds:
         capture_s: What the last round spent on capturing its graphs before it began; later ones of its kind do not.
     """
 
-    def __init__(self, rows: TargetRows, rule: TokenRule, clock: StageClock, accept: Accept) -> None:
-        self._verifier = _Verifier(rows, rule, accept)
-        self._rule, self._clock = rule, clock
-        self._state: _State | None = None
-        self._proposer: Proposer | None = None
+    def __init__(self, verifier: _Verifier, clock: StageClock, rig: Rig | None) -> None:
+        device = verifier.cache.base.device
+        self.verifier, self._clock, self._rig = verifier, clock, rig
+        self.rule: TokenRule | None = None
+        self.proposer: Proposer | None = None
+        self.state = _State(*(_integers([], device) for _ in _State._fields))
         self.capture_s = 0.0
-        graphs = rows.model.graphs
-        self._rig = None if graphs is None else graphs.rig(rows.cache)
-        if self._rig is not None:
-            self._rig.adopt("rule", rule)
-            self._rig.adopt("verifier", self._verifier)
 
-    @property
-    def proposer(self) -> Proposer | None:
-        """The draft at work; None: none yet."""
-        return self._proposer
+    def add(self, first: torch.Tensor) -> None:
+        """Rows begin with the tokens first [n]."""
+        more = _State(first, torch.zeros_like(first), torch.ones_like(first))
+        self.state = _State(*(torch.cat(pair) for pair in zip(self.state, more, strict=True)))
 
-    @proposer.setter
-    def proposer(self, proposer: Proposer | None) -> None:
-        if self._rig is not None and proposer is not None:
-            self._rig.adopt("proposer", proposer)
-        self._proposer = proposer
+    def keep(self, rows: Sequence[int]) -> None:
+        """From now on the batch is these of its rows, in this order."""
+        at = _integers(rows, self.state.root.device)
+        self.state = _State(*(value[at] for value in self.state))
 
-    def start(self, first: torch.Tensor) -> None:
-        """The rows begin with the tokens first [B]."""
-        state = _State(first, torch.zeros_like(first), torch.ones_like(first))
-        if self._rig is not None:
-            state = _State(*map(self._rig.place, _State._fields, state))
-        self._state = state
+    def settle(self) -> None:
+        """Put all tensors where graphs expect them, after the batch has changed."""
+        if self._rig is None:
+            return
+        self._rig.forget()
+        self.state = _State(*map(self._rig.place, _State._fields, self.state))
+        for name in ("rule", "verifier", "proposer"):
+            holder = self.verifier if name == "verifier" else getattr(self, name)
+            if holder is not None:
+                self._rig.adopt(name, holder)
 
-    @torch.inference_mode()
-    def only(self, active: Sequence[bool], written: Sequence[int]) -> None:
-        """From now on these rows go on; `written`: tokens of each row."""
-        # A caption may end inside an accepted path: a row that is done waits at its last token, not beyond it.
-        state = self._state
-        assert state is not None
-        state.step.copy_(torch.minimum(state.step, torch.tensor(written, device=state.step.device) - 1))
-        state.going.copy_(torch.tensor(active, dtype=torch.long, device=state.step.device))
+    def stop(self, row: int, index: int) -> None:
+        """A row is done, at this index; it may stay in the batch for a while."""
+        # A caption may end inside an accepted path: the row waits at its last token, not beyond it.
+        self.state.step[row] = index
+        self.state.going[row] = 0
 
-    @torch.inference_mode()
-    def forget_round(self, shape: TreeShape) -> None:
-        """Overwrite what the last round left behind the committed tokens: NaN behind a mask is NaN all the same."""
-        assert self._state is not None
-        self._verifier.forget(shape, self._state.step)
-
-    @torch.inference_mode()
-    def rewind(self, root: Sequence[int], step: Sequence[int]) -> None:
-        """Put the rows back to earlier tokens, to run them again."""
-        state = self._state
-        assert state is not None
-        state.root.copy_(torch.tensor(root, device=state.root.device))
-        state.step.copy_(torch.tensor(step, device=state.step.device))
-        state.going.fill_(1)
-
-    @torch.inference_mode()
-    def run(self, shape: TreeShape, horizon: Horizon) -> list[list[int]]:
-        """One round; -> per row [finite, accepted, tokens [D + 1]..., ranks [D + 1] if they are told...]."""
+    def run(self, shape: TreeShape, index: Lengths) -> list[list[int]]:
+        """One round; -> per row [finite, accepted, tokens [D + 1]..., ranks [D + 1] if the shape tells them...]."""
         began = time.perf_counter()
-        stages = self._stages(shape, horizon)
+        stages = self._stages(shape, index)
         self.capture_s = time.perf_counter() - began
         value: Any = None
         for name, stage in zip(("draft", "verify", "commit"), stages, strict=True):
@@ -256,43 +291,46 @@ class _Rounds:
                 value = stage(value)
         return value.tolist()  # type: ignore[no-any-return]  # the round's only synchronisation
 
-    def _stages(self, shape: TreeShape, horizon: Horizon) -> Sequence[Stage]:
-        if self._rig is not None:
-            horizon = Horizon(index_step(horizon.longest), exact=False)
+    def _stages(self, shape: TreeShape, index: Lengths) -> Sequence[Stage]:
         stages = (
-            lambda _: self._propose(shape, horizon),
-            lambda guesses: self._verify(shape, guesses, horizon),
-            lambda verified: self._commit(shape, verified, horizon),
+            lambda _: self._propose(shape, index),
+            lambda guesses: self._verify(shape, guesses, index),
+            lambda verified: self._commit(shape, verified, index),
         )
-        return stages if self._rig is None else self._rig.stages(self._key(shape, horizon), stages)
+        if self._rig is None:
+            return stages
+        tables: list[Table] = [self.verifier.cache.tables]
+        if shape.depth and self.proposer is not None:
+            tables.append(self.proposer.tables)
+        return self._rig.stages(self._key(shape, index), stages, tables)
 
-    def _key(self, shape: TreeShape, horizon: Horizon) -> Hashable:
-        guessing = self._proposer.host_state if self._proposer is not None and shape.depth else None
-        return shape, horizon, self._verifier.host_state, self._rule.host_state, guessing
+    def _key(self, shape: TreeShape, index: Lengths) -> Hashable:
+        assert self.rule is not None
+        guessing = self.proposer.host_state(index) if self.proposer is not None and shape.depth else None
+        return shape, len(index.most), self.verifier.host_state(index), self.rule.host_state, guessing
 
-    def _propose(self, shape: TreeShape, horizon: Horizon) -> Guesses:
-        state = self._state
-        assert state is not None
-        self._rule.begin_round(state.step + 1, shape.depth)
+    def _propose(self, shape: TreeShape, index: Lengths) -> Guesses:
+        assert self.rule is not None
+        self.rule.begin_round(self.state.step + 1, shape.depth)
         if shape.depth == 0:
-            return ROOT.grow(state.root, _never)
-        assert self._proposer is not None
-        return self._proposer.propose(shape, state.root, state.step, horizon)
+            return ROOT.grow(self.state.root, _never)
+        assert self.proposer is not None
+        return self.proposer.propose(shape, self.state.root, index)
 
-    def _verify(self, shape: TreeShape, guesses: Guesses, horizon: Horizon) -> _Verified:
-        assert self._state is not None
-        return _Verified(guesses, *self._verifier.verify(shape, guesses, self._state.step, horizon))
+    def _verify(self, shape: TreeShape, guesses: Guesses, index: Lengths) -> _Verified:
+        assert self.rule is not None
+        return _Verified(guesses, *self.verifier.verify(shape, guesses, self.rule, index))
 
-    def _commit(self, shape: TreeShape, verified: _Verified, horizon: Horizon) -> torch.Tensor:
-        state, (guesses, accepted, finite) = self._state, verified
-        assert state is not None
-        self._verifier.commit(shape, accepted, state.step)
+    def _commit(self, shape: TreeShape, verified: _Verified, index: Lengths) -> torch.Tensor:
+        state, (guesses, accepted, finite) = self.state, verified
+        assert self.rule is not None
+        self.verifier.commit(shape, accepted, state.step)
         if shape.depth:
-            assert self._proposer is not None
-            self._proposer.commit(shape, guesses, accepted, state.step, horizon)
+            assert self.proposer is not None
+            self.proposer.commit(shape, guesses, accepted, index)
         # A row whose logits were not finite stays where it is: a wrong guess may be the reason.
         count = (accepted.guessed + 1) * (state.going * finite)
-        self._rule.commit(accepted.tokens, count)
+        self.rule.commit(accepted.tokens, count)
         bonus = accepted.tokens.gather(1, accepted.guessed[:, None]).squeeze(1)
         state.root.copy_(torch.where(count > 0, bonus, state.root))
         state.step.add_(count)
@@ -306,117 +344,386 @@ def _never(*_: object) -> torch.Tensor:
     raise AssertionError("the root alone is never expanded")
 
 
-class Decoding:
-    """The captions of B rows in the making."""
+class _Row:
+    """A row of the batch: a sequence, or one that is done and stays for a while.
+
+    Attributes:
+        sequence: The sequence; None: it is done.
+        index: In its caption, of its last token.
+        drafted: Tokens of its caption that the draft has read; 0: the draft has not begun with it.
+        prompt: As the target read it, until the draft has begun with it.
+        scores: The target's attention to its video, until then.
+        text: What it has written.
+    """
+
+    def __init__(self, sequence: CaptionSequence, prompt: Prompt, scores: torch.Tensor) -> None:
+        self.sequence: CaptionSequence | None = sequence
+        self.index = len(sequence.text.tokens) - 1
+        self.drafted = 0
+        self.text = sequence.text
+        self.prompt, self.scores = prompt, scores
+
+
+class Decoder:
+    """The target, its cache, and the sequences in flight. `admit`, `step` and `drop` alone change what runs."""
 
     def __init__(
         self,
-        rows: TargetRows,
-        speculation: Speculation,
-        rule: TokenRule,
-        texts: Sequence[RowText],
+        target: VideoLM,
         clock: StageClock,
+        make_capture: Callable[[torch.device], Capture] = CudaCapture,
     ) -> None:
-        """`texts` are written into; `clock` gets the stages `decode`, and within it `draft`, `verify`, `commit`."""
-        self._rows, self._speculation, self._rule = rows, speculation, rule
-        self._texts, self._clock = texts, clock
-        self._rounds = _Rounds(rows, rule, clock, speculation.accept)
-        self._alone = False  # the next round is to be plain, because guesses spoiled the last one
-        self._draft_knows = [1] * len(texts)  # tokens of each row that the draft has heard of
+        """No sequence is in flight; `configure` first.
+
+        `clock` gets the stages `vision`, `target_prefill`, `draft_prefill`, and those of rounds: `draft`, `verify`,
+        `commit`. `make_capture`: device -> what captures rounds there, where the target's can be captured.
+        """
+        self._target, self._clock = target, clock
+        self._rig = Rig(make_capture(target.device)) if target.captures else None
+        self._verifier = _Verifier(target)
+        self._rounds = _Rounds(self._verifier, clock, self._rig)
+        self._settings: DecodeSettings | None = None
+        self._rows: list[_Row] = []
+        self._finished: list[CaptionSequence] = []
+        self._plain_next = False  # because guesses spoiled the last round
+
+    # --- what runs ---
 
     @property
-    def proposer(self) -> Proposer | None:
-        """The draft at work; None: no round has needed it."""
-        return self._rounds.proposer
+    def settings(self) -> DecodeSettings:
+        """How it decodes."""
+        assert self._settings is not None
+        return self._settings
 
-    def run(self) -> Iterator[list[list[int]]]:
-        """Decode; yield, after the prefill and after each round, each row's new tokens.
+    def configure(self, settings: DecodeSettings) -> None:
+        """From now on, decode so; nothing may be in flight. The same draft stays, with its memory and graphs."""
+        assert not len(self)
+        self._select([])
+        if self._settings is not None and self._settings.draft is not settings.draft:
+            self._rounds.proposer = None
+        self._verifier.accept = settings.accept
+        self._rounds.rule = settings.rule()
+        self.follow(settings)
+        for model in (self._target, *([] if settings.draft is None else [settings.draft.text])):
+            model.told_step = 1 if self._rig is None else TOLD_STEP
+
+    def follow(self, settings: DecodeSettings) -> None:
+        """Go on with the same draft, whose vocabulary may be another one by now."""
+        self._settings = settings
+        if self._rounds.proposer is not None and settings.draft is not None:
+            assert self._rounds.rule is not None
+            self._rounds.proposer.follow(settings.draft, self._rounds.rule)
+
+    def written(self, key: Hashable) -> Sequence[int]:
+        """The tokens of a sequence so far."""
+        found = (row.text.tokens for row in self._rows if row.sequence and row.sequence.key == key)
+        return next(found, ())
+
+    def plain_token_s(self, sequence: CaptionSequence) -> float | None:
+        """Estimated time of each token after the first, had the steps of this sequence been plain.
+
+        Plain steps of as many sequences as each of its steps had, as measured so far; None: none were measured.
+        """
+        total_s, tokens = 0.0, 0
+        for rows, count in sequence.tokens_at.items():
+            step_s = self.settings.chooser.plain_s(rows)
+            if step_s is None:
+                return None
+            total_s, tokens = total_s + count * step_s / rows, tokens + count
+        return total_s / tokens if tokens else None
+
+    def __len__(self) -> int:
+        """Sequences in flight."""
+        return sum(row.sequence is not None for row in self._rows)
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory of all caches."""
+        proposer = self._rounds.proposer
+        return self._verifier.cache.size_bytes + (0 if proposer is None else proposer.size_bytes)
+
+    @torch.inference_mode()
+    def admit(self, sequences: Sequence[CaptionSequence], most_rows: int = 0) -> None:
+        """Begin with further sequences: see their videos, read their prompts, write the first token of each.
+
+        `most_rows`: the most that are going to be in flight; see `KVCache.add`.
 
         Raises:
-            NonFiniteLogitsError: The target gave NaN or infinite logits.
+            GenerationError: A sequence is too long for the model; nothing has begun then.
         """
-        yield self._first()
-        active: list[bool] = []
-        while any(now := [text.finish_reason is None for text in self._texts]):
-            if now != active:
-                active = now
-                self._rounds.only(active, [len(text.tokens) for text in self._texts])
-            with self._clock.host_stage("decode"):
-                shape = ROOT if self._alone else self._speculation.chooser.choose()
+        settings = self.settings
+        assert self._rounds.rule is not None
+        prompts = self._embed(sequences)
+        slots = [settings.chooser.nodes + sequence.text.limit for sequence in sequences]
+        for prompt, count in zip(prompts, slots, strict=True):
+            self._target.check_length(prompt.length + count)
+        self._select([row for row, one in enumerate(self._rows) if one.sequence is not None])
+        first = len(self._rows)
+        with self._timed("target_prefill", [(one, one.inputs.prompt_tokens) for one in sequences]):
+            self._verifier.add(prompts, max(slots), most_rows)
+            readings = [
+                self._reading(one, prompt, row)
+                for row, (one, prompt) in enumerate(zip(sequences, prompts, strict=True), first)
+            ]
+            scored = settings.propose is not None
+            read = prefill_target(self._target, self._verifier.cache, readings, scored=scored)
+            for sequence, reading in zip(sequences, readings, strict=True):
+                if sequence.begun is not None:
+                    sequence.begun.keep(reading.prompt, self._verifier.cache, reading.row)
+            self._rounds.rule.add([one.inputs.token_ids[0] for one in sequences])
+            tokens, finite = self._first_tokens(torch.cat([one.logits for one in read]), first)
+        for sequence, prompt, one, token, good in zip(sequences, prompts, read, tokens, finite, strict=True):
+            if good:
+                sequence.text.take([token])
+            else:
+                sequence.error = _not_finite()
+            self._rows.append(_Row(sequence, prompt, one.scores))
+        self._rounds.settle()
+        self._retire()
+
+    def _embed(self, sequences: Sequence[CaptionSequence]) -> list[Prompt]:
+        shares = [(one, one.inputs.video_tokens if self._is_new(one) else 1) for one in sequences]
+        with self._timed("vision", shares):
+            features = [None if one.begun is None else one.begun.features for one in sequences]
+            videos = [ToSee(one.inputs, known) for one, known in zip(sequences, features, strict=True)]
+            return embed(self._target, videos)
+
+    def _is_new(self, sequence: CaptionSequence) -> bool:
+        return sequence.begun is None or self._target not in sequence.begun.features.of
+
+    def _reading(self, sequence: CaptionSequence, prompt: Prompt, row: int) -> Reading:
+        known = 0 if sequence.begun is None else sequence.begun.give(prompt, self._verifier.cache, row)
+        return Reading(prompt, row, known)
+
+    def _first_tokens(self, logits: torch.Tensor, first: int) -> tuple[list[int], list[bool]]:
+        """The token that each prefill's logits [n, 1, C] choose, and whether they were finite."""
+        rule = self._rounds.rule
+        assert rule is not None
+        device = logits.device
+        count = logits.shape[0]
+        rule.begin_round(torch.zeros(first + count, dtype=torch.long, device=device), 0)
+        zero = torch.zeros(first + count, 1, dtype=torch.long, device=device)
+        # The rule is for the whole batch: rows that are there already take part with logits that choose nothing.
+        padded = torch.cat((logits.new_zeros(first, *logits.shape[1:]), logits))
+        best = rule.scores(padded, zero, zero.new_empty(first + count, 1, 0)).max(dim=-1)
+        new = (torch.arange(first + count, device=device) >= first).long()
+        rule.commit(best.indices, new)
+        self._rounds.add(best.indices[first:, 0])
+        finite: list[bool] = best.values[first:, 0].isfinite().tolist()
+        tokens: list[int] = best.indices[first:, 0].tolist()
+        return tokens, finite
+
+    @torch.inference_mode()
+    def drop(self, keys: Sequence[Hashable]) -> None:
+        """Forget sequences; what they have written is lost."""
+        gone = set(keys)
+        self._select(
+            [
+                row
+                for row, one in enumerate(self._rows)
+                if one.sequence is not None and one.sequence.key not in gone
+            ]
+        )
+
+    def reset(self) -> None:
+        """Forget everything, the memory of all caches included: after an error nothing in it is to be trusted."""
+        self._rows, self._finished = [], []
+        self._verifier = _Verifier(self._target)
+        self._rig = None if self._rig is None else self._rig.fresh()
+        self._rounds = _Rounds(self._verifier, self._clock, self._rig)
+        if self._settings is not None:
+            self.configure(self._settings)
+
+    def release(self) -> None:
+        """Give back memory that no sequence needs."""
+        self._verifier.cache.release()
+        if self._rounds.proposer is not None:
+            self._rounds.proposer.release()
+
+    @torch.inference_mode()
+    def step(self) -> list[CaptionSequence]:
+        """One round of all sequences; -> those that have ended, since the last step, with a caption or an error."""
+        if len(self):
+            began, spent_s = time.perf_counter(), self._clock.seconds("draft_prefill")
+            shape = self._shape()
             if shape.depth:
                 self._ready_draft()
-            with self._clock.host_stage("decode"):
-                reports, times = self._round(shape, self._horizon())
-            yield self._hear(shape, reports, active, times)
-        self._speculation.chooser.ended(sum(len(text.tokens) for text in self._texts) // len(self._texts))
+            running = [row.sequence for row in self._rows if row.sequence is not None]
+            reports, times = self._round(shape)
+            self._hear(shape, reports, times)
+            prefill_s = self._clock.seconds("draft_prefill") - spent_s
+            self._share(running, time.perf_counter() - began - prefill_s, times)
+            self._retire()
+        ended, self._finished = self._finished, []
+        return ended
 
-    def time_plain_steps(self, count: int) -> list[float]:
-        """Time plain steps on these rows' own caches, once their captions are done; nothing of them changes.
+    # --- one step ---
 
-        The last `count` tokens are run once more (fewer where captions are shorter).
+    def _shape(self) -> TreeShape:
+        if self._plain_next:
+            return ROOT
+        live = [(row, row.sequence) for row in self._rows if row.sequence is not None]
+        batch = Batch(
+            rows=len(live),
+            new=sum(not row.drafted for row, _ in live),
+            prompt_tokens=sum(one.inputs.prompt_tokens for _, one in live) // len(live),
+            written=sum(len(one.text.tokens) for _, one in live) / len(live),
+        )
+        return self.settings.chooser.choose(batch)
 
-        Returns:
-            Seconds of each step.
-        """
-        written = [len(text.tokens) for text in self._texts]
-        seconds = []
-        for back in range(min(count, min(written) - 1), 0, -1):
-            at = [length - 1 - back for length in written]
-            root = [text.tokens[index] for text, index in zip(self._texts, at, strict=True)]
-            self._rounds.rewind(root, at)
-            _, times = self._round(ROOT, Horizon(max(at), exact=len(written) == 1))
-            seconds.append(times["round"])
-            self._speculation.chooser.hear(Heard(ROOT, (), times))
-        return seconds
+    def _index(self) -> Lengths:
+        index = tuple(row.index for row in self._rows)
+        return Lengths(self._rounds.state.step, index, index)
 
-    def _round(self, shape: TreeShape, horizon: Horizon) -> tuple[list[list[int]], dict[str, float]]:
+    def _round(self, shape: TreeShape) -> tuple[list[list[int]], dict[str, float]]:
         began = time.perf_counter()
-        reports = self._rounds.run(shape, horizon)
+        reports = self._rounds.run(shape, self._index())
         times = self._clock.settle()
         return reports, times | {"round": time.perf_counter() - began - self._rounds.capture_s}
 
-    def _first(self) -> list[list[int]]:
-        with torch.inference_mode():
-            first, finite = _first_tokens(self._rows, self._rule)
-            self._rounds.start(first[:, 0].clone())
-        _refuse_non_finite(finite)
-        return [text.take(tokens) for text, tokens in zip(self._texts, first.tolist(), strict=True)]
-
-    def _horizon(self) -> Horizon:
-        longest = max(len(text.tokens) for text in self._texts) - 1
-        return Horizon(longest, exact=len(self._texts) == 1)
-
     def _ready_draft(self) -> None:
-        """Prefill the draft if no round has needed it yet; tell it the tokens of rounds that went without it."""
-        with torch.inference_mode():
-            if self._rounds.proposer is None:
-                assert self._speculation.begin is not None
-                self._rounds.proposer = self._speculation.begin([text.tokens[0] for text in self._texts])
-            written = [len(text.tokens) for text in self._texts]
-            if written != self._draft_knows:
-                with self._clock.host_stage("decode"):
-                    self._rounds.proposer.catch_up([text.tokens for text in self._texts], self._draft_knows)
+        """Have the draft begin with the sequences that no round with guesses has met yet, and catch up with all."""
+        settings = self.settings
+        assert settings.propose is not None
+        assert self._rounds.rule is not None
+        if self._rounds.proposer is None:
+            self._rounds.proposer = settings.propose(self._rounds.rule, self._verifier.cache)
+        if any(row.sequence is None and not row.drafted for row in self._rows):
+            self._select([number for number, row in enumerate(self._rows) if row.sequence is not None])
+        new = [number for number, row in enumerate(self._rows) if not row.drafted]
+        if new:
+            self._begin_draft(new)
+        captions = [row.text.tokens for row in self._rows]
+        known = [row.drafted for row in self._rows]
+        if any(len(caption) > heard for caption, heard in zip(captions, known, strict=True)):
+            self._rounds.proposer.catch_up(captions, known)
+            for row, caption in zip(self._rows, captions, strict=True):
+                row.drafted = max(row.drafted, len(caption))
 
-    def _hear(
-        self, shape: TreeShape, reports: list[list[int]], active: Sequence[bool], times: dict[str, float]
-    ) -> list[list[int]]:
-        """Give every row what its round wrote."""
-        written: list[list[int]] = []
-        spoiled = False
-        for row, (text, report, goes) in enumerate(zip(self._texts, reports, active, strict=True)):
-            finite, accepted, *rest = report
-            if not goes or not finite:
-                _refuse_non_finite(not goes or shape.depth > 0)
-                spoiled = spoiled or goes
-                written.append([])
+    def _begin_draft(self, new: Sequence[int]) -> None:
+        proposer, settings = self._rounds.proposer, self.settings
+        assert proposer is not None
+        sequences = [self._rows[row].sequence for row in new]
+        told = [self._draft_row(row) for row in new]
+        before = self._clock.seconds("draft_prefill")
+        with self._timed("draft_prefill", [(one, 1) for one in sequences if one is not None]):
+            read = proposer.add(told, len(self._rows))
+        settings.chooser.draft_began(self._clock.seconds("draft_prefill") - before, len(new))
+        for row, one in zip(new, read, strict=True):
+            sequence = self._rows[row].sequence
+            assert sequence is not None
+            sequence.draft, self._rows[row].drafted = one, 1
+        order = [row for row in range(len(self._rows)) if row not in set(new)] + list(new)
+        if order != sorted(order):
+            proposer.keep([order.index(row) for row in range(len(order))])
+        self._rounds.settle()
+
+    def _draft_row(self, row: int) -> DraftRow:
+        one, settings = self._rows[row], self.settings
+        assert one.sequence is not None
+        text = one.sequence.text
+        features = None if one.sequence.begun is None else one.sequence.begun.features
+        slots = text.limit + settings.chooser.slots
+        return DraftRow(row, one.prompt, one.scores, text.tokens[0], slots, features)
+
+    def _hear(self, shape: TreeShape, reports: list[list[int]], times: dict[str, float]) -> None:
+        """Give every sequence what the round wrote."""
+        settings = self.settings
+        spoiled, told, running = False, list[list[int]](), len(self)
+        for row, (finite, accepted, *rest) in zip(self._rows, reports, strict=True):
+            sequence = row.sequence
+            if sequence is None:
                 continue
-            written.append(text.take(rest[: accepted + 1]))
+            if not finite:
+                # A guess may be the reason: what a plain round gives is the target's own.
+                spoiled = spoiled or shape.depth > 0
+                sequence.error = None if shape.depth else _not_finite()
+                continue
+            told.append([accepted, *rest])
+            written = sequence.text.take(rest[: accepted + 1])
+            sequence.tokens_at[running] += len(written)
+            row.index = len(sequence.text.tokens) - 1
             if shape.depth:
-                text.count(shape, min(len(written[-1]), accepted))
-                self._draft_knows[row] = len(text.tokens)
-        self._alone = spoiled
-        if spoiled:  # by a guess, perhaps: what a plain round gives is the target's own
-            self._rounds.forget_round(shape)
-        going = [report[1:] for report, goes in zip(reports, active, strict=True) if goes and report[0]]
-        self._speculation.chooser.hear(Heard(shape, going, times))
-        return written
+                sequence.text.count(shape, min(len(written), accepted))
+                row.drafted = len(sequence.text.tokens)
+        self._plain_next = spoiled
+        if spoiled:
+            self._verifier.forget(shape, self._rounds.state.step)
+        settings.chooser.hear(RoundReport(shape, running, told, times))
+
+    def _share(self, running: Sequence[CaptionSequence], elapsed_s: float, times: dict[str, float]) -> None:
+        """Give each sequence its share of a step's time."""
+        for sequence in running:
+            sequence.seconds["decode"] += elapsed_s / len(running)
+            for stage in ("draft", "verify", "commit"):
+                sequence.seconds[stage] += times.get(stage, 0.0) / len(running)
+            sequence.steps += 1
+            sequence.shared_steps += len(running)
+
+    # --- rows ---
+
+    def _retire(self) -> None:
+        """Take those that have ended out of the batch."""
+        settings = self.settings
+        for number, row in enumerate(self._rows):
+            sequence = row.sequence
+            if sequence is None or not sequence.done:
+                continue
+            self._finished.append(sequence)
+            if sequence.error is None:
+                settings.chooser.ended(len(sequence.text.tokens))
+            row.sequence, row.drafted = None, min(row.drafted, len(sequence.text.tokens))
+            self._rounds.stop(number, row.index)
+        live = [number for number, row in enumerate(self._rows) if row.sequence is not None]
+        if self._rig is None:
+            self._select(live)
+        elif (size := _graph_rows(len(live))) < len(self._rows):
+            done = [number for number in range(len(self._rows)) if number not in set(live)]
+            self._select(live + done[: size - len(live)])
+
+    def _select(self, rows: Sequence[int]) -> None:
+        """From now on the batch is these of its rows, in the order in which the cache holds them."""
+        if list(rows) == list(range(len(self._rows))):
+            if self._rows:
+                self._rounds.settle()
+            return
+        self._verifier.keep(rows)
+        order = self._verifier.cache.in_order()
+        if order != list(range(len(order))):
+            self._verifier.keep(order)
+        rows = [rows[number] for number in order]
+        if (rule := self._rounds.rule) is not None:
+            rule.keep(_integers(rows, self._rounds.state.root.device))
+        if (proposer := self._rounds.proposer) is not None:
+            drafted = [number for number, row in enumerate(self._rows) if row.drafted]
+            proposer.keep([drafted.index(row) for row in rows if self._rows[row].drafted])
+        self._rounds.keep(rows)
+        self._rows = [self._rows[row] for row in rows]
+        self._rounds.settle()
+
+    def _timed(self, stage: str, shares: Sequence[tuple[CaptionSequence, int]]) -> _Shared:
+        return _Shared(self._clock, stage, shares)
+
+
+def _graph_rows(live: int) -> int:
+    """Rows of a batch with so many sequences, where graphs are kept: some are done."""
+    return min((size for size in GRAPH_ROWS if size >= live), default=live) if live else 0
+
+
+class _Shared:
+    """Times a stage to its very end, and gives each sequence its share."""
+
+    def __init__(self, clock: StageClock, stage: str, shares: Sequence[tuple[CaptionSequence, int]]) -> None:
+        self._clock, self._stage, self._shares = clock, stage, shares
+
+    def __enter__(self) -> None:
+        self._before = self._clock.seconds(self._stage)
+        self._context = self._clock.awaited_stage(self._stage)
+        self._context.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._context.__exit__(*error)
+        seconds = self._clock.seconds(self._stage) - self._before
+        total = sum(share for _, share in self._shares)
+        for sequence, share in self._shares:
+            sequence.seconds[self._stage] += seconds * share / total

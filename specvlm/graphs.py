@@ -1,4 +1,4 @@
-"""Rounds as CUDA graphs: memory that stays where it is from video to video, and the graphs that rely on it.
+"""Rounds as CUDA graphs: tensors that stay where they are from batch to batch, and the graphs that rely on it.
 
 A graph repeats the kernels of one run with the very numbers and addresses that the host knew then. So what differs
 between two rounds is in tensors at fixed addresses, and what the host knew is the graph's key. Nothing here knows
@@ -7,21 +7,15 @@ what a round does. How something is captured is an argument, so that tests repla
 
 from __future__ import annotations
 
-import gc
 import warnings
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from specvlm.cache import SlabCache, Slabs, SlabShape
-
-# The host tells lengths and indices in steps of this many slots, so that a graph serves as many rounds.
-STEP = 128
 # Kept at once; the one that was not used for longest goes. Each holds a description of a few thousand kernels.
-MOST_ROUNDS = 32
+MOST_ROUNDS = 64
 
 Stage = Callable[[Any], Any]  # what the stage before gave -> what the next one gets
 
@@ -75,28 +69,53 @@ def can_capture(model: torch.nn.Module, devices: Sequence[torch.device]) -> bool
     return not any(hasattr(module, "_hf_hook") for module in model.modules())
 
 
-class Rig:
-    """What rounds over one cache keep at fixed addresses, and the graphs of these rounds.
+class Table(Protocol):
+    """What a graph reads besides tensors in their places."""
 
-    Job after job puts its own values into the same tensors, so a graph of an earlier job serves a later one.
+    @property
+    def valid(self) -> bool:
+        """Whether it is still there."""
+
+
+class _Round(NamedTuple):
+    """A kind of round that was met before."""
+
+    stages: Sequence[Stage] | None  # None: it ran once, eagerly
+    tables: Sequence[Table]  # what the graphs read besides tensors in their places, kept alive for them
+
+
+class Rig:
+    """What rounds keep at fixed addresses, and the graphs of these rounds.
+
+    Batch after batch puts its own values into the same tensors, so a graph of an earlier batch serves a later one.
+
+    Attributes:
+        working: False after a capture failed; rounds then run eagerly for good.
     """
 
-    def __init__(self, graphs: Graphs, capture: Capture) -> None:
-        self._graphs, self._capture = graphs, capture
-        self._tensors: dict[str, torch.Tensor] = {}
-        self._rounds: OrderedDict[Hashable, Sequence[Stage] | None] = OrderedDict()  # None: ran once, eagerly
+    def __init__(self, capture: Capture) -> None:
+        """`capture`: records stages."""
+        self._capture = capture
+        self._tensors: dict[Hashable, torch.Tensor] = {}
+        self._rounds: OrderedDict[Hashable, _Round] = OrderedDict()
+        self.working = True
+
+    def fresh(self) -> Rig:
+        """Another one that has nothing yet."""
+        rig = Rig(self._capture)
+        rig.working = self.working
+        return rig
 
     @torch.inference_mode()
     def place(self, name: str, value: torch.Tensor) -> torch.Tensor:
-        """The tensor of this name, which now holds `value`; at the same address as long as shapes do not change."""
-        kept = self._tensors.get(name)
-        if kept is None or (kept.shape, kept.dtype, kept.device) != (value.shape, value.dtype, value.device):
-            if kept is not None:
-                self._rounds.clear()  # their address is given up
-            self._tensors[name] = value.clone(memory_format=torch.contiguous_format)
+        """The tensor of this name and shape, which now holds `value`; always at the same address."""
+        key = (name, value.shape, value.dtype, value.device)
+        kept = self._tensors.get(key)
+        if kept is None:
+            kept = self._tensors[key] = value.clone(memory_format=torch.contiguous_format)
         elif kept is not value:
             kept.copy_(value)
-        return self._tensors[name]
+        return kept
 
     def adopt(self, name: str, holder: object) -> None:
         """Put every tensor that `holder` has as an attribute into its place."""
@@ -104,26 +123,38 @@ class Rig:
             if isinstance(value, torch.Tensor):
                 setattr(holder, attribute, self.place(f"{name}.{attribute}", value))
 
-    def stages(self, key: Hashable, stages: Sequence[Stage]) -> Sequence[Stage]:
+    def forget(self) -> None:
+        """Give up the graphs of memory that is gone: nothing will ask for them again."""
+        gone = [key for key, known in self._rounds.items() if not all(table.valid for table in known.tables)]
+        for key in gone:
+            del self._rounds[key]
+
+    def stages(self, key: Hashable, stages: Sequence[Stage], tables: Sequence[Table] = ()) -> Sequence[Stage]:
         """The stages of a round, ready to run: as they are when `key` is new, then as graphs.
 
         The first run makes libraries choose their kernels and set up what a capture may not.
 
         Args:
-            key: All that the stages depend on beside tensors in their places and the weights.
+            key: All that the stages depend on besides tensors in their places, the weights, and `tables`.
             stages: Each takes what the one before gave, the first None.
+            tables: What holds further tensors that the stages read, always the same for a key.
         """
-        if not self._graphs.working:
+        if not self.working:
             return stages
-        if key not in self._rounds:
-            self._rounds[key] = None
+        known = self._rounds.get(key)
+        if known is None:
+            self._rounds[key] = _Round(None, ())
             if len(self._rounds) > MOST_ROUNDS:
                 self._rounds.popitem(last=False)
             return stages
         self._rounds.move_to_end(key)
-        if self._rounds[key] is None:
-            self._rounds[key] = self._record(stages)
-        return self._rounds[key] or stages
+        if known.stages is None:
+            recorded = self._record(stages)
+            if recorded is None:
+                return stages
+            known = self._rounds[key] = _Round(recorded, tables)
+        assert known.stages is not None
+        return known.stages
 
     def _record(self, stages: Sequence[Stage]) -> Sequence[Stage] | None:
         """Capture all stages before any of them runs, so that one that cannot be captured leaves nothing half done."""
@@ -136,73 +167,11 @@ class Rig:
                 value = recorded.output
         except Exception as error:  # whatever it is, rounds can do without graphs
             self._rounds.clear()
-            self._graphs.give_up(error)
+            self._give_up(error)
             return None
         return replays
 
-
-def _replay_of(recorded: Recorded) -> Stage:
-    def run(_: Any) -> Any:
-        recorded.replay()
-        return recorded.output
-
-    return run
-
-
-class _Kept(NamedTuple):
-    """Memory that is handed to one job after another."""
-
-    slabs: Slabs
-    rig: Rig
-    holder: weakref.ref[SlabCache]  # the cache of the job that has it now
-
-
-class Graphs:
-    """Keeps one model's slabs and what is captured over them.
-
-    One set of slabs is kept, as large as any job so far needed; a larger one takes its place after it was given back.
-    A job that asks while another still runs gets memory of its own and runs eagerly.
-
-    Attributes:
-        working: False after a capture failed; rounds then run eagerly for good.
-    """
-
-    def __init__(self, make_capture: Callable[[torch.device], Capture] = CudaCapture) -> None:
-        """`make_capture`: device -> what captures there."""
-        self._make_capture = make_capture
-        self._kept: _Kept | None = None
-        self.working = True
-
-    def new_cache(self, shape: SlabShape, rows: int, capacity: int) -> SlabCache:
-        """A cache of at least `capacity` slots a row, zeros at the beginning, in the kept memory if that is free."""
-        if self._is_held():
-            return SlabCache(shape, rows, capacity)
-        kept = self._kept
-        if kept is not None and (kept.slabs.rows != rows or kept.slabs.capacity < capacity):
-            kept = self._kept = None  # given back before a larger one is asked for
-        if kept is None:
-            # Room for a prompt and an index that are rounded up.
-            slabs = Slabs(shape, rows, (capacity + 2 * STEP) // STEP * STEP)
-            rig = Rig(self, self._make_capture(shape.devices[0]))
-        else:
-            slabs, rig = kept.slabs, kept.rig
-            slabs.clear()
-        cache = SlabCache(shape, rows, capacity, slabs, grain=STEP)
-        self._kept = _Kept(slabs, rig, weakref.ref(cache))
-        return cache
-
-    def _is_held(self) -> bool:
-        if self._kept is None or self._kept.holder() is None:
-            return False
-        gc.collect()  # a job that is over may hang in a cycle of references
-        return self._kept.holder() is not None
-
-    def rig(self, cache: SlabCache) -> Rig | None:
-        """The rig of a cache in the kept memory; None: this cache's rounds run eagerly."""
-        kept = self._kept
-        return kept.rig if kept is not None and kept.slabs is cache.slabs else None
-
-    def give_up(self, error: Exception) -> None:
+    def _give_up(self, error: Exception) -> None:
         """Run eagerly from now on."""
         self.working = False
         reason = (str(error).strip().splitlines() or [""])[0]
@@ -214,6 +183,9 @@ class Graphs:
         )
 
 
-def index_step(index: int) -> int:
-    """The index that a graph looks to instead of `index`: the next multiple of the step."""
-    return (index // STEP + 1) * STEP
+def _replay_of(recorded: Recorded) -> Stage:
+    def run(_: Any) -> Any:
+        recorded.replay()
+        return recorded.output
+
+    return run

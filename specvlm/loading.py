@@ -16,11 +16,9 @@ import transformers
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-import specvlm
 from specvlm.attention import ATTENTION, register_attention
 from specvlm.captioner import Captioner, ModelInfo
 from specvlm.config import FrameSettings
-from specvlm.costs import CostStore, cost_file
 from specvlm.demo import local_name
 from specvlm.drafts.base import Draft
 from specvlm.drafts.head import HeadDraft
@@ -264,14 +262,7 @@ def with_draft(
 
 
 def _ready(target: _Loaded, draft: Draft | None, info: ModelInfo, frames: FrameSettings) -> Captioner:
-    captioner = Captioner(target.model, target.processor, draft, info, frames)
-    captioner.costs = costs_of(captioner)
-    return captioner
-
-
-def costs_of(captioner: Captioner) -> CostStore:
-    """What is known of the costs of rounds with these models, and the vocabulary that the draft has now."""
-    return CostStore(cost_file(_pair(captioner.info, captioner.draft)))
+    return Captioner(target.model, target.processor, draft, info, frames)
 
 
 def load_tokenizer(
@@ -286,13 +277,6 @@ def load_tokenizer(
     _refuse_misspelt(target)
     source = _Source(target, revision, local_files_only, trust_remote_code)
     return _guarded(source, "its processor", AutoProcessor.from_pretrained).tokenizer
-
-
-def _pair(info: ModelInfo, draft: Draft | None) -> str:
-    """A name for what the costs of rounds depend on: models, number format, device, versions, threads."""
-    width = 0 if draft is None else draft.vocabulary
-    told = f"{info} {width} {torch.__version__} {torch.get_num_threads()} {specvlm.__version__}"
-    return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
 def _load_draft(

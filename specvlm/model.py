@@ -1,8 +1,10 @@
-"""One loaded video LLM with its family: embeddings, forward passes over slabs, logits. It does not generate."""
+"""One loaded video LLM with its family: embeddings, forward passes over its cache, logits. It does not generate."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Hashable, Sequence
+from operator import add
 from typing import Any, NamedTuple
 
 import torch
@@ -10,16 +12,21 @@ import torch
 from specvlm.attention import (
     AttentionPlan,
     RoundAttention,
-    node_table,
+    Rows,
+    has_flash,
+    own_mask,
     plan_for,
     prefix_of,
-    round_plan,
-    tail_plan,
+    ragged_mask,
+    tail_mask,
 )
-from specvlm.cache import SlabCache, SlabShape
+from specvlm.cache import Group, KVCache, SlabShape, rounded
 from specvlm.errors import GenerationError
 from specvlm.families.base import Family, ModelInputs
-from specvlm.graphs import Graphs, can_capture
+from specvlm.graphs import can_capture
+
+# On a CPU, a pass whose hidden states stay in its caches is fastest; a GPU wants to be filled.
+PACKED_TOKENS_CPU, PACKED_TOKENS = 1024, 8192
 
 
 class Nodes(NamedTuple):
@@ -32,51 +39,43 @@ class Nodes(NamedTuple):
     sees: torch.Tensor | None
 
 
-class Reach(NamedTuple):
-    """How far nodes look, as numbers of slots known on the host."""
+class Lengths(NamedTuple):
+    """How many slots each row of a batch has committed."""
 
-    visible: int  # slots of a row that the pass may look at: at least those committed and those of the round so far
-    own: int  # m, of the round so far
-    exact: bool  # one row, whose committed slots are the first visible - own
-    certain: int = 0  # that many first slots are committed in every row
+    slots: torch.Tensor  # int64 [B]
+    most: tuple[int, ...]  # the same as the host knows it, or more
+    least: tuple[int, ...]  # the same as the host knows it, or fewer
+
+    def plus(self, more: Lengths | int) -> Lengths:
+        """With so many more in each row."""
+        if isinstance(more, int):
+            most, least = (tuple(count + more for count in counts) for counts in self[1:])
+            return Lengths(self.slots + more, most, least)
+        most, least = tuple(map(add, self.most, more.most)), tuple(map(add, self.least, more.least))
+        return Lengths(self.slots + more.slots, most, least)
 
 
-class Extent(NamedTuple):
-    """How long the prompts of a job's rows are, as far as rounds must know it on the host."""
+class _Read(NamedTuple):
+    """Rows of a slab that see its first slots under one plan."""
 
-    certain: int  # every row has committed this many slots before the last token of its prompt, or more
-    longest: int  # slots of the longest prompt, or more
-    exact: bool  # both are the very numbers
-
-    @classmethod
-    def of(cls, lengths: Sequence[int], cache: SlabCache) -> Extent:
-        """What rounds must know of prompts of these lengths."""
-        grain = cache.grain
-        certain, longest = (min(lengths) - 1) // grain * grain, -(-max(lengths) // grain) * grain
-        return cls(certain, longest, grain == 1)
-
-    def reach(self, index: int, own: int, *, exact: bool) -> Reach:
-        """How far nodes look.
-
-        Args:
-            index: In the caption, of the last token, the largest of all rows, or more.
-            own: Slots of the round so far.
-            exact: There is one row, and `index` is the index of its last token.
-        """
-        return Reach(self.longest + index + own, own, exact and self.exact, self.certain)
+    group: Group
+    within: slice  # of the slab's rows
+    visible: int
+    plan: Rows
 
 
 class TextModel:
-    """A stock decoder over slabs: embeddings in, hidden states out.
+    """A stock decoder over a cache of slabs: embeddings in, hidden states out.
 
     Attributes:
-        dtype: Of weights and slabs.
-        round_attention: How rounds attend: `masked`, one kernel under one mask; `split`, the long prefix without a
-            mask and the rest under one; `flex`, FlexAttention. `split` on CUDA and `masked` elsewhere: chosen by
-            reasoning (the kernel that reads a long prefix at full bandwidth takes no mask), not by measurement.
-        graphs: What makes this model's rounds CUDA graphs, None: they run eagerly. Set to None to turn them off;
-            rounds follow the target's, a draft's own only keeps its slabs in place.
-        keeps_features: New caches keep of each token, beside its keys and values, what comes out behind the last norm.
+        round_attention: How rounds attend, see `specvlm.attention.RoundAttention`: `masked` on the CPU; on CUDA
+            `varlen` where torch (2.12 and later) and the device have it for these keys, else `split`. Chosen by
+            reasoning (the kernels that read a long prefix at full bandwidth take no mask), not by measurement.
+        packed_tokens: Tokens of a prefill pass that several prompts may share; a longer prompt has a pass of its own.
+        captures: Rounds of this model can be CUDA graphs.
+        told_step: Rounds are told the lengths of sequences in steps of so many slots, so that one graph serves many
+            rounds; 1: they are told the very lengths.
+        keeps_features: New caches keep of each token, besides its keys and values, the output of the last norm.
     """
 
     def __init__(self, module: Any, text: Any, position_rows: int, dtype: torch.dtype) -> None:
@@ -91,8 +90,12 @@ class TextModel:
         self._groups = heads // self._slab_shape.kv_heads
         self._window = config.sliding_window if "sliding_attention" in config.layer_types else None
         on_cuda = all(device.type == "cuda" for device in devices)
-        self.round_attention: RoundAttention = "split" if on_cuda else "masked"
-        self.graphs: Graphs | None = Graphs() if can_capture(module, devices) else None
+        self.round_attention: RoundAttention = "masked"
+        if on_cuda:
+            self.round_attention = _cuda_attention(devices[0], dtype, int(head_dim))
+        self.packed_tokens = PACKED_TOKENS if on_cuda else PACKED_TOKENS_CPU
+        self.captures = can_capture(module, devices)
+        self.told_step = 1
         self.keeps_features = False
 
     @property
@@ -108,31 +111,47 @@ class TextModel:
 
     def keep_features(self) -> None:
         """From now on, new caches keep features; see `keeps_features`."""
-        if self.keeps_features:
-            return
         self.keeps_features = True
         self._slab_shape = self._slab_shape._replace(
             feature_width=self.hidden_size, feature_device=self.device
         )
-        self.graphs = None if self.graphs is None else Graphs()  # whose slabs have no room for them
 
-    def new_cache(self, rows: int, capacity: int) -> SlabCache:
-        """Slabs for `rows` videos of at most `capacity` tokens, prompt and caption and one round together.
+    @property
+    def slot_bytes(self) -> int:
+        """Memory of one token in a cache."""
+        return self._slab_shape.slot_bytes
+
+    def cache_bytes(self, slots: int) -> int:
+        """Memory of a sequence that needs so many slots."""
+        return rounded(slots) * self.slot_bytes
+
+    def check_length(self, slots: int) -> None:
+        """Refuse a sequence that is too long.
 
         Raises:
             GenerationError: Some layers see a sliding window that is shorter than this.
         """
-        if self._window is not None and capacity > self._window:
+        if self._window is not None and slots > self._window:
             raise GenerationError(
-                f"{capacity} tokens exceed the sliding window of {self._window} that this checkpoint uses; "
+                f"{slots} tokens exceed the sliding window of {self._window} that this checkpoint uses; "
                 "give fewer frames or a smaller --max-new-tokens"
             )
-        if self.graphs is None:
-            return SlabCache(self._slab_shape, rows, capacity)
-        return self.graphs.new_cache(self._slab_shape, rows, capacity)
+
+    def new_cache(self, *slots: int) -> KVCache:
+        """A cache, with a row of so many slots for each number.
+
+        Raises:
+            GenerationError: Some layers see a sliding window that is shorter.
+        """
+        for count in slots:
+            self.check_length(count)
+        cache = KVCache(self._slab_shape, self.device)
+        if slots:
+            cache.add(slots)
+        return cache
 
     def forward(
-        self, embeds: torch.Tensor, positions: torch.Tensor, cache: SlabCache, plan: AttentionPlan
+        self, embeds: torch.Tensor, positions: torch.Tensor, cache: KVCache, plan: AttentionPlan
     ) -> torch.Tensor:
         """One pass of the decoder over what the cache was aimed at.
 
@@ -159,37 +178,93 @@ class TextModel:
         return hidden
 
     def run_nodes(
-        self, embeds: torch.Tensor, nodes: Nodes, cache: SlabCache, lengths: torch.Tensor, reach: Reach
+        self, embeds: torch.Tensor, nodes: Nodes, cache: KVCache, lengths: Lengths, own: int
     ) -> torch.Tensor:
-        """One pass over the nodes of a round, behind what each row has committed.
+        """One pass over the nodes of a round, after what each row has committed.
 
         Args:
             embeds: Of the nodes, [B, n, hidden].
             nodes: n of them per row.
             cache: Written at the nodes' slots.
-            lengths: int64 [B], committed slots, all of which every node sees.
-            reach: How far nodes look.
+            lengths: Committed slots, all of which every node sees.
+            own: Slots of the round so far, of these nodes and those before them.
 
         Returns:
             Hidden states [B, n, hidden].
         """
-        visible = min(reach.visible, cache.capacity)
-        cache.aim_nodes(nodes.slots, visible)
-        plan = self._round_plan(nodes, lengths, reach._replace(visible=visible))
+        lengths = self._told(lengths)
+        reads = [read for group in cache.groups for read in self._reads(group, nodes, lengths, own)]
+        cache.aim_nodes(nodes.slots, [(one.group.slab, one.within, one.visible) for one in reads])
+        plan = AttentionPlan(rows=tuple(one.plan for one in reads))
         return self.forward(embeds, nodes.positions, cache, plan)
 
-    def _round_plan(self, nodes: Nodes, lengths: torch.Tensor, reach: Reach) -> AttentionPlan:
-        sees = nodes.sees
-        if sees is None:
-            if reach.exact:  # a lone node sees every visible slot
-                return AttentionPlan()
-            sees = torch.ones(*nodes.tokens.shape, reach.own, dtype=torch.bool, device=lengths.device)
-        if self.round_attention == "flex":
-            return AttentionPlan(table=node_table(lengths, sees, self._groups, torch.float32))
-        prefix = prefix_of(reach.certain) if self.round_attention == "split" else 0
-        if reach.exact:
-            return tail_plan(sees, reach.visible, self._groups, self.dtype, prefix)
-        return round_plan(node_table(lengths, sees, self._groups, self.dtype), reach.visible, prefix)
+    def _told(self, lengths: Lengths) -> Lengths:
+        """What rounds are told of lengths: with `varlen` nothing that the host knows matters."""
+        step = self.told_step
+        if self.round_attention == "varlen":
+            return Lengths(lengths.slots, (0,) * len(lengths.most), (0,) * len(lengths.least))
+        if step == 1:
+            return lengths
+        most = tuple(-(-count // step) * step for count in lengths.most)
+        return Lengths(lengths.slots, most, tuple(count // step * step for count in lengths.least))
+
+    def host_state(self, lengths: Lengths, cache: KVCache) -> Hashable:
+        """All that a pass over nodes depends on besides tensors and the nodes' number."""
+        return self.round_attention, self._told(lengths)[1:], cache.layout
+
+    def _reads(self, group: Group, nodes: Nodes, lengths: Lengths, own: int) -> list[_Read]:
+        """How the rows of a slab are read: together, or one by one where each has a prefix of its own to split off."""
+        everyone = slice(0, len(group.rows))
+        if self.round_attention == "varlen":
+            sees = self._sees(nodes, own)[group.where]
+            mask = own_mask(sees, self._groups, self.dtype)
+            plan = Rows(group.where, mask, lengths=lengths.slots[group.where])
+            return [_Read(group, everyone, group.slab.capacity, plan)]
+        if self.round_attention == "split" and any(prefix_of(lengths.least[row]) for row in group.rows):
+            return [
+                self._read(group, (row,), slice(row, row + 1), slice(at, at + 1), nodes, lengths, own)
+                for at, row in enumerate(group.rows)
+            ]
+        return [self._read(group, group.rows, group.where, everyone, nodes, lengths, own)]
+
+    def _read(
+        self,
+        group: Group,
+        rows: Sequence[int],
+        where: slice | torch.Tensor,
+        within: slice,
+        nodes: Nodes,
+        lengths: Lengths,
+        own: int,
+    ) -> _Read:
+        """Rows under one mask; a prefix is split off where there is one row, so that it is this row's own."""
+        most, least = {lengths.most[row] for row in rows}, {lengths.least[row] for row in rows}
+        visible = min(max(most) + own, group.slab.capacity)
+        prefix = prefix_of(min(least)) if self.round_attention == "split" and len(rows) == 1 else 0
+        known = len(most) == 1 and most == least  # all rows have committed this many slots
+        if known and nodes.sees is None:  # a lone node sees every visible slot
+            return _Read(group, within, visible, Rows(where))
+        sees = self._sees(nodes, own)[where]
+        if known:
+            mask = tail_mask(sees, visible, self._groups, self.dtype, prefix)
+        else:
+            mask = ragged_mask(lengths.slots[where], sees, visible, self._groups, self.dtype, prefix)
+        return _Read(group, within, visible, Rows(where, mask, prefix))
+
+    def _sees(self, nodes: Nodes, own: int) -> torch.Tensor:
+        if nodes.sees is not None:
+            return nodes.sees
+        return torch.ones(*nodes.tokens.shape, own, dtype=torch.bool, device=nodes.tokens.device)
+
+
+def _cuda_attention(device: torch.device, dtype: torch.dtype, width: int) -> RoundAttention:
+    if not has_flash(device, dtype, width):
+        return "split"
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return "split"
+    return "varlen" if "seqused_k" in inspect.signature(varlen_attn).parameters else "split"
 
 
 class VideoLM(TextModel):
@@ -220,10 +295,11 @@ class VideoLM(TextModel):
         """The decoder."""
         return self._text
 
-    def see(self, inputs: ModelInputs) -> torch.Tensor:
-        """Run the vision tower: features of the video tokens, [V, hidden], where hidden states start."""
+    def see(self, videos: Sequence[ModelInputs]) -> list[torch.Tensor]:
+        """Run the vision tower: features of each one's video tokens, [V, hidden], where hidden states start."""
         embeds = self._embed.weight
-        return self.family.embed_video(self.model, inputs).to(embeds.device, embeds.dtype)
+        features = self.family.embed_videos(self.model, videos)
+        return [one.to(embeds.device, embeds.dtype) for one in features]
 
     def embed_prompt(self, inputs: ModelInputs, features: torch.Tensor) -> torch.Tensor:
         """Token embeddings with the video's features [V, hidden] in their places, [1, S, hidden]."""
@@ -240,11 +316,9 @@ class VideoLM(TextModel):
         """Positions of the prompt, [P, S], on the CPU."""
         return self.family.positions(self.model, inputs)
 
-    def forward_nodes(
-        self, nodes: Nodes, cache: SlabCache, lengths: torch.Tensor, reach: Reach
-    ) -> torch.Tensor:
+    def forward_nodes(self, nodes: Nodes, cache: KVCache, lengths: Lengths, own: int) -> torch.Tensor:
         """`run_nodes` with the embeddings of the nodes' tokens."""
-        return self.run_nodes(self.embed_tokens(nodes.tokens), nodes, cache, lengths, reach)
+        return self.run_nodes(self.embed_tokens(nodes.tokens), nodes, cache, lengths, own)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states [B, n, hidden] -> logits float32 [B, n, C]."""

@@ -1,23 +1,25 @@
-"""Prefill: the target in two parts with the score side-channel, the draft on the kept tokens only.
+"""Prefill: prompts are read into a cache, short ones packed into one pass; the target also scores the video tokens.
 
-What the prompts of one video have in common is done once: a vision tower's features, and the target's part one.
+What the prompts of one video have in common is done once: a vision tower's features, and the target's keys and values
+up to the last video token.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-from specvlm.attention import AttentionPlan, ScoreSum
-from specvlm.cache import SlabCache
+from specvlm.attention import AttentionPlan, ScoreSum, Segment
+from specvlm.cache import KVCache, Part
 from specvlm.families.base import ModelInputs
 from specvlm.model import VideoLM
-from specvlm.stats import StageClock
 
 
 class Prompt(NamedTuple):
-    """One prompt inside one model, ready to prefill. Rows of a job differ in S."""
+    """One prompt inside one model, ready to prefill."""
 
     inputs: ModelInputs
     embeds: torch.Tensor  # [1, S, hidden]
@@ -30,7 +32,7 @@ class Prompt(NamedTuple):
 
     @property
     def boundary(self) -> int:
-        """How much of an unpruned prompt ends with the last video token; the text behind it is part two."""
+        """How much of an unpruned prompt ends with the last video token; what follows is scored text."""
         return int(self.inputs.is_video.nonzero()[-1]) + 1
 
     @property
@@ -54,128 +56,168 @@ class Features:
 
     def __init__(self) -> None:
         """Nothing is seen yet."""
-        self._of: dict[VideoLM, torch.Tensor] = {}  # each [V, hidden]
-
-    def __contains__(self, model: VideoLM) -> bool:
-        """Whether this model has seen the video."""
-        return model in self._of
-
-    def of(self, model: VideoLM, inputs: ModelInputs) -> torch.Tensor:
-        """The features [V, hidden] in a model, whose tower runs when they are first asked for."""
-        if model not in self._of:
-            self._of[model] = model.see(inputs)
-        return self._of[model]
+        self.of: dict[VideoLM, torch.Tensor] = {}  # each [V, hidden]
 
 
-def embed(model: VideoLM, inputs: ModelInputs, features: Features | None = None) -> Prompt:
-    """Look up the text, and put the video's features in; without any, the vision tower runs."""
-    seen = model.see(inputs) if features is None else features.of(model, inputs)
-    embeds = model.embed_prompt(inputs, seen)
-    return Prompt(inputs, embeds, model.positions(inputs).to(embeds.device))
+class Begun:
+    """What is known of one video when the target has read one of its prompts, for its further prompts.
+
+    Attributes:
+        features: Of the vision towers.
+    """
+
+    def __init__(self) -> None:
+        """Nothing is known yet."""
+        self.features = Features()
+        self._prompt: Prompt | None = None
+        self._kept: list[torch.Tensor] = []
+
+    @property
+    def complete(self) -> bool:
+        """Whether the target has read a prompt of the video."""
+        return self._prompt is not None
+
+    def keep(self, prompt: Prompt, cache: KVCache, row: int) -> None:
+        """Copy the keys and values of a prompt's first part, all up to the last video token, out of a row."""
+        if self._prompt is None:
+            self._kept = cache.copy_out(row, prompt.boundary)
+            self._prompt = prompt._replace(embeds=prompt.embeds[:, :0])
+
+    def give(self, prompt: Prompt, cache: KVCache, row: int) -> int:
+        """Write what is kept into a row, where this prompt begins in the same way; -> tokens that need not be read."""
+        known = self._prompt
+        if known is None or not _begin_alike(known, prompt):
+            return 0
+        cache.copy_in(row, self._kept)
+        return known.boundary
 
 
-def _run(
-    model: VideoLM, prompt: Prompt, cache: SlabCache, row: int, part: slice, plan: AttentionPlan
+def _begin_alike(one: Prompt, other: Prompt) -> bool:
+    """Whether two prompts of one video are the same up to the last video token."""
+    end = one.boundary
+    return (
+        other.boundary == end
+        and torch.equal(one.inputs.token_ids[:, :end], other.inputs.token_ids[:, :end])
+        and torch.equal(one.positions[:, :end], other.positions[:, :end])
+    )
+
+
+class ToSee(NamedTuple):
+    """A video that a model is to see."""
+
+    inputs: ModelInputs
+    features: Features | None = None  # seen before, or to be kept
+
+
+def packs(tokens: Sequence[int], most: int) -> Iterator[list[int]]:
+    """Indices of things of so many tokens each, in groups for one pass; those of one size are together.
+
+    A group has at most `most` tokens, or a single thing.
+    """
+    pack, filled = list[int](), 0
+    for index in sorted(range(len(tokens)), key=tokens.__getitem__):
+        if pack and filled + tokens[index] > most:
+            yield pack
+            pack, filled = [], 0
+        pack.append(index)
+        filled += tokens[index]
+    if pack:
+        yield pack
+
+
+def embed(model: VideoLM, videos: Sequence[ToSee]) -> list[Prompt]:
+    """Look up the text of each prompt, and put its video's features in; what no one has seen yet is seen in packs."""
+    new: list[ToSee] = []
+    for video in videos:
+        known = video.features is not None and model in video.features.of
+        if not known and not any(
+            video.features is not None and one.features is video.features for one in new
+        ):
+            new.append(video)
+    seen: dict[int, torch.Tensor] = {}
+    for pack in packs([video.inputs.video_tokens for video in new], model.packed_tokens):
+        some = [new[index] for index in pack]
+        for video, features in zip(some, model.see([video.inputs for video in some]), strict=True):
+            seen[id(video.inputs)] = features
+            if video.features is not None:
+                video.features.of[model] = features
+    return [_prompt(model, video, seen) for video in videos]
+
+
+def _prompt(model: VideoLM, video: ToSee, seen: dict[int, torch.Tensor]) -> Prompt:
+    features = seen[id(video.inputs)] if video.features is None else video.features.of[model]
+    embeds = model.embed_prompt(video.inputs, features)
+    return Prompt(video.inputs, embeds, model.positions(video.inputs).to(embeds.device))
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A prompt to read into a row of a cache, which has the first `known` tokens of it already."""
+
+    prompt: Prompt
+    row: int
+    known: int = 0
+
+    @property
+    def count(self) -> int:
+        """Tokens to read."""
+        return self.prompt.length - self.known
+
+
+def _pass(
+    model: VideoLM, cache: KVCache, readings: Sequence[Reading], scores: Sequence[ScoreSum | None]
 ) -> torch.Tensor:
-    cache.aim_prefill(row, part.start, part.stop - part.start, prompt.embeds.device)
-    return model.forward(prompt.embeds[:, part], prompt.positions[:, None, part], cache, plan)
+    """Read some prompts in one pass; -> hidden states of the last token of each, [1, prompts, hidden]."""
+    device = readings[0].prompt.embeds.device
+    segments, ends, done = list[Segment](), list[int](), 0
+    for reading, score in zip(readings, scores, strict=True):
+        scored = 0 if score is None else reading.prompt.boundary - reading.known
+        segments.append(Segment(done, reading.count, reading.known, scored, score))
+        done += reading.count
+        ends.append(done - 1)
+    cache.aim_prefill([Part(one.row, one.known, one.count) for one in readings], device)
+    hidden = model.forward(
+        torch.cat([one.prompt.embeds[:, one.known :] for one in readings], dim=1),
+        torch.cat([one.prompt.positions[:, one.known :] for one in readings], dim=1)[:, None],
+        cache,
+        AttentionPlan(tuple(segments)),
+    )
+    return hidden[:, ends]
 
 
-def prefill_video(model: VideoLM, prompt: Prompt, cache: SlabCache, row: int) -> None:
-    """Read part one of a prompt, all up to the last video token, into `row` of the target's cache."""
-    _run(model, prompt, cache, row, slice(0, prompt.boundary), AttentionPlan())
+def prefill_target(
+    model: VideoLM, cache: KVCache, readings: Sequence[Reading], *, scored: bool = True
+) -> list[TargetPrefill]:
+    """Read prompts into their rows of the target's cache; SpecVLM, arXiv 2508.16201, section 3.2.
 
+    Each layer adds the attention that the text after the video pays to the video tokens, so the full attention never
+    exists. It is a product of its own that changes no output, so plain decoding, which needs no scores (`scored`),
+    starts from the same bits without it.
 
-def prefill_text(model: VideoLM, prompt: Prompt, cache: SlabCache, row: int) -> TargetPrefill:
-    """Read part two, the text behind the video; SpecVLM, arXiv 2508.16201, section 3.2.
-
-    Each layer adds the attention that these rows pay to the video tokens, so the full attention never exists.
-    Scores are taken even where nobody asks for them: plain decoding then starts from the same bits as speculation.
+    Returns:
+        What the target knows of each prompt, in their order.
     """
-    scores = ScoreSum(prompt.inputs.is_video.nonzero().squeeze(1), prompt.embeds.device)
-    plan = AttentionPlan(first=prompt.boundary, scores=scores)
-    hidden = _run(model, prompt, cache, row, slice(prompt.boundary, prompt.length), plan)
-    return TargetPrefill(model.logits(hidden[:, -1:]), scores.mean())
+    found: dict[int, TargetPrefill] = {}
+    for part in (False, True):  # prompts that continue what a row has need another kernel
+        mine = [index for index, one in enumerate(readings) if bool(one.known) is part]
+        for pack in packs([readings[index].count for index in mine], model.packed_tokens):
+            some = [readings[mine[index]] for index in pack]
+            scores = [_score_sum(one.prompt) for one in some]
+            logits = model.logits(_pass(model, cache, some, scores if scored else [None] * len(some)))
+            for at, index in enumerate(pack):
+                found[mine[index]] = TargetPrefill(logits[:, at : at + 1], scores[at].mean())
+    return [found[index] for index in range(len(readings))]
 
 
-def prefill_target(model: VideoLM, prompt: Prompt, cache: SlabCache, row: int) -> TargetPrefill:
-    """Read both parts of a prompt into `row` of the target's cache."""
-    prefill_video(model, prompt, cache, row)
-    return prefill_text(model, prompt, cache, row)
+def _score_sum(prompt: Prompt) -> ScoreSum:
+    return ScoreSum(prompt.inputs.is_video.nonzero().squeeze(1), prompt.embeds.device)
 
 
-class _Held(NamedTuple):
-    """The prompt that a row of the target's cache holds."""
-
-    token_ids: torch.Tensor  # int64 [1, S]
-    positions: torch.Tensor  # int64 [P, S]
-    boundary: int
-    read: TargetPrefill
-
-    def begins_like(self, prompt: Prompt) -> bool:
-        """Whether part one is the same."""
-        one = slice(0, self.boundary)
-        return (
-            prompt.boundary == self.boundary
-            and torch.equal(prompt.inputs.token_ids[:, one], self.token_ids[:, one])
-            and torch.equal(prompt.positions[:, one], self.positions[:, one])
-        )
-
-    def is_like(self, prompt: Prompt) -> bool:
-        """Whether all is the same; positions of text follow from what stands before it."""
-        return self.begins_like(prompt) and torch.equal(prompt.inputs.token_ids, self.token_ids)
-
-
-class TargetReader:
-    """The target's cache of B rows, and the prompt that each row holds.
-
-    A row's next prompt, about the same video, reads only what is new to the cache: the text behind the video where
-    the same stands before it, and nothing where this prompt was the last one. What decoding wrote stands behind the
-    prompt and is forgotten.
-    """
-
-    def __init__(self, model: VideoLM) -> None:
-        """No room yet, and nothing read."""
-        self._model = model
-        self._cache: SlabCache | None = None
-        self._held: dict[int, _Held] = {}
-
-    def make_room(self, rows: int, capacity: int) -> SlabCache:
-        """The cache, with room for `capacity` tokens of each row; a smaller one goes, and with it all that was read.
-
-        Raises:
-            GenerationError: Some layers see a sliding window that is shorter than this.
-        """
-        if self._cache is None or self._cache.rows != rows or self._cache.capacity < capacity:
-            self._cache = None  # first, for the two together may not fit
-            self._held.clear()
-            self._cache = self._model.new_cache(rows, capacity)
-        return self._cache
-
-    def forget(self) -> None:
-        """Give the cache up: what decoding left in it is not to be trusted."""
-        self._cache = None
-        self._held.clear()
-
-    def read(self, prompt: Prompt, row: int, clock: StageClock) -> TargetPrefill:
-        """Read a prompt into its row; the stages `read_video` and `read_text` take the time of what had to be done."""
-        assert self._cache is not None
-        held = self._held.pop(row, None)  # what fails half-way leaves nothing to rely on
-        if held is None or not held.begins_like(prompt):
-            with clock.awaited_stage("read_video"):
-                prefill_video(self._model, prompt, self._cache, row)
-            held = None
-        if held is None or not held.is_like(prompt):
-            with clock.awaited_stage("read_text"):
-                read = prefill_text(self._model, prompt, self._cache, row)
-            held = _Held(prompt.inputs.token_ids, prompt.positions, prompt.boundary, read)
-        self._held[row] = held
-        return held.read
-
-
-def prefill_draft(model: VideoLM, prompt: Prompt, cache: SlabCache, row: int) -> None:
-    """Read a pruned prompt into `row` of the draft's cache."""
-    _run(model, prompt, cache, row, slice(0, prompt.length), AttentionPlan())
+def prefill_draft(model: VideoLM, cache: KVCache, readings: Sequence[Reading]) -> None:
+    """Read pruned prompts into their rows of the draft's cache."""
+    for pack in packs([one.count for one in readings], model.packed_tokens):
+        some = [readings[index] for index in pack]
+        _pass(model, cache, some, [None] * len(some))
 
 
 def prune_prompt(prompt: Prompt, keep: torch.Tensor, *, compact: bool) -> Prompt:

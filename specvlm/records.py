@@ -54,7 +54,8 @@ class Frames(NamedTuple):
 class CaptionStats:
     """What one caption took. Metric names follow vLLM's `spec_decode` metrics.
 
-    What several captions of one `PromptSession` share counts in the first of them alone, so times can be summed.
+    The stages of captions that were made together are shares of their steps' wall time, so sums over captions are wall
+    time. What several captions of one `PromptSession` have in common counts in the first of them alone.
 
     Attributes:
         method: `"plain"`, `"specvlm/<pruner>/<tree>"`, or with a trained head `"specvlm-head/<compressor>/<tree>"`.
@@ -78,14 +79,16 @@ class CaptionStats:
         draft_s: Share of `decode_s` in which the draft proposed.
         verify_s: Share of `decode_s` in which the target scored nodes and paths were chosen.
         commit_s: Share of `decode_s` in which caches were committed.
-        total_s: Time of the whole caption, from opening the file to its last token.
-        plain_token_s: Estimated time per token of plain decoding after the first token; None: not estimated.
+        total_s: video_decode_s, preprocess_s and all stages up to its last token.
+        plain_token_s: Estimated time per token of plain decoding after the first token, with as many sequences in
+            flight: from plain steps that `tree="auto"` timed anyway; None: there were none.
         peak_memory_bytes: Peak of the device's allocator (CUDA), or of the process (CPU).
         device: The target's device, in words.
         compressor: What a trained head's compressor did to this video, e.g. `"pool"`; operators used together are
             joined with `+`. None without a head.
         compression_ratio: video_tokens / video_tokens_kept of a trained head; None without a head, and where it
             saw no video token.
+        mean_batch_size: How many sequences shared its steps, on average.
     """
 
     method: str
@@ -114,6 +117,7 @@ class CaptionStats:
     depth_tries: tuple[int, ...] = ()
     compressor: str | None = None
     compression_ratio: float | None = None
+    mean_batch_size: float = 1.0
 
     @property
     def mean_accepted_tokens(self) -> float | None:

@@ -158,38 +158,45 @@ class _Columns(NamedTuple):
 
 
 class TokenRule:
-    """The rule for B rows. Target and draft share it, so that the draft guesses under the target's own rules."""
+    """The rule for the B rows of a batch. Target and draft share it, so that the draft guesses under the same rules."""
 
     def __init__(
-        self,
-        rules: LogitsRules,
-        settings: GenerationSettings,
-        prompts: Sequence[torch.Tensor],
-        vocabulary: int,
-        device: torch.device,
+        self, rules: LogitsRules, settings: GenerationSettings, vocabulary: int, device: torch.device
     ) -> None:
-        """`prompts`: int64 [S_b] per row, whose tokens count as seen for the repetition penalty."""
+        """No rows yet; see `add`."""
         self._rules, self._settings = rules, settings
         self._vocabulary, self._device = vocabulary, device
         self._penalised = rules.repetition_penalty != 1.0
-        least = [max(rules.min_tokens, rules.min_length - len(prompt)) for prompt in prompts]
-        self._ends_late = max(least) > 0
-        self._least = torch.tensor(least, device=device)[:, None, None]  # [B, 1, 1], new tokens before an end
+        self._ends_late = bool(rules.min_tokens or rules.min_length)
         self._indexed = bool(rules.suppress_first or self._ends_late or rules.forced_eos)
-        self._round = _Round(torch.zeros(len(prompts), dtype=torch.long, device=device), None)
+        self._least = torch.zeros(0, 1, 1, dtype=torch.long, device=device)  # [B, 1, 1], tokens before an end
         # One column more than tokens, where marks that are not to count go.
-        self._seen = torch.zeros(len(prompts), vocabulary + 1, dtype=torch.bool, device=device)
-        for row, prompt in enumerate(prompts):
-            self._seen[row, prompt.to(device)] = True
+        self._seen = torch.zeros(0, vocabulary + 1, dtype=torch.bool, device=device)
+        self._round = _Round(torch.zeros(0, dtype=torch.long, device=device), None)
         self._suppress = self._column(rules.suppress)
         self._suppress_first = self._column(rules.suppress_first)
         self._no_eos = self._column(rules.eos)
         self._not_forced = ~self._column(rules.forced_eos)
 
+    def add(self, prompts: Sequence[torch.Tensor]) -> None:
+        """Add rows; `prompts`: int64 [S_b] of each, whose tokens count as seen for the repetition penalty."""
+        rules = self._rules
+        least = [max(rules.min_tokens, rules.min_length - len(prompt)) for prompt in prompts]
+        self._least = torch.cat((self._least, torch.tensor(least, device=self._device)[:, None, None]))
+        seen = torch.zeros(len(prompts), self._seen.shape[1], dtype=torch.bool, device=self._device)
+        if self._penalised:
+            for row, prompt in enumerate(prompts):
+                seen[row, prompt.to(self._device)] = True
+        self._seen = torch.cat((self._seen, seen))
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """From now on the batch is these of its rows, int64 [B], in this order."""
+        self._least, self._seen = self._least.index_select(0, rows), self._seen.index_select(0, rows)
+
     @property
     def host_state(self) -> Hashable:
         """All that scores depend on beside their arguments and the tensors among the attributes."""
-        return self._rules, self._settings, self._vocabulary, self._ends_late
+        return self._rules, self._settings, self._vocabulary
 
     def _column(self, tokens: Sequence[int]) -> torch.Tensor:
         """Token ids -> bool [C]; ids beyond the vocabulary cannot be written anyway."""

@@ -1,79 +1,28 @@
 """One video, several prompts: read, preprocessed, seen by the vision towers and prefilled once.
 
-Each caption is what it would be alone, token for token. Only time is shared, and this file keeps account of it; it
-knows nothing of files, models or the loop.
+Each caption is what it would be alone, token for token. Captions made with the draft and captions made plainly share
+nothing with each other, so that either way's times are its own.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Unpack
+from dataclasses import replace
+from typing import Unpack
 
-from specvlm.captioner import Captioner, CaptionOptions, Job, PreparedVideo, Seen
-from specvlm.errors import ConfigError, NonFiniteLogitsError, PromptError
+from specvlm.batch import CaptionBatch, Kind
+from specvlm.captioner import Captioner, CaptionOptions, PreparedVideo
+from specvlm.errors import ConfigError, PromptError
 from specvlm.families.base import ModelInputs
-from specvlm.records import Caption, CaptionStats, Frames
-from specvlm.stats import StageClock
-
-# Stages whose result outlives the caption that ran them, and the statistics that they are part of.
-_KEPT = {"tower": "vision_s", "read_video": "target_prefill_s", "read_text": "target_prefill_s"}
-
-
-@dataclass(slots=True)
-class _Work:
-    """Work that several captions use.
-
-    Attributes:
-        column: The statistics that it is part of.
-        seconds: What it took.
-        counted: The ways of decoding, True with the draft, that have counted it. A sum over the captions of either
-            way is then what this way alone would have taken.
-    """
-
-    column: str
-    seconds: float
-    counted: set[bool] = field(default_factory=set)
-
-
-class _Account:
-    """What of the shared work a caption has to count."""
-
-    def __init__(self, reading_s: float) -> None:
-        """`reading_s`: the video's own reading."""
-        self._works = {"reading": _Work("video_decode_s", reading_s)}
-
-    def note(self, name: str, column: str, seconds: float) -> None:
-        """Some work was done, perhaps anew."""
-        self._works[name] = _Work(column, seconds)
-
-    def note_stages(self, clock: StageClock) -> list[str]:
-        """Note what a caption did that is kept; -> its names."""
-        done = [stage for stage in _KEPT if clock.seconds(stage) > 0.0]
-        for stage in done:
-            self.note(stage, _KEPT[stage], clock.seconds(stage))
-        return done
-
-    def settle(self, stats: CaptionStats, text: str, done: list[str], speculate: bool) -> CaptionStats:
-        """Add work that was done before this caption, and that its way of decoding has not counted yet.
-
-        `done` are the works that the caption did itself, and has in its times; `text` is that on its prompt.
-        """
-        times: dict[str, Any] = {"total_s": stats.total_s}
-        for name in ("reading", "pixels", text, *_KEPT):
-            work = self._works[name]
-            if speculate not in work.counted and name not in done:
-                times[work.column] = times.get(work.column, getattr(stats, work.column)) + work.seconds
-                times["total_s"] += work.seconds
-            work.counted.add(speculate)
-        return replace(stats, **times)
+from specvlm.prefill import Begun
+from specvlm.records import Caption, Frames
 
 
 class PromptSession:
     """One video to be captioned with any of several prompts; made by `Captioner.session`.
 
-    It holds the video's features and the target's cache, which go when it goes.
+    It holds what the models know of the video, which goes when it goes.
     """
 
     def __init__(
@@ -90,22 +39,21 @@ class PromptSession:
             PreprocessError: The processor refuses these frames.
         """
         self._captioner = captioner
-        self._num_frames, self._source = len(frames.pixels), frames.source
-        self._account = _Account(reading_s)
-        self._inputs: list[ModelInputs | str] = []  # or why the prompt cannot be used
+        self._num_frames, self._reading_s = len(frames.pixels), reading_s
+        self._prompts: list[PreparedVideo | str] = []  # or why the prompt cannot be used
+        self._begun: dict[bool, Begun | None] = {}
+        self._pixels_s = 0.0  # of preprocessing the video, with the first prompt that can be used
+        # Ways of decoding whose captions have counted what all share; and, with an index, what a prompt has for itself.
+        self._counted: set[bool | tuple[bool, int]] = set()
         first: ModelInputs | None = None
-        for index, prompt in enumerate(prompts):
-            made = self._prepare(index, frames, prompt, system, first)
-            first = first or (made if isinstance(made, ModelInputs) else None)
-            self._inputs.append(made)
-        longest = max(
-            (made.prompt_tokens for made in self._inputs if isinstance(made, ModelInputs)), default=0
-        )
-        self._seen = Seen(captioner.target, longest)
+        for prompt in prompts:
+            made = self._prepare(frames, prompt, system, first)
+            first = first or (made.inputs if isinstance(made, PreparedVideo) else None)
+            self._prompts.append(made)
 
     def _prepare(
-        self, index: int, frames: Frames, prompt: str, system: str | None, first: ModelInputs | None
-    ) -> ModelInputs | str:
+        self, frames: Frames, prompt: str, system: str | None, first: ModelInputs | None
+    ) -> PreparedVideo | str:
         family, processor = self._captioner.target.family, self._captioner.processor
         start = time.perf_counter()
         try:
@@ -117,9 +65,20 @@ class PromptSession:
             return str(error)
         elapsed_s = time.perf_counter() - start
         if first is None:
-            self._account.note("pixels", "preprocess_s", elapsed_s)
-        self._account.note(_text(index), "preprocess_s", elapsed_s if first is not None else 0.0)
-        return made
+            self._pixels_s, elapsed_s = elapsed_s, 0.0
+        return PreparedVideo(made, self._num_frames, frames.source, self._reading_s, elapsed_s)
+
+    def add_to(
+        self, batch: CaptionBatch, key: object, index: int, kind: Kind, *, alone: bool = False
+    ) -> None:
+        """Queue the sequence of one prompt in a batch; see `CaptionBatch.add`.
+
+        Raises:
+            ConfigError: There is no such prompt.
+            PromptError: The prompt cannot be used.
+        """
+        video, begun, first = self._sequence(index, kind)
+        batch.add(key, video, kind, begun=begun, first=first, alone=alone)
 
     def caption(
         self,
@@ -127,19 +86,17 @@ class PromptSession:
         *,
         speculate: bool = True,
         time_limit_s: float | None = None,
-        estimate: bool = False,
         **options: Unpack[CaptionOptions],
     ) -> Caption:
         """Caption the video with one of the prompts; any of them, in any order, any number of times.
 
-        What several captions use counts in the statistics of the first one that uses it with the draft, and of the
-        first one that uses it without, and is 0 in those of all others.
+        What several captions use counts in the statistics of the first one that is made with the draft, and of the
+        first one that is made without; it is 0 in those of all others.
 
         Args:
             index: Of the prompt, from 0.
             speculate: False decodes plainly: same caption, slower.
             time_limit_s: Give up between two rounds once this much time has passed.
-            estimate: Time a few plain steps when the caption is done; see `Captioner.caption`.
             **options: Fields of GenerationSettings and SpeculationSettings.
 
         Raises:
@@ -149,33 +106,24 @@ class PromptSession:
             GenerationTimeoutError: Not within the time limit. The session goes on.
         """
         began = time.monotonic()
-        video = PreparedVideo(self._input(index), self._num_frames, self._source, 0.0, 0.0)
-        speculate = speculate and self._captioner.draft is not None
-        job = Job(self._captioner, [video], speculate, options, self._seen)
-        done: list[str] = []
-        try:
-            job.finish(began, time_limit_s)
-        except NonFiniteLogitsError:
-            self._seen.reader.forget()  # NaN behind a mask is NaN all the same
-            raise
-        finally:
-            done = self._account.note_stages(job.clock)
-        if estimate:
-            job.estimate_plain()
-        caption = job.caption(0)
-        stats = self._account.settle(caption.stats, _text(index), done, speculate)
-        return replace(caption, stats=stats)
+        kind = self._captioner.kind(speculate, options)
+        video, begun, first = self._sequence(index, kind)
+        return self._captioner.caption_one(
+            video, kind, begun=begun, first=first, began=began, time_limit_s=time_limit_s
+        )
 
-    def _input(self, index: int) -> ModelInputs:
-        if not 0 <= index < len(self._inputs):
+    def _sequence(self, index: int, kind: Kind) -> tuple[PreparedVideo, Begun | None, bool]:
+        """A prompt with its video, what is known of the video, and whether its reading is still to be counted."""
+        if not 0 <= index < len(self._prompts):
             raise ConfigError(
-                f"prompt {index} of a session with {len(self._inputs)}: give 0 to {len(self._inputs) - 1}"
+                f"prompt {index} of a session with {len(self._prompts)}: give 0 to {len(self._prompts) - 1}"
             )
-        made = self._inputs[index]
+        made = self._prompts[index]
         if isinstance(made, str):
             raise PromptError(made)
-        return made
-
-
-def _text(index: int) -> str:
-    return f"text {index}"
+        way = kind.speculation is not None
+        begun = self._begun.setdefault(way, Begun() if len(self._prompts) > 1 else None)
+        first, new = way not in self._counted, (way, index) not in self._counted
+        self._counted |= {way, (way, index)}
+        preprocess_s = first * self._pixels_s + new * made.preprocess_s
+        return replace(made, preprocess_s=preprocess_s), begun, first

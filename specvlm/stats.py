@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -86,6 +87,38 @@ def peak_memory_bytes(device: torch.device) -> int:
         return int(torch.cuda.max_memory_allocated(device))
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def free_memory_bytes(device: torch.device) -> int | None:
+    """Memory that can still be allocated on the device; of a CPU, what the system can give; None: it does not tell.
+
+    A limit of the process's control group (a container's, a Slurm job's) counts too.
+    """
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
+    free = [_available_bytes(), _group_bytes()]
+    return min((one for one in free if one is not None), default=None)
+
+
+def _available_bytes() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return None
+    free = (int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    return next((kibibytes << 10 for kibibytes in free), None)
+
+
+def _group_bytes() -> int | None:
+    """What the control group has left (cgroup v2)."""
+    try:
+        group = Path("/proc/self/cgroup").read_text(encoding="utf-8").strip().rpartition("::")[2]
+        folder = Path("/sys/fs/cgroup") / group.lstrip("/")
+        most, taken = ((folder / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        return max(0, int(most) - int(taken))
+    except (OSError, ValueError):  # no such system, no limit
+        return None
 
 
 def device_words(device: torch.device) -> str:

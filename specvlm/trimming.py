@@ -9,10 +9,10 @@ import copy
 from collections.abc import Iterable, Sequence
 
 from specvlm.captioner import Captioner
+from specvlm.costs import CostStore
 from specvlm.drafts.head import HeadDraft
 from specvlm.drafts.kept_tokens import Choosing, MostUsed, check_size, count_tokens, most_used, unseen_share
 from specvlm.drafts.small_model import SmallModelDraft
-from specvlm.loading import costs_of
 from specvlm.sampling import id_list
 
 # Of the tokens to come, so many may be left out because no caption has used them yet. Each of them spoils a round.
@@ -32,7 +32,7 @@ def guess_from(captioner: Captioner, ids: Sequence[int]) -> None:
     trimmed.vocabulary = trimmed.guessable.size
     captioner.draft = trimmed
     if trimmed.vocabulary != draft.vocabulary:  # what was learned of the other one's costs does not hold
-        captioner.costs = costs_of(captioner)
+        captioner.costs = CostStore()
 
 
 class Trimming:

@@ -1,8 +1,8 @@
-"""The plain baseline of a run: which videos get one, in which order, what both say together; its estimate elsewhere.
+"""The plain baseline of a run: which videos get one, what both ways of decoding say together; its estimate elsewhere.
 
-Both runs decode the same video in the same process, and share what comes before the first token; each counts it in
-full, as if it were alone. So that neither profits from being second, every other video, by a hash of its id, is
-decoded plainly first, the others with the draft first.
+Sampled videos are decoded in sets, a batch of their own, with the draft and plainly: same process, same batch size.
+What comes before the first token is shared, and counts in full on both sides, as if either were alone. So that
+neither way profits from being second, every other set is decoded plainly first.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Source = Literal["measured", "estimated"]
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One video, decoded with the draft and plainly, or the second estimated.
+    """One caption, decoded with the draft and plainly, or the second estimated. Times are shares of steps.
 
     Attributes:
         baseline_token_s: Plain time per token after the first; None for a caption of one token.
@@ -28,8 +28,9 @@ class Comparison:
         e2e_speedup: Plain total_s / speculative total_s. Reading, preprocessing, vision and the target's prefill
             were done once and count fully in both; the draft's own prefill counts on the speculative side. Of a
             video's several prompts the first has what they share, in both.
-        exact_match: The same token ids, the end-of-sequence token included; None where nothing was decoded plainly.
-        speedup_source: `measured` where plain decoding ran, `estimated` where a few of its steps were timed.
+        exact_match: The same token ids, the end-of-sequence token included, plainly and, where that was tried, in a
+            batch of one; None where nothing was decoded plainly.
+        speedup_source: `measured` where plain decoding ran, `estimated` where its time at this batch size was.
     """
 
     baseline_token_s: float | None
@@ -46,26 +47,26 @@ def sampled(item_id: str, share: float) -> bool:
     return int.from_bytes(digest[:8]) < share * 2**64
 
 
-def plain_first(item_id: str) -> bool:
-    """Say whether this video is decoded plainly before it is decoded with the draft."""
-    return hashlib.sha256(f"order {item_id}".encode()).digest()[0] % 2 == 1
-
-
-def compare(caption: Caption, plain: Caption) -> Comparison:
-    """Compare the two captions of one video and prompt."""
+def compare(caption: Caption, plain: Caption, alone: Caption | None = None) -> Comparison:
+    """Compare the captions of one video and prompt; `alone`: the one of a batch of one."""
     ours, theirs = caption.stats.token_s, plain.stats.token_s
     return Comparison(
         baseline_token_s=theirs,
         baseline_decode_s=plain.stats.decode_s,
         decode_speedup=theirs / ours if ours and theirs else None,
         e2e_speedup=plain.stats.total_s / caption.stats.total_s,
-        exact_match=caption.token_ids == plain.token_ids,
+        exact_match=caption.token_ids == plain.token_ids and alone_agrees(caption, alone),
         speedup_source="measured",
     )
 
 
+def alone_agrees(caption: Caption, alone: Caption | None) -> bool:
+    """Say whether a caption has the tokens of the one made in a batch of one, if there is one."""
+    return alone is None or caption.token_ids == alone.token_ids
+
+
 def estimate(caption: Caption) -> Comparison | None:
-    """Compare a caption with what plain decoding would have taken, as far as its own plain steps tell."""
+    """Compare a caption with what plain decoding would have taken at its batch size, where that is known."""
     stats = caption.stats
     if stats.plain_token_s is None:
         return None

@@ -30,6 +30,8 @@ SCHEMA = pa.schema(
         ("prune_ratio", pa.float64()),
         ("tree", pa.string()),
         ("draft", pa.string()),
+        ("batch_size", pa.int64()),
+        ("depth", pa.int64()),
         ("video", pa.string()),
         ("turn", pa.int64()),
         ("num_frames", pa.int64()),
@@ -48,6 +50,7 @@ SCHEMA = pa.schema(
         ("acceptance_histogram", pa.list_(pa.int64())),
         ("depth_tries", pa.list_(pa.int64())),
         ("peak_memory_bytes", pa.int64()),
+        ("mean_batch_size", pa.float64()),
         ("modelled", pa.bool_()),
     ]
 )

@@ -6,15 +6,16 @@ one, tests give a fake.
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+import os
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import specvlm
 from specvlm.demo import OWNER, demo_folder
 from specvlm.drafts.kept_tokens import MostUsed
+from specvlm.errors import PromptError
 from specvlm.records import Caption, Frames
 from specvlm_cli.exits import UsageError
 from specvlm_cli.settings import CaptionSettings, ModelChoice, Plain
@@ -23,6 +24,7 @@ DEMO_WEIGHTS = demo_folder("qwen-target").parent
 
 if TYPE_CHECKING:
     from specvlm import Captioner, PromptSession
+    from specvlm.batch import Kind
     from specvlm.trimming import Trimming
 
 WARM_UP_TOKENS = 8
@@ -50,30 +52,61 @@ class Models:
 
 
 class Session(Protocol):
-    """One video with its prompts, which share all that they have in common."""
+    """One video, preprocessed with its prompts; its sequences share all that they have in common."""
 
-    def caption(
-        self, index: int, *, speculate: bool, time_limit_s: float | None = None, estimate: bool = False
-    ) -> Caption:
-        """Caption the video with prompt number `index`, with the draft or plainly.
 
-        With `estimate`, a few plain steps are timed afterwards.
+class Finished(NamedTuple):
+    """One sequence that runs no more: a caption, or the error that belongs to this sequence alone."""
 
-        Raises:
-            PromptError: The prompt cannot be used.
-            GenerationTimeoutError: Not within the time limit.
-        """
+    key: Hashable  # what `add` was given
+    caption: Caption | None
+    error: Exception | None
 
 
 class Engine(Protocol):
-    """Makes captions with settings fixed beforehand."""
+    """Makes captions with settings fixed beforehand, many sequences at a time.
+
+    One thread calls all methods except `open`, which another one may call at any time.
+
+    Attributes:
+        models: What the loaded models turned out to be.
+        batch_size: The most sequences in flight. It may shrink when memory runs out.
+    """
 
     @property
-    def models(self) -> Models:
-        """What the loaded models turned out to be."""
+    def models(self) -> Models: ...
+
+    @property
+    def batch_size(self) -> int: ...
 
     def open(self, frames: Frames, prompts: Sequence[str]) -> Session:
-        """Preprocess frames and prompts."""
+        """Preprocess frames and prompts; runs no model.
+
+        Raises:
+            PromptError: A prompt cannot be used.
+            PreprocessError: The processor cannot take these frames.
+        """
+
+    def add(
+        self, key: Hashable, session: Session, index: int, *, speculate: bool = True, alone: bool = False
+    ) -> None:
+        """Queue a sequence: the video of `session` with prompt number `index`.
+
+        With `alone`, nothing else runs while it does.
+        """
+
+    def step(self) -> list[Finished]:
+        """Admit waiting sequences for which there is room, run one round of all that run; return what finished.
+
+        Raises:
+            Exception: Something went wrong that concerns all sequences in flight.
+        """
+
+    def abort(self, key: Hashable) -> None:
+        """Forget a sequence, waiting or running."""
+
+    def __len__(self) -> int:
+        """Return the number of sequences that wait or run."""
 
     def warm_up(self, frames: Frames, prompt: str) -> None:
         """Generate a few tokens both ways, so that the first video does not pay what first use costs.
@@ -96,32 +129,27 @@ class EngineFactory(Protocol):
         """Load the models onto a device; None: where the settings say."""
 
 
-class _SpecvlmSession:
-    """The library's session behind the `Session` protocol."""
-
-    def __init__(self, session: PromptSession, options: dict[str, Any], trimming: Trimming | None) -> None:
-        self._session, self._options, self._trimming = session, options, trimming
-
-    def caption(
-        self, index: int, *, speculate: bool, time_limit_s: float | None = None, estimate: bool = False
-    ) -> Caption:
-        caption = self._session.caption(
-            index, speculate=speculate, time_limit_s=time_limit_s, estimate=estimate, **self._options
-        )
-        if self._trimming is not None and speculate:  # what is also decoded plainly is counted once
-            self._trimming.hear(caption.token_ids)
-        return caption
-
-
 class SpecvlmEngine:
-    """The library behind the `Engine` protocol."""
+    """The library's captions in flight behind the `Engine` protocol."""
 
     def __init__(
-        self, captioner: Captioner, settings: CaptionSettings, trimming: Trimming | None = None
+        self,
+        captioner: Captioner,
+        settings: CaptionSettings,
+        trimming: Trimming | None = None,
+        batch_size: int | None = None,
     ) -> None:
+        from specvlm.batch import CaptionBatch
+
         self._captioner, self._trimming = captioner, trimming
         self._settings = settings
-        self._options = asdict(settings.generation) | _speculation_options(settings)
+        self._batch = CaptionBatch(captioner, batch_size)
+        self._refused: list[Finished] = []  # sequences whose prompts cannot be used
+        self._counted: set[Hashable] = set()  # sequences whose tokens trimming counts
+
+    @property
+    def batch_size(self) -> int:
+        return self._batch.batch_size
 
     @property
     def models(self) -> Models:
@@ -140,30 +168,64 @@ class SpecvlmEngine:
             resolved=resolved,
         )
 
-    def open(self, frames: Frames, prompts: Sequence[str]) -> Session:
-        session = self._captioner.session(frames, prompts, system=self._settings.system)
-        return _SpecvlmSession(session, self._options, self._trimming)
+    def open(self, frames: Frames, prompts: Sequence[str]) -> PromptSession:
+        return self._captioner.session(frames, prompts, system=self._settings.system)
+
+    def _kind(self, speculate: bool, most_tokens: int | None = None) -> Kind:
+        generation = self._settings.generation
+        if most_tokens is not None:
+            generation = replace(generation, max_new_tokens=min(most_tokens, generation.max_new_tokens))
+        return self._captioner.kind_of(generation, self._settings.speculation if speculate else None)
+
+    def add(
+        self,
+        key: Hashable,
+        session: Any,  # what `open` returned
+        index: int,
+        *,
+        speculate: bool = True,
+        alone: bool = False,
+    ) -> None:
+        try:
+            session.add_to(self._batch, key, index, self._kind(speculate), alone=alone)
+        except PromptError as error:
+            self._refused.append(Finished(key, None, error))
+            return
+        if speculate and not alone:  # what is also decoded in other ways is counted once
+            self._counted.add(key)
+
+    def step(self) -> list[Finished]:
+        finished, self._refused = self._refused, []
+        for one in self._batch.step():
+            if one.key in self._counted:
+                self._counted.remove(one.key)
+                if self._trimming is not None and one.caption is not None:
+                    self._trimming.hear(one.caption.token_ids)
+            finished.append(Finished(*one))
+        return finished
+
+    def abort(self, key: Hashable) -> None:
+        self._refused = [one for one in self._refused if one.key != key]
+        self._counted.discard(key)
+        self._batch.abort(key)
+
+    def __len__(self) -> int:
+        return len(self._batch) + len(self._refused)
 
     def warm_up(self, frames: Frames, prompt: str) -> None:
-        few = min(WARM_UP_TOKENS, self._settings.generation.max_new_tokens)
         session = self._captioner.session(frames, [prompt], system=self._settings.system)
         for speculate in (False, True):
-            session.caption(0, speculate=speculate, **(self._options | {"max_new_tokens": few}))
+            session.add_to(self._batch, "warm-up", 0, self._kind(speculate, WARM_UP_TOKENS))
+            while len(self._batch):
+                self._batch.step()
 
     def is_out_of_memory(self, error: Exception) -> bool:
-        import torch
+        from specvlm.batch import free_what_can_be_freed, is_out_of_memory
 
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        if not is_out_of_memory(error):
             return False
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_what_can_be_freed()
         return True
-
-
-def _speculation_options(settings: CaptionSettings) -> dict[str, Any]:
-    names = ("pruner", "prune_ratio", "top_p", "tree", "positions", "depth", "nodes")
-    return {name: getattr(settings.speculation, name) for name in names}
 
 
 def public_name(model: str) -> str:
@@ -176,10 +238,19 @@ def public_name(model: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Factory:
-    """Makes the real engine; downloads show their progress unless `quiet`."""
+    """Makes the real engine; downloads show their progress unless `quiet`.
+
+    Attributes:
+        settings: What captions depend on, and how they are made.
+        quiet: Show no progress of downloads.
+        batch_size: The most sequences in flight; None: as many as memory holds and as help.
+        readers: Processes that read videos at the same time, for which a target on the CPU leaves cores.
+    """
 
     settings: CaptionSettings
     quiet: bool
+    batch_size: int | None = None
+    readers: int = 0
 
     def gpus(self) -> int:
         import torch
@@ -190,12 +261,31 @@ class Factory:
         """Load the models. Here transformers is imported."""
         models = self.settings.models
         if not isinstance(models.draft_vocab, MostUsed):
-            return SpecvlmEngine(load_captioner(models, device, quiet=self.quiet), self.settings)
+            return self._engine(load_captioner(models, device, quiet=self.quiet))
         captioner = load_captioner(replace(models, draft_vocab=None), device, quiet=self.quiet)
 
         from specvlm.trimming import Trimming
 
-        return SpecvlmEngine(captioner, self.settings, Trimming(captioner, models.draft_vocab))
+        return self._engine(captioner, Trimming(captioner, models.draft_vocab))
+
+    def _engine(self, captioner: Captioner, trimming: Trimming | None = None) -> SpecvlmEngine:
+        if captioner.info.device == "cpu":
+            _leave_cores(max(1, self.readers // 2))  # they wait half of the time
+        return SpecvlmEngine(captioner, self.settings, trimming, self.batch_size)
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _leave_cores(others: int) -> None:
+    """Have torch use all cores but so many, unless OMP_NUM_THREADS says how many."""
+    if "OMP_NUM_THREADS" in os.environ:
+        return
+    import torch
+
+    torch.set_num_threads(max(1, min(torch.get_num_threads(), _cores() - others)))
 
 
 def load_captioner(models: ModelChoice, device: str | None = None, *, quiet: bool) -> Captioner:

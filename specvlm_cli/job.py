@@ -344,7 +344,7 @@ class _Start:
             failed_now=runner.failed,
             figures=runner.tally.figures() if todo or self.refused else None,
             stopped=runner.stopped or (self.stop.reason if outcome.pending else None),
-            waited_s=runner.waited_s if todo else None,
+            captioning=runner.captioning,
             failures_file=str(self.folder.root / self.folder.parts.failures_name) if outcome.failed else None,
         )
 

@@ -29,7 +29,8 @@ from specvlm_cli.wanted import Wanted
 
 Row = dict[str, Any]
 
-MOST_CRASHES = 3  # a video in whose company the process died this often is not tried again
+MOST_CRASHES = 3  # a video that was running at so many crashes, alone at the last, is not tried again
+SUSPECT_CRASHES = MOST_CRASHES - 1  # one that was running at so many runs with nothing else
 BUSY_TIMEOUT_S = 60.0
 BAD_INPUT = "BadInput"  # error type of a manifest's row that names no video
 UNREADABLE = (sqlite3.DatabaseError, UnicodeDecodeError)  # SQLite's message may quote damaged bytes
@@ -369,14 +370,21 @@ class Ledger:
         sql = "SELECT DISTINCT json_extract(row, '$.config_hash') FROM caption"
         return {digest for (digest,) in self._db.execute(sql)}
 
-    # One video at a time
+    # What videos are claimed, and what becomes of them
 
     def pending(self, after: int, limit: int) -> list[Claim]:
-        """Return the next pending wanted videos after `after`, an ordinal; nothing is written."""
-        sql = """SELECT ordinal, item.id, item.path, item.start_s, item.end_s, item.prompts, item.kept, attempts
-                 FROM item JOIN wanted.video AS video USING (id)
-                 WHERE state = 'pending' AND ordinal > ? ORDER BY ordinal LIMIT ?"""
-        return [_claim(*row) for row in self._db.execute(sql, (after, limit)).fetchall()]
+        """Return the next pending wanted videos after `after`, an ordinal, but for `suspects`; nothing is written."""
+        return self._pending("ordinal > ? AND crashes < ?", after, SUSPECT_CRASHES, limit)
+
+    def suspects(self, limit: int | None) -> list[Claim]:
+        """Return the pending wanted videos that were running at several crashes in a row; nothing is written."""
+        return self._pending("crashes >= ?", SUSPECT_CRASHES, -1 if limit is None else limit)
+
+    def _pending(self, condition: str, *values: int) -> list[Claim]:
+        sql = f"""SELECT ordinal, item.id, item.path, item.start_s, item.end_s, item.prompts, item.kept, attempts
+                  FROM item JOIN wanted.video AS video USING (id)
+                  WHERE state = 'pending' AND {condition} ORDER BY ordinal LIMIT ?"""
+        return [_claim(*row) for row in self._db.execute(sql, values).fetchall()]
 
     def claim(self, claim: Claim) -> None:
         """Mark a pending video as running: whatever kills this process now may be its doing."""
@@ -433,16 +441,29 @@ class Ledger:
                 (failure.stage, failure.error_type, failure.error, _now(), claim.attempts, claim.ordinal),
             )
 
+    def note_captioning(self, seconds: float, workers: int, waited_s: float) -> None:
+        """Store how long this start has captioned, and how long its workers waited for input, for `status`."""
+        values = ("captioning_ms", 1000 * seconds), ("workers", workers), ("waited_ms", 1000 * waited_s)
+        with self.writing():
+            for name, value in values:
+                self._db.execute("INSERT OR REPLACE INTO counter VALUES (?, ?)", (name, round(value)))
+
     # Starting again
 
     def recover(self, *, crashed: bool) -> None:
-        """Put back what was left running; a video that was there at every one of three crashes fails.
+        """Put back what was left running; a video that was there at three crashes, alone at the last, fails.
 
-        `crashed` is false where the run before ended in order and only could not put its video back.
+        Where several were running, none of them is charged with more than makes it run alone next: one may have
+        killed the process, and the others were only there.
+
+        `crashed` is false where the run before ended in order and only could not put its videos back.
         """
         with self.writing():
+            alone = int(self._one("SELECT count(*) FROM item WHERE state = 'running'")) == 1
             self._db.execute(
-                "UPDATE item SET crashes = crashes + ?, state = 'pending' WHERE state = 'running'", (crashed,)
+                """UPDATE item SET crashes = iif(?, min(crashes + 1, ?), crashes), state = 'pending'
+                   WHERE state = 'running'""",
+                (crashed, MOST_CRASHES if alone else SUSPECT_CRASHES),
             )
             self._db.execute(
                 """UPDATE item

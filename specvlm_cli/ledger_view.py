@@ -212,6 +212,17 @@ class LedgerView:
         found = self._all(sql)
         return found[0][0] if found else None
 
+    def captioning(self) -> tuple[float, int, float] | None:
+        """Return how long the latest start has captioned, its workers, and how long these waited for input.
+
+        Both are seconds; None: no start has noted it.
+        """
+        sql = "SELECT name, value FROM counter WHERE name IN ('captioning_ms', 'workers', 'waited_ms')"
+        found = dict(self._all(sql))
+        if len(found) < 3:
+            return None
+        return found["captioning_ms"] / 1000, found["workers"], found["waited_ms"] / 1000
+
     def latest_rows(self, most: int) -> Iterator[Row]:
         """Yield the rows of the captions made last, the latest first."""
         before = (1 << 63) - 1

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from specvlm.config import FrameSettings
 from specvlm_cli.decoding import Limits
 from specvlm_cli.generating.messages import OnOom
+from specvlm_cli.inputs.item import Item
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +18,6 @@ class Policy:
         frames: Which frames to read of each video.
         prompts: What to ask about a video that brings no prompts of its own.
         baseline_sample: Share of videos that are also decoded plainly, 0..1.
-        estimate: Time a few plain steps on the caches of the others.
         limit: Most videos to work on; None: all.
         max_failures: Stop once this many videos have failed in this start; None: never.
         retries: Further tries of a video after a fault that may pass.
@@ -37,7 +37,6 @@ class Policy:
     frames: FrameSettings
     prompts: tuple[str, ...]
     baseline_sample: float = 0.0
-    estimate: bool = False
     limit: int | None = None
     max_failures: int | None = None
     retries: int = 2
@@ -52,3 +51,7 @@ class Policy:
     ahead_bytes: int = 2 << 30
     part_rows: int = 1000
     part_s: float = 600.0
+
+    def sequences(self, item: Item) -> int:
+        """Return how many captions a video gets: one for each prompt."""
+        return len(item.prompts or self.prompts)

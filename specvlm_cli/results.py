@@ -6,9 +6,11 @@ Everything here takes the same memory after ten rows and after ten million.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from statistics import median
+from itertools import accumulate
 from typing import Any
 
 from specvlm_cli.exits import ExitCode
@@ -20,12 +22,38 @@ OTHER_KINDS = "other kinds"
 
 
 @dataclass(frozen=True, slots=True)
-class Speedup:
-    """One kind of speedup over the captions that have one."""
+class Spread:
+    """How a figure of single captions varies.
 
-    of_totals: float  # sum of the plain times / sum of the speculative times
-    median: float  # of the speedups of single captions; beyond `Median.EXACT` of them, within 0.1 %
-    captions: int = 0  # how many
+    Attributes:
+        captions: How many captions this is from.
+        median: Half of them are below; beyond `Quantiles.EXACT` captions within 0.1 %, as are the others.
+        p10: One in ten is below.
+        p90: Nine in ten are below.
+    """
+
+    captions: int
+    median: float
+    p10: float
+    p90: float
+
+
+@dataclass(frozen=True, slots=True)
+class Speedup(Spread):
+    """One kind of speedup over plain decoding at the same batch size, over the captions that have one.
+
+    Attributes:
+        of_totals: Sum of the plain times / sum of the speculative times; what a run gains.
+        mean_batch_size: Sequences that shared the steps, on average over the time of the rounds; None: not known.
+    """
+
+    of_totals: float
+    mean_batch_size: float | None = None
+
+    @property
+    def between(self) -> tuple[float, float]:
+        """The range to report of an estimate: p10 to p90 of single captions, the ratio of totals included."""
+        return min(self.p10, self.of_totals), max(self.p90, self.of_totals)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +62,7 @@ class Figures:
 
     Attributes:
         captions: Captions made by this start.
+        videos: Videos that these are of.
         completion_tokens: Their tokens.
         mean_accepted_tokens: Accepted tokens / rounds over all captions, the bonus token not counted.
         mean_acceptance_length: That + 1, tokens per round; None without rounds.
@@ -41,8 +70,10 @@ class Figures:
         identical: Of those, how many have the very same tokens.
         decode: Speedup of everything after the first token, measured.
         end_to_end: Speedup from opening the file to the text, measured.
-        decode_estimated: The same where the plain time was estimated from a few plain steps.
-        end_to_end_estimated: The same where the plain time was estimated from a few plain steps.
+        decode_estimated: The first where the plain time was estimated.
+        end_to_end_estimated: The second where the plain time was estimated.
+        estimate_over_measured: Plain time as estimated / as measured, where a caption has both; None: none has.
+        mean_batch_size: Sequences that shared the steps, on average over the time of the rounds; None: not known.
         tokens_per_s: Tokens after the first / time of the rounds, over all captions; None without rounds.
         stages_s: Time of each stage over all captions; what the prompts of a video share counts once.
         failures_by_kind: Failed videos by `stage:error_type`, where the tally was told of them.
@@ -52,6 +83,7 @@ class Figures:
     """
 
     captions: int = 0
+    videos: int = 0
     completion_tokens: int = 0
     mean_accepted_tokens: float | None = None
     mean_acceptance_length: float | None = None
@@ -61,6 +93,8 @@ class Figures:
     end_to_end: Speedup | None = None
     decode_estimated: Speedup | None = None
     end_to_end_estimated: Speedup | None = None
+    estimate_over_measured: Spread | None = None
+    mean_batch_size: float | None = None
     tokens_per_s: float | None = None
     stages_s: dict[str, float] = field(default_factory=dict)
     failures_by_kind: dict[str, int] = field(default_factory=dict)
@@ -71,26 +105,26 @@ class Figures:
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """What of the figures costs nothing to know at any time.
+    """What of the figures is shown while a start is at work.
 
     Attributes:
         accepted: Accepted tokens per round; None without rounds.
-        decode: Decode speedup of totals; None: not known yet.
-        end_to_end: End-to-end speedup of totals; None: not known yet.
+        decode: Decode speedup; None: not known yet.
+        end_to_end: End-to-end speedup; None: not known yet.
         estimated: These two are estimated, none was measured.
     """
 
     accepted: float | None = None
-    decode: float | None = None
-    end_to_end: float | None = None
+    decode: Speedup | None = None
+    end_to_end: Speedup | None = None
     estimated: bool = False
 
 
-class Median:
-    """The median of positive numbers in bounded memory.
+class Quantiles:
+    """The spread of positive numbers in bounded memory.
 
-    The first thousand are kept, and their median is exact. More are counted in steps of 0.2 % between e^-10
-    and e^10, so that the median is off by at most 0.1 %, inside that range.
+    The first thousand are kept, and their quantiles are exact. More are counted in steps of 0.2 % between e^-10
+    and e^10, so that a quantile is off by at most 0.1 %, inside that range.
     """
 
     EXACT = 1000
@@ -98,10 +132,12 @@ class Median:
     _MOST_STEPS = 5000
 
     def __init__(self) -> None:
+        self.count = 0
         self._kept: list[float] = []
         self._steps: Counter[int] = Counter()
 
     def add(self, value: float) -> None:
+        self.count += 1
         if self._steps:
             self._steps[self._step(value)] += 1
             return
@@ -114,63 +150,90 @@ class Median:
         step = round(math.log(value) / self._STEP) if value > 0.0 else -self._MOST_STEPS
         return max(-self._MOST_STEPS, min(step, self._MOST_STEPS))
 
-    def value(self) -> float:
-        """Return the median.
+    def spread(self) -> Spread | None:
+        """Return median, p10 and p90; None: there is no number yet."""
+        if not self.count:
+            return None
+        steps = sorted(self._steps)
+        values = [math.exp(step * self._STEP) for step in steps] if steps else sorted(self._kept)
+        ends = list(accumulate(self._steps[step] for step in steps)) if steps else range(1, self.count + 1)
+        return Spread(self.count, *(self._at(share, values, ends) for share in (0.5, 0.1, 0.9)))
 
-        Raises:
-            ValueError: There is no number yet.
-        """
-        if not self._steps:
-            return median(self._kept)
-        count = self._steps.total()
-        low, high = (self._at(rank) for rank in ((count - 1) // 2, count // 2))
-        return (low + high) / 2.0
-
-    def _at(self, rank: int) -> float:
-        """Return the number that `rank` others come before, of those that were counted."""
-        for step in sorted(self._steps):
-            rank -= self._steps[step]
-            if rank < 0:
-                return math.exp(step * self._STEP)
-        raise IndexError(rank)
+    def _at(self, share: float, values: Sequence[float], ends: Sequence[int]) -> float:
+        """Return the number that this share is below, between its two neighbours; value k ends at rank ends[k]."""
+        rank = share * (self.count - 1)
+        below, above = (values[bisect_right(ends, place)] for place in (math.floor(rank), math.ceil(rank)))
+        return below + (above - below) * (rank - math.floor(rank))
 
 
 class _Ratio:
     """Pairs of a plain and a speculative time of the same work."""
 
     def __init__(self) -> None:
-        self.count = 0
         self._ours_s = 0.0
         self._plain_s = 0.0
-        self._median = Median()
+        self._quantiles = Quantiles()
 
     def add(self, ours_s: float, speedup: float) -> None:
-        self.count += 1
         self._ours_s += ours_s
         self._plain_s += ours_s * speedup
-        self._median.add(speedup)
+        self._quantiles.add(speedup)
 
-    @property
-    def of_totals(self) -> float | None:
-        return self._plain_s / self._ours_s if self._ours_s else None
+    def speedup(self, mean_batch_size: float | None) -> Speedup | None:
+        spread = self._quantiles.spread()
+        if spread is None or not self._ours_s:
+            return None
+        of_totals = self._plain_s / self._ours_s
+        return Speedup(**asdict(spread), of_totals=of_totals, mean_batch_size=mean_batch_size)
 
-    def speedup(self) -> Speedup | None:
-        ratio = self.of_totals
-        return None if ratio is None else Speedup(ratio, self._median.value(), self.count)
+
+class _BatchSize:
+    """The mean batch size over the time of the rounds.
+
+    A row's `decode_s` is its share of the steps that it was in, so that shares weigh each step by its time.
+    """
+
+    def __init__(self) -> None:
+        self._decode_s = 0.0
+        self._weighted = 0.0
+
+    def add(self, row: Row) -> None:
+        if (size := row.get("mean_batch_size")) is not None:  # an earlier version wrote none
+            self._decode_s += row["decode_s"]
+            self._weighted += row["decode_s"] * size
+
+    def mean(self) -> float | None:
+        return self._weighted / self._decode_s if self._decode_s else None
 
 
 class _Speedups:
     """Both kinds of speedup from one source of plain times."""
 
     def __init__(self) -> None:
-        self.decode = _Ratio()
-        self.end_to_end = _Ratio()
+        self._decode = _Ratio()
+        self._end_to_end = _Ratio()
+        self._batch_size = _BatchSize()
 
     def add(self, row: Row) -> None:
+        self._batch_size.add(row)
         if row["decode_speedup"] is not None:
-            self.decode.add(row["decode_s"], row["decode_speedup"])
+            self._decode.add(row["decode_s"], row["decode_speedup"])
         if row["e2e_speedup"] is not None:
-            self.end_to_end.add(row["total_s"], row["e2e_speedup"])
+            self._end_to_end.add(row["total_s"], row["e2e_speedup"])
+
+    def decode(self) -> Speedup | None:
+        return self._decode.speedup(self._batch_size.mean())
+
+    def end_to_end(self) -> Speedup | None:
+        return self._end_to_end.speedup(self._batch_size.mean())
+
+
+def estimate_over_measured(row: Row) -> float | None:
+    """Return a caption's plain time as estimated / as measured; None where it does not have both."""
+    estimated, measured = row.get("estimated_token_s"), row.get("baseline_token_s")
+    if row["speedup_source"] != "measured" or not estimated or not measured:
+        return None
+    return float(estimated / measured)
 
 
 class Tally:
@@ -178,6 +241,7 @@ class Tally:
 
     def __init__(self) -> None:
         self.captions = 0
+        self.videos = 0
         self.tokens = 0
         self.failures: Counter[str] = Counter()
         self._drafts = 0
@@ -186,17 +250,21 @@ class Tally:
         self._identical = 0
         self._steps = 0  # tokens after the first
         self._stages_s = dict.fromkeys(STAGES, 0.0)
+        self._batch_size = _BatchSize()
         self._speedups = {"measured": _Speedups(), "estimated": _Speedups()}
+        self._estimates = Quantiles()  # plain time as estimated / as measured
         self._names: dict[str, dict[str, None]] = {"target_model": {}, "draft_model": {}, "device": {}}
 
     def add(self, row: Row) -> None:
         """Count one caption."""
         self.captions += 1
+        self.videos += row["prompt_index"] == 0
         self.tokens += row["completion_tokens"]
         self._drafts += row["num_drafts"]
         self._accepted += row["num_accepted_tokens"]
         self._steps += row["completion_tokens"] - 1
         self._add_stages(row)
+        self._batch_size.add(row)
         for column, names in self._names.items():
             if row[column] is not None and len(names) < MOST_KINDS:
                 names[row[column]] = None
@@ -204,6 +272,8 @@ class Tally:
             self._speedups[source].add(row)
             self._compared += row["exact_match"] is not None
             self._identical += row["exact_match"] is True
+        if (error := estimate_over_measured(row)) is not None:
+            self._estimates.add(error)
 
     def _add_stages(self, row: Row) -> None:
         for stage in STAGES:
@@ -218,30 +288,33 @@ class Tally:
         self.failures[kind if known else OTHER_KINDS] += videos
 
     def running(self) -> Running:
-        """Return what is known at once, however many rows there were."""
+        """Return what is shown while the work goes on; it takes no longer the more rows there were."""
         accepted = self._accepted / self._drafts if self._drafts else None
         for source, speedups in self._speedups.items():
-            decode, end_to_end = speedups.decode.of_totals, speedups.end_to_end.of_totals
+            decode, end_to_end = speedups.decode(), speedups.end_to_end()
             if decode is not None or end_to_end is not None:
                 return Running(accepted, decode, end_to_end, estimated=source == "estimated")
         return Running(accepted)
 
     def figures(self) -> Figures:
-        """Return everything, medians included; for the end."""
+        """Return everything; for the end."""
         accepted = self._accepted / self._drafts if self._drafts else None
         measured, estimated = self._speedups["measured"], self._speedups["estimated"]
         decode_s = self._stages_s["decode_s"]
         return Figures(
             captions=self.captions,
+            videos=self.videos,
             completion_tokens=self.tokens,
             mean_accepted_tokens=accepted,
             mean_acceptance_length=None if accepted is None else accepted + 1.0,
             compared=self._compared,
             identical=self._identical,
-            decode=measured.decode.speedup(),
-            end_to_end=measured.end_to_end.speedup(),
-            decode_estimated=estimated.decode.speedup(),
-            end_to_end_estimated=estimated.end_to_end.speedup(),
+            decode=measured.decode(),
+            end_to_end=measured.end_to_end(),
+            decode_estimated=estimated.decode(),
+            end_to_end_estimated=estimated.end_to_end(),
+            estimate_over_measured=self._estimates.spread(),
+            mean_batch_size=self._batch_size.mean(),
             tokens_per_s=self._steps / decode_s if decode_s else None,
             stages_s=dict(self._stages_s) if self.captions else {},
             failures_by_kind=dict(self.failures.most_common()),
@@ -264,6 +337,27 @@ class LiveStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class Captioning:
+    """How long a start captioned, and how well its decoders were fed.
+
+    Attributes:
+        seconds: Wall time of captioning: from the moment that the models were loaded to the last row.
+        workers: Processes that decoded, each with its own models.
+        waited_s: Time in which a worker had free slots and nothing to fill them with, summed over workers.
+    """
+
+    seconds: float = 0.0
+    workers: int = 1
+    waited_s: float = 0.0
+
+    @property
+    def waited_share(self) -> float | None:
+        """Share of the captioning time in which the decoders waited for input; None: there was no such time."""
+        whole_s = self.workers * self.seconds
+        return min(self.waited_s / whole_s, 1.0) if whole_s else None
+
+
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """How a start ended.
 
@@ -276,10 +370,9 @@ class Outcome:
         pending: Of those, how many are still to be done.
         failed_now: Videos that failed in this start.
         wall_s: Time of this start, loading included.
+        captioning: How long it captioned; None where no caption was made.
         figures: The captions of this start; None where there was nothing to do.
         stopped: Why this start ended early; None where it did not.
-        waited_s: Time in which workers had nothing to do but wait for frames, summed over workers; None: not
-            measured.
         failures_file: Where the failures are; None: there are none, or it is not known.
     """
 
@@ -291,11 +384,38 @@ class Outcome:
     pending: int
     failed_now: int = 0
     wall_s: float = 0.0
+    captioning: Captioning | None = None
     figures: Figures | None = None
     stopped: str | None = None
-    waited_s: float | None = None
     failures_file: str | None = None
+
+    @property
+    def videos_per_hour(self) -> float | None:
+        """Videos that got their captions / wall time of captioning; None: there were none."""
+        per_s = self._per_s(self.figures.videos if self.figures else 0)
+        return None if per_s is None else 3600.0 * per_s
+
+    @property
+    def caption_tokens_per_s(self) -> float | None:
+        """Tokens of captions / wall time of captioning; None: there were none."""
+        return self._per_s(self.figures.completion_tokens if self.figures else 0)
+
+    def _per_s(self, number: int) -> float | None:
+        seconds = self.captioning.seconds if self.captioning else 0.0
+        return number / seconds if number and seconds else None
 
     def as_json(self) -> dict[str, Any]:
         """Return the object that `--json` prints; `schema` grows when a name in it changes its meaning."""
-        return {"schema": 1, **asdict(self), "exit_code": int(self.exit_code)}
+        plain = asdict(self)
+        captioning = plain.pop("captioning")
+        return {
+            "schema": 1,
+            **plain,
+            "exit_code": int(self.exit_code),
+            "videos_per_hour": self.videos_per_hour,
+            "caption_tokens_per_s": self.caption_tokens_per_s,
+            "captioning_s": captioning and captioning["seconds"],
+            "workers": captioning and captioning["workers"],
+            "waited_s": captioning and captioning["waited_s"],
+            "waited_share": self.captioning and self.captioning.waited_share,
+        }

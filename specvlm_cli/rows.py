@@ -38,6 +38,7 @@ _COPIED = (
     "decode_s",
     "total_s",
     "tokens_per_s",
+    "mean_batch_size",
     "peak_memory_bytes",
     "device",
 )
@@ -105,7 +106,8 @@ def _media(source: VideoSource | None) -> Row:
 
 def _statistics(stats: CaptionStats) -> Row:
     return {name: getattr(stats, name) for name in _COPIED} | {
-        "acceptance_histogram": list(stats.acceptance_histogram)
+        "acceptance_histogram": list(stats.acceptance_histogram),
+        "estimated_token_s": stats.plain_token_s,
     }
 
 

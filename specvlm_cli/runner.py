@@ -1,43 +1,48 @@
-"""The work of one start: read ahead, give videos to the workers, store what comes; until none is left.
+"""The work of one start: read ahead, keep the workers' batches full, store what comes; until none is left.
 
 One event loop in one thread. Videos are read by a pool of killable child processes, a bounded number of bytes
-ahead; each worker process holds the models and captions one video at a time, and prepares the next one meanwhile;
-all of them are fed from one queue, so no GPU waits for another. A video counts as running, and so as suspect in a
-crash, only from the moment a worker is told to caption it.
+ahead; each worker process holds the models and captions many videos at a time, and prepares the next ones meanwhile;
+all of them are fed from one queue, so no GPU waits for another. In each turn all that the workers said is stored, and
+the next videos are claimed, in one transaction. A video counts as running from the moment it is claimed for a worker.
 
-One bad video never ends the run: whatever goes wrong with it is stored as its failure. What goes wrong with
-the ledger or the output folder does end it, because then nothing could be kept. It knows no screen and no
-settings of models.
+One bad video never ends the run: whatever goes wrong with it is stored as its failure. Where a worker dies with
+several videos, none of them is charged with it: each runs again alone, and one that kills its worker then is to blame.
+What goes wrong with the ledger or the output folder does end the run, because then nothing could be kept. It knows no
+screen and no settings of models.
 """
 
 from __future__ import annotations
 
 import sqlite3
 import time
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
+from functools import partial
 from multiprocessing.connection import wait
 from typing import Protocol
 
-from specvlm_cli import baseline
-from specvlm_cli.decoding import DecodingPool, ReadFailure, ReadVideo
+from specvlm_cli.assigning import Admission, Assigner
+from specvlm_cli.decoding import DecodingPool, ReadFailure
 from specvlm_cli.engine import EngineFactory, Models
 from specvlm_cli.exits import FatalError
 from specvlm_cli.failure import Failure
 from specvlm_cli.generating.crew import Crew
-from specvlm_cli.generating.messages import Broken, Failed, FromWorker, Hello, Made, Ready, Task
+from specvlm_cli.generating.messages import Broken, Failed, FromWorker, Hello, Lost, Made, Ready, Report
 from specvlm_cli.generating.worker import Worker
 from specvlm_cli.ledger import BAD_INPUT, NO_FILE, Claim, FileStamp, Ledger, Row
 from specvlm_cli.parts import Parts
 from specvlm_cli.policy import Policy
-from specvlm_cli.read_ahead import Queue, Taken
-from specvlm_cli.results import LiveStatus, Tally
+from specvlm_cli.read_ahead import Queue
+from specvlm_cli.results import Captioning, LiveStatus, Tally
 from specvlm_cli.rows import Provenance, caption_row
 from specvlm_cli.stopping import Stop
 
 _TOO_MANY = "max-failures"  # why a run stopped, where that was the reason
 _LOOK_EVERY_S = 0.5  # at stop requests and limits, where nothing else wakes us
 _NOT_FINITE, _NOT_FINITE_IN_A_ROW = "NonFiniteLogitsError", 3
-_LOST_IN_A_ROW = 3  # deaths while loading, or videos that kill their workers, with no caption in between
+_LOST_IN_A_ROW = (
+    3  # deaths while loading, and videos that kill their workers alone, with no caption in between
+)
 
 
 class Reporter(Protocol):
@@ -61,8 +66,9 @@ class Runner:
         tally: The captions made so far.
         failed: How many videos failed so far.
         stopped: Why it stopped early; None where it did not.
-        waited_s: Time in which workers waited for frames, summed over workers; for the first video, no longer than
-            its reading took.
+        waited_s: Time in which workers had free slots and nothing to fill them with, summed over workers; before the
+            first video, no longer than its reading took.
+        captioning: Wall time from loaded models to the last row so far, and what of it was waiting; None: no row yet.
     """
 
     def __init__(
@@ -81,6 +87,8 @@ class Runner:
         self.tally.fail(Failure("open", BAD_INPUT, ""), refused)
         self.stopped: str | None = None
         self.waited_s = 0.0
+        self.captioning: Captioning | None = None
+        self._run_began_s = 0.0
         self._begun = False
         self._ledger = ledger
         self._parts = parts
@@ -88,9 +96,14 @@ class Runner:
         self._reporter = reporter
         self._crew = Crew(factory, policy, reporter.child_stderr())
         self._queue = Queue(ledger, policy)
+        self._scheduler = Assigner(self._queue, self._crew, policy)
         self._provenance: Provenance | None = None
         self._not_finite = 0
-        self._lost_in_a_row = 0
+        self._lost: set[int] = set()  # videos that killed their workers since the last caption
+        self._lost_loading = 0
+        self._fatal: Exception | None = None  # ends the run once what was heard before is stored
+        self._news: list[Callable[[], None]] = []  # to be told once it is stored
+        self._counted_s: float | None = None  # until when waiting was counted
         self._part_started = time.monotonic()
 
     def load(self, stop: Stop) -> Models | None:
@@ -107,34 +120,39 @@ class Runner:
             wait(self._crew.waitables(), _LOOK_EVERY_S)
             for worker, message in self._crew.hear():
                 self._on_message(worker, message)
+            self._raise_fatal()
         return self._crew.models
 
     def run(self, stop: Stop, provenance: Provenance) -> None:
         """Caption what is pending. What was made stands in finished parts when this returns."""
-        self._provenance = provenance
+        self._provenance, self._run_began_s = provenance, time.monotonic()
         assert self._crew.models is not None
         with DecodingPool(self._policy.decode_workers, self._policy.limits) as pool:
             self._queue.begin(pool, self._crew.models.frame_multiple)
             while self._goes_on(stop):
+                self._scheduler.size_queue()
                 self._queue.read_ahead()
-                for worker in self._crew.idle():
-                    self._hand(worker, self._claim_next(worker))
-                self._send_ahead()
-                if not self._queue and not self._crew.busy():
+                self._turn(stop)
+                if not self._queue and not self._crew.in_flight():
                     break
                 self._wait(pool, stop)
-                self._hear()
             self._queue.drop()
             self._let_finish(stop)
         self.close_parts()
 
     def close(self) -> None:
-        """End all processes; a video in hand goes back, which is no crash."""
-        for worker in self._crew.busy():
-            with suppress(sqlite3.Error):  # where even this fails, the next start sees that it was no crash
-                self._ledger.release(self._crew.claim_of(worker))
+        """End all processes; videos in flight go back, which is no crash."""
+        claims = [claim for worker in self._crew for claim in worker.claims]
+        with suppress(sqlite3.Error):  # where even this fails, the next start sees that it was no crash
+            self._release(claims)
         self._crew.close()
         self._queue.drop()
+
+    def _release(self, claims: Sequence[Claim]) -> None:
+        if claims:
+            with self._ledger.writing():
+                for claim in claims:
+                    self._ledger.release(claim)
 
     def close_parts(self) -> None:
         """Write all captions and failures that stand in the ledger alone."""
@@ -158,10 +176,24 @@ class Runner:
         self._reporter.state(self._status(pool))
         limits = (pool.next_deadline_s(), self._crew.overdue_in_s(), self._queue.due_in_s(), stop.due_in_s())
         soonest = min((limit for limit in limits if limit is not None), default=_LOOK_EVERY_S)
-        began = time.monotonic()
         wait([*self._crew.waitables(), *pool.descriptors()], min(max(soonest, 0.0), _LOOK_EVERY_S))
-        if len(pool):
-            self.waited_s += len(self._crew.idle()) * (time.monotonic() - began)
+        self._count_waiting()
+
+    def _count_waiting(self) -> None:
+        """Count the time since the last call for each worker that has free slots, though more is to come."""
+        now_s = time.monotonic()
+        since_s, self._counted_s = self._counted_s, now_s
+        if since_s is None:
+            return
+        more = bool(self._queue)
+        for worker in self._crew.ready():
+            apart = worker.decodes is not None or (worker.group is not None and not worker.group.unread)
+            if (
+                not apart
+                and worker.running < worker.batch_size
+                and (more or worker.running < worker.sequences)
+            ):
+                self.waited_s += now_s - since_s
 
     def _status(self, pool: DecodingPool) -> LiveStatus:
         ready, ready_bytes = self._queue.ready()
@@ -169,62 +201,56 @@ class Runner:
             reading=len(pool),
             ready=ready,
             ready_bytes=ready_bytes,
-            generating=len(self._crew.busy()),
+            generating=self._crew.in_flight(),
             workers=len(self._crew),
             retrying=self._queue.retrying(),
         )
 
-    def _claim_next(self, worker: Worker) -> Taken | None:
-        found = self._queue.take(worker)
-        if found is not None:
-            self._ledger.claim(found.claim)
-        return found
-
-    def _hand(self, worker: Worker, claimed: Taken | None) -> None:
-        """Give a video that is read and claimed to a worker that waits for one."""
-        if claimed is not None:
-            accepted = self._crew.give(worker, claimed, self._task(claimed.claim, claimed.video))
-            if not self._begun:  # until now the readers were started too, which hides behind nothing
-                self._begun = True
-                self.waited_s = min(self.waited_s, claimed.video.handle()[1].source.decode_s)
-            claimed.video.close()
-            if not accepted:
-                self._on_death(worker)
-
-    def _send_ahead(self) -> None:
-        """Have workers that have something to do prepare the next video meanwhile; it stays unclaimed."""
-        for worker in self._crew.busy():
-            if not self._crew.may_prepare(worker) or self._queue.has_lent(worker):
-                continue
-            lent = self._queue.lend(worker)
-            if lent is None:
-                return
-            if not worker.prepare(self._task(*lent), lent[1].handle()[0]):
-                self._on_death(worker)
-
-    def _task(self, claim: Claim, video: ReadVideo) -> Task:
-        own = claim.item.prompts
-        return Task(
-            prompts=own or self._policy.prompts,
-            own_prompts=own is not None,
-            frames=video.handle()[1],
-            compare=baseline.sampled(claim.item.id, self._policy.baseline_sample),
-            estimate=self._policy.estimate,
-            plain_first=baseline.plain_first(claim.item.id),
-            time_limit_s=self._policy.timeout_s,
-            on_oom=self._policy.on_oom,
-        )
-
-    def _hear(self) -> None:
-        for claim, failure in self._queue.collect():
-            self._on_unread(claim, failure)
-        for worker, message in self._crew.hear():
-            self._on_message(worker, message)
-        for worker in self._crew.overdue():
-            reason = f"not done after {self._policy.timeout_s:g} s; give it more --timeout, or fewer frames"
-            self._fail(self._crew.claim_of(worker), Failure("generate", "GenerationTimeout", reason))
-            self._replace(worker)
+    def _turn(self, stop: Stop | None = None) -> None:
+        """Store what has come and claim what is next, in one transaction; then tell. No stop: claim nothing."""
+        unread = list(self._queue.collect())
+        heard = [*((worker, None) for worker in self._scheduler.lost), *self._crew.hear()]
+        self._scheduler.lost.clear()
+        overdue = self._crew.overdue()
+        admissions: list[Admission] = []
+        writes = unread or overdue or any(map(_has_outcome, heard))
+        with self._ledger.writing() if writes else nullcontext():
+            for claim, failure in unread:
+                self._on_unread(claim, failure)
+            for worker, message in heard:
+                self._on_message(worker, message)
+            for worker in overdue:
+                self._on_overdue(worker)
+            if stop is not None and self._goes_on(stop) and self._fatal is None:
+                admissions = self._claimed()
+        for admission in admissions:
+            self._begin(admission)
+        for tell in self._news:
+            tell()
+        self._news.clear()
+        self._raise_fatal()
         self._close_part_if_due()
+
+    def _claimed(self) -> list[Admission]:
+        """Claim what the scheduler admits, all of it at once."""
+        admissions = self._scheduler.admit()
+        if admissions:
+            with self._ledger.writing():
+                for claim in (claim for one in admissions for claim in one.claims):
+                    self._ledger.claim(claim)
+        return admissions
+
+    def _begin(self, admission: Admission) -> None:
+        """Have a worker decode what was claimed for it."""
+        if not self._begun:  # until now the readers were started too, which hides behind nothing
+            self._begun = True
+            self.waited_s = min(self.waited_s, self._queue.first_read_s or 0.0)
+        if not admission.worker.give(admission.message):
+            self._scheduler.lost.append(admission.worker)
+
+    def _raise_fatal(self) -> None:
+        if self._fatal is not None:
+            raise self._fatal
 
     def _on_unread(self, claim: Claim, failure: ReadFailure) -> None:
         if failure.transient and self._queue.try_again(claim):
@@ -232,76 +258,158 @@ class Runner:
         self._fail(claim, Failure(failure.stage, failure.error_type, failure.error))
 
     def _on_message(self, worker: Worker, message: FromWorker | None) -> None:
+        if worker not in self._crew:  # it was replaced for what it said before
+            return
         match message:
             case None:
                 self._on_death(worker)
             case Hello(gpus):
                 self._crew.grow(gpus)
             case Ready(models):
-                self._crew.welcome(worker, models)
+                self._welcome(worker, models)
             case Broken():
                 self._on_broken(worker, message)
-            case Made():
-                self._on_made(worker, message)
-            case Failed():
-                self._on_failed(worker, message)
+            case Report():
+                for ended in message.ended:
+                    self._on_ended(worker, ended)
+            case Lost():
+                self._on_lost(worker, message)
+
+    def _welcome(self, worker: Worker, models: Models) -> None:
+        try:
+            self._crew.welcome(worker, models)
+        except FatalError as error:
+            self._fatal = error
 
     def _on_broken(self, worker: Worker, broken: Broken) -> None:
         """One GPU of several that cannot hold the models is no reason to stop; anything else is."""
         if worker.models is not None or len(self._crew) == 1:
-            raise broken.error from RemoteError(broken.trace)
+            broken.error.__cause__ = RemoteError(broken.trace)
+            self._fatal = broken.error
+            self._release(worker.claims)
+            self._crew.remove(worker)
+            return
         self._crew.remove(worker)
         self._reporter.warn(f"going on without {worker.device or 'the first worker'}: {broken.error}")
 
-    def _on_made(self, worker: Worker, made: Made) -> None:
-        """Store the captions and give the worker its next video: one commit for both."""
+    def _on_ended(self, worker: Worker, ended: Made | Failed) -> None:
+        claim = worker.drop(ended.key)
+        if isinstance(ended, Made):
+            self._on_made(claim, ended)
+        else:
+            self._fail(claim, ended.failure, ended.trace)
+            self._stop_if_never_finite(ended.failure)
+
+    def _on_made(self, claim: Claim, made: Made) -> None:
         assert self._provenance is not None
-        claim = self._crew.claim_done(worker)
         rows = [
             caption_row(claim, index, caption, comparison, made, self._provenance)
             for index, (caption, comparison) in enumerate(made.captions)
         ]
-        with self._ledger.writing():
-            self._ledger.finish(claim, rows, _stamp(made))
-            upcoming = self._claim_next(worker)
-        self._hand(worker, upcoming)
-        self._not_finite = self._lost_in_a_row = 0
+        self._ledger.finish(claim, rows, _stamp(made))
+        self._note_row()
+        self._queue.settle(claim)
+        self._not_finite = self._lost_loading = 0
+        self._lost.clear()
+        self._news.append(partial(self._tell_captioned, claim, rows, made.as_alone is False))
+
+    def _tell_captioned(self, claim: Claim, rows: list[Row], differs: bool) -> None:
         for row in rows:
             self.tally.add(row)
         self._reporter.captioned(claim, rows)
+        if differs:
+            self._reporter.warn(
+                f"{rows[0]['path']}: its caption in a batch is not the one that it has alone; captions of this run "
+                "may differ from those of single videos: please report it, and use --batch-size 1"
+            )
 
-    def _on_failed(self, worker: Worker, failed: Failed) -> None:
-        claim = self._crew.claim_done(worker)
-        if failed.poisoned:
-            self._replace(worker)
-        if failed.transient and self._put_back(claim):
+    def _note_row(self) -> None:
+        """Take note of how long this start has captioned up to the row that is being stored."""
+        seconds, workers = time.monotonic() - self._run_began_s, len(self._crew)
+        self.captioning = Captioning(seconds, workers, self.waited_s)
+        self._ledger.note_captioning(seconds, workers, self.waited_s)
+
+    def _on_overdue(self, worker: Worker) -> None:
+        """Kill a worker that does not answer; the video is to blame where there is only one."""
+        if worker not in self._crew:  # it died meanwhile
             return
-        self._fail(claim, failed.failure, failed.trace)
-        self._stop_if_never_finite(failed.failure)
+        reason = f"not done after {self._policy.timeout_s:g} s; give it more --timeout, or fewer frames"
+        failure = Failure("generate", "GenerationTimeout", reason)
+        culprit = self._only_one(worker)
+        self._recover(worker, culprit, self._crew.replace(worker, hangs=True))
+        if culprit is not None:
+            self._fail(culprit, failure)
+
+    def _on_lost(self, worker: Worker, lost: Lost) -> None:
+        """Something concerned all videos that a worker had running; where that was one, it is to blame."""
+        running = [claim for claim in worker.claims if claim.ordinal in lost.keys]
+        for claim in [claim for claim in worker.claims if claim.ordinal not in lost.keys]:
+            self._ledger.release(worker.drop(claim.ordinal))
+            self._queue.put_back(claim)
+        for claim in self._had_ahead(worker):
+            self._queue.put_back(claim)
+        culprit = running[0] if len(running) == 1 else None
+        self._crew.replace(worker)
+        self._recover(worker, culprit, lost.failure.error)
+        if culprit is None or (lost.transient and self._put_back(culprit)):
+            return
+        self._fail(culprit, lost.failure, lost.trace)
+        self._stop_if_never_finite(lost.failure)
 
     def _on_death(self, worker: Worker) -> None:
-        """A worker is gone: the kernel killed it for its memory, or it crashed. The video may be the reason."""
-        claim = self._crew.claim_done(worker) if worker.task is not None else None
-        how = self._replace(worker)
-        if claim is not None and self._put_back(claim):
-            return
-        if claim is not None:
-            reason = f"the process that generated died ({how}); memory may have run out, give fewer frames"
-            self._fail(claim, Failure("generate", "WorkerDied", reason))
-        else:
+        """A worker is gone: the kernel killed it for its memory, or it crashed. One of its videos may be the reason."""
+        culprit = self._only_one(worker)
+        had_any = bool(worker.claims or self._queue.lent(worker) or (worker.group and worker.group.claims))
+        how = self._crew.replace(worker)
+        self._recover(worker, culprit, how)
+        if culprit is not None:
+            self._lost.add(culprit.ordinal)
+            if not self._put_back(culprit):
+                reason = (
+                    f"the process that generated died ({how}); memory may have run out, give fewer frames"
+                )
+                self._fail(culprit, Failure("generate", "WorkerDied", reason))
+        elif not had_any:
+            self._lost_loading += 1
             self._reporter.warn(f"a worker process ended by itself ({how}), another one was started")
         self._stop_if_all_is_lost(how)
 
-    def _replace(self, worker: Worker) -> str:
-        """Put a fresh worker in the place of one that has to go; say how that one ended. Its next video waits on."""
-        self._queue.give_back(worker)
-        return self._crew.replace(worker)
+    def _only_one(self, worker: Worker) -> Claim | None:
+        """Return the one video that a worker can have died of; None: there are several, or none."""
+        if len(worker.claims) != 1:
+            return None
+        alone = worker.decodes is not None and worker.decodes.alone
+        others = self._queue.lent(worker) or worker.withdrew or (worker.group and worker.group.claims)
+        return worker.claims[0] if alone or not others else None
+
+    def _had_ahead(self, worker: Worker) -> list[Claim]:
+        """Return what a worker prepared ahead, and take it away."""
+        group, worker.group = worker.group, None
+        return self._queue.recall(worker) + ([] if group is None else self._queue.lose(group))
+
+    def _recover(self, worker: Worker, culprit: Claim | None, how: str) -> None:
+        """Have everything that a lost worker had tried again; several are suspects."""
+        suspects = [claim for claim in worker.claims if claim is not culprit]
+        for claim in worker.claims:
+            worker.drop(claim.ordinal)
+            if claim is culprit:
+                self._queue.suspect(claim)
+            else:
+                self._ledger.release(claim)
+        suspects += self._had_ahead(worker)
+        for claim in sorted(suspects, key=lambda claim: claim.ordinal):
+            self._queue.suspect(claim)
+            self._queue.put_back(claim)
+        if suspects:
+            self._reporter.warn(
+                f"lost a worker with {len(suspects)} videos ({how}); each is tried again alone, to find the reason"
+            )
 
     def _stop_if_all_is_lost(self, how: str) -> None:
-        self._lost_in_a_row += 1
-        if self._lost_in_a_row >= _LOST_IN_A_ROW:
-            raise FatalError(
-                f"lost every worker: {self._lost_in_a_row} processes in a row died without a caption (the last: "
+        lost = self._lost_loading + len(self._lost)
+        if lost >= _LOST_IN_A_ROW and self._fatal is None:
+            self._fatal = FatalError(
+                f"lost every worker: {lost} processes in a row died without a caption (the last: "
                 f"{how}); memory may be too small for the models, see specvlm doctor"
             )
 
@@ -314,14 +422,15 @@ class Runner:
 
     def _fail(self, claim: Claim, failure: Failure, trace: str = "") -> None:
         self._ledger.fail(claim, failure)
+        self._queue.settle(claim)
         self.failed += 1
         self.tally.fail(failure)
-        self._reporter.failed(claim, failure, trace)
+        self._news.append(lambda: self._reporter.failed(claim, failure, trace))
 
     def _stop_if_never_finite(self, failure: Failure) -> None:
         self._not_finite = self._not_finite + 1 if failure.error_type == _NOT_FINITE else 0
-        if self._not_finite >= _NOT_FINITE_IN_A_ROW:
-            raise FatalError(
+        if self._not_finite >= _NOT_FINITE_IN_A_ROW and self._fatal is None:
+            self._fatal = FatalError(
                 f"{self._not_finite} videos in a row gave NaN or infinite logits: the target does not work as it "
                 "is loaded; try another --dtype, or check its weights"
             )
@@ -332,13 +441,21 @@ class Runner:
             self.close_parts()
 
     def _let_finish(self, stop: Stop) -> None:
-        """Wait for the videos in hand, but not longer than the grace; what is not done then goes back."""
-        while self._crew.busy():
+        """Wait for the videos in flight, but not longer than the grace; what is not done then goes back."""
+        while self._crew.in_flight():
             left_s = self._policy.grace_s - stop.asked_s_ago() if stop.reason is not None else _LOOK_EVERY_S
             if left_s <= 0:
                 break
             wait(self._crew.waitables(), min(left_s, _LOOK_EVERY_S))
-            self._hear()
+            self._turn()
+
+
+def _has_outcome(heard: tuple[Worker, FromWorker | None]) -> bool:
+    """Say whether what a worker said is about outcomes of videos, which belong in the ledger."""
+    _, message = heard
+    return (
+        message is None or isinstance(message, Lost) or (isinstance(message, Report) and bool(message.ended))
+    )
 
 
 def _stamp(made: Made) -> FileStamp:

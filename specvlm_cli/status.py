@@ -1,6 +1,6 @@
 """How far a run is, from its ledgers and locks. Read-only; knows no terminal.
 
-rate = videos that ended / time, over the last 15 minutes or the last 100 videos, whichever is shorter
+rate = videos that ended / time, over the last 15 minutes or the last 1,000 videos, whichever is shorter
 time left = videos still to do / rate, of the slowest shard, where every shard with work left is being run
 """
 
@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
 from specvlm_cli.holder import Holder, holder_of
 from specvlm_cli.ledger_view import Counts, ErrorKind, LedgerProblemError, LedgerView
-from specvlm_cli.results import Figures, Tally
+from specvlm_cli.results import Captioning, Figures, Tally
 from specvlm_cli.run_view import RunView
 from specvlm_cli.text import path_text
 
 SCHEMA = 1
-MOST_FINISHES = 100
+MOST_FINISHES = 1000
 WINDOW_S = 900.0
 MOST_ROWS = 20_000  # captions whose figures are summed up, over all shards
 MOST_ERRORS = 10  # kinds of failure that are told
@@ -35,6 +35,7 @@ class Pace:
         per_s: Videos per second; None: fewer than two ended, or all at one moment.
         videos: How many videos that is from.
         over_s: Time that it is from.
+        since: When the first of them ended; ISO 8601.
         last_at: When the last one ended; ISO 8601.
     """
 
@@ -42,6 +43,7 @@ class Pace:
     videos: int = 0
     over_s: float = 0.0
     last_at: str | None = None
+    since: str | None = None
 
 
 UNKNOWN = Pace()
@@ -59,6 +61,8 @@ class ShardStatus:
         unfinished: A start would find something to do.
         holder: Who works on it, or died over it; None: nobody.
         pace: How fast it goes, or went.
+        tokens_per_s: Tokens of captions per second of wall time, at this pace; None: not known.
+        captioning: How long its latest start has captioned, and how its workers were fed; None: not known.
         last_caption_at: When its latest caption was made; ISO 8601.
         eta_s: Time left at this pace; None: not known, or nobody is known to work on it.
     """
@@ -70,6 +74,8 @@ class ShardStatus:
     unfinished: bool = True
     holder: Holder | None = None
     pace: Pace = UNKNOWN
+    tokens_per_s: float | None = None
+    captioning: Captioning | None = None
     last_caption_at: str | None = None
     eta_s: float | None = None
 
@@ -94,6 +100,9 @@ class RunStatus:
         counts: Videos by state, over all shards.
         captions: Captions, over all shards.
         per_s: Videos per second, summed over the shards that are being run; over all where none is.
+        videos_per_hour: The same per hour.
+        tokens_per_s: Tokens of captions per second of wall time, summed over the same shards.
+        waited_share: Share of the captioning time in which the decoders of these shards waited for input.
         eta_s: Time left; None: not known.
         figures: Accepted tokens and speedups of the latest captions, `figures.captions` of them.
         errors: The commonest failures.
@@ -108,6 +117,9 @@ class RunStatus:
     counts: Counts
     captions: int
     per_s: float | None
+    videos_per_hour: float | None
+    tokens_per_s: float | None
+    waited_share: float | None
     eta_s: float | None
     figures: Figures
     errors: tuple[ErrorKind, ...]
@@ -140,13 +152,18 @@ class _Sums:
         self._rows = max(1, MOST_ROWS // shards)
         self._errors: dict[tuple[str, str], ErrorKind] = {}
 
-    def add(self, ledger: LedgerView) -> None:
+    def add(self, ledger: LedgerView, pace: Pace) -> float | None:
+        """Sum up one shard; return its tokens per second at this pace."""
+        tokens = 0
         for row in ledger.latest_rows(self._rows):
             self.tally.add(row)
+            if pace.since is not None and row["created_at"] > pace.since:
+                tokens += row["completion_tokens"]
         for kind in ledger.errors(MOST_ERRORS):
             key = (kind.stage, kind.error_type)
             seen = self._errors.get(key)
             self._errors[key] = replace(seen, count=seen.count + kind.count) if seen else kind
+        return tokens / pace.over_s if tokens else None
 
     def errors(self) -> tuple[ErrorKind, ...]:
         ranked = sorted(self._errors.values(), key=lambda kind: (-kind.count, kind.stage, kind.error_type))
@@ -159,14 +176,17 @@ def status(run: RunView, now: datetime | None = None) -> RunStatus:
     sums = _Sums(run.shards)
     shards = tuple(_shard(run, shard, now, sums) for shard in range(run.shards))
     active = [one for one in shards if one.running] or shards
-    rates = [one.pace.per_s for one in active if one.pace.per_s is not None]
+    per_s = _sum(one.pace.per_s for one in active)
     return RunStatus(
         out=path_text(os.path.abspath(bytes(run.root))),
         at=now.isoformat(timespec="seconds"),
         shards=shards,
         counts=sum((one.counts for one in shards), NOTHING),
         captions=sum(one.captions for one in shards),
-        per_s=sum(rates) if rates else None,
+        per_s=per_s,
+        videos_per_hour=None if per_s is None else 3600.0 * per_s,
+        tokens_per_s=_sum(one.tokens_per_s for one in active),
+        waited_share=_waited_share(active),
         eta_s=_eta(shards),
         figures=sums.tally.figures(),
         errors=sums.errors(),
@@ -174,6 +194,17 @@ def status(run: RunView, now: datetime | None = None) -> RunStatus:
         free_bytes=shutil.disk_usage(run.root).free,
         problem=run.problem,
     )
+
+
+def _sum(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if known else None
+
+
+def _waited_share(shards: Sequence[ShardStatus]) -> float | None:
+    found = [one.captioning for one in shards if one.captioning is not None]
+    worker_s = sum(one.workers * one.seconds for one in found)
+    return Captioning(worker_s, 1, sum(one.waited_s for one in found)).waited_share
 
 
 def missing_shards(run: RunView) -> tuple[int, ...]:
@@ -188,9 +219,7 @@ def _shard(run: RunView, shard: int, now: datetime, sums: _Sums | None) -> Shard
         with run.open(shard) as ledger:
             with ledger.moment():
                 found = _read(ledger, shard, holder, now, dividing=run.dividing)
-            if sums is not None:
-                sums.add(ledger)
-            return found
+            return found if sums is None else replace(found, tokens_per_s=sums.add(ledger, found.pace))
     except FileNotFoundError:
         gone = "its ledger is gone; the next start rebuilds it from the parts" if run.parts(shard) else None
         return ShardStatus(shard, problem=gone or "not started", holder=holder)
@@ -204,6 +233,7 @@ def _read(
     counts = ledger.counts()
     found = pace(ledger.finishes(MOST_FINISHES), holder, now)
     to_do = counts.pending + counts.running
+    captioning = ledger.captioning()
     return ShardStatus(
         shard,
         counts,
@@ -211,6 +241,7 @@ def _read(
         unfinished=dividing or bool(to_do) or not ledger.is_registered() or _unwritten(ledger),
         holder=holder,
         pace=found,
+        captioning=None if captioning is None else Captioning(*captioning),
         last_caption_at=ledger.last_caption(),
         eta_s=to_do / found.per_s if _works(holder) and found.per_s else None,
     )
@@ -242,9 +273,10 @@ def pace(finishes: Sequence[str], holder: Holder | None, now: datetime) -> Pace:
     recent = [at for at in ended if (end - at).total_seconds() <= WINDOW_S]
     chosen = recent if len(recent) > 1 else ended
     over_s = (end - chosen[-1]).total_seconds() if chosen else 0.0
+    since = chosen[-1].isoformat(timespec="microseconds") if chosen else None
     if len(chosen) < 2 or over_s <= 0.0:
         return Pace(last_at=last_at)
-    return Pace((len(chosen) - 1) / over_s, len(chosen), over_s, last_at)
+    return Pace((len(chosen) - 1) / over_s, len(chosen), over_s, last_at, since)
 
 
 def _time(text: str) -> datetime:

@@ -20,7 +20,7 @@ from specvlm_cli.results import LiveStatus, Outcome
 from specvlm_cli.screen.live import REFRESH_S, Display, every
 from specvlm_cli.screen.meter import Meter, line, name_of
 from specvlm_cli.screen.overheard import Lines, Overheard
-from specvlm_cli.screen.report import Work, ending, summary
+from specvlm_cli.screen.report import ending, summary
 from specvlm_cli.screen.voice import LOG_EVERY_S, STDERR, ProgressName, Voice
 from specvlm_cli.screen.words import counted
 from specvlm_cli.text import MOST_CHARACTERS, caption_line, short
@@ -137,9 +137,8 @@ class Talk(Voice):
             return
         standing = self._meter.standing()
         if standing.ended:
-            work = Work(standing.ended, standing.elapsed_s, standing.kinds)
             width = self._console.width if self._console.is_terminal else None
-            table = Text(summary(outcome, work, width))
+            table = Text(summary(outcome, standing.kinds, width))
             table.highlight_regex(r"^\||(?<=\s)\|(?=\s)|\|$", "dim")
             self._console.print(table)
 

@@ -6,7 +6,17 @@ from dataclasses import replace
 from typing import Any
 
 from specvlm.bench.grid import Grid
-from specvlm.bench.records import Conditions, Configuration, Left, Report, Speedup, Stages, Summary
+from specvlm.bench.records import (
+    Conditions,
+    Configuration,
+    Left,
+    Report,
+    Speedup,
+    Spread,
+    Stages,
+    StepBytes,
+    Summary,
+)
 
 CONDITIONS = Conditions(
     started_at="2030-01-02T03:04:05Z",
@@ -35,9 +45,9 @@ VIDEOS, TOKENS = 8, 100
 
 
 def _times(how: Configuration, frames: int) -> tuple[Stages, float, tuple[float, ...]]:
-    """Stage times of all videos, accepted tokens, and acceptance per depth."""
+    """Stage times of all videos, accepted tokens, and acceptance per depth; a batch shares its steps."""
     read, vision, prefill = 0.004 * frames, 0.006 * frames, 0.02 * frames
-    step = 0.03 + 0.0001 * frames
+    step = (0.03 + 0.0001 * frames) / how.batch_size**0.7
     if how.method in ("stock", "assisted"):
         steps = TOKENS * step * (1.0 if how.method == "stock" else 0.8)
         return Stages(read_s=read, preprocess_s=0.02, prefill_s=vision + prefill, steps_s=steps), 0.0, ()
@@ -63,7 +73,8 @@ def _summary(how: Configuration, plain: tuple[float, float], baseline: str) -> S
     values = {name: getattr(stages, name) for name in Stages.__dataclass_fields__}
     decode = sum(values[name] for name in ("draft_s", "verify_s", "commit_s", "host_s", "steps_s"))
     total = sum(values.values())
-    pair = Speedup(baseline, plain[0] / decode, plain[1] / total, plain[0] / decode, plain[1] / total)  # type: ignore[arg-type]
+    decode_x, e2e_x = plain[0] / decode, plain[1] / total
+    pair = Speedup(baseline, decode_x, e2e_x, decode_x, e2e_x, _around(decode_x), _around(e2e_x))  # type: ignore[arg-type]
     rounds = bool(depths)
     return Summary(
         configuration=how,
@@ -92,7 +103,15 @@ def _summary(how: Configuration, plain: tuple[float, float], baseline: str) -> S
         host_share=0.06 if rounds else None,
         limit="drafting costs 0.5 plain steps a round" if rounds else "",
         peak_memory_bytes=2_340_000_000,
+        videos_per_hour=3600.0 / total,
+        videos_per_hour_turns=_around(3600.0 / total),
+        tokens_per_s=TOKENS / total,
+        mean_batch_size=float(how.batch_size),
     )
+
+
+def _around(value: float) -> Spread:
+    return Spread(0.96 * value, value, 1.03 * value)
 
 
 def made(grid: Grid | None = None, **more: Any) -> Report:
@@ -101,7 +120,7 @@ def made(grid: Grid | None = None, **more: Any) -> Report:
     baseline = next((one for one in ("stock", "plain") if one in grid.methods), "stock")
     summaries = []
     for how in grid.all():
-        stages, _, _ = _times(Configuration("stock"), how.frames_asked or 16)
+        stages, _, _ = _times(Configuration("stock", batch_size=how.batch_size), how.frames_asked or 16)
         before = stages.read_s + stages.preprocess_s + stages.prefill_s
         summaries.append(_summary(how, (stages.steps_s, stages.steps_s + before), baseline))
     if baseline not in grid.methods:
@@ -114,6 +133,12 @@ FULL = Grid(
     pruners=("specvlm", "uniform"),
     prune_ratios=(0.0, 0.5, 0.9),
     trees=("static",),
+)
+BATCHED = Grid(("stock", "plain", "sd", "specvlm"), trees=("auto",), batch_sizes=(1, 4, 8, 16, 32))
+READS = (
+    StepBytes("target", 16, 1, 14_100_000_000, 13_000_000),
+    StepBytes("target", 16, 8, 14_100_000_000, 104_000_000),
+    StepBytes("draft 0.9", 16, 8, 990_000_000, 3_000_000),
 )
 HOSTILE = '<script>fetch("https://example.invalid/x")</script>\x1b[31m\u202e&"\'\n\ud800'
 

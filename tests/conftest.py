@@ -1,11 +1,20 @@
-"""Shared set-up: few threads, and the size of the randomised runs."""
+"""Shared set-up: one thread in every process, and the size of the randomised runs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
 
 import pytest
-import torch
+
+from tests.covering import mark_the_rest
+
+# Tiny tensors are faster on one thread, results do not depend on the number of cores, and pytest-xdist keeps all
+# cores busy. Set before torch is imported; processes that tests start inherit it.
+os.environ |= {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -14,15 +23,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fuzz-seed", type=int, default=0, help="seed of the first case")
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What is measured here is not kept for the user of this machine."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    mark_the_rest(items)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
-    """Tiny tensors are faster on one thread, and results do not depend on the machine's cores."""
+    """The same where torch was imported before the variables were set."""
+    import torch
+
     torch.set_num_threads(1)

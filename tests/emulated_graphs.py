@@ -6,6 +6,7 @@ nothing, and asking for a value fails.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from functools import cache
 from typing import Any, NamedTuple
@@ -13,11 +14,14 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from specvlm.attention import RoundAttention
+from specvlm.cache import KVCache, Slab
 from specvlm.captioner import Captioner
+from specvlm.decode import Decoder
 from specvlm.drafts.base import Draft
-from specvlm.drafts.head import HeadDraft
-from specvlm.drafts.small_model import SmallModelDraft
-from specvlm.graphs import Graphs, Recorded, Stage
+from specvlm.drafts.head import HeadDraft, _HeadProposer
+from specvlm.drafts.small_model import SmallModelDraft, _SmallModelProposer
+from specvlm.graphs import Recorded, Rig, Stage
 from specvlm.model import TextModel
 
 # What a stream that is being captured cannot do: ask for values, shapes that depend on data, memory of the host.
@@ -76,6 +80,7 @@ class Recorder(TorchDispatchMode):
         self.made: dict[int, torch.UntypedStorage] = {}  # during the recording, by address
         self.read: dict[int, torch.Tensor] = {}  # there before
         self._spoilt: list[torch.Tensor] = []
+        self.replay_of: Any = None  # a weak reference: whoever may repeat it keeps that
         self._steps: list[tuple[Any, Any, Any, list[torch.Tensor]]] = []
         self._before: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
 
@@ -163,6 +168,7 @@ class Emulator:
             self.replayed += 1
             recorder.replay()
 
+        recorder.replay_of = weakref.ref(replay)
         return Recorded(output, replay)
 
     @staticmethod
@@ -181,12 +187,82 @@ def draft_text(draft: Draft) -> TextModel:
 
 
 def emulate(captioner: Captioner) -> Emulator:
-    """Turn graphs on for a captioner on the CPU; -> what captures the target's rounds."""
+    """Turn graphs on for a captioner on the CPU; -> what captures its rounds."""
     emulator = Emulator()
-    captioner.target.graphs = Graphs(lambda _: emulator)
-    if captioner.draft is not None:
-        draft_text(captioner.draft).graphs = Graphs(lambda _: Emulator())
+    captioner.target.captures = True
+    captioner.make_capture = lambda _: emulator
+    captioner._decoders.clear()  # which were made without
     return emulator
+
+
+def run_eagerly(captioner: Captioner) -> None:
+    """Turn graphs off again, and have rounds attend as they do on the CPU."""
+    captioner.target.captures = False
+    captioner._decoders.clear()
+    attend_by(captioner, "masked")
+
+
+def attend_by(captioner: Captioner, how: RoundAttention) -> None:
+    """Have rounds of target and draft attend so."""
+    captioner.target.round_attention = how
+    if captioner.draft is not None:
+        draft_text(captioner.draft).round_attention = how
+
+
+def kept_decoders(captioner: Captioner) -> list[Decoder]:
+    """The decoders of a captioner that has nothing in flight, the one that was used last at the end."""
+    return list(captioner._decoders.values())
+
+
+def rig_of(decoder: Decoder) -> Rig:
+    """What a decoder's rounds keep at fixed addresses."""
+    assert decoder._rig is not None
+    return decoder._rig
+
+
+def caches_of(decoder: Decoder) -> list[KVCache]:
+    """The target's cache, and the draft's where it has begun."""
+    proposer = decoder._rounds.proposer
+    assert proposer is None or isinstance(proposer, _SmallModelProposer | _HeadProposer)
+    return [decoder._verifier.cache, *([] if proposer is None else [proposer.cache])]
+
+
+def slabs_of(decoder: Decoder) -> list[Slab]:
+    """The slabs of all its caches."""
+    return [slab for cache in caches_of(decoder) for slab in cache._slabs]
+
+
+def kept_by(captioner: Captioner, decoder: Decoder) -> set[int]:
+    """The addresses of all that graphs of a decoder may read.
+
+    Weights, slabs, tensors in their places, tables that are kept alive for a graph, constants of what is in its key.
+    """
+    rig = rig_of(decoder)
+    modules = [captioner.target.model]
+    if isinstance(captioner.draft, SmallModelDraft):
+        modules.append(captioner.draft.model.model)
+    if isinstance(captioner.draft, HeadDraft):
+        modules.append(captioner.draft.head)
+    kept = [
+        *(tensor for module in modules for tensor in (*module.parameters(), *module.buffers())),
+        *(tensor for slab in slabs_of(decoder) for tensor, _ in slab.parts()),
+        *rig._tensors.values(),
+        *held_tensors([(key, known.tables) for key, known in rig._rounds.items()]),
+    ]
+    return {address(tensor) for tensor in kept}
+
+
+def strangers(captioner: Captioner, emulator: Emulator) -> list[tuple[int, list[torch.Size]]]:
+    """What the recorded stages of a captioner's last decoder read that nobody keeps: by stage, the shapes."""
+    known, found = kept_by(captioner, kept_decoders(captioner)[-1]), []
+    for number, recorder in enumerate(emulator.captured):
+        if recorder.replay_of() is None:  # given up, with the memory that it was about
+            continue
+        before = emulator.captured[number - number % 3 : number]
+        mine = known | {made for earlier in before for made in earlier.made}
+        if shapes := [tensor.shape for where, tensor in recorder.read.items() if where not in mine]:
+            found.append((number, shapes))
+    return found
 
 
 def held_tensors(value: Any, seen: set[int] | None = None) -> Iterator[torch.Tensor]:
@@ -200,7 +276,8 @@ def held_tensors(value: Any, seen: set[int] | None = None) -> Iterator[torch.Ten
     elif isinstance(value, (list, tuple)):
         for one in value:
             yield from held_tensors(one, seen)
-    elif isinstance(value, dict):
-        yield from held_tensors(list(value.values()), seen)
+    elif isinstance(value, dict):  # no list of its values: another one may get its id
+        for one in value.values():
+            yield from held_tensors(one, seen)
     elif type(value).__module__.startswith("specvlm."):
-        yield from held_tensors(vars(value), seen)
+        yield from held_tensors(getattr(value, "__dict__", {}), seen)

@@ -14,26 +14,25 @@ from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from specvlm.attention import RoundAttention
-from specvlm.cache import SlabCache
+from specvlm.attention import RoundAttention, has_flash
+from specvlm.cache import KVCache
 from specvlm.config import GenerationSettings, SpeculationSettings
-from specvlm.decode import TargetRows, _Rounds
-from specvlm.drafts.base import DraftJob, DraftRow, Horizon, Proposer
-from specvlm.drafts.compressor import Compressed, CompressorConfig
+from specvlm.decode import TOLD_STEP, _Rounds, _Verifier
+from specvlm.drafts.base import Proposer
+from specvlm.drafts.compressor import CompressorConfig
 from specvlm.drafts.head import HeadDraft, _HeadProposer
-from specvlm.drafts.head_model import HeadConfig, HeadModel, PairSequence
-from specvlm.drafts.small_model import _SmallModelProposer
-from specvlm.drafts.vocabulary import DraftVocabulary
+from specvlm.drafts.head_model import HeadConfig, HeadModel
+from specvlm.drafts.small_model import SmallModelDraft
 from specvlm.families import family_of
-from specvlm.model import VideoLM
+from specvlm.model import Lengths, VideoLM
 from specvlm.sampling import TokenRule, logits_rules
 from specvlm.stats import StageClock
 from specvlm.tree import TreeShape
-from specvlm.verify import accept
-from tests.emulated_graphs import tensors_of
+from tests.emulated_graphs import draft_text, tensors_of
 from tests.tiny import FamilyName, Size, tiny_model
 
 CUDA = torch.device("cuda", 0)
+_TENSOR = torch.tensor
 # Left whole: what it becomes is chosen by asking the device.
 _WHOLE = (torch.ops.aten.scaled_dot_product_attention.default,)
 
@@ -45,7 +44,9 @@ class Case(NamedTuple):
     shape: TreeShape  # made on the CPU
     attention: RoundAttention
     dtype: torch.dtype
-    exact: bool  # one row whose length the host knows
+    exact: (
+        bool  # one row whose length the host knows; else two, one of them in a slab of its own, told in steps
+    )
     trimmed: bool = False  # the draft guesses from some tokens alone
     headed: bool = False  # the draft is a head; else a small model
 
@@ -118,18 +119,23 @@ def _head(model: Any) -> HeadModel:
     return HeadModel.fresh(target, config, seed=0).eval().requires_grad_(False)
 
 
-def _head_proposer(
-    draft: HeadDraft, prompts: list[Any], rule: TokenRule, cache: SlabCache, how: RoundAttention
-) -> Proposer:
-    """A head that reads prompts of which a few tokens of the video are left out."""
-    draft.text.graphs, draft.text.round_attention = None, how
-    read = []
-    for prompt in prompts:
-        pairs, positions = prompt.embeds[:, 7:], prompt.positions[:, 7:]
-        positions = positions[: draft.target.family.position_rows]
-        read.append(PairSequence(pairs, positions, Compressed(pairs[:, :9], positions[:, :9], "pool"), 0))
-    rows = [DraftRow(prompt, torch.empty(0)) for prompt in prompts]
-    return _HeadProposer(draft, DraftJob(rows, SpeculationSettings(), rule, 100, cache), read)
+def _proposer(draft: SmallModelDraft | HeadDraft, rows: _Rows) -> Proposer:
+    """A draft that has begun with all rows, a few tokens of whose videos it was not shown."""
+    assert rows.rule is not None
+    proposer: Any = draft.proposer(SpeculationSettings(), rows.rule, rows.cache)
+    shown = [prompt.length - 7 for prompt in rows.prompts]
+    proposer.cache.add([count + 100 for count in shown])
+    lengths = torch.tensor(shown, device=CUDA)
+    following = torch.tensor([prompt.next_position for prompt in rows.prompts], device=CUDA)
+    if isinstance(proposer, _HeadProposer):
+        proposer._pairs_before, proposer._before = shown, lengths
+        proposer._prompt_lengths, proposer._position = lengths + 7, following - 1
+        width = proposer._root.shape[2]
+        proposer._root = torch.empty(len(shown), 1, width, dtype=proposer._root.dtype, device=CUDA)
+    else:
+        proposer._prompts, proposer._prompt_lengths = shown, lengths
+        proposer._next_position, proposer._previous = following, torch.zeros_like(following)
+    return proposer  # type: ignore[no-any-return]
 
 
 def _rule() -> TokenRule:
@@ -146,22 +152,57 @@ def _rule() -> TokenRule:
         eos_token_id=[6],
     )
     prompts = [torch.arange(5), torch.arange(3)]
-    return TokenRule(logits_rules(config, settings), settings, prompts, 300, torch.device("cpu"))
+    rule = TokenRule(logits_rules(config, settings), settings, 300, torch.device("cpu"))
+    rule.add(prompts)
+    return rule
 
 
-def _prompt(length: int, width: int, dtype: torch.dtype) -> Any:
-    ids = torch.zeros(1, length, dtype=torch.long, device=CUDA)
-    return SimpleNamespace(
-        length=length,
-        next_position=length,
-        embeds=torch.empty(1, length, width, device=CUDA, dtype=dtype),
-        positions=torch.zeros(3, length, dtype=torch.long, device=CUDA),
-        inputs=SimpleNamespace(token_ids=ids),
-    )
+class _Rows(NamedTuple):
+    """The rows of a batch."""
+
+    prompts: list[Any]
+    cache: KVCache
+    rule: TokenRule
+
+
+def _prompt(length: int) -> Any:
+    return SimpleNamespace(length=length, next_position=length)
+
+
+def _tensor_there(values: Any, dtype: torch.dtype | None = None, device: Any = CUDA) -> torch.Tensor:
+    """What `torch.tensor` makes, which asks for the device; rounds may not call it."""
+    made = _TENSOR(values, dtype=dtype)
+    return torch.empty(made.shape, dtype=made.dtype, device=device)
+
+
+def _begun(
+    case: Case, models: tuple[Any, Any], head: HeadModel | None, rule: TokenRule, prompt: int
+) -> tuple[_Rounds, Lengths]:
+    """Sequences with their prompts read by target and draft, and the index of the last token of each."""
+    target, draft = (_lm_there(model, case.dtype) for model in models)
+    assert target.captures
+    assert target.round_attention == ("varlen" if has_flash(CUDA, case.dtype, 16) else "split")
+    ids = range(0, 300, 7) if case.trimmed else None
+    made: SmallModelDraft | HeadDraft = SmallModelDraft(draft, 300, ids)
+    if head is not None:
+        _weights_there(head, case.dtype)
+        made = HeadDraft(head, target, ids)
+    for model in (target, draft_text(made)):
+        model.round_attention = case.attention
+        model.told_step = 1 if case.exact else TOLD_STEP
+    prompts = [_prompt(prompt), _prompt(2 * prompt)][: 1 if case.exact else 2]
+    verifier = _Verifier(target)
+    verifier.add(prompts, 100, 0)
+    rounds = _Rounds(verifier, StageClock(torch.device("cpu")), None)
+    rounds.rule = _there(rule)
+    rounds.add(torch.zeros(len(prompts), dtype=torch.long, device=CUDA))
+    rounds.proposer = _proposer(made, _Rows(prompts, verifier.cache, rounds.rule))
+    index = Lengths(rounds.state.step, (5,) * len(prompts), (5,) * len(prompts))
+    return rounds, index
 
 
 def run_round(case: Case, prompt: int) -> Seen:
-    """Run a round behind prompts of about so many tokens; -> what was called."""
+    """Run a round after prompts of about so many tokens; -> what was called."""
     rule, large, small = _rule(), *(tiny_model(case.family, Size(n, width=64)) for n in (2, 1))
     head = _head(large) if case.headed else None
     if case.exact:
@@ -169,28 +210,11 @@ def run_round(case: Case, prompt: int) -> Seen:
     # A tensor of one element would be kept as a constant, for which the device would have to be there.
     no_constants = patch.object(fake_tensor, "CONSTANT_NUMEL_LIMIT", 0)
     with no_constants, FakeTensorMode(), torch.inference_mode():
-        target, draft = (_lm_there(model, case.dtype) for model in (large, small))
-        assert target.graphs is not None
-        assert target.round_attention == "split"
-        for model in (target, draft):
-            model.graphs, model.round_attention = None, case.attention
-        prompts = [_prompt(prompt + row, 64, case.dtype) for row in range(1 if case.exact else 2)]
-        ids = range(0, 300, 7) if case.trimmed else None
-        if head is not None:
-            _weights_there(head, case.dtype)
-            head_draft = HeadDraft(head, target, ids)
-        cache = target.new_cache(len(prompts), prompt + 100)
-        rows, rule = TargetRows(target, cache, prompts, torch.empty(0)), _there(rule)
-        rounds = _Rounds(rows, rule, StageClock(torch.device("cpu")), accept)
-        rounds.start(torch.zeros(len(prompts), dtype=torch.long, device=CUDA))
-        if head is not None:
-            rounds.proposer = _head_proposer(head_draft, prompts, rule, cache, case.attention)
-        else:
-            vocabulary = DraftVocabulary(draft.model.get_output_embeddings(), 300, ids)
-            rounds.proposer = _SmallModelProposer(draft, vocabulary, prompts, rule, 100)
+        with patch.object(torch, "tensor", _tensor_there):
+            rounds, index = _begun(case, (large, small), head, rule, prompt)
         value, seen = None, Seen()
         with seen:
-            for stage in rounds._stages(_there(case.shape), Horizon(5, case.exact)):
+            for stage in rounds._stages(_there(case.shape), index):
                 value = stage(value)
     assert isinstance(value, torch.Tensor)
     assert value.device == CUDA

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -35,12 +36,24 @@ def test_caption_one() -> None:
     assert len(said.splitlines()[0]) > 40
 
 
-def test_stream_caption() -> None:
-    assert len(run("stream_caption.py").strip()) > 40
+@pytest.fixture
+def run_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[[str], str]:
+    """Run a program in this process, which has torch imported, as its own first lines say."""
+
+    def run_it(name: str) -> str:
+        monkeypatch.setattr(sys, "argv", [name])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run_it
 
 
-def test_own_frames() -> None:
-    assert "video tokens" in run("own_frames.py")
+def test_stream_caption(run_here: Callable[[str], str]) -> None:
+    assert len(run_here("stream_caption.py").strip()) > 40
+
+
+def test_own_frames(run_here: Callable[[str], str]) -> None:
+    assert "video tokens" in run_here("own_frames.py")
 
 
 def test_demo_and_read_captions(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -56,6 +69,17 @@ def test_demo_and_read_captions(tmp_path: Path, capfd: pytest.CaptureFixture[str
     table = run("read_captions.py", out)
     assert table.count("yes") == count
     assert max(map(len, table.splitlines())) <= 80
+
+
+def test_caption_folder(two_videos: Path) -> None:
+    """A line for each video; one that is broken says why, and costs the others nothing."""
+    (two_videos / "broken.mp4").write_text("no video")
+    (two_videos / "notes.txt").write_text("not looked at")
+    said = dict(line.split(": ", 1) for line in run("caption_folder.py", two_videos).splitlines())
+    assert said.keys() == {"broken.mp4", "one-grows.mp4", "two-still-and-rising-vp9.webm"}
+    assert said["broken.mp4"].startswith("no caption: ")
+    assert "grows" in said["one-grows.mp4"]
+    assert len(said["two-still-and-rising-vp9.webm"]) > 40
 
 
 # Scripts of the shell

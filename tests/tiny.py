@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from transformers import (
 )
 
 from specvlm.attention import ATTENTION, register_attention
-from specvlm.captioner import Captioner, ModelInfo
+from specvlm.captioner import Captioner, ModelInfo, PreparedVideo
 from specvlm.config import FrameSettings
 from specvlm.demo.models import llava_processor, qwen_processor
 from specvlm.demo.tokenizer import tokenizer_from
@@ -25,7 +26,7 @@ from specvlm.drafts.base import Draft
 from specvlm.drafts.small_model import SmallModelDraft
 from specvlm.families import family_of
 from specvlm.model import VideoLM
-from specvlm.records import Frames
+from specvlm.records import Caption, Frames
 
 FamilyName = Literal["qwen", "llava"]
 _PROCESSORS: dict[str, Any] = {}
@@ -165,3 +166,17 @@ def stock_ids(model: Any, tensors: Any, max_new_tokens: int, **options: Any) -> 
     with torch.inference_mode():
         out = model.generate(**tensors, **options)
     return tuple(out[0, tensors["input_ids"].shape[1] :].tolist())
+
+
+def caption_rows(captioner: Captioner, videos: Sequence[PreparedVideo], **options: Any) -> list[Caption]:
+    """Caption videos all at once; -> their captions, in order.
+
+    Raises:
+        SpecvlmError: Why one of them has no caption.
+    """
+    found: dict[int, Caption] = {}
+    many = captioner.caption_many(videos, batch_size=max(len(videos), 1), on_error="raise", **options)
+    for done in many:
+        assert done.caption is not None
+        found[done.index] = done.caption
+    return [found[index] for index in range(len(videos))]

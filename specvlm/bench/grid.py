@@ -8,10 +8,11 @@ from itertools import product
 from typing import NamedTuple
 
 from specvlm.bench.records import METHODS, Configuration, MethodName
-from specvlm.config import FrameSettings, PrunerName, SpeculationSettings, TreeName
+from specvlm.config import FrameSettings, PrunerName, SpeculationSettings, TreeName, within
 from specvlm.errors import ConfigError
 
 HEAD: MethodName = "head"
+MOST_BATCH = 1024
 WITH_SMALL_MODEL: tuple[MethodName, ...] = ("assisted", "sd", "specvlm")
 WITH_DRAFT: tuple[MethodName, ...] = (*WITH_SMALL_MODEL, HEAD)
 _OF_A_PAIR = tuple(method for method in METHODS if method != HEAD)
@@ -41,6 +42,8 @@ class Grid:
         prune_ratios: Of `specvlm`.
         trees: Of `specvlm`, `sd` and `head`.
         drafts: Small models, for `assisted`, `sd` and `specvlm`, and trained heads, for `head`.
+        batch_sizes: Captions in the making at once, each number for itself.
+        chain_depth: Depth of chains; None: the default.
     """
 
     methods: tuple[MethodName, ...] = _OF_A_PAIR
@@ -49,6 +52,8 @@ class Grid:
     prune_ratios: tuple[float, ...] = (_SPECULATION.prune_ratio,)
     trees: tuple[TreeName, ...] = (_SPECULATION.tree,)
     drafts: tuple[GridDraft, ...] = (GridDraft(),)
+    batch_sizes: tuple[int, ...] = (1,)
+    chain_depth: int | None = None
 
     def __post_init__(self) -> None:
         for method in self.methods:
@@ -58,9 +63,24 @@ class Grid:
             SpeculationSettings(pruner=pruner, prune_ratio=ratio, tree=tree)  # refuses what is out of range
         for number in self.num_frames:
             FrameSettings(num_frames=number)
+        for size in self.batch_sizes:
+            within("batch_size", size, 1, MOST_BATCH, f"give 1 to {MOST_BATCH}")
+
+    @property
+    def is_batched(self) -> bool:
+        """Whether captions are made several at once."""
+        return self.batch_sizes != (1,)
 
     def configurations(self, num_frames: int | None) -> list[Configuration]:
-        """Those of one number of frames, each once; where nothing is pruned, `specvlm` has one for each tree."""
+        """Those of one number of frames, each once, one batch size after the other.
+
+        Where nothing is pruned, `specvlm` has one for each tree.
+        """
+        alone = self._alone(num_frames)
+        return [replace(one, batch_size=size) for size in dict.fromkeys(self.batch_sizes) for one in alone]
+
+    def _alone(self, num_frames: int | None) -> list[Configuration]:
+        """Those of a batch size of 1."""
         found: list[Configuration] = []
         for method in self.methods:
             if method in WITH_DRAFT:
@@ -76,7 +96,8 @@ class Grid:
         """Those of one method with one draft."""
         label = self._label(draft)
         for one in self._of_method(method, num_frames):
-            yield replace(one, draft=draft.name, draft_label=label)
+            depth = self.chain_depth if one.tree == "chain" else None
+            yield replace(one, draft=draft.name, draft_label=label, depth=depth)
 
     def _of_method(self, method: MethodName, num_frames: int | None) -> list[Configuration]:
         if method == "specvlm":

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
 from datetime import UTC, datetime
@@ -20,16 +20,16 @@ import torch
 import transformers
 
 import specvlm
-from specvlm.attention import ATTENTION
 from specvlm.bench.records import Conditions, Configuration, Sample, Stages
+from specvlm.bench.stock import Clock, Generated, generate, stock_attention
 from specvlm.captioner import Captioner, CaptionOptions, PreparedVideo
 from specvlm.drafts.small_model import SmallModelDraft
 from specvlm.errors import ConfigError, SpecvlmError
+from specvlm.families.base import ModelInputs
 from specvlm.records import CaptionStats
 from specvlm.stats import peak_memory_bytes, reset_peak_memory
 
-Clock = Callable[[], float]
-_STOCK = "sdpa"
+Generate = Callable[[Sequence[ModelInputs]], Generated]
 
 
 class MethodError(Exception):
@@ -41,7 +41,7 @@ class Measured:
     """What one method did with one prepared video; see `Sample` for the figures."""
 
     token_ids: tuple[int, ...]
-    stages: Stages  # without reading, preprocessing and rest
+    stages: Stages  # without reading and rest, and without preprocessing that was done before
     decode_s: float
     decode_tokens: int
     wall_s: float
@@ -52,6 +52,7 @@ class Measured:
     acceptance_histogram: tuple[int, ...] = ()
     depth_tries: tuple[int, ...] = ()
     compressor: str | None = None
+    mean_batch_size: float = 1.0
 
 
 class Measurer:
@@ -84,64 +85,60 @@ class Measurer:
         """
         reset_peak_memory(self._device)
         by = self._transformers if how.method in ("stock", "assisted") else self._ours
-        measured = by(how, video, self._others.get(how.draft or "", self._captioner))
-        return _sample(how, video, name, turn, measured, peak_memory_bytes(self._device))
+        measured = by(how, video, self._of(how))
+        return sample_of(how, facts_of(name, video), turn, measured, peak_memory_bytes(self._device))
+
+    def _of(self, how: Configuration) -> Captioner:
+        """The captioner with a configuration's draft."""
+        return self._others.get(how.draft or "", self._captioner)
 
     def _ours(self, how: Configuration, video: PreparedVideo, captioner: Captioner) -> Measured:
-        options: CaptionOptions = {**_options(how), "max_new_tokens": self._limit}
+        options: CaptionOptions = {**options_of(how), "max_new_tokens": self._limit}
         began = self._clock()
         try:
             caption = captioner.caption(video, speculate=how.method != "plain", **options)
         except ConfigError:
             raise  # what was asked for is wrong, not this video
         except (SpecvlmError, torch.OutOfMemoryError) as error:
-            raise MethodError(_one_line(error)) from error
-        return _of_stats(caption.token_ids, caption.stats, self._clock() - began)
+            raise MethodError(one_line(error)) from error
+        return of_stats(caption.token_ids, caption.stats, self._clock() - began)
 
     def _transformers(self, how: Configuration, video: PreparedVideo, captioner: Captioner) -> Measured:
         """`generate()` with its KV cache and sdpa, greedy, on the loaded weights and the same inputs."""
-        target, inputs, streamer = captioner.target.model, video.inputs, _FirstTokens(self._clock)
-        more = {"assistant_model": _assistant(captioner)} if how.method == "assisted" else {}
-        with stock_attention([target, *more.values()]), torch.inference_mode():
+        with self._stock(how, captioner) as generate:
             began = self._clock()
-            try:
-                tensors = {
-                    key: value.to(captioner.target.embedding_device) for key, value in inputs.tensors.items()
-                }
-                written = target.generate(
-                    **tensors, max_new_tokens=self._limit, do_sample=False, streamer=streamer, **more
-                )
-            except Exception as error:  # whatever it is, it is its own error, and the others go on
-                raise MethodError(_one_line(error)) from error
-            tokens = tuple(written[0, inputs.prompt_tokens :].tolist())
-            generated = self._clock()
+            written = generate([video.inputs])
+            (tokens,) = written.token_ids
             captioner.detokenize(tokens)
             ended = self._clock()
-        decode_s = generated - streamer.first_s
-        stages = Stages(prefill_s=streamer.first_s - began, steps_s=decode_s)
-        return Measured(tokens, stages, decode_s, len(tokens) - streamer.first_tokens, ended - began)
+        stages = Stages(prefill_s=written.prefill_s, steps_s=written.steps_s)
+        return Measured(tokens, stages, written.steps_s, len(tokens) - written.first_tokens, ended - began)
+
+    @contextmanager
+    def _stock(self, how: Configuration, captioner: Captioner) -> Iterator[Generate]:
+        """`generate()` of a method, while the loaded models run stock attention.
+
+        Raises:
+            MethodError: It cannot caption; in its own words.
+        """
+        target = captioner.target
+        more = {"assistant_model": _assistant(captioner)} if how.method == "assisted" else {}
+
+        def run(inputs: Sequence[ModelInputs]) -> Generated:
+            try:
+                return generate(
+                    target.model, target.embedding_device, inputs, self._limit, self._clock, **more
+                )
+            except Exception as error:  # whatever it is, it is its own error, and the others go on
+                raise MethodError(one_line(error)) from error
+
+        with stock_attention([target.model, *more.values()]), torch.inference_mode():
+            yield run
 
 
-class _FirstTokens:
-    """A streamer that notes when `generate()` has its first new tokens, and how many they are."""
-
-    def __init__(self, clock: Clock) -> None:
-        self._clock, self._calls = clock, 0
-        self.first_s, self.first_tokens = 0.0, 0
-
-    def put(self, value: torch.Tensor) -> None:
-        """The first call is the prompt, the second the first new token, or those of the first round."""
-        self._calls += 1
-        if self._calls == 2:
-            self.first_s, self.first_tokens = self._clock(), value.numel()
-
-    def end(self) -> None:
-        """Nothing to flush."""
-
-
-def _options(how: Configuration) -> CaptionOptions:
+def options_of(how: Configuration) -> CaptionOptions:
     """What of a configuration is said to a captioner; the rest are its defaults."""
-    options: CaptionOptions = {}
+    options: CaptionOptions = {} if how.depth is None else {"depth": how.depth}
     if how.pruner is not None:
         options["pruner"] = how.pruner
     if how.prune_ratio is not None:
@@ -162,23 +159,12 @@ def _assistant(captioner: Captioner) -> Any:
     return captioner.draft.model.model
 
 
-@contextmanager
-def stock_attention(models: list[Any]) -> Iterator[None]:
-    """Have loaded models run stock sdpa throughout, and put this library's attention back."""
-    for model in models:
-        model.set_attn_implementation(_STOCK)
-    try:
-        yield
-    finally:
-        for model in models:
-            model.set_attn_implementation({"": _STOCK, "text_config": ATTENTION, "vision_config": _STOCK})
-
-
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """An error's message on one line."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _of_stats(token_ids: tuple[int, ...], stats: CaptionStats, wall_s: float) -> Measured:
+def of_stats(token_ids: tuple[int, ...], stats: CaptionStats, wall_s: float) -> Measured:
     """The captioner's own stage times; the wall time around them is ours, as for the other methods."""
     in_rounds = stats.draft_s + stats.verify_s + stats.commit_s
     stages = Stages(
@@ -203,25 +189,48 @@ def _of_stats(token_ids: tuple[int, ...], stats: CaptionStats, wall_s: float) ->
         acceptance_histogram=stats.acceptance_histogram,
         depth_tries=stats.depth_tries,
         compressor=stats.compressor,
+        mean_batch_size=stats.mean_batch_size,
     )
 
 
-def _sample(
-    how: Configuration, video: PreparedVideo, name: str, turn: int, measured: Measured, peak: int
-) -> Sample:
-    return Sample(
-        configuration=how,
-        video=name,
-        turn=turn,
+class VideoFacts(NamedTuple):
+    """What a sample says of its video, and what was done once for all methods."""
+
+    name: str
+    num_frames: int
+    video_tokens: int
+    prompt_tokens: int
+    read_s: float
+    preprocess_s: float  # 0.0 where each method preprocesses for itself
+
+
+def facts_of(name: str, video: PreparedVideo) -> VideoFacts:
+    """What a prepared video says of itself."""
+    return VideoFacts(
+        name=name,
         num_frames=video.num_frames,
         video_tokens=video.inputs.video_tokens,
-        video_tokens_kept=measured.video_tokens_kept,
         prompt_tokens=video.inputs.prompt_tokens,
+        read_s=video.video_decode_s,
+        preprocess_s=video.preprocess_s,
+    )
+
+
+def sample_of(how: Configuration, facts: VideoFacts, turn: int, measured: Measured, peak: int) -> Sample:
+    """The sample of one caption."""
+    return Sample(
+        configuration=how,
+        video=facts.name,
+        turn=turn,
+        num_frames=facts.num_frames,
+        video_tokens=facts.video_tokens,
+        video_tokens_kept=measured.video_tokens_kept,
+        prompt_tokens=facts.prompt_tokens,
         token_ids=measured.token_ids,
-        stages=_whole(measured, video),
+        stages=_whole(measured, facts),
         decode_s=measured.decode_s,
         decode_tokens=measured.decode_tokens,
-        total_s=video.video_decode_s + video.preprocess_s + measured.wall_s,
+        total_s=facts.read_s + facts.preprocess_s + measured.wall_s,
         num_drafts=measured.num_drafts,
         num_draft_tokens=measured.num_draft_tokens,
         num_accepted_tokens=measured.num_accepted_tokens,
@@ -229,16 +238,17 @@ def _sample(
         depth_tries=measured.depth_tries,
         peak_memory_bytes=peak,
         compressor=measured.compressor,
+        mean_batch_size=measured.mean_batch_size,
     )
 
 
-def _whole(measured: Measured, video: PreparedVideo) -> Stages:
+def _whole(measured: Measured, facts: VideoFacts) -> Stages:
     """All stages of a caption: with what was done once for all methods, and with what no stage has."""
     known_s = sum(astuple(measured.stages))
     return replace(
         measured.stages,
-        read_s=video.video_decode_s,
-        preprocess_s=video.preprocess_s,
+        read_s=facts.read_s,
+        preprocess_s=facts.preprocess_s + measured.stages.preprocess_s,
         rest_s=max(measured.wall_s - known_s, 0.0),
     )
 

@@ -9,15 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import torch
 import transformers
 
+from specvlm.bench.batches import SetMeasurer, SetVideo
 from specvlm.bench.clips import Clip
-from specvlm.bench.grid import HEAD, Grid
-from specvlm.bench.measure import Asked, Measurer, conditions
-from specvlm.bench.records import Report
+from specvlm.bench.grid import HEAD, WITH_DRAFT, Grid
+from specvlm.bench.measure import Asked, Measurer, facts_of
+from specvlm.bench.records import Report, StepBytes
 from specvlm.bench.shapes import (
     Shape,
     build,
@@ -27,9 +29,10 @@ from specvlm.bench.shapes import (
     prompt_tokens,
     random_inputs,
     shrunk,
+    video_tokens,
     vision_patches,
 )
-from specvlm.bench.suite import Found, Listener, Suite, reported
+from specvlm.bench.suite import Found, Listener, SetSuite, Suite, conditions_of, reported
 from specvlm.bench.summing import summarise
 from specvlm.bench.words import counted
 from specvlm.captioner import Captioner, ModelInfo, PreparedVideo
@@ -47,6 +50,7 @@ _STATIC_DEPTH = max(map(len, STATIC_PATHS))
 _DRAWS = 1 << 12  # rounds until the draws repeat
 _DEEPEST = 64  # guesses; no tree is deeper
 _GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
+_VIDEO = "random video"
 _RESERVE = 1.1  # of what was reckoned, for the allocator's rounding and what is small
 
 
@@ -201,16 +205,14 @@ class ModelledCaptioner(Captioner):
         """That of the shape's family."""
         return frame_multiple(self.pair.target)
 
-    def chooser(
-        self, settings: SpeculationSettings, generation: GenerationSettings, videos: Sequence[PreparedVideo]
-    ) -> TreeChooser:
-        """As any captioner's; what the trees of this job accept begins anew."""
+    def chooser(self, settings: SpeculationSettings, generation: GenerationSettings) -> TreeChooser:
+        """As any captioner's; what the trees of this decoder accept starts from the beginning."""
         depth = reference_depth(settings)
         if depth not in self._forced:
             self._forced[depth] = ForcedAcceptance(self.pair.accepted, depth, self.target.device)
         self._forced[depth].restart()
         self.accept = self._forced[depth]
-        return super().chooser(settings, generation, videos)
+        return super().chooser(settings, generation)
 
     def detokenize(self, tokens: Sequence[int]) -> str:
         """Nothing: random tokens have no text."""
@@ -267,11 +269,12 @@ def modelled_video(
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How large a caption is. `num_frames`: the most of any."""
+    """How large a caption is, and how many are made at once. `num_frames`, `batch_size`: the most of any."""
 
     num_frames: int
     frame_size: tuple[int, int]
     max_new_tokens: int
+    batch_size: int = 1
 
 
 def memory_needed(pair: Pair, load: Load, dtype: torch.dtype) -> int:
@@ -284,7 +287,7 @@ def memory_needed(pair: Pair, load: Load, dtype: torch.dtype) -> int:
 
 def _cache_bytes(shape: Shape, load: Load, element: int) -> int:
     slots = prompt_tokens(shape, load.num_frames, load.frame_size) + load.max_new_tokens + _DEEPEST
-    return shape.text.slot_bytes(element) * slots
+    return shape.text.slot_bytes(element) * slots * load.batch_size
 
 
 def _working_bytes(shape: Shape, load: Load, element: int) -> int:
@@ -396,20 +399,58 @@ def bench_modelled(captioner: ModelledCaptioner, setup: ModelledSetup, listener:
         assert num_frames is not None
         return modelled_video(captioner, num_frames, setup.frame_size, setup.seed)
 
-    clips = [Clip("random video", b"")]
-    measurer = Measurer(captioner, asked.max_new_tokens)
-    suite = Suite(grid, clips, asked.repeat, prepare, measurer, listener)
+    def read(clip: Clip, num_frames: int | None) -> SetVideo:
+        video = prepare(clip, num_frames)
+        return SetVideo(facts_of(clip.name, video), video)
+
+    clips, limit = [Clip(_VIDEO, b"")], asked.max_new_tokens
+    suite: Suite | SetSuite
+    if grid.is_batched:
+        suite = SetSuite(grid, clips, asked.repeat, read, SetMeasurer(captioner, limit), listener)
+    else:
+        suite = Suite(grid, clips, asked.repeat, prepare, Measurer(captioner, limit), listener)
     return reported(suite, grid, lambda found: _report(captioner, setup, found))
+
+
+def step_bytes(
+    pair: Pair, grid: Grid, frame_size: tuple[int, int], max_new_tokens: int, element: int
+) -> tuple[StepBytes, ...]:
+    """What a step of the target, and one of the draft, must read of weights, keys and values, at `element` bytes each.
+
+    A step is one pass over the batch: a plain step, a verification, or one level of the draft's tree. Captions are half
+    done, so that each has S + half its tokens behind it. Unpruned and pruned drafts stand next to each other.
+    """
+
+    def reads(name: str, shape: Shape, frames: int, size: int, ratio: float) -> StepBytes:
+        seen = video_tokens(shape, frames, frame_size)
+        slots = prompt_tokens(shape, frames, frame_size) - round(ratio * seen) + max_new_tokens // 2
+        weights = shape.text.pass_bytes(0, element)
+        return StepBytes(name, frames, size, weights, size * slots * shape.text.slot_bytes(element))
+
+    drafted = {one.prune_ratio or 0.0 for one in grid.all() if one.method in WITH_DRAFT}
+    found = []
+    for frames, size in product(dict.fromkeys(grid.num_frames), dict.fromkeys(grid.batch_sizes)):
+        assert frames is not None
+        found.append(reads("target", pair.target, frames, size, 0.0))
+        if pair.draft is not None:
+            found += [
+                reads(f"draft {ratio:g}" if ratio else "draft", pair.draft, frames, size, ratio)
+                for ratio in sorted(drafted)
+            ]
+    return tuple(found)
 
 
 def _report(captioner: ModelledCaptioner, setup: ModelledSetup, found: Found) -> Report:
     grid, asked = setup.grid, setup.asked
     kept = tuple(one for one in found.samples if one.configuration not in found.errors)
     summaries = summarise(grid.all(), kept, found.errors)
+    pair, element = captioner.pair, captioner.target.dtype.itemsize
+    reads = step_bytes(pair, grid, setup.frame_size, asked.max_new_tokens, element) if grid.is_batched else ()
     return Report(
-        conditions(captioner, asked, tuple(dict.fromkeys(one.video for one in kept))),
+        conditions_of(captioner, asked, kept, [_VIDEO]),
         tuple(replace(one, exact_match=None, exact_match_against=None) for one in summaries),
         kept,
         modelled=True,
-        label=captioner.pair.label,
+        label=pair.label,
+        reads=reads,
     )

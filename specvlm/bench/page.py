@@ -13,9 +13,10 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from specvlm.bench.records import BASELINES, MethodName, Report, Summary
+from specvlm.bench.records import BASELINES, MethodName, Report, Speedup, Summary
 from specvlm.bench.words import (
     amount,
+    clips_words,
     counted,
     decode_cell,
     depths,
@@ -29,7 +30,11 @@ from specvlm.bench.words import (
     number,
     peak_words,
     percent,
+    rate,
+    rate_cells,
+    read_rows,
     reference,
+    spread_cells,
     stopped_words,
 )
 
@@ -79,9 +84,12 @@ def page(report: Report, sheets: Sequence[PageSheet] = ()) -> str:
         _head(report, title),
         _conditions(report),
         _left_out(report),
+        _figures(report, "throughput", "Throughput", rate_cells()) if report.is_batched else "",
         _section("results", "Results", _results(report)),
+        _figures(report, "spread", "Speedups over turns, p10 to p90", spread_cells()),
         *(_plot(plot, report) for plot in plots(report)),
         _section("rounds", "Rounds", _rounds(report)) if any(s.num_drafts for s in report.summaries) else "",
+        _section("reads", "What a step reads", _reads(report)) if report.reads else "",
         _section("limits", "Limits", _limits(report)),
         *(_sheet(number, sheet) for number, sheet in enumerate(sheets, 1)),
         _section("reading", "How to read it", _READING),
@@ -128,9 +136,10 @@ def _headline(report: Report) -> str:
     if base is None:
         return ""
     ran = [(one, found) for one in report.summaries if (found := one.speedup(base)) is not None]
-    best, found = max(ran, key=lambda pair: pair[1].e2e)
+    best, found = max(ran, key=_throughput if report.is_batched else lambda pair: pair[1].e2e)
     accepted = best.mean_accepted_tokens
     figures = [
+        (rate(best.videos_per_hour) if report.is_batched else "", "videos an hour"),
         (f"{found.e2e:.2f} ×", "end to end"),  # noqa: RUF001
         ("" if found.decode is None else f"{found.decode:.2f} ×", "decode"),  # noqa: RUF001
         ("" if accepted is None else f"{accepted:.2f}", "accepted tokens a round"),
@@ -141,8 +150,15 @@ def _headline(report: Report) -> str:
         for value, name in figures
         if value
     )
-    name = name_of(best, has_several_frames(report))
-    return f'<p>Fastest end to end: <b>{safe(name)}</b>, against {base}.</p><ul class="figures">{shown}</ul>'
+    name = safe(name_of(best, has_several_frames(report)))
+    words = f"Fastest end to end: <b>{name}</b>, against {base}."
+    if report.is_batched:
+        words = f"Most videos an hour: <b>{name}</b>, against {base} at the same batch size."
+    return f'<p>{words}</p><ul class="figures">{shown}</ul>'
+
+
+def _throughput(pair: tuple[Summary, Speedup]) -> float:
+    return pair[0].videos_per_hour or 0.0
 
 
 def _conditions(report: Report) -> str:
@@ -161,7 +177,7 @@ def _conditions(report: Report) -> str:
         ("machine", ", ".join(word for word in (its.machine, its.processor) if word)),
         ("cores, threads", f"{counted(its.cores, 'core')}, {counted(its.threads, 'thread')}"),
         ("versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
-        ("clips", f"{its.clips}: {counted(len(its.videos), 'video')}"),
+        ("clips", clips_words(report)),
         ("prompt", its.prompt),
         ("captions", f"at most {counted(its.max_new_tokens, 'token')}"),
         ("turns", f"{its.repeat} timed, after one of warm-up"),
@@ -226,6 +242,24 @@ def _results(report: Report) -> str:
     return _modelled(report) + _table(report, report.summaries, columns)
 
 
+def _figures(
+    report: Report, name: str, title: str, cells: Sequence[tuple[str, Callable[[Summary], str]]]
+) -> str:
+    """A section with a table of these columns; none where all are empty."""
+    if not any(cell(one) for one in report.summaries for _, cell in cells):
+        return ""
+    columns = [_Column(name.replace("\n", " ").replace(" x ", " × "), cell) for name, cell in cells]  # noqa: RUF001
+    return _section(name, title, _modelled(report) + _table(report, report.summaries, columns))
+
+
+def _reads(report: Report) -> str:
+    head, *rows = read_rows(report.reads)
+    top = "".join(_cell('th scope="col"', name, False) for name in head)
+    lines = "".join(f"<tr>{''.join(_cell('td', text, False) for text in row)}</tr>" for row in rows)
+    table = f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{lines}</tbody></table></div>'
+    return f"{_modelled(report)}{table}"
+
+
 def _rounds(report: Report) -> str:
     columns = [
         _Column("nodes", lambda one: "" if one.mean_nodes is None else f"{one.mean_nodes:.1f}"),
@@ -251,15 +285,21 @@ def _table(report: Report, summaries: Iterable[Summary], columns: Sequence[_Colu
     for place, one in enumerate(shown):
         first = f'<th scope="row">{safe(one.configuration.label)}</th>'
         frames = f"<td>{frames_of(one)}</td>" if several else ""
+        frames += f"<td>{one.configuration.batch_size}</td>" if report.is_batched else ""
         if one.error is not None:
             rest = f'<td class="failed" colspan="{max(len(names), 1)}">failed: {safe(_short(one.error))}</td>'
         else:
             rest = "".join(_cell("td", cells[name][place], name in listed) for name in names)
-        begins = place > 0 and one.configuration.frames_asked != shown[place - 1].configuration.frames_asked
+        begins = place > 0 and _kin(one) != _kin(shown[place - 1])
         lines.append(f"<tr{' class=begins' if begins else ''}>{first}{frames}{rest}</tr>")
-    head = ["method", *(["frames"] if several else []), *names]
+    head = ["method", *(["frames"] if several else []), *(["batch"] if report.is_batched else []), *names]
     top = "".join(_cell('th scope="col"', name, name in listed) for name in head)
     return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+
+
+def _kin(one: Summary) -> tuple[int | None, int]:
+    """What is the same in rows that are compared."""
+    return one.configuration.frames_asked, one.configuration.batch_size
 
 
 def _cell(tag: str, text: str, is_listed: bool) -> str:
@@ -296,6 +336,8 @@ median, against the baseline on the same videos in the same process.</li>
 <li><b>Accepted</b> are guesses that a round accepts, in the mean, without the token that the target adds
 itself.</li>
 <li><b>The same</b> is the share of captions equal to the reference's, token for token.</li>
+<li><b>p10 to p90</b>: of a turn's ratio of totals, or of its videos an hour, a tenth of the turns stay below the
+first and a tenth above the second.</li>
 <li><b>Predicted</b>: (accepted + 1) × T_plain / (T_draft + T_verify), with a round's terms as measured here.</li>
 </ul>"""  # noqa: RUF001
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -70,7 +71,7 @@ class Plot(NamedTuple):
     """One plot.
 
     Attributes:
-        name: For links and tests: `speedup`, `ratio`, `frames`, `stages` or `depth`.
+        name: For links and tests: `throughput`, `speedup`, `batch`, `ratio`, `frames`, `stages` or `depth`.
         title: What it shows.
         note: What must be known to read it; may be empty.
         svg: An `<svg>` element.
@@ -100,7 +101,9 @@ def plots(report: Report) -> list[Plot]:
     base = baseline_of(report)
     with rc_context(_STYLE):
         found = [
+            _throughput(ran),
             _speedups(ran, base) if base else None,
+            _over_batch(ran, base),
             _over_ratio(ran, base),
             _over_frames(ran, base),
             _stages(ran),
@@ -115,6 +118,63 @@ def has_several_frames(summaries: Iterable[Summary]) -> bool:
 
 
 # --- the plots ---
+
+
+def _by_batch(ran: Sequence[Summary]) -> list[_Line]:
+    """A line for each way to caption, over its batch sizes."""
+    several = has_several_frames(ran)
+
+    def line(one: Summary) -> str:
+        alone = replace(one, configuration=replace(one.configuration, batch_size=1))
+        return name_of(alone, several)
+
+    lines = _lines(ran, line, lambda one: one.configuration.batch_size)
+    return [one for one in lines if len(one.points) > 1]
+
+
+def _throughput(ran: Sequence[Summary]) -> Plot | None:
+    lines = _by_batch(ran)
+    if not lines:
+        return None
+    shown = lines[:MOST_SERIES]
+    figure = Figure(figsize=(_WIDTH, 4.4 + 0.25 * -(-len(shown) // 2)), layout="constrained")
+    axes = figure.subplots()
+    for number, line in enumerate(shown):
+        sizes = [size for size, _ in line.points]
+        rates = [one.videos_per_hour or 0.0 for _, one in line.points]
+        spreads = [one.videos_per_hour_turns for _, one in line.points]
+        below = [
+            max(0.0, rate - (rate if at is None else at.p10)) for rate, at in zip(rates, spreads, strict=True)
+        ]
+        above = [
+            max(0.0, (rate if at is None else at.p90) - rate) for rate, at in zip(rates, spreads, strict=True)
+        ]
+        axes.errorbar(sizes, rates, (below, above), label=line.label, capsize=3, **_look(number))
+    _batch_axis(axes, shown)
+    axes.set(ylabel="videos an hour", ylim=(0, 1.05 * axes.dataLim.y1))
+    figure.legend(loc="outside lower left", ncols=2)
+    note = "All videos from the file to the text, in wall time; whiskers reach from p10 to p90 of the turns."
+    return Plot(
+        "throughput",
+        "Videos an hour over the batch size",
+        note + _more(len(lines)),
+        _svg(figure, "throughput"),
+    )
+
+
+def _batch_axis(axes: Axes, lines: Sequence[_Line]) -> None:
+    """Each batch size once, each doubling as far as the one before."""
+    sizes = sorted({size for line in lines for size, _ in line.points})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sizes, [f"{size:g}" for size in sizes])
+    axes.minorticks_off()
+    axes.set_xlabel("batch size")
+
+
+def _over_batch(ran: Sequence[Summary], base: MethodName | None) -> Plot | None:
+    lines = [one for one in _by_batch(ran) if one.points[0][1].configuration.method != base]
+    note = "" if base is None else f"Against {base} at the same batch size."
+    return _panels("batch", "Speedups over the batch size", note, lines, base, "batch size")
 
 
 def _speedups(ran: Sequence[Summary], base: MethodName) -> Plot | None:
@@ -148,7 +208,7 @@ def _over_ratio(ran: Sequence[Summary], base: MethodName | None) -> Plot | None:
             return None
         frames = f", {frames_of(one)} frames" if several else ""
         draft = f", {how.draft_label}" if how.draft_label else ""
-        return f"pruner {how.pruner}, tree {how.tree}{draft}{frames}"
+        return f"pruner {how.pruner}, tree {how.tree}{draft}{frames}{_batch(one)}"
 
     several = has_several_frames(ran)
     lines = [_with_unpruned(one, ran) for one in _lines(ran, line, lambda one: one.configuration.prune_ratio)]
@@ -159,20 +219,19 @@ def _over_ratio(ran: Sequence[Summary], base: MethodName | None) -> Plot | None:
 def _with_unpruned(line: _Line, ran: Sequence[Summary]) -> _Line:
     """The line with its point at a ratio of 0, which one configuration has for all pruners."""
     _, one = line.points[0]
-    kin = one.configuration.frames_asked, one.configuration.tree, one.configuration.draft
+    unpruned = replace(one.configuration, pruner=None, prune_ratio=None)
     at_zero = [
         (0.0, other)
         for other in ran
-        if other.configuration.method == "specvlm"
-        and not other.configuration.prune_ratio
-        and (other.configuration.frames_asked, other.configuration.tree, other.configuration.draft) == kin
+        if not other.configuration.prune_ratio
+        and replace(other.configuration, pruner=None, prune_ratio=None) == unpruned
     ]
     return _Line(line.label, at_zero + line.points)
 
 
 def _over_frames(ran: Sequence[Summary], base: MethodName | None) -> Plot | None:
     def line(one: Summary) -> str | None:
-        return None if one.configuration.method == base else one.configuration.label
+        return None if one.configuration.method == base else one.configuration.label + _batch(one)
 
     lines = _lines(ran, line, lambda one: one.num_frames)
     return _panels("frames", "Over the frames of a video", "", lines, base, "frames of a video, mean")
@@ -181,7 +240,7 @@ def _over_frames(ran: Sequence[Summary], base: MethodName | None) -> Plot | None
 def _panels(
     name: str, title: str, note: str, lines: list[_Line], base: MethodName | None, x_label: str
 ) -> Plot | None:
-    """Side by side: decoding, end to end, accepted tokens; without a baseline the last alone."""
+    """Side by side, as far as there are any: decoding and end to end, if there is a baseline; accepted tokens."""
     lines = [line for line in lines if len({x for x, _ in line.points}) > 1]
     if not lines:
         return None
@@ -193,6 +252,13 @@ def _panels(
             (f"end to end, times {base}", lambda one: _speedup(one, base)[1]),
             *panels,
         ]
+    panels = [
+        panel
+        for panel in panels
+        if any(panel[1](one) is not None for line in shown for _, one in line.points)
+    ]
+    if not panels:
+        return None
     figure = Figure(figsize=(_WIDTH, 3.4 + 0.25 * -(-len(shown) // 2)), layout="constrained")
     handles: dict[str, Line2D] = {}
     for axes, (heading, y) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
@@ -204,7 +270,9 @@ def _panels(
             axes.axhline(1.0, color=INK, linewidth=1.2, linestyle=(0, (4, 3)))
         places = sorted({x for line in shown for x, _ in line.points})
         axes.set(xlabel=x_label, title=heading, ylim=(0, 1.08 * axes.dataLim.y1))
-        if _are_apart(places):
+        if x_label == "batch size":
+            _batch_axis(axes, shown)
+        elif _are_apart(places):
             axes.set_xticks(places, [f"{place:g}" for place in places])
     figure.legend(list(handles.values()), list(handles), loc="outside lower left", ncols=2)
     return Plot(name, title, (note + _more(len(lines))).strip(), _svg(figure, name))
@@ -214,6 +282,11 @@ def _are_apart(places: Sequence[float]) -> bool:
     """Whether each place can have a tick of its own."""
     gaps = [after - before for before, after in pairwise(places)]
     return min(gaps) >= _LEAST_GAP * (places[-1] - places[0])
+
+
+def _batch(one: Summary) -> str:
+    size = one.configuration.batch_size
+    return f", batch {size}" if size > 1 else ""
 
 
 def _accepted(one: Summary) -> float | None:

@@ -34,6 +34,8 @@ class Configuration:
         tree: Shape of the guesses; None without our rounds.
         draft: Name of the draft; None where there is none, or a captioner's only one.
         draft_label: What the label says of the draft; nothing where it is the only one of its kind.
+        batch_size: Most captions in the making at once.
+        depth: Of a chain, where it is not the default; else None.
     """
 
     method: MethodName
@@ -43,10 +45,12 @@ class Configuration:
     tree: TreeName | None = None
     draft: str | None = None
     draft_label: str = ""
+    batch_size: int = 1
+    depth: int | None = None
 
     @property
     def label(self) -> str:
-        """The configuration in a few words, frames left out, e.g. `specvlm 0.9 static` or `sd static`.
+        """The configuration in a few words, frames and batch size left out, e.g. `specvlm 0.9 static` or `sd static`.
 
         The pruner is named where it is not the one that has the method's name, the draft where there are several.
         """
@@ -60,7 +64,8 @@ class Configuration:
                 *([] if self.pruner == "specvlm" else [self.pruner]),
                 f"{self.prune_ratio:g}",
             ]
-        whole = " ".join([*words, self.tree] if self.tree else words)
+        words += [self.tree] if self.tree else []
+        whole = " ".join(words if self.depth is None else [*words, str(self.depth)])
         return f"{whole}, {self.draft_label}" if self.draft_label else whole
 
 
@@ -135,6 +140,7 @@ class Sample:
         depth_tries: Entry d - 1 counts the rounds whose guess at depth d was judged; see `CaptionStats`.
         peak_memory_bytes: Of the device's allocator for this caption (CUDA), or of the process so far (CPU).
         compressor: What a trained head's compressor did to the video; None without a head.
+        mean_batch_size: How many captions shared its steps, the mean over its steps.
     """
 
     configuration: Configuration
@@ -156,6 +162,7 @@ class Sample:
     depth_tries: tuple[int, ...]
     peak_memory_bytes: int
     compressor: str | None = None
+    mean_batch_size: float = 1.0
 
     def as_row(self) -> dict[str, Any]:
         """One flat row: the configuration's and the stages' fields stand beside the others."""
@@ -163,6 +170,15 @@ class Sample:
         flat = {**row.pop("configuration"), **row, **row["stages"]}
         del flat["stages"], flat["draft_label"]
         return _plain(flat | dict.fromkeys(untold(self.configuration.method)))
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """A figure over the turns of a bench: its median, and what a tenth of the turns stay below and above."""
+
+    p10: float
+    median: float
+    p90: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +192,8 @@ class Speedup:
         e2e: Ratio of totals: the baseline's total_s / this one's total_s.
         decode_median: Median over videos of each video's own ratio; None as above.
         e2e_median: The same, end to end.
+        decode_turns: Over turns of each turn's ratio of totals; None with a single turn.
+        e2e_turns: The same, end to end.
     """
 
     baseline: MethodName
@@ -183,6 +201,8 @@ class Speedup:
     e2e: float
     decode_median: float | None
     e2e_median: float
+    decode_turns: Spread | None = None
+    e2e_turns: Spread | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +210,8 @@ class Summary:
     """One configuration summed up: of each video the typical turn, of these the total over videos.
 
     The typical turn of a video is the one whose total_s is the median, with an even number of turns the faster of
-    the two in the middle. All times and counts are of it, so they hang together: the stages sum to `total_s`.
+    the two in the middle. All times and counts are of it, so they hang together: the stages sum to `total_s`. In
+    batches videos share their time, so it is one turn for all videos, by the total of all of them.
 
     Attributes:
         configuration: What is summed up.
@@ -232,6 +253,10 @@ class Summary:
         peak_memory_bytes: Largest of all turns. Of a process it holds what ran before, so that JSON has null
             here, and `Report.process_peak_bytes` for all.
         compressors: What a trained head's compressor did to the videos, the commonest first; empty without a head.
+        videos_per_hour: 3600 x videos / total_s.
+        videos_per_hour_turns: The same over turns; None with a single turn.
+        tokens_per_s: completion_tokens / total_s: of wall time, all that comes before the first token included.
+        mean_batch_size: Mean over videos of how many captions shared their steps.
     """
 
     configuration: Configuration
@@ -266,6 +291,10 @@ class Summary:
     limit: str = ""
     peak_memory_bytes: int = 0
     compressors: tuple[str, ...] = ()
+    videos_per_hour: float | None = None
+    videos_per_hour_turns: Spread | None = None
+    tokens_per_s: float | None = None
+    mean_batch_size: float = 0.0
 
     def speedup(self, baseline: MethodName) -> Speedup | None:
         """The speedup against one baseline; None where it did not run, or this is it."""
@@ -322,6 +351,8 @@ class Conditions:
         peak_memory_of: `device`: of each caption; `process`: the process's peak so far, which cannot be reset, so
             that a method's figure holds all that ran before it.
         frame_multiple: The target takes multiples of so many frames.
+        repeated_to: Captions of a turn, where a batch needs more videos than there are, so that they are repeated;
+            None: each video once.
     """
 
     started_at: str
@@ -346,6 +377,7 @@ class Conditions:
     videos: tuple[str, ...]
     peak_memory_of: Literal["device", "process"]
     frame_multiple: int = 1
+    repeated_to: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -354,6 +386,30 @@ class Left:
 
     video: str
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class StepBytes:
+    """What one decoding step of a batch must read, by the shapes alone, halfway through its captions.
+
+    Attributes:
+        model: `target`, or `draft` with the share of video tokens that it does not see where it is pruned.
+        frames_asked: Frames of each video.
+        batch_size: Captions in the batch.
+        weight_bytes: Weights of the decoder and the LM head, read once for the whole batch.
+        kv_bytes: Keys and values of all captions.
+    """
+
+    model: str
+    frames_asked: int
+    batch_size: int
+    weight_bytes: int
+    kv_bytes: int
+
+    @property
+    def kv_share(self) -> float:
+        """Share of keys and values."""
+        return self.kv_bytes / (self.weight_bytes + self.kv_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -369,6 +425,7 @@ class Report:
             measured: the figures are a model's cost, not a caption's.
         label: Where modelled: what stands beside every figure; else empty.
         stopped: It was stopped early; of each video the whole turns until then are kept.
+        reads: Where modelled in batches: what a step must read.
     """
 
     conditions: Conditions
@@ -378,6 +435,12 @@ class Report:
     modelled: bool = False
     label: str = ""
     stopped: bool = False
+    reads: tuple[StepBytes, ...] = ()
+
+    @property
+    def is_batched(self) -> bool:
+        """Whether captions were made several at once."""
+        return any(one.configuration.batch_size > 1 for one in self.summaries)
 
     @property
     def process_peak_bytes(self) -> int | None:
@@ -397,6 +460,7 @@ class Report:
             "summaries": [self._summary_json(one) for one in self.summaries],
             "left_out": [asdict(one) for one in self.left_out],
             "stopped": self.stopped,
+            "reads": [asdict(one) for one in self.reads],
         }
         return whole | ({"samples": rows_of(self.samples)} if samples else {})
 

@@ -1,28 +1,31 @@
 """All methods on the same videos, in one process, in turn; and what of it is a report.
 
 Of each video, one turn warms up and is not kept, and each further turn begins with the next method, so that no
-method always runs first, or always after the same one. One video is in memory at a time. Knows neither files of
-results nor a terminal; what goes on is told to whoever listens.
+method always runs first, or always after the same one. One video is in memory at a time; in batches all of them are,
+and a turn takes all of them. Knows neither files of results nor a terminal; what goes on is told to whoever listens.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
+from specvlm.bench.batches import SetMeasurer, SetVideo
 from specvlm.bench.clips import Clip
 from specvlm.bench.grid import Grid
-from specvlm.bench.measure import Asked, Measurer, MethodError, conditions
-from specvlm.bench.records import Configuration, Left, Report, Sample
+from specvlm.bench.measure import Asked, Measurer, MethodError, conditions, facts_of
+from specvlm.bench.records import Conditions, Configuration, Left, Report, Sample
 from specvlm.bench.summing import summarise
 from specvlm.captioner import Captioner, PreparedVideo
 from specvlm.config import FrameSettings
 from specvlm.drafts.head import HeadDraft
 from specvlm.errors import ConfigError, PreprocessError, VideoError
 from specvlm.records import Frames
+from specvlm.video import read_video
 
 
 class Step(NamedTuple):
@@ -51,6 +54,13 @@ class Measuring(Protocol):
 
     def measure(self, how: Configuration, video: Any, name: str, turn: int) -> Sample:
         """See `Measurer.measure`."""
+
+
+class MeasuringSets(Protocol):
+    """What times a set of videos; `SetMeasurer` is the real one."""
+
+    def measure_set(self, how: Configuration, videos: Sequence[SetVideo], turn: int) -> list[Sample]:
+        """See `SetMeasurer.measure_set`."""
 
 
 @dataclass
@@ -84,7 +94,52 @@ class Budget:
 _ENDLESS = Budget(None)
 
 
-class Suite:
+class _Running:
+    """What benches of single videos and of sets have in common: what is measured, what failed, how far they are."""
+
+    def __init__(self, grid: Grid, captions: int, repeat: int, listener: Listener, budget: Budget) -> None:
+        """`captions`: of one turn of a configuration."""
+        self._grid, self._repeat, self._listener, self._budget = grid, repeat, listener, budget
+        self._found = Found()
+        self._done: Counter[Configuration] = Counter()  # captions, those of videos that were left out too
+        self._of_each = captions * (repeat + 1)
+        self._total = len(grid.all()) * self._of_each
+
+    @property
+    def found(self) -> Found:
+        """What has been measured so far."""
+        return self._found
+
+    def _leave_out(self, left: Left) -> None:
+        if left.video not in self._found.left_out:
+            self._found.left_out[left.video] = left
+            self._listener.left_out(left)
+
+    def _attempt(
+        self,
+        how: Configuration,
+        turn: int,
+        what: str,
+        captions: int,
+        measure: Callable[[], Sample | list[Sample]],
+    ) -> None:
+        """Have a configuration make so many captions, unless it failed before."""
+        if how in self._found.errors:
+            return
+        self._listener.step(Step(self._done.total(), self._total, what))
+        try:
+            made = measure()
+        except MethodError as error:
+            self._found.errors[how] = str(error)
+            self._total -= self._of_each - self._done[how]  # its others will not be made
+            self._listener.failed(how, str(error))
+            return
+        self._done[how] += captions
+        if turn:
+            self._found.samples += made if isinstance(made, list) else [made]
+
+
+class Suite(_Running):
     """A bench that is ready to run."""
 
     def __init__(
@@ -98,18 +153,8 @@ class Suite:
         budget: Budget = _ENDLESS,
     ) -> None:
         """`prepare` reads and preprocesses a clip; `repeat` timed turns follow one of warm-up."""
-        self._grid, self._clips, self._repeat = grid, clips, repeat
-        self._prepare, self._measurer, self._listener = prepare, measurer, listener
-        self._budget = budget
-        self._found = Found()
-        self._done: Counter[Configuration] = Counter()  # captions, those of videos that were left out too
-        self._of_each = len(clips) * (repeat + 1)
-        self._total = len(grid.all()) * self._of_each
-
-    @property
-    def found(self) -> Found:
-        """What has been measured so far."""
-        return self._found
+        super().__init__(grid, len(clips), repeat, listener, budget)
+        self._clips, self._prepare, self._measurer = clips, prepare, measurer
 
     def run(self) -> Found:
         """Measure everything."""
@@ -138,30 +183,75 @@ class Suite:
                 going_on = [how for how in configurations if how not in self._found.errors]
                 self._done.update(dict.fromkeys(going_on, self._repeat + 1))
 
-    def _leave_out(self, left: Left) -> None:
-        if left.video not in self._found.left_out:
-            self._found.left_out[left.video] = left
-            self._listener.left_out(left)
-
     def _turn(self, order: Sequence[Configuration], video: PreparedVideo, name: str, turn: int) -> None:
         several = len(set(self._grid.num_frames)) > 1
         what = f"{name}, {video.num_frames} frames" if several else name
         for how in order:
-            if how not in self._found.errors:
-                self._listener.step(Step(self._done.total(), self._total, f"{what}, {how.label}"))
-                self._caption(how, video, name, turn)
+            measure = partial(self._measurer.measure, how, video, name, turn)
+            self._attempt(how, turn, f"{what}, {how.label}", 1, measure)
 
-    def _caption(self, how: Configuration, video: PreparedVideo, name: str, turn: int) -> None:
-        try:
-            sample = self._measurer.measure(how, video, name, turn)
-        except MethodError as error:
-            self._found.errors[how] = str(error)
-            self._total -= self._of_each - self._done[how]  # its others will not be made
-            self._listener.failed(how, str(error))
-            return
-        self._done[how] += 1
-        if turn:
-            self._found.samples.append(sample)
+
+class SetSuite(_Running):
+    """A bench of batches that is ready to run: each turn takes the whole set of videos with every configuration."""
+
+    def __init__(
+        self,
+        grid: Grid,
+        clips: Sequence[Clip],
+        repeat: int,
+        read: Callable[[Clip, int | None], SetVideo],
+        measurer: MeasuringSets,
+        listener: Listener,
+        budget: Budget = _ENDLESS,
+    ) -> None:
+        """`read` reads a clip and sees whether it can be preprocessed; `repeat` timed turns follow one of warm-up."""
+        self._captions = max(len(clips), *grid.batch_sizes)
+        super().__init__(grid, self._captions, repeat, listener, budget)
+        self._clips, self._read, self._measurer = clips, read, measurer
+
+    def run(self) -> Found:
+        """Measure everything."""
+        for num_frames in dict.fromkeys(self._grid.num_frames):
+            videos = repeated(self._videos(num_frames), self._captions)
+            configurations = self._grid.configurations(num_frames)
+            for turn in range(self._repeat + 1) if videos else ():
+                if turn > 1 and self._budget.is_spent():
+                    break
+                self._turn(configurations, videos, turn)
+        return self._found
+
+    def _videos(self, num_frames: int | None) -> list[SetVideo]:
+        """The clips that can be read; the first is read once before, since first use costs more."""
+        found: list[SetVideo] = []
+        for clip in self._clips:
+            try:
+                if not found:
+                    self._read(clip, num_frames)
+                found.append(self._read(clip, num_frames))
+            except (VideoError, PreprocessError) as error:
+                self._leave_out(Left(clip.name, str(error)))
+        return found
+
+    def _turn(self, configurations: Sequence[Configuration], videos: Sequence[SetVideo], turn: int) -> None:
+        """All batch sizes, of each all methods; two batches are enough to warm up."""
+        several = len(set(self._grid.num_frames)) > 1
+        frames = f", {videos[0].facts.num_frames} frames" if several else ""
+        for size in dict.fromkeys(self._grid.batch_sizes):
+            chosen = videos if turn else videos[: 2 * size]
+            for how in rotated([one for one in configurations if one.batch_size == size], turn):
+                what = f"turn {turn} of {self._repeat}{frames}, {how.label}, batch {size}"
+                measure = partial(self._measurer.measure_set, how, chosen, turn)
+                self._attempt(how, turn, what, self._captions, measure)
+
+
+def repeated(videos: Sequence[SetVideo], count: int) -> list[SetVideo]:
+    """At least `count` videos, the given ones over and over; each has a name of its own."""
+    found = list(videos)
+    while videos and len(found) < count:
+        again, place = divmod(len(found), len(videos))
+        one = videos[place]
+        found.append(one._replace(facts=one.facts._replace(name=f"{one.facts.name} #{again + 1}")))
+    return found
 
 
 def whole_turns(found: Found, configurations: Sequence[Configuration]) -> Found:
@@ -197,7 +287,7 @@ class Setup:
         clips: On which videos.
         frames: Which frames to read where the grid gives no number, and how large; None: the captioner's own.
         asked: The rest, as the conditions tell it.
-        budget_s: Begin no further video after this time; None: take them all.
+        budget_s: Begin no further video, in batches no further turn, after this time; None: take them all.
     """
 
     grid: Grid
@@ -236,8 +326,24 @@ def bench(
             return captioner.prepare(_spread(clip.video, num_frames), prompt)
         return captioner.prepare(clip.video, prompt, frames=_frames_of(base, clip, num_frames))
 
-    measurer = Measurer(captioner, asked.max_new_tokens, others=others)
-    suite = Suite(grid, setup.clips, asked.repeat, prepare, measurer, listener, Budget(setup.budget_s))
+    def read(clip: Clip, num_frames: int | None) -> SetVideo:
+        prompt, frames = asked.prompt if clip.prompt is None else clip.prompt, clip.video
+        if isinstance(frames, Frames):
+            frames = _spread(frames, num_frames)
+        else:
+            settings = _frames_of(base, clip, num_frames)
+            frames = read_video(frames, settings, frame_multiple=captioner.frame_multiple)
+        seen = captioner.prepare(frames, prompt)
+        return SetVideo(facts_of(clip.name, seen)._replace(preprocess_s=0.0), frames, prompt)
+
+    limit, budget = asked.max_new_tokens, Budget(setup.budget_s)
+    suite: Suite | SetSuite
+    if grid.is_batched:
+        sets = SetMeasurer(captioner, limit, others=others)
+        suite = SetSuite(grid, setup.clips, asked.repeat, read, sets, listener, budget)
+    else:
+        measurer = Measurer(captioner, limit, others=others)
+        suite = Suite(grid, setup.clips, asked.repeat, prepare, measurer, listener, budget)
     return reported(suite, grid, lambda found: _report(captioner, setup, found))
 
 
@@ -257,7 +363,7 @@ def _refuse_unfit_drafts(grid: Grid, captioner: Captioner, others: Mapping[str, 
             raise ConfigError(f"method {method!r} needs a draft {kind}, and there is none; give one")
 
 
-def reported(suite: Suite, grid: Grid, report: Callable[[Found], Report]) -> Report:
+def reported(suite: Suite | SetSuite, grid: Grid, report: Callable[[Found], Report]) -> Report:
     """Run a suite and make its report.
 
     Raises:
@@ -272,13 +378,22 @@ def reported(suite: Suite, grid: Grid, report: Callable[[Found], Report]) -> Rep
 
 def _report(captioner: Captioner, setup: Setup, found: Found) -> Report:
     kept = tuple(one for one in found.samples if one.configuration not in found.errors)
-    videos = tuple(dict.fromkeys(one.video for one in kept))
     return Report(
-        conditions(captioner, setup.asked, videos),
+        conditions_of(captioner, setup.asked, kept, (clip.name for clip in setup.clips)),
         summarise(setup.grid.all(), kept, found.errors),
         kept,
         tuple(found.left_out.values()),
     )
+
+
+def conditions_of(
+    captioner: Captioner, asked: Asked, samples: Sequence[Sample], names: Iterable[str]
+) -> Conditions:
+    """The conditions of samples: which of the named videos they are of, and whether these are repeated."""
+    made = {one.video for one in samples}
+    videos = tuple(name for name in names if name in made)
+    found = conditions(captioner, asked, videos)
+    return replace(found, repeated_to=len(made)) if len(made) > len(videos) else found
 
 
 def _frames_of(base: FrameSettings, clip: Clip, num_frames: int | None) -> FrameSettings:

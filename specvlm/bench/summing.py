@@ -6,11 +6,11 @@ Plain arithmetic over records; knows neither models nor clocks. Imports no torch
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
-from statistics import fmean, median
-from typing import NamedTuple
+from statistics import fmean, median, quantiles
+from typing import NamedTuple, TypeVar
 
 from specvlm.bench.grid import HEAD
 from specvlm.bench.records import (
@@ -20,10 +20,12 @@ from specvlm.bench.records import (
     MethodName,
     Sample,
     Speedup,
+    Spread,
     Stages,
     Summary,
 )
 
+_T = TypeVar("_T")
 _BEFORE = ("read_s", "preprocess_s", "vision_s", "target_prefill_s", "draft_prefill_s", "prefill_s")
 _IN_WORDS = {
     "read_s": "reading",
@@ -44,7 +46,7 @@ def summarise(
 ) -> tuple[Summary, ...]:
     """Sum up each configuration, in the order given.
 
-    Configurations are compared with those of the same frames, over the videos that both captioned.
+    Configurations are compared with those of the same frames and batch size, over the videos that both captioned.
 
     Args:
         configurations: What was asked for.
@@ -57,7 +59,7 @@ def summarise(
         if sample.configuration not in failed:
             groups.setdefault(sample.configuration, _Group(sample.configuration)).add(sample)
     return tuple(
-        _summary(groups[one], _peers(one, groups))
+        _summary(groups[one], _peers(one, groups), _alone(one, groups))
         if one in groups
         else Summary(
             one,
@@ -82,17 +84,45 @@ class _Group:
         return [sample for turns in self.videos.values() for sample in turns]
 
     def typical(self) -> dict[str, Sample]:
-        """Of each video the turn whose total time is the median, so that all of its figures hang together."""
-        return {
-            video: sorted(turns, key=lambda one: one.total_s)[(len(turns) - 1) // 2]
-            for video, turns in self.videos.items()
-        }
+        """Of each video the turn whose total time is the median, so that all of its figures hang together.
+
+        Videos of a batch share their time: there it is one turn, by the total of all videos.
+        """
+        if self.configuration.batch_size > 1:
+            turns = self.turns()
+            return turns[_middle(turns, key=lambda turn: _total_s(turns[turn].values()))]
+        return {video: _middle(turns, key=lambda one: one.total_s) for video, turns in self.videos.items()}
+
+    def turns(self) -> dict[int, dict[str, Sample]]:
+        """The turns that have all videos: their samples by video."""
+        found: dict[int, dict[str, Sample]] = defaultdict(dict)
+        for sample in self.all():
+            found[sample.turn][sample.video] = sample
+        return {turn: samples for turn, samples in found.items() if len(samples) == len(self.videos)}
 
     def only(self, videos: Iterable[str]) -> _Group:
         """The same, of these videos alone."""
         part = _Group(self.configuration)
         part.videos.update((video, self.videos[video]) for video in videos)
         return part
+
+
+def _middle(values: Iterable[_T], key: Callable[[_T], float]) -> _T:
+    """The value in the middle; of two, the smaller one."""
+    ordered = sorted(values, key=key)
+    return ordered[(len(ordered) - 1) // 2]
+
+
+def _total_s(samples: Iterable[Sample]) -> float:
+    return sum(one.total_s for one in samples)
+
+
+def _spread(values: Sequence[float]) -> Spread | None:
+    """Over turns; None where there is only one."""
+    if len(values) < 2:
+        return None
+    tenths = quantiles(values, n=10, method="inclusive")
+    return Spread(tenths[0], median(values), tenths[-1])
 
 
 def _frames_of_others(failed: Configuration, groups: Mapping[Configuration, _Group]) -> float:
@@ -122,19 +152,27 @@ def _over(part: float, whole: float) -> float | None:
 
 
 def _peers(own: Configuration, groups: Mapping[Configuration, _Group]) -> dict[MethodName, _Group]:
-    """The baselines that ran with the same frames."""
+    """The baselines that ran with the same frames and batch size."""
     return {
         one.method: group
         for method in BASELINES
         for one, group in groups.items()
-        if one.method == method and one.frames_asked == own.frames_asked
+        if (one.method, one.frames_asked, one.batch_size) == (method, own.frames_asked, own.batch_size)
     }
 
 
-def _summary(group: _Group, peers: Mapping[MethodName, _Group]) -> Summary:
+def _alone(own: Configuration, groups: Mapping[Configuration, _Group]) -> _Group | None:
+    """The same configuration with a batch size of 1; None: it did not run, or this is it."""
+    alone = replace(own, batch_size=1)
+    return None if alone == own else groups.get(alone)
+
+
+def _summary(group: _Group, peers: Mapping[MethodName, _Group], alone: _Group | None) -> Summary:
     samples, plain = list(group.typical().values()), peers.get("plain")
     others = [peer for peer in peers.values() if peer is not group]
-    reference = _reference(group.configuration.method, peers)
+    reference = _reference(group.configuration.method, peers) or alone
+    total_s, tokens = _total_s(samples), sum(len(one.token_ids) for one in samples)
+    turns_s = [_total_s(turn.values()) for turn in group.turns().values()]
     stages = _stages(samples)
     plain_token_s = None if plain is None else _token_s(plain.typical().values())
     terms = _rounds(samples, stages, plain_token_s)
@@ -145,11 +183,11 @@ def _summary(group: _Group, peers: Mapping[MethodName, _Group]) -> Summary:
         num_frames=fmean(one.num_frames for one in samples),
         video_tokens=fmean(one.video_tokens for one in samples),
         video_tokens_kept=fmean(one.video_tokens_kept for one in samples),
-        completion_tokens=sum(len(one.token_ids) for one in samples),
+        completion_tokens=tokens,
         stages=stages,
         decode_s=sum(one.decode_s for one in samples),
         decode_tokens=sum(one.decode_tokens for one in samples),
-        total_s=sum(one.total_s for one in samples),
+        total_s=total_s,
         token_s=_token_s(samples),
         speedups=tuple(found for peer in others if (found := _speedup(group, peer))),
         num_drafts=sum(one.num_drafts for one in samples),
@@ -168,6 +206,10 @@ def _summary(group: _Group, peers: Mapping[MethodName, _Group]) -> Summary:
         verify_round_s=terms.verify_s,
         peak_memory_bytes=max(one.peak_memory_bytes for one in group.all()),
         compressors=_commonest(one.compressor for one in samples),
+        videos_per_hour=_over(3600.0 * len(samples), total_s),
+        videos_per_hour_turns=_spread([3600.0 * len(samples) / one for one in turns_s]),
+        tokens_per_s=_over(tokens, total_s),
+        mean_batch_size=fmean(one.mean_batch_size for one in samples),
     )
     return _judged(summary)
 
@@ -244,16 +286,22 @@ def _speedup(group: _Group, baseline: _Group) -> Speedup | None:
     shared = [video for video in group.videos if video in baseline.videos]
     if not shared:
         return None
-    ours, theirs = group.only(shared).typical(), baseline.only(shared).typical()
+    group, baseline = group.only(shared), baseline.only(shared)
+    ours, theirs = group.typical(), baseline.typical()
     decode = [_ratio(_token_s([theirs[video]]), _token_s([ours[video]])) for video in shared]
     whole = [(theirs[video].total_s, ours[video].total_s) for video in shared]
     known = [one for one in decode if one is not None]
+    mine, base = group.turns(), baseline.turns()
+    turns = [(base[turn].values(), mine[turn].values()) for turn in mine if turn in base]
+    of_turns = [_ratio(_token_s(before), _token_s(after)) for before, after in turns]
     return Speedup(
         baseline=baseline.configuration.method,
         decode=_ratio(_token_s(theirs.values()), _token_s(ours.values())),
-        e2e=sum(base for base, _ in whole) / sum(mine for _, mine in whole),
+        e2e=_total_s(theirs[video] for video in shared) / _total_s(ours[video] for video in shared),
         decode_median=median(known) if known else None,
-        e2e_median=median(base / mine for base, mine in whole),
+        e2e_median=median(before / after for before, after in whole),
+        decode_turns=_spread([one for one in of_turns if one is not None]),
+        e2e_turns=_spread([_total_s(before) / _total_s(after) for before, after in turns]),
     )
 
 

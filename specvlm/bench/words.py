@@ -5,10 +5,10 @@ Knows records alone; neither terminal nor HTML. Imports no torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from statistics import fmean
 
-from specvlm.bench.records import MethodName, Report, Summary
+from specvlm.bench.records import BASELINES, MethodName, Report, Spread, StepBytes, Summary
 
 STAGE_NAMES = {
     "read_s": "read",
@@ -115,6 +115,15 @@ def frames_notes(report: Report) -> list[str]:
     return found
 
 
+def clips_words(report: Report) -> str:
+    """Which clips, how many, and how often."""
+    its = report.conditions
+    words = f"{its.clips}: {counted(len(its.videos), 'video')}"
+    return (
+        words if its.repeated_to is None else f"{words}, repeated to {its.repeated_to} for the largest batch"
+    )
+
+
 def peak_words(report: Report) -> str:
     """The peak of a process, which no method has for itself; empty where a device tells of each."""
     most = report.process_peak_bytes
@@ -122,9 +131,11 @@ def peak_words(report: Report) -> str:
 
 
 def name_of(summary: Summary, several_frames: bool) -> str:
-    """A configuration's label, with its frames where there are several."""
-    label = summary.configuration.label
-    return f"{label}, {frames_of(summary)} frames" if several_frames else label
+    """A configuration's label, with its frames where there are several, and its batch size where it is not 1."""
+    label, size = summary.configuration.label, summary.configuration.batch_size
+    if several_frames:
+        label += f", {frames_of(summary)} frames"
+    return f"{label}, batch {size}" if size > 1 else label
 
 
 def limits(report: Report) -> Iterator[tuple[str, str]]:
@@ -151,14 +162,73 @@ def stopped_words(report: Report) -> str:
     """What a bench that was stopped has kept; empty where it was not."""
     if not report.stopped:
         return ""
-    turns = len({(one.configuration.frames_asked, one.video, one.turn) for one in report.samples})
     videos = len({one.video for one in report.samples})
+    parted = {
+        (one.configuration.frames_asked, "" if report.is_batched else one.video, one.turn)
+        for one in report.samples
+    }
+    turns = len(parted)
     return f"stopped early: kept {counted(turns, 'whole turn')} of {counted(videos, 'video')}"
 
 
 def reference(report: Report) -> str:
     """The method whose captions the others are compared with."""
     return next((one.exact_match_against for one in report.summaries if one.exact_match_against), "stock")
+
+
+def spread(value: Spread | None) -> str:
+    """What lies between a tenth and nine tenths of the turns; empty with a single turn."""
+    return "" if value is None else f"{value.p10:.2f} to {value.p90:.2f}"
+
+
+def spread_cells() -> list[tuple[str, Callable[[Summary], str]]]:
+    """Columns of spreads over turns: what of, over which baseline, and the cell."""
+
+    def cell(base: MethodName, kind: str) -> Callable[[Summary], str]:
+        return lambda one: spread(getattr(one.speedup(base), f"{kind}_turns", None))
+
+    kinds = {"decode": "decode", "end to end": "e2e"}
+    return [(f"{name}\nx {base}", cell(base, kind)) for name, kind in kinds.items() for base in BASELINES]
+
+
+def rate(value: float | None) -> str:
+    """Videos per hour, or tokens per second: three digits at least; empty for None."""
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if value >= 100.0 else f"{value:.3g}"
+
+
+def rate_cells() -> list[tuple[str, Callable[[Summary], str]]]:
+    """Columns of what passes through in a time."""
+
+    def turns(one: Summary) -> str:
+        found = one.videos_per_hour_turns
+        return "" if found is None else f"{rate(found.p10)} to {rate(found.p90)}"
+
+    return [
+        ("videos\nper hour", lambda one: rate(one.videos_per_hour)),
+        ("p10 to p90\nover turns", turns),
+        ("tokens\nper s", lambda one: rate(one.tokens_per_s)),
+        ("mean\nbatch", lambda one: mean_words(one.mean_batch_size) if one.videos else ""),
+    ]
+
+
+def read_rows(reads: Sequence[StepBytes]) -> list[list[str]]:
+    """A table of what a step reads, its head first."""
+    several = len({one.frames_asked for one in reads}) > 1
+    head = ["model", *(["frames"] if several else []), "batch", "weights", "keys, values", "their share"]
+    rows = [
+        [
+            one.model,
+            *([str(one.frames_asked)] if several else []),
+            str(one.batch_size),
+            amount(one.weight_bytes),
+            amount(one.kv_bytes),
+            percent(one.kv_share),
+        ]
+        for one in reads
+    ]
+    return [head, *rows]
 
 
 def decode_cell(base: MethodName) -> Callable[[Summary], str]:

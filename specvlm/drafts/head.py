@@ -13,12 +13,15 @@ from dataclasses import replace
 
 import torch
 
-from specvlm.attention import AttentionPlan
+from specvlm.attention import AttentionPlan, Segment
+from specvlm.cache import KVCache, Part, Tables
 from specvlm.config import SpeculationSettings
-from specvlm.drafts.base import Draft, DraftJob, Horizon, Proposer
+from specvlm.drafts.base import Draft, DraftRead, DraftRow, Proposer
 from specvlm.drafts.head_model import HeadModel, PairSequence, Shown
 from specvlm.drafts.vocabulary import DraftVocabulary
-from specvlm.model import Extent, Nodes, VideoLM
+from specvlm.model import Lengths, Nodes, VideoLM
+from specvlm.prefill import packs
+from specvlm.sampling import TokenRule
 from specvlm.tree import Frontier, Guesses, TreeShape
 from specvlm.verify import Accepted
 
@@ -53,59 +56,127 @@ class HeadDraft(Draft):
         """The compressor and the tree."""
         return f"specvlm-head/{self.head.config.compressor.name}/{settings.tree}"
 
-    def begin(self, job: DraftJob, first: Sequence[int]) -> Proposer:
-        """Compress and prefill each row."""
-        read = [self._read(job, row, token) for row, token in enumerate(first)]
-        return _HeadProposer(self, job, read)
+    def proposer(self, settings: SpeculationSettings, rule: TokenRule, cache: KVCache) -> Proposer:
+        """See `Draft`."""
+        return _HeadProposer(self, settings, rule, cache)
 
-    def _read(self, job: DraftJob, row: int, first: int) -> PairSequence:
-        """The pairs of one prompt, and last that of the first token of its caption."""
-        told, device = job.rows[row], self.head.device
-        root = self.target.embed_tokens(torch.tensor([[first]]))
-        shown = Shown(
-            job.cache.row_features(row, told.prompt.length),
-            torch.cat((told.prompt.embeds[:, 1:], root), dim=1).to(device),
-            told.prompt.positions.to(device),
-            told.prompt.inputs.is_video.nonzero().squeeze(1),
-            told.prompt.length,
-            told.scores.to(device),
-        )
-        return self.head.sequence(shown, torch.Generator().manual_seed(job.settings.seed))
+    @property
+    def slot_bytes(self) -> int:
+        """See `Draft`."""
+        return self.text.slot_bytes
 
 
 class _HeadProposer(Proposer):
-    """One job. The cache holds the pairs of all committed tokens, the root's included."""
+    """A batch. The cache holds the pairs of all committed tokens, the root's included."""
 
-    def __init__(self, draft: HeadDraft, job: DraftJob, read: Sequence[PairSequence]) -> None:
+    def __init__(
+        self, draft: HeadDraft, settings: SpeculationSettings, rule: TokenRule, cache: KVCache
+    ) -> None:
         self._head, self._text, self._target = draft.head, draft.text, draft.target
-        self._vocabulary, self._rule, self._kept = draft.guessable, job.rule, job.cache
-        self.kept = tuple(one.video.inputs.shape[1] for one in read)
-        self.compressors = tuple(one.video.operator for one in read)
+        self._vocabulary, self._settings = draft.guessable, settings
+        self._rule, self._kept = rule, cache
         device = draft.head.device
-        before = [one.pairs.shape[1] - 1 for one in read]  # pairs before the root's
-        self._cache = self._text.new_cache(len(read), max(before) + 1 + job.slots)
-        self._extent = Extent.of(before, self._cache)
-        self._before = torch.tensor(before, device=device)
-        lengths = [row.prompt.length for row in job.rows]
-        self._prompt_lengths = torch.tensor(lengths, device=device)
-        # Of the root of index 0, which has the position of the prompt's last token.
-        at = [row.prompt.next_position - 1 for row in job.rows]
-        self._position = torch.tensor(at, device=device)
-        self._root = torch.cat([self._prefill(row, one) for row, one in enumerate(read)])  # [B, 1, hidden]
-
-    def _prefill(self, row: int, read: PairSequence) -> torch.Tensor:
-        count = read.pairs.shape[1]
-        self._cache.aim_prefill(row, 0, count, read.pairs.device)
-        hidden = self._text.forward(read.pairs, read.positions[:, None], self._cache, AttentionPlan())
-        return hidden[:, -1:]
+        self.cache = self._text.new_cache()
+        self._pairs_before: list[int] = []  # pairs of each row before its first root's
+        nothing = torch.zeros(0, dtype=torch.long, device=device)
+        self._before, self._prompt_lengths, self._position = nothing, nothing, nothing
+        self._root = torch.zeros(0, 1, draft.target.hidden_size, dtype=draft.head.dtype, device=device)
 
     @property
-    def host_state(self) -> Hashable:
+    def rows(self) -> int:
         """See `Proposer`."""
-        slabs = self._cache.slabs.name, self._kept.slabs.name  # which are one head's, and one target's, alone
-        return self._text.round_attention, slabs, self._extent, self._vocabulary
+        return len(self._pairs_before)
 
-    def propose(self, shape: TreeShape, root: torch.Tensor, index: torch.Tensor, horizon: Horizon) -> Guesses:
+    def add(self, rows: Sequence[DraftRow], most_rows: int = 0) -> list[DraftRead]:
+        """Compress and prefill."""
+        read = [self._read(row) for row in rows]
+        before = [one.pairs.shape[1] - 1 for one in read]
+        first = self.rows
+        self.cache.add([count + 1 + row.slots for count, row in zip(before, rows, strict=True)], most_rows)
+        self._pairs_before += before
+        self._before = self._with(self._before, before)
+        self._prompt_lengths = self._with(self._prompt_lengths, [row.prompt.length for row in rows])
+        # Of the root of index 0, which has the position of the prompt's last token.
+        self._position = self._with(self._position, [row.prompt.next_position - 1 for row in rows])
+        self._root = torch.cat((self._root, self._prefill(first, read)))
+        return [DraftRead(one.video.inputs.shape[1], one.video.operator) for one in read]
+
+    def _with(self, values: torch.Tensor, more: Sequence[int]) -> torch.Tensor:
+        return torch.cat((values, torch.tensor(more, dtype=torch.long, device=values.device)))
+
+    def _read(self, row: DraftRow) -> PairSequence:
+        """The pairs of one prompt, and last that of the first token of its caption."""
+        device = self._head.device
+        root = self._target.embed_tokens(torch.tensor([[row.first]]))
+        shown = Shown(
+            self._kept.row_features(row.row, row.prompt.length),
+            torch.cat((row.prompt.embeds[:, 1:], root), dim=1).to(device),
+            row.prompt.positions.to(device),
+            row.prompt.inputs.is_video.nonzero().squeeze(1),
+            row.prompt.length,
+            row.scores.to(device),
+        )
+        return self._head.sequence(shown, torch.Generator().manual_seed(self._settings.seed))
+
+    def _prefill(self, first: int, read: Sequence[PairSequence]) -> torch.Tensor:
+        """Read sequences of pairs into the rows from `first` on; -> what the last pair of each gave, [n, 1, hidden]."""
+        found: dict[int, torch.Tensor] = {}
+        for pack in packs([one.pairs.shape[1] for one in read], self._text.packed_tokens):
+            segments, done = list[Segment](), 0
+            for index in pack:
+                segments.append(Segment(done, read[index].pairs.shape[1]))
+                done += segments[-1].count
+            parts = [Part(first + index, 0, one.count) for index, one in zip(pack, segments, strict=True)]
+            self.cache.aim_prefill(parts, self._head.device)
+            hidden = self._text.forward(
+                torch.cat([read[index].pairs for index in pack], dim=1),
+                torch.cat([read[index].positions for index in pack], dim=1)[:, None],
+                self.cache,
+                AttentionPlan(tuple(segments)),
+            )
+            for index, one in zip(pack, segments, strict=True):
+                end = one.start + one.count
+                found[index] = hidden[:, end - 1 : end]
+        return torch.cat([found[index] for index in range(len(read))])
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """See `Proposer`."""
+        self.cache.keep(rows)
+        self._pairs_before = [self._pairs_before[row] for row in rows]
+        at = torch.tensor(rows, dtype=torch.long, device=self._before.device)
+        self._before, self._prompt_lengths = self._before[at], self._prompt_lengths[at]
+        self._position, self._root = self._position[at], self._root[at]
+
+    @property
+    def size_bytes(self) -> int:
+        """See `Proposer`."""
+        return self.cache.size_bytes
+
+    @property
+    def tables(self) -> Tables:
+        """See `Proposer`."""
+        return self.cache.tables
+
+    def release(self) -> None:
+        """See `Proposer`."""
+        self.cache.release()
+
+    def follow(self, draft: Draft, rule: TokenRule) -> None:
+        """See `Proposer`."""
+        assert isinstance(draft, HeadDraft)
+        self._vocabulary, self._rule = draft.guessable, rule
+
+    def _lengths(self, index: Lengths) -> Lengths:
+        """Committed slots of rows whose root, with this index, is not counted."""
+        before = tuple(self._pairs_before)
+        return Lengths(self._before, before, before).plus(index)
+
+    def host_state(self, index: Lengths) -> Hashable:
+        """See `Proposer`."""
+        host = self._text.host_state(self._lengths(index), self.cache)
+        return host, self._kept.layout, self._vocabulary
+
+    def propose(self, shape: TreeShape, root: torch.Tensor, index: Lengths) -> Guesses:
         """One tree, grown level by level; the root was read when it was committed."""
         hidden = self._root
 
@@ -113,62 +184,54 @@ class _HeadProposer(Proposer):
             nonlocal hidden
             if frontier.depth:
                 above = frontier.parents[..., None].expand(-1, -1, hidden.shape[-1])
-                hidden = self._run_level(frontier, hidden.gather(1, above), index, horizon)
+                hidden = self._run_level(frontier, hidden.gather(1, above), index)
             depths = torch.full_like(frontier.tokens, frontier.depth)
             logits = self._vocabulary.logits(hidden)
             return self._rule.scores(logits, depths, frontier.path, self._vocabulary.ids)
 
         return shape.grow(root, expand, self._vocabulary.ids)
 
-    def _run_level(
-        self, frontier: Frontier, above: torch.Tensor, index: torch.Tensor, horizon: Horizon
-    ) -> torch.Tensor:
+    def _run_level(self, frontier: Frontier, above: torch.Tensor, index: Lengths) -> torch.Tensor:
         """Run k nodes of one depth, whose parents gave the features above [B, k, hidden]; -> theirs."""
         count = frontier.tokens.shape[1]
         end = frontier.first_slot + count
-        lengths = self._before + index
+        lengths = self._lengths(index)
+        slots = lengths.slots[:, None]
         nodes = Nodes(
             frontier.tokens,
-            (self._position + index + frontier.depth)[None, :, None].expand(1, -1, count),
-            lengths[:, None] + torch.arange(frontier.first_slot, end, device=lengths.device),
+            (self._position + index.slots + frontier.depth)[None, :, None].expand(1, -1, count),
+            slots + torch.arange(frontier.first_slot, end, device=slots.device),
             None if frontier.sees is None else frontier.sees[..., :end],
         )
-        reach = self._extent.reach(horizon.longest, end, exact=horizon.exact)
-        return self._text.run_nodes(self._pairs(above, nodes.tokens), nodes, self._cache, lengths, reach)
+        return self._text.run_nodes(self._pairs(above, nodes.tokens), nodes, self.cache, lengths, end)
 
     def _pairs(self, features: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         return self._head.pairs(features, self._target.embed_tokens(tokens).to(features.device))
 
-    def commit(
-        self, shape: TreeShape, guesses: Guesses, accepted: Accepted, index: torch.Tensor, horizon: Horizon
-    ) -> None:
+    def commit(self, shape: TreeShape, guesses: Guesses, accepted: Accepted, index: Lengths) -> None:
         """Read the accepted path and the new root with the target's features."""
-        hidden = self._read_written(accepted.tokens, index + 1, horizon.longest + 1, exact=horizon.exact)
+        hidden = self._read_written(accepted.tokens, index.plus(1))
         at = accepted.guessed[:, None, None].expand(-1, 1, hidden.shape[-1])
         self._root.copy_(hidden.gather(1, at))
 
-    def _read_written(
-        self, tokens: torch.Tensor, index: torch.Tensor, longest: int, *, exact: bool
-    ) -> torch.Tensor:
-        """Read tokens [B, n] of the captions, the first of which has `index` [B], with the features before them.
+    def _read_written(self, tokens: torch.Tensor, index: Lengths) -> torch.Tensor:
+        """Read tokens [B, n] of the captions with the features before them; `index`: that of the first ones.
 
-        `longest` is the largest index, or more. -> hidden states [B, n, hidden].
+        -> hidden states [B, n, hidden].
         """
         count = tokens.shape[1]
-        levels = torch.arange(count, device=index.device)
+        levels = torch.arange(count, device=tokens.device)
         # Where a guess spoilt the target's logits, its feature is NaN; behind a mask that is NaN all the same.
-        told = self._kept.features((self._prompt_lengths + index - 1)[:, None] + levels).nan_to_num()
-        lengths = self._before + index
-        causal = torch.ones(count, count, dtype=torch.bool, device=index.device).tril()
+        told = self._kept.features((self._prompt_lengths + index.slots - 1)[:, None] + levels).nan_to_num()
+        lengths = self._lengths(index)
+        causal = torch.ones(count, count, dtype=torch.bool, device=tokens.device).tril()
         nodes = Nodes(
             tokens,
-            ((self._position + index)[:, None] + levels)[None],
-            lengths[:, None] + levels,
-            causal.expand(len(index), -1, -1) if count > 1 else None,
+            ((self._position + index.slots)[:, None] + levels)[None],
+            lengths.slots[:, None] + levels,
+            causal.expand(len(tokens), -1, -1) if count > 1 else None,
         )
-        pairs = self._pairs(told, tokens)
-        reach = self._extent.reach(longest, count, exact=exact)
-        return self._text.run_nodes(pairs, nodes, self._cache, lengths, reach)
+        return self._text.run_nodes(self._pairs(told, tokens), nodes, self.cache, lengths, count)
 
     def catch_up(self, captions: Sequence[Sequence[int]], known: Sequence[int]) -> None:
         """Read what was missed, the root included."""
@@ -176,7 +239,7 @@ class _HeadProposer(Proposer):
         missed = max(end - heard for end, heard in zip(ends, known, strict=True))
         for done in range(0, missed, CATCH_UP):
             count = min(CATCH_UP, missed - done)
-            # A row that missed less, or is done, reads some over again.
+            # A row that missed less reads some over again.
             starts = [max(end - missed + done, 0) for end in ends]
             self._root.copy_(self._read_missed(captions, starts, count))
 
@@ -189,10 +252,8 @@ class _HeadProposer(Proposer):
             [caption[min(start + i, len(caption) - 1)] for i in range(count)]
             for caption, start in zip(captions, starts, strict=True)
         ]
-        index = torch.tensor(starts, device=device)
-        hidden = self._read_written(
-            torch.tensor(tokens, device=device), index, max(starts), exact=len(captions) == 1
-        )
+        index = Lengths(torch.tensor(starts, device=device), tuple(starts), tuple(starts))
+        hidden = self._read_written(torch.tensor(tokens, device=device), index)
         last = [
             min(len(caption) - 1 - start, count - 1) for caption, start in zip(captions, starts, strict=True)
         ]

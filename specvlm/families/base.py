@@ -7,7 +7,7 @@ the video tokens are, what they look like inside the model, and which positions 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -205,8 +205,11 @@ class Family(ABC):
         """The decoder: embeddings in, hidden states out."""
 
     @abstractmethod
-    def embed_video(self, model: Any, inputs: ModelInputs) -> torch.Tensor:
-        """Run the vision tower: features of the video tokens, [V, hidden], on the tower's device."""
+    def embed_videos(self, model: Any, videos: Sequence[ModelInputs]) -> list[torch.Tensor]:
+        """Run the vision tower once over several videos: features of each one's video tokens, [V, hidden].
+
+        They are on the tower's device.
+        """
 
     @abstractmethod
     def positions(self, model: Any, inputs: ModelInputs) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -44,20 +45,26 @@ class LlavaOnevision(Family):
         """The decoder."""
         return model.model.language_model
 
-    def embed_video(self, model: Any, inputs: ModelInputs) -> torch.Tensor:
-        """[V, hidden]: F * ceil(side / 2)^2 pooled features and the newline."""
+    def embed_videos(self, model: Any, videos: Sequence[ModelInputs]) -> list[torch.Tensor]:
+        """Each [V, hidden]: F * ceil(side / 2)^2 pooled features and the newline. All frames are one batch."""
         device = next(model.model.vision_tower.parameters()).device
+        frames = [video.tensors["pixel_values_videos"].shape[1] for video in videos]
         features = model.model.get_video_features(
-            inputs.tensors["pixel_values_videos"].to(device, model.dtype),
+            torch.cat([video.tensors["pixel_values_videos"] for video in videos], dim=1).to(
+                device, model.dtype
+            ),
             vision_feature_layer=model.config.vision_feature_layer,
             vision_feature_select_strategy=model.config.vision_feature_select_strategy,
             return_dict=True,
         ).pooler_output
-        features = torch.as_tensor(features)[0]
-        if len(features) == inputs.video_tokens:
-            return features
-        # transformers 5.17 leaves the newline to the model's own forward; 5.23 has it here.
-        return torch.cat((features, model.model.image_newline[None].to(features)))
+        newline = model.model.image_newline[None].to(device, model.dtype)
+        # One newline follows the frames of each video; transformers 5.17 leaves it to the model's own forward.
+        per_frame = sum(video.video_tokens - 1 for video in videos) // sum(frames)
+        by_frame = torch.as_tensor(features)[0][: per_frame * sum(frames)]
+        return [
+            torch.cat((part, newline))
+            for part in torch.split(by_frame, [per_frame * count for count in frames])
+        ]
 
     def positions(self, model: Any, inputs: ModelInputs) -> torch.Tensor:
         """[1, S]: 0..S-1."""

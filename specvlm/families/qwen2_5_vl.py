@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -41,15 +42,14 @@ class Qwen25VL(Family):
         """The decoder."""
         return model.model.language_model
 
-    def embed_video(self, model: Any, inputs: ModelInputs) -> torch.Tensor:
-        """[V, hidden]: one feature per 2 x 2 patches of two frames."""
+    def embed_videos(self, model: Any, videos: Sequence[ModelInputs]) -> list[torch.Tensor]:
+        """Each [V, hidden]: one feature per 2 x 2 patches of two frames. Videos are packed, whatever their sizes."""
         device = next(model.model.visual.parameters()).device
-        features = model.model.get_video_features(
-            inputs.tensors["pixel_values_videos"].to(device),
-            inputs.tensors["video_grid_thw"].to(device),
-            return_dict=True,
-        ).pooler_output
-        return torch.cat(tuple(features), dim=0)
+        pixels, grids = (
+            torch.cat([video.tensors[name] for video in videos]).to(device)
+            for name in ("pixel_values_videos", "video_grid_thw")
+        )
+        return list(model.model.get_video_features(pixels, grids, return_dict=True).pooler_output)
 
     def positions(self, model: Any, inputs: ModelInputs) -> torch.Tensor:
         """[3, S]: time, row, column, by the model's own rule; time steps follow the seconds between frames."""

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from specvlm.cache import SlabCache
+from specvlm.cache import KVCache
 from specvlm.config import GenerationSettings, PrunerName, SpeculationSettings
-from specvlm.drafts.base import DraftJob, DraftRow
+from specvlm.drafts.base import DraftRow
 from specvlm.drafts.head import HeadDraft
 from specvlm.errors import ConfigError, NonFiniteLogitsError
 from specvlm.families.base import ModelInputs, VideoGrid
-from specvlm.prefill import Prompt, TargetPrefill, embed, prefill_target
+from specvlm.prefill import Prompt, Reading, TargetPrefill, ToSee, embed, prefill_target
 from specvlm.pruning import kept_by_stage
 from specvlm.records import Frames
 from specvlm.sampling import TokenRule, logits_rules
@@ -338,7 +338,7 @@ class _TargetRead(NamedTuple):
     """What the target knows of a prompt, and where it keeps it."""
 
     prompt: Prompt
-    cache: SlabCache
+    cache: KVCache
     told: TargetPrefill
 
 
@@ -346,9 +346,10 @@ def _read(captioner: Captioner, inputs: ModelInputs) -> _TargetRead:
     """Prefill the target as for a caption of the same prompt."""
     target = captioner.target
     with torch.inference_mode():
-        prompt = embed(target, inputs)
-        cache = target.new_cache(1, prompt.length)
-        return _TargetRead(prompt, cache, prefill_target(target, prompt, cache, 0))
+        (prompt,) = embed(target, [ToSee(inputs)])
+        cache = target.new_cache(prompt.length)
+        (told,) = prefill_target(target, cache, [Reading(prompt, 0)])
+        return _TargetRead(prompt, cache, told)
 
 
 def _scores(read: _TargetRead) -> torch.Tensor:
@@ -375,14 +376,12 @@ def _compressed(
     """What the head's compressor used, and how many tokens it made: the head begins as for a caption."""
     target, generation = captioner.target, GenerationSettings()
     rules = logits_rules(captioner.generation_config, generation)
-    ids = [read.prompt.inputs.token_ids[0]]
-    rule = TokenRule(rules, generation, ids, target.vocabulary, target.device)
-    row = DraftRow(read.prompt, read.told.scores)
+    rule = TokenRule(rules, generation, target.vocabulary, target.device)
     with torch.inference_mode():
-        first = int(read.told.logits.argmax())
-        proposer = draft.begin(DraftJob([row], settings, rule, 0, read.cache), [first])
-    assert proposer.compressors is not None
-    return proposer.compressors[0], proposer.kept[0]
+        row = DraftRow(0, read.prompt, read.told.scores, int(read.told.logits.argmax()), 1)
+        (seen,) = draft.proposer(settings, rule, read.cache).add([row])
+    assert seen.compressor is not None
+    return seen.compressor, seen.kept
 
 
 def _kept(

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
-from specvlm.attention import AttentionPlan
+from specvlm.attention import AttentionPlan, Segment
+from specvlm.cache import Part
 from specvlm.errors import GenerationError
 from specvlm.families.base import ModelInputs
 from specvlm.model import VideoLM
-from specvlm.prefill import embed, prefill_target
+from specvlm.prefill import Reading, ToSee, embed, prefill_target
 
 SHORTEST = 2  # tokens of a caption: the head guesses from the second one on
 
@@ -62,16 +63,17 @@ def read_example(target: VideoLM, inputs: ModelInputs, token_ids: Sequence[int])
     if len(token_ids) < SHORTEST:
         raise GenerationError(f"a caption of {len(token_ids)} tokens teaches nothing; it takes {SHORTEST}")
     with torch.inference_mode():
-        prompt = embed(target, inputs)
+        (prompt,) = embed(target, [ToSee(inputs)])
         known = torch.tensor([list(token_ids[:-1])], device=target.embedding_device)
         count = prompt.length + known.shape[1]
-        cache = target.new_cache(1, count)
-        scores = prefill_target(target, prompt, cache, 0).scores
+        cache = target.new_cache(count)
+        scores = prefill_target(target, cache, [Reading(prompt, 0)])[0].scores
         written = target.embed_tokens(known)
         where = prompt.next_position + torch.arange(known.shape[1], device=written.device)
         positions = where.expand(prompt.positions.shape[0], -1)
-        cache.aim_prefill(0, prompt.length, known.shape[1], written.device)
-        target.forward(written, positions[:, None], cache, AttentionPlan(first=prompt.length))
+        cache.aim_prefill([Part(0, prompt.length, known.shape[1])], written.device)
+        plan = AttentionPlan((Segment(0, known.shape[1], prompt.length),))
+        target.forward(written, positions[:, None], cache, plan)
         features = cache.features(torch.arange(count, device=target.device)[None])
         embeds = torch.cat((prompt.embeds, written), dim=1)
         positions = torch.cat((prompt.positions, positions), dim=1)

@@ -165,6 +165,7 @@ def _grid(flags: BenchFlags) -> Grid:
         pruners=_DEFAULT.pruners if flags.pruner is None else _pruners(flags.pruner),
         prune_ratios=_DEFAULT.prune_ratios if flags.prune_ratio is None else _ratios(flags.prune_ratio),
         trees=cast("tuple[TreeName, ...]", values_of("--tree", flags.tree, str, "static,dynamic")),
+        batch_sizes=values_of("--batch-size", flags.batch_size, int, "1,8,32"),
     )
 
 
@@ -190,8 +191,8 @@ def _with_drafts(grid: Grid, flags: BenchFlags, pair: Preset | None) -> tuple[Gr
     known = tuple(GridDraft(name, is_head(load)) for name, load in drafts.items())
     grid = replace(grid, drafts=known)
     if flags.methods is None and known:
-        able = tuple(one for one in METHODS if one not in WITH_DRAFT or grid.suiting(one))
-        grid = replace(grid, methods=able)
+        able = (one for one in METHODS if one not in WITH_DRAFT or grid.suiting(one))
+        grid = replace(grid, methods=tuple(one for one in able if one != "assisted" or not grid.is_batched))
     _refuse_without_draft(grid)
     used = {one.name for one in grid.used()}
     if unused := [name for name in drafts if name not in used and flags.given_drafts]:
@@ -331,7 +332,13 @@ def _measured(
         except StoppedError as error:
             error.report = replace(error.report, left_out=(*videos.left_out, *error.report.left_out))
             raise
-    if quick and (done := len(report.conditions.videos)) < len(videos.clips):
+    turns = max((one.turns for one in report.summaries), default=0)
+    if quick and compared.grid.is_batched and turns < flags.repeat:
+        talk.note(
+            f"after {QUICK_S:g} s no further turn was begun: {turns} of {flags.repeat} measured; "
+            f"--limit {len(videos.clips)} takes all"
+        )
+    elif quick and (done := len(report.conditions.videos)) < len(videos.clips):
         whole = len(videos.clips)
         talk.note(
             f"after {QUICK_S:g} s no further clip was begun: {done} of {whole} measured; --limit {whole} takes all"

@@ -150,12 +150,20 @@ class BenchFlags:
             _COMPARED, "--num-frames", "Frames to read, each number for itself. Default: as the preset says."
         ),
     ] = None
+    batch_size: Annotated[
+        str,
+        _list(
+            _COMPARED,
+            "--batch-size",
+            "Captions in the making at once, each number for itself, stock's generate() included.",
+        ),
+    ] = listed(_GRID.batch_sizes)
     repeat: Annotated[
         int,
         flag(
             _COMPARED,
             "--repeat",
-            "Timed turns of each video, after one of warm-up.",
+            "Timed turns of each video, in batches of all of them, after one of warm-up.",
             metavar="N",
         ),
     ] = REPEAT

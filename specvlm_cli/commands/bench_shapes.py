@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 from specvlm.bench.grid import WITH_DRAFT, Grid
@@ -62,7 +63,7 @@ def modelled_grid(flags: BenchFlags, grid: Grid) -> Grid:
     unfit = (*_CANNOT, *(WITH_DRAFT if flags.draft_shape is None else ()))
     methods = tuple(one for one in METHODS if one not in unfit) if flags.methods is None else grid.methods
     frames = grid.num_frames if flags.num_frames is not None else (_FRAMES,)
-    return Grid(methods, frames, grid.pruners, grid.prune_ratios, grid.trees)
+    return replace(grid, methods=methods, num_frames=frames)
 
 
 def modelled(flags: BenchFlags, grid: Grid, command: str, talk: BenchTalk) -> Report:
@@ -90,7 +91,8 @@ def modelled(flags: BenchFlags, grid: Grid, command: str, talk: BenchTalk) -> Re
     size = frame_size_of(pair.target) if flags.frame_size is None else _size(flags.frame_size)
     check_setup(pair, grid, size)
     frames = max(number for number in grid.num_frames if number is not None)
-    refuse_without_memory(pair, Load(frames, size, flags.max_new_tokens), dtype, device)
+    load = Load(frames, size, flags.max_new_tokens, max(grid.batch_sizes))
+    refuse_without_memory(pair, load, dtype, device)
     talk.note(pair.label)
     count = parameters_of(pair)
     if device.type == "cpu" and pair.layers is None and count >= _MANY:

@@ -42,7 +42,7 @@ from specvlm_cli.talk import Talk, counted
 from specvlm_cli.text import clean, short
 from specvlm_cli.wanted import Wanted
 
-_MOST_DECODE_WORKERS = 4  # where the flag does not say
+_FEWEST_DECODE_WORKERS, _MOST_DECODE_WORKERS = 2, 8  # where the flag does not say
 
 
 def caption(flags: CaptionFlags) -> int:
@@ -120,7 +120,6 @@ def _policy(flags: CaptionFlags, settings: CaptionSettings) -> Policy:
         frames=settings.frames,
         prompts=settings.prompts,
         baseline_sample=flags.baseline_sample,
-        estimate=flags.estimate,
         limit=flags.limit,
         max_failures=_most_failures(flags)[0],
         retries=flags.retries,
@@ -192,7 +191,12 @@ def _tell_what_was_left_out(inputs: Inputs, wanted: Wanted, talk: Talk) -> None:
 
 
 def _run(request: Request, talk: Talk, flags: CaptionFlags) -> int:
-    factory = engine.Factory(_counted_in_captions(request, talk), quiet=flags.quiet)
+    factory = engine.Factory(
+        _counted_in_captions(request, talk),
+        quiet=flags.quiet,
+        batch_size=flags.batch_size,
+        readers=request.policy.decode_workers,
+    )
     outcome = job.run(request, factory, talk)
     talk.close(outcome, overwriting=request.overwrite)
     if flags.json_output:
@@ -239,8 +243,11 @@ def _print_json(outcome: Outcome, **more: Any) -> None:
 
 
 def _decode_workers() -> int:
-    """Leave most cores to what else is to be done: reading is far cheaper than generating."""
-    return max(1, min(_MOST_DECODE_WORKERS, len(os.sched_getaffinity(0)) // 2))
+    """Leave most cores to what else is to be done: reading is cheaper than generating.
+
+    At least two, so that one video is read while the frames of another are taken over.
+    """
+    return max(_FEWEST_DECODE_WORKERS, min(_MOST_DECODE_WORKERS, len(os.sched_getaffinity(0)) // 2))
 
 
 def _devices(flags: CaptionFlags) -> tuple[tuple[str | None, ...], bool]:

@@ -5,6 +5,7 @@ Defaults are those of the dataclasses that the flags end up in. What a flag mean
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -27,9 +28,11 @@ from specvlm_cli.generating.messages import OnOom
 from specvlm_cli.inputs import EXTENSIONS
 from specvlm_cli.job import ChangePolicy, LockedPolicy
 from specvlm_cli.talk import ProgressName
+from specvlm_cli.text import short
 
 DEFAULT_OUT = Path("specvlm-out")
 MOST = (1 << 31) - 1  # of anything that is counted
+MOST_IN_FLIGHT = 1024
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 _SPECULATION = SpeculationSettings()
@@ -37,7 +40,8 @@ _GENERATION = GenerationSettings()
 _FRAMES = FrameSettings()
 
 _INPUT, _MODELS, _GUESSING, _READING = "Input and output", "Models", "Speculation", "Frames"
-_WRITING, _RESUME, _TALKING = (
+_BATCH, _WRITING, _RESUME, _TALKING = (
+    "Batch",
     "Generation",
     "Resume, failures and stopping",
     "Messages, measuring and configuration",
@@ -328,6 +332,38 @@ class ReadingFlags(FrameFlags):
     ] = None
 
 
+def batch_size(text: str | int) -> int | None:
+    """Return what `--batch-size` says; None: auto.
+
+    Raises:
+        UsageError: It is not auto or a number from 1 to 1024.
+    """
+    if text == "auto":
+        return None
+    if re.fullmatch(r"[0-9]{1,4}", str(text)) and 1 <= int(text) <= MOST_IN_FLIGHT:
+        return int(text)
+    raise UsageError(
+        f"invalid --batch-size {short(str(text), 60)!r}; use auto, or a number from 1 to {MOST_IN_FLIGHT}"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchFlags:
+    """How many videos are decoded together."""
+
+    batch_size: Annotated[
+        int | None,
+        flag(
+            _BATCH,
+            "--batch-size",
+            "Videos decoded together on each GPU; auto: as many as memory holds and as help.",
+            metavar="auto|N",
+            parser=batch_size,
+            show_default="auto",
+        ),
+    ] = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class GenerationFlags:
     """What the target writes."""
@@ -407,14 +443,6 @@ class TalkingFlags:
             max=1.0,
         ),
     ] = 0.0
-    estimate: Annotated[
-        bool,
-        flag(
-            _TALKING,
-            "--estimate/--no-estimate",
-            "Estimate the speedup of the other videos from a few plain steps each.",
-        ),
-    ] = True
     dry_run: Annotated[bool, flag(_TALKING, "--dry-run -n", "Print the videos that would be captioned.")] = (
         False
     )
@@ -443,6 +471,13 @@ class TalkingFlags:
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionFlags(
-    TalkingFlags, ResumeFlags, GenerationFlags, ReadingFlags, SpeculationFlags, ModelFlags, InputFlags
+    TalkingFlags,
+    ResumeFlags,
+    GenerationFlags,
+    ReadingFlags,
+    SpeculationFlags,
+    BatchFlags,
+    ModelFlags,
+    InputFlags,
 ):
     """All of them; the groups are listed from the last to the first, as dataclasses collect fields."""

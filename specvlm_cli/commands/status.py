@@ -14,7 +14,7 @@ from specvlm_cli.text import short
 
 if TYPE_CHECKING:
     from specvlm_cli.holder import Holder
-    from specvlm_cli.results import Figures, Speedup
+    from specvlm_cli.results import Figures
     from specvlm_cli.run_view import RunView
     from specvlm_cli.status import RunStatus, ShardStatus
 
@@ -121,7 +121,7 @@ def _show(found: RunStatus) -> None:
 
 
 def _lines(found: RunStatus) -> Iterator[tuple[str, str]]:
-    from specvlm_cli.screen.words import amount, counted
+    from specvlm_cli.screen.words import amount, counted, share
 
     shards = f" ({len(found.shards)} shards)" if len(found.shards) > 1 else ""
     yield "run folder", f"{found.out}{shards}"
@@ -133,6 +133,8 @@ def _lines(found: RunStatus) -> Iterator[tuple[str, str]]:
     yield "videos", f"{counts.total:,}: {ended}, {counts.running:,} running, {counts.pending:,} pending"
     yield "captions", f"{counted(found.captions, 'caption')}{_ago(found)}"
     yield "pace", _pace(found)
+    if found.waited_share is not None:
+        yield "waiting for input", f"{share(found.waited_share, 1.0)} of the time, with slots free"
     yield from _speculation(found.figures)
     yield "at work", _holders(found)
     yield "disk", f"{amount(found.free_bytes)} free"
@@ -148,12 +150,14 @@ def _ago(found: RunStatus) -> str:
 
 
 def _pace(found: RunStatus) -> str:
-    from specvlm_cli.screen.words import duration, pace
+    from specvlm_cli.screen.words import duration, per_hour, per_s
 
-    if not found.per_s:
+    if not found.videos_per_hour:
         return "not known yet"
     running = any(one.running for one in found.shards)
-    rate = pace(1.0 / found.per_s)
+    rate = per_hour(found.videos_per_hour)
+    if found.tokens_per_s is not None:
+        rate += f", {per_s(found.tokens_per_s)}"
     if found.eta_s is not None:
         return f"{rate}, about {duration(found.eta_s)} left"
     left = found.counts.pending + found.counts.running
@@ -161,25 +165,13 @@ def _pace(found: RunStatus) -> str:
 
 
 def _speculation(figures: Figures) -> Iterator[tuple[str, str]]:
+    from specvlm_cli.screen.report import speedups
     from specvlm_cli.screen.words import counted
 
+    yield from speedups(figures)
     if figures.mean_accepted_tokens is not None:
-        tokens = f"{figures.mean_accepted_tokens:.2f} draft tokens a round"
-        yield "accepted", f"{tokens}, over the latest {counted(figures.captions, 'caption')}"
-    for name, decode, end_to_end in (
-        ("speedup", figures.decode, figures.end_to_end),
-        ("estimated", figures.decode_estimated, figures.end_to_end_estimated),
-    ):
-        if decode is not None or end_to_end is not None:
-            yield name, f"decode {_speedup(decode)}; end to end {_speedup(end_to_end)}"
-    if figures.compared:
-        yield "identical", f"{figures.identical:,} of {figures.compared:,} compared with plain decoding"
-
-
-def _speedup(speedup: Speedup | None) -> str:
-    if speedup is None:
-        return "not known"
-    return f"{speedup.of_totals:.2f}x of totals, {speedup.median:.2f}x median ({speedup.captions})"
+        tokens = f"{figures.mean_accepted_tokens:.2f} draft tokens"
+        yield "accepted per round", f"{tokens}, over the latest {counted(figures.captions, 'caption')}"
 
 
 def _holders(found: RunStatus) -> str:

@@ -95,6 +95,7 @@ def train(flags: TrainFlags) -> int:
             schedule=schedule,
             limits=limits,
             decode_workers=flags.decode_workers or _decode_workers(ranks.count),
+            batch_size=flags.batch_size,
             root=root_of(flags.root),
             if_locked=flags.if_locked,
             max_runtime_s=max_runtime_s,

@@ -100,6 +100,7 @@ class TrainModelFlags(ReadingFlags):
     device_map: Annotated[str | None, same_as(CaptionFlags, "device_map")] = None
     local_files_only: Annotated[bool, same_as(CaptionFlags, "local_files_only")] = False
     trust_remote_code: Annotated[bool, same_as(CaptionFlags, "trust_remote_code")] = False
+    batch_size: Annotated[int | None, same_as(CaptionFlags, "batch_size")] = None
     max_new_tokens: Annotated[int, same_as(CaptionFlags, "max_new_tokens")] = CaptionFlags.max_new_tokens
     temperature: Annotated[float, same_as(CaptionFlags, "temperature")] = CaptionFlags.temperature
     top_k: Annotated[int | None, same_as(CaptionFlags, "top_k")] = None

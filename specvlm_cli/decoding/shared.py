@@ -23,7 +23,7 @@ from specvlm.records import Frames, VideoSource
 _CAN_SEAL = hasattr(os, "memfd_create") and hasattr(fcntl, "F_ADD_SEALS")
 _SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL if _CAN_SEAL else 0
 _COPY_BYTES = 1 << 24
-_CLOSE_ON_EXEC = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
+CLOSE_ON_EXEC = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
 _MOST_SENT = 4  # descriptors that are taken from one message, to be closed if they are too many
 TIME_BYTES = 8  # of a frame's time, which stands behind the pixels
 MOST_BYTES = 1 << 16  # of all that a child may say
@@ -123,7 +123,7 @@ def receive(connection: socket.socket) -> tuple[bytes, list[int]]:
     data, descriptors = b"", list[int]()
     with suppress(OSError):  # BlockingIOError: that was all; others come of what the peer did
         while len(data) <= MOST_BYTES:
-            more, sent, _, _ = socket.recv_fds(connection, MOST_BYTES, _MOST_SENT, _CLOSE_ON_EXEC)
+            more, sent, _, _ = socket.recv_fds(connection, MOST_BYTES, _MOST_SENT, CLOSE_ON_EXEC)
             descriptors += sent
             if not more:
                 break
@@ -167,11 +167,13 @@ class ReadVideo:
     Attributes:
         key: The job's.
         size_bytes: Memory that it holds.
+        source: The file's own facts.
     """
 
     def __init__(self, key: int, descriptor: int, shared: SharedFrames) -> None:
         self.key = key
         self.size_bytes = shared.size_bytes
+        self.source = shared.source
         self._descriptor: int | None = descriptor
         self._shared = shared
 

@@ -1,22 +1,19 @@
-"""The worker processes of one start, and who works on what. Knows no ledger."""
+"""The worker processes of one start. Knows no ledger."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from typing import Any
 
 from specvlm_cli.engine import EngineFactory, Models
 from specvlm_cli.exits import FatalError
-from specvlm_cli.generating.messages import FromWorker, Task
+from specvlm_cli.generating.messages import FromWorker
 from specvlm_cli.generating.worker import Worker
-from specvlm_cli.ledger import Claim
 from specvlm_cli.policy import Policy
-from specvlm_cli.read_ahead import Taken
 
 
 class Crew:
-    """The worker processes, and who works on what.
+    """The worker processes.
 
     Attributes:
         models: What the first worker that was ready has loaded; None before that.
@@ -28,11 +25,13 @@ class Crew:
         self._policy = policy
         self._stderr = stderr
         self._workers: list[Worker] = []
-        self._claims: dict[Worker, Claim] = {}
         self._grown = False
 
     def __len__(self) -> int:
         return len(self._workers)
+
+    def __iter__(self) -> Iterator[Worker]:
+        return iter(self._workers)
 
     def start(self) -> None:
         """Start the workers that are known to be needed."""
@@ -68,59 +67,39 @@ class Crew:
         return [worker.connection for worker in self._workers]
 
     def hear(self) -> Iterator[tuple[Worker, FromWorker | None]]:
-        """Yield what workers have to say; None: that one is dead."""
+        """Yield what workers have to say, all of it; None: that one is dead."""
         for worker in list(self._workers):
-            if worker.connection.closed or not worker.connection.poll():
-                continue
-            yield worker, worker.hear()
+            while not worker.connection.closed and worker.connection.poll():
+                message = worker.hear()
+                yield worker, message
+                if message is None:
+                    break
 
-    def idle(self) -> list[Worker]:
-        return [worker for worker in self._workers if worker.is_idle()]
+    def ready(self) -> list[Worker]:
+        """Return the workers that have loaded their models."""
+        return [worker for worker in self._workers if worker.models is not None]
 
-    def busy(self) -> list[Worker]:
-        return list(self._claims)
-
-    def may_prepare(self, worker: Worker) -> bool:
-        """Say whether a worker may prepare a video besides the one that it works on.
-
-        Not besides one that is tried again, nor where no further try is allowed: if the worker dies, it must be
-        plain which of the two is to blame before one of them has failed.
-        """
-        claim = self._claims.get(worker)
-        if claim is None or worker.models is None:
-            return False
-        return self._policy.retries > 0 and claim.attempts == 1 and _is_worth_it(worker.models)
-
-    def give(self, worker: Worker, taken: Taken, task: Task) -> bool:
-        """Have a worker caption a video; False: it does not take it."""
-        self._claims[worker] = taken.claim
-        return worker.give(task, None if taken.prepared else taken.video.handle()[0])
-
-    def claim_of(self, worker: Worker) -> Claim:
-        """Return what a worker works on."""
-        return self._claims[worker]
-
-    def claim_done(self, worker: Worker) -> Claim:
-        """Return what a worker worked on, and forget it."""
-        return self._claims.pop(worker)
+    def in_flight(self) -> int:
+        """Return how many videos are in flight."""
+        return sum(len(worker.claims) for worker in self._workers)
 
     def overdue_in_s(self) -> float | None:
         """Return in how many seconds a worker will have to be killed; None: never."""
         return min(
-            (left for worker in self._claims if (left := worker.overdue_in_s()) is not None), default=None
+            (left for worker in self._workers if (left := worker.overdue_in_s()) is not None), default=None
         )
 
     def overdue(self) -> list[Worker]:
         """Return the workers that do not answer though their time is over."""
-        return [worker for worker in self.busy() if (left := worker.overdue_in_s()) is not None and left <= 0]
+        return [
+            worker for worker in self._workers if (left := worker.overdue_in_s()) is not None and left <= 0
+        ]
 
-    def replace(self, worker: Worker) -> str:
+    def replace(self, worker: Worker, *, hangs: bool = False) -> str:
         """Put a fresh worker in the place of one that is dead or has to go; say how that one ended."""
-        overdue = (left := worker.overdue_in_s()) is not None and left <= 0
-        if overdue:
+        if hangs:
             worker.kill()
-        how = "killed" if overdue else worker.bury()
-        self._claims.pop(worker, None)
+        how = "killed" if hangs else worker.bury()
         self._workers[self._workers.index(worker)] = self._new(worker.device)
         return how
 
@@ -132,17 +111,8 @@ class Crew:
     def close(self) -> None:
         """End all workers: those at work at once, the others by hanging up."""
         for worker in self._workers:
-            if worker in self._claims or worker.models is None:
+            if worker.claims or worker.models is None:
                 worker.kill()
             else:
                 worker.bury()
         self._workers.clear()
-        self._claims.clear()
-
-
-def _is_worth_it(models: Models) -> bool:
-    """Say whether preparing the next video takes nothing from this one: torch generates with all cores of a CPU.
-
-    Elsewhere than on Linux, a descriptor is only passed to a process that has nothing else to say meanwhile.
-    """
-    return sys.platform == "linux" and models.device != "cpu"

@@ -1,13 +1,19 @@
-"""What coordinator and worker say to each other, as pickled records. Both are our own processes."""
+"""What coordinator and worker say to each other, as pickled records. Both are our own processes.
+
+Every video has a key, its ordinal in the ledger, and every message says which videos it is about.
+"""
 
 from __future__ import annotations
 
+import os
+import socket
 from dataclasses import dataclass
 from typing import Literal
 
 from specvlm.records import Caption
 from specvlm_cli.baseline import Comparison
 from specvlm_cli.decoding import SharedFrames
+from specvlm_cli.decoding.shared import CLOSE_ON_EXEC
 from specvlm_cli.engine import EngineFactory, Models
 from specvlm_cli.failure import Failure
 
@@ -25,24 +31,37 @@ class Setup:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One video to prepare, and to caption once a go-ahead comes. The descriptor of its frames follows.
+    """One video to prepare. The descriptor of its frames follows. It runs once a message admits it."""
 
-    It takes the place of a task before it that got no go-ahead.
-    """
-
+    key: int
     prompts: tuple[str, ...]
     own_prompts: bool  # the prompts are this video's own: an unusable one is no fault of the run
     frames: SharedFrames
-    compare: bool  # decode plainly too
-    estimate: bool  # where not, time a few plain steps
-    plain_first: bool
-    time_limit_s: float | None
+    time_limit_s: float | None  # counted from its admission
     on_oom: OnOom
 
 
 @dataclass(frozen=True, slots=True)
-class GoAhead:
-    """Caption the video of the last task; its time counts from here."""
+class Admit:
+    """Caption these videos as soon as there are slots."""
+
+    keys: tuple[int, ...]
+    alone: bool = False  # one video, and nothing runs beside it
+
+
+@dataclass(frozen=True, slots=True)
+class Compare:
+    """Decode these videos as a batch of their own, with the draft and plainly, and compare."""
+
+    keys: tuple[int, ...]
+    plain_first: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Withdraw:
+    """Forget a video that was not admitted."""
+
+    key: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,25 +76,46 @@ class Ready:
     """The models are loaded."""
 
     models: Models
+    batch_size: int  # most sequences in flight
 
 
 @dataclass(frozen=True, slots=True)
 class Made:
     """All captions of one video, one for each prompt."""
 
+    key: int
     captions: tuple[tuple[Caption, Comparison | None], ...]
     times_s: tuple[float, ...]  # [F] of the frames that were used
-    flags: tuple[str, ...]  # REDUCED, or nothing
+    flags: tuple[str, ...] = ()  # REDUCED, or nothing
+    as_alone: bool | None = None  # its captions are those of a batch of one; None: not compared
 
 
 @dataclass(frozen=True, slots=True)
 class Failed:
     """One video has no caption."""
 
+    key: int
     failure: Failure
     trace: str
-    transient: bool  # another try may work
-    poisoned: bool  # the worker ends now, because its device is in an undefined state
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What became of videos since the last report."""
+
+    admitted: tuple[int, ...]  # these run from now on, and so does their time
+    ended: tuple[Made | Failed, ...]
+    batch_size: int  # most sequences in flight, from now on
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """Something went wrong that concerns every video in flight; the worker ends."""
+
+    keys: tuple[int, ...]  # of the videos in flight
+    failure: Failure
+    trace: str
+    transient: bool  # another try may work: the device is in an undefined state
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,5 +126,29 @@ class Broken:
     trace: str
 
 
-ToWorker = Task | GoAhead  # once it is ready
-FromWorker = Hello | Ready | Made | Failed | Broken
+ToWorker = Task | Admit | Compare | Withdraw  # once it is ready
+FromWorker = Hello | Ready | Report | Lost | Broken
+
+
+def send_descriptor(connection: int, descriptor: int) -> None:
+    """Send a descriptor over a Unix socket, given by its own; no answer comes, so both sides may talk meanwhile.
+
+    Raises:
+        OSError: The other side is gone, or takes nothing.
+    """
+    with socket.socket(fileno=os.dup(connection)) as ours:
+        socket.send_fds(ours, [b"\0"], [descriptor])
+
+
+def receive_descriptor(connection: int) -> int:
+    """Return a descriptor that was sent.
+
+    Raises:
+        EOFError: The other side has hung up.
+        OSError: Nothing can be received.
+    """
+    with socket.socket(fileno=os.dup(connection)) as ours:
+        _, descriptors, _, _ = socket.recv_fds(ours, 1, 1, CLOSE_ON_EXEC)
+    if not descriptors:
+        raise EOFError
+    return descriptors[0]

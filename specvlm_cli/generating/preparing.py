@@ -1,93 +1,67 @@
-"""The worker's second pair of hands: hear what the coordinator says, and prepare videos, while a caption is made.
+"""What runs in a worker besides the decoding: one thread listens, one prepares videos, a video at a time.
 
-One thread listens, so that a go-ahead is heard at once; one prepares, a video at a time: frames and prompts become
-a session of the engine, which runs no model and takes no memory of the device. What goes wrong is kept for the one
-who asks for the video, so nothing is said of a video that gets no go-ahead.
+Preparing turns frames and prompts into a session of the engine: it runs no model and takes no memory of the device.
+What goes wrong with it is kept for whoever asks for the session, so nothing is said of a video that is not admitted.
+All that is heard and all that is prepared ends up in one inbox, on which the decoding waits where it has nothing to do.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
-from multiprocessing.reduction import recv_handle
 from queue import SimpleQueue
 
 from specvlm.records import Frames
 from specvlm_cli.decoding import open_frames
 from specvlm_cli.engine import Engine, Session
-from specvlm_cli.generating.messages import GoAhead, Task, ToWorker
+from specvlm_cli.generating.messages import Admit, Compare, Task, ToWorker, Withdraw, receive_descriptor
 
 
-class Upcoming:
+class Prepared:
+    """The inbox's word for a video that is prepared now, or cannot be; its session says which."""
+
+
+class Video:
     """A video that is being prepared, or is.
 
     Attributes:
         task: What is to be done with it.
+        frames: Its frames, once they are mapped; a result that raises OSError where they cannot be. None: they are
+            not needed any more.
+        session: Its session, once it is prepared; a result that raises what preparing raised.
     """
 
     def __init__(self, task: Task, frames: Future[Frames], session: Future[Session]) -> None:
         self.task = task
-        self._frames = frames
-        self._session: Future[Session] | None = session
+        self.frames: Future[Frames] | None = frames
+        self.session = session
 
-    def frames(self) -> Frames:
-        """Return its frames.
 
-        Raises:
-            OSError: They cannot be mapped.
-        """
-        return self._frames.result()
-
-    def take(self) -> Session | None:
-        """Wait for the session and return it; None: it was taken before. It is not kept here.
-
-        Raises:
-            Exception: What preparing raised.
-        """
-        session, self._session = self._session, None
-        return None if session is None else session.result()
-
-    def give_up(self) -> None:
-        """Do not begin to prepare it, if that has not begun."""
-        if self._session is not None:
-            self._session.cancel()
+Heard = Video | Admit | Compare | Withdraw | Prepared | BaseException  # the last: nothing more can be heard
 
 
 class Preparer:
-    """Hears tasks and prepares their videos, from now on until the coordinator hangs up."""
+    """Hears tasks and prepares their videos, from now on until the coordinator hangs up.
+
+    Attributes:
+        inbox: What was heard, in order, and notes of what is prepared.
+    """
 
     def __init__(self, connection: Connection, engine: Engine) -> None:
         """Nobody else may listen to the connection any more."""
+        self.inbox: SimpleQueue[Heard] = SimpleQueue()
         self._connection = connection
         self._engine = engine
-        self._claimed: SimpleQueue[Upcoming | BaseException] = SimpleQueue()
         self._processor = threading.Lock()  # the engine's; what it shares was not made for two threads
-        self._hands = ThreadPoolExecutor(1, "preparing")
+        self._thread = ThreadPoolExecutor(1, "preparing")
         threading.Thread(target=self._listen, name="listening", daemon=True).start()
 
-    def next(self) -> Upcoming:
-        """Wait for a go-ahead; return the video that is to be captioned now.
-
-        Raises:
-            EOFError: The coordinator has hung up.
-            Exception: It cannot be understood.
-        """
-        heard = self._claimed.get()
-        if isinstance(heard, BaseException):
-            raise heard
-        return heard
-
-    def open(self, frames: Frames, prompts: tuple[str, ...]) -> Session:
-        """Preprocess frames and prompts; what is being prepared beside it comes before or after.
-
-        Raises:
-            Exception: What the engine raises.
-        """
-        with self.paused():
-            return self._engine.open(frames, prompts)
+    def prepare(self, frames: Frames, prompts: tuple[str, ...]) -> Future[Session]:
+        """Have frames and prompts preprocessed, after all that is waiting for that."""
+        return self._submit(lambda: frames, prompts)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -95,23 +69,29 @@ class Preparer:
         with self._processor:
             yield
 
+    def close(self) -> None:
+        """Prepare nothing more."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
     def _listen(self) -> None:
         try:
-            upcoming: Upcoming | None = None
             while True:
                 message: ToWorker = self._connection.recv()
-                if isinstance(message, GoAhead):
-                    assert upcoming is not None
-                    self._claimed.put(upcoming)
-                    upcoming = None
-                    continue
-                if upcoming is not None:
-                    upcoming.give_up()
-                upcoming = self._prepare(message, recv_handle(self._connection))
+                heard = self._begin(message) if isinstance(message, Task) else message
+                self.inbox.put(heard)
         except BaseException as error:
-            self._claimed.put(error)
+            self.inbox.put(error)
 
-    def _prepare(self, task: Task, descriptor: int) -> Upcoming:
-        frames = self._hands.submit(open_frames, descriptor, task.frames)
-        session = self._hands.submit(lambda: self.open(frames.result(), task.prompts))
-        return Upcoming(task, frames, session)
+    def _begin(self, task: Task) -> Video:
+        descriptor = receive_descriptor(self._connection.fileno())
+        frames = self._thread.submit(open_frames, descriptor, task.frames)
+        return Video(task, frames, self._submit(frames.result, task.prompts))
+
+    def _submit(self, frames: Callable[[], Frames], prompts: tuple[str, ...]) -> Future[Session]:
+        def opened() -> Session:
+            with self._processor:
+                return self._engine.open(frames(), prompts)
+
+        session = self._thread.submit(opened)
+        session.add_done_callback(lambda _: self.inbox.put(Prepared()))
+        return session

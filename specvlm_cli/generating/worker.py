@@ -10,41 +10,51 @@ import subprocess
 import time
 from contextlib import suppress
 from multiprocessing.connection import Connection
-from multiprocessing.reduction import send_handle
 
 from specvlm_cli.engine import EngineFactory, Models
-from specvlm_cli.generating.messages import (
-    Broken,
-    Failed,
-    FromWorker,
-    GoAhead,
-    Made,
-    Ready,
-    Setup,
-    Task,
-)
+from specvlm_cli.generating.messages import FromWorker, Ready, Report, Setup, Task, ToWorker, send_descriptor
+from specvlm_cli.ledger import Claim
 from specvlm_cli.process import python_command
+from specvlm_cli.read_ahead import Group
 
 HARD_LIMIT_S = 5.0  # a worker that does not answer this long after its time limit is killed
 _GOODBYE_S = 2.0
 _TALK_S = 5  # a message passes in less, or the other side does not run
 
 
+class _InFlight:
+    """A claimed video: its slots, and when its worker must have answered."""
+
+    def __init__(self, claim: Claim, sequences: int, due_s: float | None) -> None:
+        self.claim = claim
+        self.sequences = sequences
+        self.due_s = due_s
+        self.admitted = False
+
+
 class Worker:
-    """One worker process.
+    """One worker process, and the videos that were claimed for it.
 
     Attributes:
         device: Where it was told to load the models; None: where the settings say.
         models: What it loaded; None before that.
-        task: The video that it works on; None: it waits for one.
+        batch_size: The most sequences that it has in flight.
+        group: Videos that it decodes by themselves once it has nothing else in flight; None: there are none.
+        decodes: The group that it decodes now; None: what it has in flight may be joined by others.
+        withdrew: A video was withdrawn from it, and may still be prepared there.
         connection: Readable when it has something to say, or is dead.
     """
 
     def __init__(self, factory: EngineFactory, device: str | None, stderr: int) -> None:
         """Start it; `stderr` is a descriptor for what it prints."""
         self.models: Models | None = None
-        self.task: Task | None = None
         self.device = device
+        self.batch_size = 1
+        self.group: Group | None = None
+        self.decodes: Group | None = None
+        self.withdrew = False
+        self._in_flight: dict[int, _InFlight] = {}
+        self._time_limit_s: float | None = None
         ours, theirs = socket.socketpair()
         with theirs:
             statement = (
@@ -59,39 +69,60 @@ class Worker:
         for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):  # one that was stopped must not stop us
             ours.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", _TALK_S, 0))
         self.connection = Connection(ours.detach())
-        self._deadline_s: float | None = None
         with suppress(OSError):  # it is dead already, and the connection will say so
             self.connection.send(Setup(factory, device))
 
-    def is_idle(self) -> bool:
-        """Say whether it can be given a video."""
-        return self.models is not None and self.task is None
+    @property
+    def claims(self) -> list[Claim]:
+        """The videos that were claimed for it and have not ended."""
+        return [one.claim for one in self._in_flight.values()]
+
+    @property
+    def sequences(self) -> int:
+        """The slots of those videos."""
+        return sum(one.sequences for one in self._in_flight.values())
+
+    @property
+    def running(self) -> int:
+        """The slots that are taken, as far as it has said."""
+        return sum(one.sequences for one in self._in_flight.values() if one.admitted)
+
+    def hold(self, claim: Claim, sequences: int, time_limit_s: float | None) -> None:
+        """Have a video in flight from now on."""
+        self._time_limit_s = time_limit_s
+        self._in_flight[claim.ordinal] = _InFlight(claim, sequences, self._due_s())
+
+    def drop(self, key: int) -> Claim:
+        """Forget a video that has ended."""
+        claim = self._in_flight.pop(key).claim
+        if not self._in_flight:
+            self.decodes = None
+        return claim
+
+    def _due_s(self) -> float | None:
+        if self._time_limit_s is None:
+            return None
+        return time.monotonic() + self._time_limit_s + HARD_LIMIT_S
 
     def prepare(self, task: Task, descriptor: int) -> bool:
-        """Have it prepare a video, also while it works on another; the descriptor may be closed afterwards.
+        """Have it prepare a video; the descriptor may be closed afterwards.
 
         False: it does not take it, because it is dead or stopped.
         """
         try:
             self.connection.send(task)
-            send_handle(self.connection, descriptor, self._process.pid)
+            send_descriptor(self.connection.fileno(), descriptor)
         except OSError:
             return False
         return True
 
-    def give(self, task: Task, descriptor: int | None) -> bool:
-        """Have it caption a video; no descriptor: the last one that it was to prepare.
+    def give(self, message: ToWorker) -> bool:
+        """Say what is to become of videos that it prepares.
 
-        False: it does not take it, because it is dead or stopped.
+        False: it does not hear, because it is dead or stopped.
         """
-        assert self.is_idle()
-        self.task = task
-        if task.time_limit_s is not None:
-            self._deadline_s = time.monotonic() + task.time_limit_s + HARD_LIMIT_S
-        if descriptor is not None and not self.prepare(task, descriptor):
-            return False
         try:
-            self.connection.send(GoAhead())
+            self.connection.send(message)
         except OSError:
             return False
         return True
@@ -103,14 +134,24 @@ class Worker:
         except (EOFError, OSError):
             return None
         if isinstance(message, Ready):
-            self.models = message.models
-        if isinstance(message, (Made, Failed, Broken)):
-            self.task, self._deadline_s = None, None
+            self.models, self.batch_size = message.models, message.batch_size
+        if isinstance(message, Report):
+            self._note(message)
         return message
+
+    def _note(self, report: Report) -> None:
+        """Count the time of what is admitted from now, and that of what waits too: the worker is alive."""
+        self.batch_size = report.batch_size
+        due_s = self._due_s()
+        for key, one in self._in_flight.items():
+            if key in report.admitted or not one.admitted:
+                one.due_s = due_s
+            one.admitted |= key in report.admitted
 
     def overdue_in_s(self) -> float | None:
         """Return in how many seconds it will have to be killed for not answering; None: never."""
-        return None if self._deadline_s is None else self._deadline_s - time.monotonic()
+        soonest = min((one.due_s for one in self._in_flight.values() if one.due_s is not None), default=None)
+        return None if soonest is None else soonest - time.monotonic()
 
     def kill(self) -> None:
         """End it at once."""

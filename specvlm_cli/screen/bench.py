@@ -26,6 +26,7 @@ from specvlm.bench.records import (
 from specvlm.bench.words import (
     STAGE_NAMES,
     amount,
+    clips_words,
     counted,
     decode_cell,
     depths,
@@ -38,7 +39,10 @@ from specvlm.bench.words import (
     number,
     peak_words,
     percent,
+    rate_cells,
+    read_rows,
     reference,
+    spread_cells,
     stopped_words,
 )
 from specvlm_cli import show
@@ -132,9 +136,17 @@ def tell(report: Report) -> None:
     if report.modelled:
         _wrapped(report.label, "bold yellow")
     _pairs([*_conditions(report), *_remarks(report)])
+    if report.is_batched:
+        _table("Throughput, in wall time", report, [Column(*one) for one in rate_cells()])
     _table("Speed", report, _speed(report))
+    _table("Speed over turns, p10 to p90", report, [Column(*one) for one in spread_cells()])
     _table("Where the time goes, in ms a video", report, _stages())
     _table("Rounds", report, _rounds(), [one for one in report.summaries if one.num_drafts])
+    if report.reads:
+        show.line("")
+        show.line("What a step reads", "bold")
+        for text in show.aligned(read_rows(report.reads), {1, 2, 3, 4, 5}):
+            show.line(text)
     _limits(report)
 
 
@@ -167,8 +179,12 @@ def _table(
     head = [Column("method", lambda one: one.configuration.label)]
     if has_several_frames(report):
         head.append(Column("frames", frames_of))
+    if report.is_batched:
+        head.append(Column("batch", lambda one: str(one.configuration.batch_size)))
     first = [_cells(column, shown) for column in head]
     rest = [(column, found) for column in columns if any((found := _cells(column, shown))[2:])]
+    if not rest:
+        return
     show.line("")
     show.line(title, "bold")
     for place, block in enumerate(_even_blocks(rest, _width() - sum(map(_width_of, first)))):
@@ -298,7 +314,7 @@ def _conditions(report: Report) -> list[tuple[str, str]]:
         ("target", f"{pair}, {its.dtype}"),
         ("device", f"{its.device}, {counted(its.threads, 'thread')}; {machine}"),
         ("versions", versions),
-        ("clips", f"{its.clips}: {counted(len(its.videos), 'video')}"),
+        ("clips", clips_words(report)),
         (
             "captions",
             f"at most {counted(its.max_new_tokens, 'token')}; {counted(its.repeat, 'timed turn')} after warm-up",

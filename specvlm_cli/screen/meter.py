@@ -1,4 +1,4 @@
-"""How far a start is: counts, pace, time left, speedup so far. Knows no terminal.
+"""How far a start is: counts, videos per hour, tokens per second, time left, speedup so far. Knows no terminal.
 
 The work tells it what ends, another thread asks how things stand. Neither takes longer the more there is.
 """
@@ -14,8 +14,8 @@ from os import fsdecode
 from typing import NamedTuple
 
 from specvlm_cli.ledger import Claim, Failure, Row
-from specvlm_cli.results import LiveStatus, Running, Tally
-from specvlm_cli.screen.words import amount, duration, pace, rate
+from specvlm_cli.results import LiveStatus, Running, Speedup, Tally
+from specvlm_cli.screen.words import amount, between, duration, over_plain, per_hour, per_s
 
 WINDOW_S = 120.0
 FEWEST = 20  # videos in the window, however long they take
@@ -29,10 +29,25 @@ class Last(NamedTuple):
     caption: str
 
 
+class Ended(NamedTuple):
+    """What came to an end up to some moment."""
+
+    videos: int = 0  # with captions or not
+    captioned: int = 0
+    tokens: int = 0
+
+
 class _Mark(NamedTuple):
     at_s: float
-    videos: int
-    tokens: int
+    ended: Ended
+
+
+class Rates(NamedTuple):
+    """How fast things come to an end."""
+
+    each_s: float | None = None  # from the end of one video to the end of the next; None: none has ended
+    videos_per_hour: float | None = None  # of those that got their captions; None: none did
+    tokens_per_s: float | None = None  # of their captions
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +59,7 @@ class Standing:
         captioned: Of those, how many have a caption now.
         failed: Of those, how many have failed.
         elapsed_s: Time since the work began.
-        each_s: Time from the end of one video to the end of the next, lately; None: none has ended.
-        tokens_per_s: Tokens of captions in that time.
+        rates: How fast it goes, lately.
         running: Speedup and accepted tokens so far.
         kinds: Failures by kind, the most frequent first.
         status: What is going on; None where nobody said.
@@ -56,8 +70,7 @@ class Standing:
     captioned: int = 0
     failed: int = 0
     elapsed_s: float = 0.0
-    each_s: float | None = None
-    tokens_per_s: float | None = None
+    rates: Rates = field(default_factory=Rates)
     running: Running = field(default_factory=Running)
     kinds: tuple[tuple[str, int], ...] = ()
     status: LiveStatus | None = None
@@ -72,39 +85,49 @@ class Pace:
     """How fast videos end: over two minutes, or over the last twenty where those took longer."""
 
     def __init__(self, now_s: float) -> None:
-        self._latest = _Mark(now_s, 0, 0)
+        self._began_s = now_s
+        self._latest = _Mark(now_s, Ended())
         self._marks = deque([self._latest])  # at most one a second
 
-    def ended(self, now_s: float, videos: int, tokens: int) -> None:
-        """Take note of how many videos and tokens there are by now."""
-        self._latest = _Mark(now_s, videos, tokens)
+    def ended(self, now_s: float, ended: Ended) -> None:
+        """Take note of what has ended by now."""
+        self._latest = _Mark(now_s, ended)
         if now_s - self._marks[-1].at_s >= 1.0:
             self._marks.append(self._latest)
         while len(self._marks) > 1 and self._is_enough_from(self._marks[1]):
             self._marks.popleft()
 
     def _is_enough_from(self, mark: _Mark) -> bool:
-        return self._latest.at_s - mark.at_s >= WINDOW_S and self._latest.videos - mark.videos >= FEWEST
+        videos = self._latest.ended.videos - mark.ended.videos
+        return self._latest.at_s - mark.at_s >= WINDOW_S and videos >= FEWEST
 
-    def each_s(self, now_s: float) -> float | None:
-        """Return the time per video; None: none has ended.
+    def rates(self, now_s: float) -> Rates:
+        """Return how fast videos end.
 
         Between two videos it is what it was at the end of the last one, until the next one takes longer than
         the others did. So it tells of a run that stands still, and does not sway in one that does not.
         """
         first = self._marks[0]
-        videos = self._latest.videos - first.videos
+        videos = self._latest.ended.videos - first.ended.videos
         if not videos:
-            return None
-        return max((self._latest.at_s - first.at_s) / videos, (now_s - first.at_s) / (videos + 1))
+            return Rates()
+        each_s = max((self._latest.at_s - first.at_s) / videos, (now_s - first.at_s) / (videos + 1))
+        return _rates(first.ended, self._latest.ended, each_s * videos)
 
-    def tokens_per_s(self, now_s: float) -> float | None:
-        """Return the tokens per second of wall time; None: none came."""
-        each_s = self.each_s(now_s)
-        tokens = self._latest.tokens - self._marks[0].tokens
-        if not each_s or not tokens:
-            return None
-        return tokens / (each_s * (self._latest.videos - self._marks[0].videos))
+    def overall(self) -> Rates:
+        """Return how fast videos ended from the beginning to the end of the last one."""
+        return _rates(Ended(), self._latest.ended, self._latest.at_s - self._began_s)
+
+
+def _rates(first: Ended, last: Ended, seconds: float) -> Rates:
+    videos, captioned, tokens = (after - before for before, after in zip(first, last, strict=True))
+    if not videos or seconds <= 0.0:
+        return Rates()
+    return Rates(
+        seconds / videos,
+        3600.0 * captioned / seconds if captioned else None,
+        tokens / seconds if tokens else None,
+    )
 
 
 class Meter:
@@ -141,7 +164,8 @@ class Meter:
             self._video_ended()
 
     def _video_ended(self) -> None:
-        self._pace.ended(self._clock(), self._captioned + self._failed, self._tally.tokens)
+        videos = self._captioned + self._failed
+        self._pace.ended(self._clock(), Ended(videos, self._captioned, self._tally.tokens))
 
     def state(self, status: LiveStatus) -> None:
         """Take note of what is going on."""
@@ -155,27 +179,18 @@ class Meter:
         """Return how things stand now."""
         with self._lock:
             now_s = self._clock() if self._stopped_s is None else self._stopped_s
-            each_s, tokens_per_s = self._paces(now_s)
+            is_over = self._stopped_s is not None
             return Standing(
                 todo=self._todo,
                 captioned=self._captioned,
                 failed=self._failed,
                 elapsed_s=now_s - self._started_s,
-                each_s=each_s,
-                tokens_per_s=tokens_per_s,
+                rates=self._pace.overall() if is_over else self._pace.rates(now_s),
                 running=self._tally.running(),
                 kinds=tuple(self._tally.failures.most_common()),
                 status=self._status,
                 last=self._last,
             )
-
-    def _paces(self, now_s: float) -> tuple[float | None, float | None]:
-        """Return time per video and tokens per second."""
-        if self._stopped_s is None:
-            return self._pace.each_s(now_s), self._pace.tokens_per_s(now_s)
-        whole_s, ended = now_s - self._started_s, self._captioned + self._failed
-        tokens = self._tally.tokens
-        return whole_s / ended if ended else None, tokens / whole_s if tokens and whole_s else None
 
 
 def name_of(claim: Claim) -> str:
@@ -184,35 +199,43 @@ def name_of(claim: Claim) -> str:
 
 
 def line(standing: Standing) -> str:
-    """Return counts, pace, time left, speedup and state as one line."""
+    """Return counts, rates, time left, speedup and state as one line."""
     return " · ".join([*progress(standing), *speed(standing), *state(standing)])
 
 
 def progress(standing: Standing) -> list[str]:
     """Return how many of how many, how fast, and how long still."""
     parts = [f"{standing.ended}/{standing.todo}", f"{standing.failed} failed"]
-    if standing.each_s is None:
+    each_s, videos_per_hour, tokens_per_s = standing.rates
+    if each_s is None:
         return [*parts, "time left not known yet"] if standing.todo else parts
-    parts.append(pace(standing.each_s))
+    if videos_per_hour is not None:
+        parts.append(per_hour(videos_per_hour))
+    if tokens_per_s is not None:
+        parts.append(per_s(tokens_per_s))
     if standing.ended >= standing.todo:
         return parts
     about = "" if standing.ended >= ENOUGH else "about "
-    return [*parts, f"{about}{duration(standing.each_s * (standing.todo - standing.ended))} left"]
+    return [*parts, f"{about}{duration(each_s * (standing.todo - standing.ended))} left"]
 
 
 def speed(standing: Standing) -> list[str]:
-    """Return the speedups so far, and what goes into them."""
+    """Return the speedups so far, against what, and what goes into them."""
     running, parts = standing.running, []
-    estimated = " estimated" if running.estimated else ""
-    if running.decode is not None:
-        parts.append(f"decode {running.decode:.2f}x{estimated}")
-    if running.end_to_end is not None:
-        parts.append(f"end to end {running.end_to_end:.2f}x{estimated}")
+    for name, speedup in (("decode", running.decode), ("end to end", running.end_to_end)):
+        if speedup is not None:
+            parts.append(f"{name} {_ratio(speedup, running.estimated)}")
+    known = running.decode or running.end_to_end
+    if known is not None:
+        estimated = "estimated " if running.estimated else ""
+        parts.append(f"{estimated}{over_plain(known.mean_batch_size)}")
     if running.accepted is not None:
         parts.append(f"{running.accepted:.2f} accepted/round")
-    if standing.tokens_per_s is not None:
-        parts.append(f"{rate(standing.tokens_per_s)} tokens/s")
     return parts
+
+
+def _ratio(speedup: Speedup, estimated: bool) -> str:
+    return between(*speedup.between) if estimated else f"{speedup.of_totals:.2f}x"
 
 
 def state(standing: Standing) -> list[str]:

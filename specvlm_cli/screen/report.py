@@ -6,31 +6,18 @@ The table is Markdown, and aligned, so that it reads the same on a terminal, in 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 
 import specvlm
 from specvlm_cli.results import STAGES, Figures, Outcome, Speedup
-from specvlm_cli.screen.words import counted, duration, rate, share
+from specvlm_cli.screen.words import between, counted, duration, over_plain, rate, share
 from specvlm_cli.text import cells, clean
 
 KINDS_SHOWN = 5
 Line = tuple[str, str]  # what, and how much
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
-    """What the one who watched a start knows of it.
-
-    Attributes:
-        videos: Videos that ended, with captions or not.
-        seconds: Time from the first claim to the end of the last video.
-        kinds: Failures by kind, the most frequent first.
-    """
-
-    videos: int = 0
-    seconds: float = 0.0
-    kinds: tuple[tuple[str, int], ...] = ()
+Kinds = Sequence[tuple[str, int]]  # failures by kind, the most frequent first
 
 
 def ending(outcome: Outcome, *, overwriting: bool = False) -> str:
@@ -48,16 +35,27 @@ def ending(outcome: Outcome, *, overwriting: bool = False) -> str:
     return f"{counts} in {outcome.out}, {duration(outcome.wall_s)}"
 
 
-def summary(outcome: Outcome, work: Work, width: int | None = None) -> str:
+def summary(outcome: Outcome, kinds: Kinds = (), width: int | None = None) -> str:
     """Return the closing table; values are padded where it stays below `width` columns."""
     assert outcome.figures is not None
     figures = outcome.figures
     heading = (f"specvlm {specvlm.__version__}", datetime.now().astimezone().isoformat(" ", "minutes"))
-    lines = [*_counts(outcome, figures), *_times(outcome, work), *_models(figures)]
+    lines = [*_rates(outcome, figures), *speedups(figures), *_counts(outcome, figures), *_times(outcome)]
     if figures.captions:
-        lines += [*_tokens(figures, work), *_speedups(figures), *_stages(outcome, figures)]
-    lines += [*_failures(outcome, work), ("run folder", _code(outcome.out))]
+        lines += [*_models(figures), *_tokens(figures), *_stages(figures)]
+    lines += [*_failures(outcome, kinds), ("run folder", _code(outcome.out))]
     return pipe_table(heading, lines, width)
+
+
+def _rates(outcome: Outcome, figures: Figures) -> Iterator[Line]:
+    """Say what the user feels first: wall time of captioning, loading not counted."""
+    if outcome.videos_per_hour is not None:
+        slower = (
+            f", {counted(figures.compared, 'comparison')} with plain included" if figures.compared else ""
+        )
+        yield "videos per hour", f"{rate(outcome.videos_per_hour)}{slower}"
+    if outcome.caption_tokens_per_s is not None:
+        yield "tokens per second", rate(outcome.caption_tokens_per_s)
 
 
 def _counts(outcome: Outcome, figures: Figures) -> Iterator[Line]:
@@ -69,57 +67,56 @@ def _counts(outcome: Outcome, figures: Figures) -> Iterator[Line]:
     yield "this start", f"{counted(figures.captions, 'caption')}{failed}"
 
 
-def _times(outcome: Outcome, work: Work) -> Iterator[Line]:
-    yield "wall time", f"{duration(outcome.wall_s)}, captioning {duration(work.seconds)} of it"
-    if work.videos and work.seconds:
-        yield "videos per hour", f"{3600.0 * work.videos / work.seconds:,.0f} while captioning"
+def _times(outcome: Outcome) -> Iterator[Line]:
+    captioning = outcome.captioning
+    of_it = f", captioning {duration(captioning.seconds)} of it" if captioning else ""
+    yield "wall time", f"{duration(outcome.wall_s)}{of_it}"
+    if captioning and captioning.waited_share is not None:
+        yield "waiting for input", f"{share(captioning.waited_share, 1.0)} of the time, with slots free"
 
 
 def _models(figures: Figures) -> Iterator[Line]:
-    if figures.captions:
-        yield "target", ", ".join(figures.targets)
-        yield "draft", ", ".join(figures.drafts) or "none: plain decoding"
-        yield "device", ", ".join(figures.devices)
+    yield "target", ", ".join(figures.targets)
+    yield "draft", ", ".join(figures.drafts) or "none: plain decoding"
+    yield "device", ", ".join(figures.devices)
+    if figures.mean_batch_size is not None:
+        yield "batch size", f"{figures.mean_batch_size:.1f} on average"
 
 
-def _tokens(figures: Figures, work: Work) -> Iterator[Line]:
-    parts = [f"{figures.completion_tokens:,}"]
-    if work.seconds:
-        parts.append(f"{rate(figures.completion_tokens / work.seconds)}/s while captioning")
-    if figures.tokens_per_s is not None:
-        parts.append(f"{rate(figures.tokens_per_s)}/s while decoding")
-    yield "tokens", ", ".join(parts)
+def _tokens(figures: Figures) -> Iterator[Line]:
+    while_decoding = (
+        f", {rate(figures.tokens_per_s)}/s while decoding" if figures.tokens_per_s is not None else ""
+    )
+    yield "tokens", f"{figures.completion_tokens:,}{while_decoding}"
     if figures.mean_accepted_tokens is not None:
         yield "accepted per round", f"{figures.mean_accepted_tokens:.2f} draft tokens"
         yield "tokens per round", f"{figures.mean_acceptance_length:.2f}, the bonus token included"
 
 
-def _speedups(figures: Figures) -> Iterator[Line]:
+def speedups(figures: Figures) -> Iterator[Line]:
+    """Yield what is known of the speedup over plain decoding: measured as a ratio, estimated as a range."""
     if not figures.drafts:
         return
     yield from _speedup("decode speedup", figures.decode, figures.decode_estimated)
     yield from _speedup("end-to-end speedup", figures.end_to_end, figures.end_to_end_estimated)
+    if (off := figures.estimate_over_measured) is not None:
+        low, high = (f"{100.0 * (ratio - 1.0):+.0f} %" for ratio in (off.p10, off.p90))
+        yield "error of estimates", f"{low} to {high} (p10 to p90), {counted(off.captions, 'caption')}"
     if figures.compared:
         yield "identical to plain", f"{figures.identical:,}/{figures.compared:,} captions"
 
 
 def _speedup(name: str, measured: Speedup | None, estimated: Speedup | None) -> Iterator[Line]:
     if measured is not None:
-        yield name, _ratio(measured)
+        ratio = f"{measured.of_totals:.2f}x {over_plain(measured.mean_batch_size)}"
+        yield name, f"{ratio}, {measured.captions:,} measured"
     if estimated is not None:
-        yield name, f"estimated: {_ratio(estimated)}"
+        yield name, f"{between(*estimated.between)} {over_plain(estimated.mean_batch_size)}, estimated"
     if measured is None and estimated is None:
         yield name, "not measured; --baseline-sample measures it"
 
 
-def _ratio(speedup: Speedup) -> str:
-    return (
-        f"{speedup.of_totals:.2f}x of totals, {speedup.median:.2f}x median, "
-        f"{counted(speedup.captions, 'caption')}"
-    )
-
-
-def _stages(outcome: Outcome, figures: Figures) -> Iterator[Line]:
+def _stages(figures: Figures) -> Iterator[Line]:
     whole = sum(figures.stages_s.values())
     if not whole:
         return
@@ -131,15 +128,11 @@ def _stages(outcome: Outcome, figures: Figures) -> Iterator[Line]:
     yield "time by stage", ", ".join(shares[:3])
     if shares[3:]:
         yield "", ", ".join(shares[3:])
-    reading_s = figures.stages_s["video_decode_s"]
-    if outcome.waited_s is not None and reading_s:
-        hidden_s = max(reading_s - outcome.waited_s, 0.0)
-        yield "reading", f"{share(hidden_s, reading_s)} hidden behind generation"
 
 
-def _failures(outcome: Outcome, work: Work) -> Iterator[Line]:
-    shown = [f"{number:,} {kind}" for kind, number in work.kinds[:KINDS_SHOWN]]
-    rest = sum(number for _, number in work.kinds[KINDS_SHOWN:])
+def _failures(outcome: Outcome, kinds: Kinds) -> Iterator[Line]:
+    shown = [f"{number:,} {kind}" for kind, number in kinds[:KINDS_SHOWN]]
+    rest = sum(number for _, number in kinds[KINDS_SHOWN:])
     if shown:
         yield "failures by kind", ", ".join([*shown, f"{rest:,} of other kinds"] if rest else shown)
     if outcome.failed:

@@ -18,7 +18,6 @@ import transformers
 
 import specvlm
 from specvlm.captioner import Captioner, CaptionOptions
-from specvlm.costs import CostStore
 from specvlm.drafts.compressor import CompressorConfig
 from specvlm.drafts.head import HeadDraft
 from specvlm.drafts.head_model import HeadConfig, HeadModel
@@ -82,6 +81,7 @@ class Request:
         schedule: How long, and what is done on the way.
         limits: What reading one video may take.
         decode_workers: Videos that are read at the same time.
+        batch_size: Most captions in flight; None: as many as memory holds and as help.
         root: Nothing outside this folder is read; None: anything.
         if_locked: What to do where another start is at work.
         max_runtime_s: Stop after this time; None: never.
@@ -99,6 +99,7 @@ class Request:
     schedule: Schedule
     limits: Limits = field(default_factory=Limits)
     decode_workers: int = 1
+    batch_size: int | None = None
     root: bytes | None = None
     if_locked: LockedPolicy = "fail"
     max_runtime_s: float | None = None
@@ -311,6 +312,7 @@ class _Start:
             register,
             ranks,
             self.talk,
+            request.batch_size,
         )
         exam = Exam(
             request.samples.held_out,
@@ -321,6 +323,7 @@ class _Start:
             ranks,
             self.talk,
             check,
+            request.batch_size,
         )
         parts = Parts(
             target,
@@ -460,9 +463,7 @@ def _head_config(request: Request, teacher: Captioner, processes: int) -> HeadCo
 def _pupil(teacher: Captioner, head: HeadModel) -> Captioner:
     """The target with the head in use as its draft."""
     draft = HeadDraft(head, teacher.target)
-    pupil = Captioner(teacher.target, teacher.processor, draft, teacher.info, teacher.frames)
-    pupil.costs = CostStore(None)
-    return pupil
+    return Captioner(teacher.target, teacher.processor, draft, teacher.info, teacher.frames)
 
 
 def _asking(request: Request, teacher: Captioner, resolved: Plain) -> Asking:

@@ -1,13 +1,20 @@
-"""Samples to learn from: read, captioned once by the target, shown to the head."""
+"""Samples to learn from: read, captioned once by the target, shown to the head.
+
+A caption that has to be written is written together with those of the next samples whose videos are read already, so
+that the batch stays full. What is learned, and in which order, does not depend on it.
+"""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-from specvlm.captioner import CaptionOptions, PreparedVideo
+from specvlm.batch import is_out_of_memory
+from specvlm.captioner import Captioner, CaptionOptions, PreparedVideo
 from specvlm.drafts.head_model import HeadModel
 from specvlm.errors import GenerationError, TrainingError
 from specvlm.records import Frames
@@ -25,7 +32,9 @@ from specvlm_cli.training.captions import Captions, LeftOut, caption_key
 from specvlm_cli.training.reading import Reader
 from specvlm_cli.training.register import Register, Suspect, UselessError
 from specvlm_cli.training.samples import Sample
+from specvlm_cli.training.writing import Lesson, Writer, held_bytes
 
+_AHEAD_BYTES = 1 << 30  # of preprocessed videos whose turn has not come
 _MEMORY = (GenerationError, torch.OutOfMemoryError, MemoryError)
 _FIXES = (
     "give fewer frames (--num-frames or --max-frames), smaller ones (--max-pixels), a smaller --max-new-tokens, or "
@@ -46,19 +55,18 @@ class Tally:
     tokens: int = 0
 
 
-@dataclass(slots=True)
-class _Lesson:
-    """One sample on its way to the head.
+class _Asked(NamedTuple):
+    """What one process wants to know of the captions that are kept."""
 
-    Attributes:
-        key: What its caption is found by.
-        tokens: The caption, once there is one.
-    """
+    now: str | None  # key of the sample whose turn it is
+    ahead: list[tuple[int, str]]  # positions and keys of samples to come
 
-    suspect: Suspect
-    prepared: PreparedVideo
-    key: str
-    tokens: tuple[int, ...] | None = None
+
+class _Found(NamedTuple):
+    """What there is of it."""
+
+    now: tuple[int, ...] | None
+    ahead: list[bool]
 
 
 class Lessons:
@@ -81,12 +89,24 @@ class Lessons:
         register: Register,
         ranks: Ranks,
         listener: Listener,
+        batch_size: int | None = None,
     ) -> None:
-        """`captions`: where they are kept; None: another process keeps them."""
+        """Nothing is read yet.
+
+        `captions`: where they are kept; None: another process keeps them. `batch_size`: most captions in the making;
+        None: as many as memory holds and as help.
+        """
         self.tally, self.head_guesses = Tally(), False
         self._samples, self._order, self._head = samples, order, head
         self._captioners, self._asking, self._reader = captioners, asking, reader
-        self._captions, self._register, self._ranks, self._listener = captions, register, ranks, listener
+        self._captions, self._register, self._ranks = captions, register, ranks
+        options: CaptionOptions = {**asking.generation, **asking.speculation}
+        self._writer = Writer(batch_size, options, listener)
+        self._announced: dict[int, int] = {}  # samples that the reader was given, by position
+        self._ahead: dict[int, Lesson] = {}  # lessons to come whose videos are read, by position
+        self._wanted: deque[int] = deque()  # those of them that we are to caption
+        self._claims: dict[str, int] = {}  # positions at which some process captions a key
+        self._new: list[tuple[str, tuple[int, ...]]] = []  # captions that are not kept yet
         self._longest = 0  # sample that fitted, in tokens
         self._fresh = True  # the optimiser may have no state yet
 
@@ -108,6 +128,7 @@ class Lessons:
             sample = self._samples[place.sample]
             job = self._asking.job(place.position, sample.video)
             if isinstance(job, ReadJob) and not self._register.has(sample, place.position):
+                self._announced[place.position] = place.sample
                 yield job
 
     def _check_memory(self, first: Sequence[Frames]) -> None:
@@ -143,15 +164,21 @@ class Lessons:
         self._register.note(left, [] if lesson is None or measures is None else [lesson.suspect.video])
         return measures
 
-    def _met(self, place: Place) -> _Lesson | None:
+    def _met(self, place: Place) -> Lesson | None:
         """The sample of a place, read and preprocessed; None: it is left out already.
 
         Raises:
             UselessError: It cannot be.
         """
+        self._forget_passed(place.position)
         sample = self._samples[place.sample]
         if self._register.has(sample, place.position):
             return None
+        known = self._ahead.pop(place.position, None)
+        if known is not None and known.failed is not None and known.prepared is None:
+            self._raise_of(known)
+        if known is not None and known.prepared is not None:
+            return known
         suspect = Suspect(*sample, place.position)
         job = self._asking.job(place.position, sample.video)
         found = self._reader.take(place.position) if isinstance(job, ReadJob) else job
@@ -160,60 +187,189 @@ class Lessons:
         prompt = sample.video.prompts[sample.prompt]
         with suspect.blamed("preprocess"):
             prepared = self._captioners.teacher.prepare(found, prompt, system=self._asking.system)
-        return _Lesson(suspect, prepared, caption_key(found, prompt, self._asking.settings))
+        key = caption_key(found, prompt, self._asking.settings) if known is None else known.key
+        return Lesson(suspect, key, prepared)
 
-    def _captioned(self, lesson: _Lesson | None) -> list[LeftOut]:
+    def _forget_passed(self, position: int) -> None:
+        """Whose turn is over, or who is left out by now, needs no caption and no memory."""
+        self._reader.drop_before(position)
+        for lesson in list(self._ahead.values()):
+            sample = Sample(lesson.suspect.video, lesson.suspect.prompt)
+            if lesson.position < position or self._register.has(sample, lesson.position):
+                self._writer.forget(lesson.position)
+                del self._ahead[lesson.position]
+        self._announced = {place: sample for place, sample in self._announced.items() if place >= position}
+        self._claims = {key: place for key, place in self._claims.items() if place >= position}
+
+    @staticmethod
+    def _raise_of(lesson: Lesson) -> None:
+        """Raise what came instead of a caption, now that it is the sample's turn.
+
+        Raises:
+            UselessError: It is a fault of this sample.
+        """
+        assert lesson.failed is not None
+        stage, error = lesson.failed
+        with lesson.suspect.blamed(stage):
+            raise error
+
+    # --- captions ---
+
+    def _captioned(self, lesson: Lesson | None) -> list[LeftOut]:
         """Look the captions of all processes up, have ours written where it is new, and keep all new ones at once."""
-        keys = self._ranks.share(None if lesson is None else lesson.key)
-        found: list[tuple[int, ...] | None] = []
-        if self._captions is not None:
-            found = [None if key is None else self._captions.tokens(key) for key in keys]
-        found = self._ranks.first(found)
-        new, left = None, list[LeftOut]()
+        fresh = self._noticed()
+        now = None if lesson is None else lesson.key
+        asked = self._ranks.share(_Asked(now, [(one.position, one.key) for one in fresh]))
+        found = self._ranks.first([] if self._captions is None else self._looked_up(self._captions, asked))
+        self._claim(asked, found)
+        left = list[LeftOut]()
         if lesson is not None:
-            lesson.tokens = found[self._ranks.rank]
-            if lesson.tokens is None:
-                try:
-                    new = lesson.tokens = self._written(lesson)
-                except UselessError as error:
-                    left.append(error.left)
-        self._keep(keys, self._ranks.share(new))
+            lesson.tokens = found[self._ranks.rank].now or lesson.tokens
+            try:
+                self._write(lesson)
+            except UselessError as error:
+                left.append(error.left)
+            self._writer.forget(lesson.position)
+        new, self._new = self._new, []
+        self._keep([one for share in self._ranks.share(new) for one in share])
         return left
 
-    def _written(self, lesson: _Lesson) -> tuple[int, ...]:
-        """Have the target write a caption.
+    def _noticed(self) -> list[Lesson]:
+        """Samples to come whose videos were read since we looked last."""
+        fresh = []
+        for position in self._reader.ready():
+            if position in self._ahead or position not in self._announced:
+                continue
+            sample = self._samples[self._announced[position]]
+            if self._register.has(sample, position):
+                continue
+            prompt = sample.video.prompts[sample.prompt]
+            key = caption_key(self._reader.peek(position), prompt, self._asking.settings)
+            fresh.append(Lesson(Suspect(*sample, position), key))
+        self._ahead |= {one.position: one for one in fresh}
+        return fresh
+
+    @staticmethod
+    def _looked_up(captions: Captions, asked: Sequence[_Asked]) -> list[_Found]:
+        return [
+            _Found(
+                None if one.now is None else captions.tokens(one.now),
+                [captions.tokens(key) is not None for _, key in one.ahead],
+            )
+            for one in asked
+        ]
+
+    def _claim(self, asked: Sequence[_Asked], found: Sequence[_Found]) -> None:
+        """Share out who captions which of the samples to come: each key once, and none that is kept already."""
+        self._claims |= {one.now: -1 for one in asked if one.now is not None and one.now not in self._claims}
+        missing = [
+            (position, rank, key)
+            for rank, (one, known) in enumerate(zip(asked, found, strict=True))
+            for (position, key), is_kept in zip(one.ahead, known.ahead, strict=True)
+            if not is_kept
+        ]
+        for position, rank, key in sorted(missing):
+            if key not in self._claims:
+                self._claims[key] = position
+                if rank == self._ranks.rank:
+                    self._wanted.append(position)
+
+    @property
+    def _author(self) -> Captioner:
+        """Who writes what is begun from now on."""
+        teacher, pupil = self._captioners
+        return pupil if teacher.draft is None and self.head_guesses else teacher
+
+    def _write(self, lesson: Lesson) -> None:
+        """Have the target write a caption where there is none, and those of samples to come meanwhile.
 
         Raises:
             UselessError: None came.
         """
-        teacher, pupil = self._captioners
-        author = pupil if teacher.draft is None and self.head_guesses else teacher
-        options: CaptionOptions = {**self._asking.generation, **self._asking.speculation}
-        with lesson.suspect.blamed("generate"):
-            caption = author.caption(lesson.prepared, **options)
-        self._listener.captioned(lesson.suspect.video.name, caption.text)
-        return caption.token_ids
+        if not lesson.ended and lesson.position not in self._writer:
+            self._writer.add(lesson, first=True)
+        while not lesson.ended:
+            self._fill()
+            with lesson.suspect.blamed("generate"):
+                ended = self._writer.step(self._author)
+            self._hear([(one.key, one.tokens) for one in ended if one.tokens is not None])
+        if lesson.tokens is None:
+            self._raise_of(lesson)
 
-    def _keep(self, keys: Sequence[str | None], written: Sequence[tuple[int, ...] | None]) -> None:
-        for key, tokens in zip(keys, written, strict=True):
-            if key is not None and tokens is not None:
-                self.tally.captions += 1
-                self.tally.tokens += len(tokens)
-                if self._captions is not None:
-                    self._captions.add(key, tokens)
+    def _fill(self) -> None:
+        """Take samples to come into the batch, as far as it and memory have room; nothing is waited for."""
+        if self._captions is not None and self._ranks.count == 1:  # no other process has to be asked
+            asked = [_Asked(None, [(one.position, one.key) for one in self._noticed()])]
+            self._claim(asked, self._looked_up(self._captions, asked))
+        room = self._writer.room(self._author)
+        while room > 0 and self._wanted and held_bytes(self._ahead.values()) < _AHEAD_BYTES:
+            lesson = self._ahead.get(self._wanted.popleft())
+            if lesson is not None and self._prepared(lesson):
+                self._writer.add(lesson)
+                room -= 1
 
-    def _taught(self, lesson: _Lesson, learn: Learn) -> Measures:
+    def _prepared(self, lesson: Lesson) -> bool:
+        """Preprocess a sample before its turn; whatever goes wrong is said in its turn."""
+        frames = self._reader.take_ahead(lesson.position)
+        prompt = lesson.suspect.video.prompts[lesson.suspect.prompt]
+        try:
+            lesson.prepared = self._captioners.teacher.prepare(frames, prompt, system=self._asking.system)
+        except Exception as error:
+            lesson.failed = "preprocess", error
+        return lesson.failed is None
+
+    def _hear(self, written: Sequence[tuple[str, tuple[int, ...]]]) -> None:
+        """Keep captions at once, or have them kept by the process that does, at the end of this visit."""
+        if self._captions is None:
+            self._new += written
+        else:
+            self._keep(written)
+
+    def _keep(self, written: Sequence[tuple[str, tuple[int, ...]]]) -> None:
+        for key, tokens in written:
+            self.tally.captions += 1
+            self.tally.tokens += len(tokens)
+            if self._captions is not None:
+                self._captions.add(key, tokens)
+
+    def _taught(self, lesson: Lesson, learn: Learn) -> Measures:
         """Show the target's view of a captioned video to the head.
 
         Raises:
             UselessError: There is no room for it, or nothing to be learned.
         """
         assert lesson.tokens is not None
-        tokens = lesson.prepared.inputs.prompt_tokens + len(lesson.tokens)
-        if tokens > self._longest and (missing := self._shortage(lesson.prepared, len(lesson.tokens))):
-            raise lesson.suspect.fails(Failure("learn", "OutOfMemory", missing))
+        assert lesson.prepared is not None
+        self._make_room(lesson, lesson.prepared, len(lesson.tokens))
         with lesson.suspect.blamed("learn", _MEMORY):
-            target = self._captioners.teacher.target
-            measures = learn(read_example(target, lesson.prepared.inputs, lesson.tokens))
+            measures = self._shown(lesson.prepared, lesson.tokens, learn)
+        tokens = lesson.prepared.inputs.prompt_tokens + len(lesson.tokens)
         self._longest, self._fresh = max(self._longest, tokens), False
         return measures
+
+    def _make_room(self, lesson: Lesson, prepared: PreparedVideo, written: int) -> None:
+        """See that there is memory to learn from a sample; captions in the making give back theirs where there is not.
+
+        Raises:
+            UselessError: There is too little all the same.
+        """
+        longer = prepared.inputs.prompt_tokens + written > self._longest
+        if not longer and not self._writer.holds_memory:
+            return
+        missing = self._shortage(prepared, written)
+        if missing is not None and self._writer.holds_memory:
+            self._writer.release()
+            missing = self._shortage(prepared, written)
+        if missing is not None and longer:
+            raise lesson.suspect.fails(Failure("learn", "OutOfMemory", missing))
+
+    def _shown(self, prepared: PreparedVideo, tokens: Sequence[int], learn: Learn) -> Measures:
+        """Learn, a second time where captions in the making may have had the memory that was missing."""
+        target = self._captioners.teacher.target
+        try:
+            return learn(read_example(target, prepared.inputs, tokens))
+        except Exception as error:
+            if not is_out_of_memory(error) or not self._writer.holds_memory:
+                raise
+        self._writer.release()
+        return learn(read_example(target, prepared.inputs, tokens))

@@ -55,9 +55,7 @@ class Reader:
 
     def take(self, key: int) -> Frames | ReadFailure:
         """Return the video of a key, or why there is none; those with smaller keys are dropped."""
-        self._drop_before(
-            key
-        )  # at once: what nobody will ask for must not take the room of what is waited for
+        self.drop_before(key)  # what nobody will ask for must not take the room of what is waited for
         self._wait(lambda: key in self._read)
         found = self._read.pop(key)
         if isinstance(found, ReadVideo):
@@ -72,7 +70,33 @@ class Reader:
         self._wait(lambda: len(self._read) >= count or not (self._reading or self._again))
         return [one.frames() for _, one in sorted(self._read.items())[:count] if isinstance(one, ReadVideo)]
 
-    def _drop_before(self, key: int) -> None:
+    def has(self, key: int) -> bool:
+        """Say whether `take` would return at once."""
+        self._collect()
+        self._read_ahead()
+        return key in self._read
+
+    def ready(self) -> list[int]:
+        """Return the keys of the videos that are there, in order; waits for none."""
+        self._collect()
+        self._read_ahead()
+        return sorted(key for key, one in self._read.items() if isinstance(one, ReadVideo))
+
+    def peek(self, key: int) -> Frames:
+        """Return a video that is there; it is still to be taken."""
+        found = self._read[key]
+        assert isinstance(found, ReadVideo)
+        return found.frames()
+
+    def take_ahead(self, key: int) -> Frames:
+        """Return a video that is there before its turn; those with smaller keys stay."""
+        frames = self.peek(key)
+        _close(self._read.pop(key))
+        self._read_ahead()
+        return frames
+
+    def drop_before(self, key: int) -> None:
+        """Videos with smaller keys will not be asked for."""
         self._least = key
         for passed in [one for one in self._read if one < key]:
             _close(self._read.pop(passed))

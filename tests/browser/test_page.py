@@ -18,7 +18,7 @@ from PIL import Image
 from specvlm.bench.grid import Grid
 from specvlm.bench.page import PageSheet, write_page
 from specvlm.bench.plots import COLOURS, STAGE_COLOURS
-from tests.bench_reports import FULL, HOSTILE, hostile, made
+from tests.bench_reports import BATCHED, FULL, HOSTILE, READS, hostile, made
 from tests.browser import chromium
 
 PROGRAM = chromium.find()
@@ -36,6 +36,7 @@ REPORTS = {
     "full": made(FULL),
     "awkward": made(AWKWARD),
     "hostile": hostile(),
+    "batches": made(BATCHED, reads=READS),
     "without stock": made(Grid(("plain", "sd"))),
     "stock alone": made(Grid(("stock",))),
     "modelled": made(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from specvlm_cli import app, engine, runner
+from specvlm_cli.commands import caption
 from specvlm_cli.decoding import DecodingPool
 from specvlm_cli.settings import CaptionSettings
 from tests.cli.fake import FakeFactory, Log
@@ -47,9 +49,11 @@ class Specvlm:
         """Return the settings with which models were loaded, once for each worker."""
         return [self._settings[int(str(number))] for number in self.engine.loads]
 
-    def factory(self, settings: CaptionSettings, *, quiet: bool) -> FakeFactory:
+    def factory(
+        self, settings: CaptionSettings, *, quiet: bool, batch_size: int | None, readers: int
+    ) -> FakeFactory:
         self._settings.append(settings)
-        return replace(self.engine.factory, number=len(self._settings) - 1)
+        return replace(self.engine.factory, number=len(self._settings) - 1, batch_size=batch_size)
 
     def behave(self, **changes: Any) -> None:
         """Change how the engines behave from now on."""
@@ -63,6 +67,18 @@ class Specvlm:
 
 
 @pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fork the command's workers from this process: importing torch takes seconds in each new interpreter.
+
+    The tests of the examples, and all tests with fake engines, start workers as the product does.
+    """
+    if sys.platform == "linux":
+        from tests.cli import drive
+
+        drive.fork_children(monkeypatch.setattr, drive.worker)
+
+
+@pytest.fixture
 def specvlm(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
@@ -71,6 +87,7 @@ def specvlm(
     command = Specvlm(capfd, tmp_path_factory.mktemp("fake") / "journal")
     monkeypatch.setattr(engine, "Factory", command.factory)
     monkeypatch.setattr(runner, "DecodingPool", partial(DecodingPool, reader=READER))
+    monkeypatch.setattr(caption, "_decode_workers", lambda: 1)  # so that videos come in their order
     return command
 
 

@@ -4,10 +4,11 @@
     python -m tests.cli.drive serve               starts in forks, as orders on stdin say; see `Order`
 
 Kills and input/output faults are installed from here, by wrapping functions and by a shim (`iofault.c`): the
-product knows none of it. The environment says how the fakes behave: DRIVE_DELAY_S for each caption, DRIVE_LOAD_S
-to load, DRIVE_PART_ROWS in a part, DRIVE_JOURNAL for what the engines note, DRIVE_WORDS to make captions long,
-DRIVE_BUSY_S for how long a ledger that others hold is waited for. With DRIVE_FORK the coordinator's children are
-forked from it instead of started as interpreters of their own, which saves most of what a start costs.
+product knows none of it. The environment says how the fakes behave: DRIVE_DELAY_S for each step, DRIVE_STEPS at
+most for a caption, DRIVE_LOAD_S to load, DRIVE_PART_ROWS in a part, DRIVE_JOURNAL for what the engines note,
+DRIVE_WORDS to make captions long, DRIVE_BUSY_S for how long a ledger that others hold is waited for. With DRIVE_FORK
+the coordinator's children are forked from it instead of started as interpreters of their own, which saves most of
+what a start costs.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, Literal
@@ -160,7 +162,9 @@ class Forked(subprocess.Popen[bytes]):
         self.stdin = self.stdout = self.stderr = None
         self.args, self._child_created = command, True
         self._waitpid_lock = threading.Lock()
-        self.pid = os.fork()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns about other threads
+            self.pid = os.fork()
         if self.pid:
             return
         try:
@@ -238,16 +242,22 @@ def prepare() -> None:
         float(os.environ.get("DRIVE_DELAY_S", "0")),
         load_s=float(os.environ.get("DRIVE_LOAD_S", "0")),
         words=int(os.environ.get("DRIVE_WORDS", "0")),
+        steps=int(os.environ.get("DRIVE_STEPS", "1")),
     )
     rows = int(os.environ.get("DRIVE_PART_ROWS", "3"))
     ledger.BUSY_TIMEOUT_S = float(os.environ.get("DRIVE_BUSY_S", "60"))
-    _put(engine, "Factory", lambda settings, *, quiet: factory)
+    _put(engine, "Factory", lambda settings, *, batch_size, **_: replace(factory, batch_size=batch_size))
     _put(caption, "Policy", functools.partial(Policy, part_rows=rows))
     _put(runner, "DecodingPool", functools.partial(DecodingPool, reader=READER))
     if "DRIVE_FORK" in os.environ:
-        names = {name: getattr(subprocess, name) for name in ("DEVNULL", "TimeoutExpired")}
-        for module in (worker, keeper):
-            _put(module, "subprocess", SimpleNamespace(Popen=Forked, **names))
+        fork_children(_put, worker, keeper)
+
+
+def fork_children(put: Callable[[Any, str, object], None], *starters: ModuleType) -> None:
+    """Have these modules fork their children instead of starting interpreters; `put` sets an attribute."""
+    names = {name: getattr(subprocess, name) for name in ("DEVNULL", "TimeoutExpired")}
+    for module in starters:
+        put(module, "subprocess", SimpleNamespace(Popen=Forked, **names))
 
 
 def _put(module: ModuleType, name: str, value: object) -> None:

@@ -6,18 +6,18 @@ import hashlib
 import json
 import os
 import signal
-import threading
 import time
-from collections.abc import Sequence
+import zlib
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from specvlm.config import FrameSettings
 from specvlm.errors import (
     GenerationError,
-    GenerationTimeoutError,
     NonFiniteLogitsError,
     NotAVideoError,
     PreprocessError,
@@ -27,7 +27,7 @@ from specvlm.errors import (
     VideoUnavailableError,
 )
 from specvlm.records import Caption, CaptionStats, Frames, VideoSource
-from specvlm_cli.engine import Models
+from specvlm_cli.engine import Finished, Models
 
 ROUNDS = 4
 ACCEPTED = (0, 1, 2, 1)  # rounds that accepted 0, 1, 2, 3 tokens: 8 accepted in 4 rounds
@@ -99,7 +99,7 @@ class FakeFactory:
     """Makes fake engines in worker processes; what they are asked to do is written into a file, line by line."""
 
     journal: str
-    delay_s: float = 0.0
+    delay_s: float = 0.0  # of a step
     prepare_s: float = 0.0
     device: str = "fake"
     revision: str = "r1"
@@ -110,6 +110,9 @@ class FakeFactory:
     number: int = 0  # of the settings that it was made for
     load_s: float = 0.0
     words: int = 0  # that every caption has more
+    batch_size: int | None = None  # None: auto
+    holds: int = 1  # sequences that auto finds room for
+    steps: int = 1  # most steps of a caption; how many it has is a hash of its video
 
     def gpus(self) -> int:
         return self.seen_gpus
@@ -129,11 +132,14 @@ class FakeFactory:
 
 
 class FakeEngine:
-    """Behaves as the first word of a video says; anything else gets a caption."""
+    """A batch of made-up captions. Each behaves as the first word of its video says; anything else is captioned."""
 
     def __init__(self, factory: FakeFactory, device: str) -> None:
         self._factory = factory
         self._device = device
+        self._waiting: dict[Hashable, _Sequence] = {}
+        self._running: dict[Hashable, _Sequence] = {}
+        self.batch_size = factory.batch_size or factory.holds
 
     @property
     def models(self) -> Models:
@@ -154,10 +160,110 @@ class FakeEngine:
             raise ZeroDivisionError
         if text.startswith("dies preparing"):
             os.kill(os.getpid(), signal.SIGKILL)
-        if text.startswith("crowded") and threading.current_thread() is not threading.main_thread():
+        if text.startswith("crowded") and text not in _CROWDED:
+            _CROWDED.add(text)
             raise MemoryError
         self._factory.note("prepared", text)
-        return FakeSession(self._factory, self._device, text, prompts, frames)
+        return FakeSession(text, prompts, frames)
+
+    def add(
+        self,
+        key: Hashable,
+        session: Any,  # what `open` returned
+        index: int,
+        *,
+        speculate: bool = True,
+        alone: bool = False,
+    ) -> None:
+        assert key not in self._waiting
+        assert key not in self._running
+        steps = 1 + zlib.crc32(f"{session.text} {index}".encode()) % self._factory.steps
+        self._waiting[key] = _Sequence(session, index, speculate, alone, steps)
+
+    def step(self) -> list[Finished]:
+        self._admit()
+        running = list(self._running.items())
+        self._factory.note("step", len(running), *sorted(one.session.text for _, one in running))
+        time.sleep(self._factory.delay_s)
+        self._misbehave()
+        for _, one in running:
+            one.steps -= 1
+            one.shared += len(running)
+            one.done += 1
+        finished = [self._finished(key, one) for key, one in running if one.steps <= 0]
+        for done in finished:
+            del self._running[done.key]
+        return finished
+
+    def _admit(self) -> None:
+        for key, one in list(self._waiting.items()):
+            company = [*self._running.values(), one]
+            if len(company) > (1 if any(each.alone for each in company) else self.batch_size):
+                return
+            self._running[key] = self._waiting.pop(key)
+
+    def _misbehave(self) -> None:
+        """Do to the whole batch what one of its videos does."""
+        for one in self._running.values():
+            text = one.session.text
+            if text.startswith("endless"):
+                one.steps = 2
+                time.sleep(0.02)
+            if text.startswith("patient"):
+                one.steps = 1 if _others_are_captioned(self._factory) else 2
+                time.sleep(0.02)
+            if one.steps > 1:
+                continue
+            if text.startswith("poison"):
+                raise RuntimeError("CUDA error: device-side assert triggered")
+            if text.startswith("dies") or (text.startswith("together dies") and len(self._running) > 1):
+                self._factory.note("died", text, len(self._running))
+                os.kill(os.getpid(), signal.SIGKILL)
+            if text.startswith("kills all"):
+                os.kill(os.getppid(), signal.SIGKILL)
+                time.sleep(600.0)
+            if text.startswith("hangs"):
+                self._factory.note("captioned", text, one.speculate, self._device)
+                time.sleep(600.0)
+
+    def _finished(self, key: Hashable, one: _Sequence) -> Finished:
+        text = one.session.text
+        self._factory.note("captioned", text, one.speculate, self._device)
+        error = _error(text, len(one.session.frames.pixels))
+        return Finished(key, None, error) if error is not None else Finished(key, self._caption(one), None)
+
+    def _caption(self, one: _Sequence) -> Caption:
+        text, prompt, number = (
+            one.session.text,
+            one.session.prompts[one.index],
+            len(one.session.frames.pixels),
+        )
+        words = "" if text.startswith("empty") else f"a caption of {text}" + self._more(text)
+        if prompt.startswith("second"):
+            words += " (second)"
+        differs = text.startswith("differs") and not one.speculate
+        ids = (1, 2, 4) if differs or (text.startswith("leans") and one.shared > one.done) else (1, 2, 3)
+        took = stats(plain=not one.speculate, frames=number, first=one.index == 0)
+        took = replace(took, mean_batch_size=one.shared / one.done)
+        if text.startswith("headed") and one.speculate:
+            took = replace(
+                took, method="specvlm-head/select/static", compressor="pool", compression_ratio=5.0
+            )
+        if one.speculate:
+            took = replace(took, plain_token_s=stats(plain=True, frames=number).token_s)
+        return Caption(words, ids, "stop", took, one.session.frames.source)
+
+    def _more(self, text: str) -> str:
+        """Return words that no compression makes short, and that are the same each time."""
+        numbers = range(self._factory.words)
+        return "".join(f" {hashlib.sha256(f'{text} {number}'.encode()).hexdigest()}" for number in numbers)
+
+    def abort(self, key: Hashable) -> None:
+        self._waiting.pop(key, None)
+        self._running.pop(key, None)
+
+    def __len__(self) -> int:
+        return len(self._waiting) + len(self._running)
 
     def warm_up(self, frames: Frames, prompt: str) -> None:
         self._factory.note("warm_up")
@@ -170,66 +276,44 @@ class FakeEngine:
 class FakeSession:
     """One video, and what it is to be asked."""
 
-    factory: FakeFactory
-    device: str
     text: str
     prompts: Sequence[str]
     frames: Frames
 
-    def caption(
-        self, index: int, *, speculate: bool, time_limit_s: float | None = None, estimate: bool = False
-    ) -> Caption:
-        text, prompt, number = self.text, self.prompts[index], len(self.frames.pixels)
-        if text.startswith("prompt"):
-            raise PromptError("the prompt has no place for a video")
-        if text.startswith("patient"):
-            self._wait_for_others()
-        time.sleep(self.factory.delay_s)
-        self.factory.note("captioned", text, speculate, self.device)
-        _misbehave(text, number, time_limit_s)
-        words = "" if text.startswith("empty") else f"a caption of {text}" + self._more(text)
-        if prompt.startswith("second"):
-            words += " (second)"
-        ids = (1, 2, 3) if not (text.startswith("differs") and not speculate) else (1, 2, 4)
-        took = stats(plain=not speculate, frames=number, first=index == 0)
-        if text.startswith("headed") and speculate:
-            took = replace(
-                took, method="specvlm-head/select/static", compressor="pool", compression_ratio=5.0
-            )
-        if estimate:
-            took = replace(took, plain_token_s=stats(plain=True, frames=number).token_s)
-        return Caption(words, ids, "stop", took, self.frames.source)
 
-    def _wait_for_others(self) -> None:
-        """Wait until two other videos are captioned, if that ever happens."""
-        for _ in range(400):
-            if len(Log(Path(self.factory.journal)).captioned) >= 2:
-                return
-            time.sleep(0.05)
+@dataclass
+class _Sequence:
+    """One caption in the making."""
 
-    def _more(self, text: str) -> str:
-        """Return words that no compression makes short, and that are the same each time."""
-        numbers = range(self.factory.words)
-        return "".join(f" {hashlib.sha256(f'{text} {number}'.encode()).hexdigest()}" for number in numbers)
+    session: FakeSession
+    index: int
+    speculate: bool
+    alone: bool
+    steps: int  # that are left
+    shared: int = 0  # sequences in its steps
+    done: int = 0
 
 
-def _misbehave(text: str, frames: int, time_limit_s: float | None) -> None:
+_CROWDED: set[str] = set()  # videos for which there was no memory once, in this process
+
+
+def _others_are_captioned(factory: FakeFactory) -> bool:
+    return len(Log(Path(factory.journal)).captioned) >= 2
+
+
+def _error(text: str, frames: int) -> Exception | None:
+    """Return what goes wrong with one caption alone."""
     if text.startswith("explodes"):
-        raise GenerationError("it went off")
+        return GenerationError("it went off")
     if text.startswith("bug"):
-        raise ZeroDivisionError
+        return ZeroDivisionError()
     if text.startswith("nan"):
-        raise NonFiniteLogitsError("NaN logits")
+        return NonFiniteLogitsError("NaN logits")
     if text.startswith("huge") and frames > 2:
-        raise MemoryError("too many frames")
-    if text.startswith("poison"):
-        raise RuntimeError("CUDA error: device-side assert triggered")
-    if text.startswith("dies"):
-        os.kill(os.getpid(), signal.SIGKILL)
-    if text.startswith("hangs"):
-        time.sleep(600.0)
-    if text.startswith("endless"):
-        raise GenerationTimeoutError(f"not done after {time_limit_s} s")
+        return MemoryError("too many frames")
+    if text.startswith("prompt"):
+        return PromptError("the prompt has no place for a video")
+    return None
 
 
 class Log:
@@ -242,6 +326,10 @@ class Log:
     def loads(self) -> list[object]:
         return [number for (number,) in self._lines("load")]
 
+    def lines(self) -> list[list[Any]]:
+        """Return all that was noted: a word and what belongs to it."""
+        return self._all()
+
     def _lines(self, word: str) -> list[list[object]]:
         return [rest for first, *rest in self._all() if first == word]
 
@@ -252,7 +340,13 @@ class Log:
     @property
     def events(self) -> list[str]:
         """Return what happened to which video, in order, e.g. `captioned video 1`."""
-        return [f"{word} {text}" for word, text, *_ in filter(lambda line: len(line) > 1, self._all())]
+        lines = [line for line in self._all() if line[0] != "step"]
+        return [f"{word} {text}" for word, text, *_ in filter(lambda line: len(line) > 1, lines)]
+
+    @property
+    def steps(self) -> list[list[object]]:
+        """Return what ran together in each step, by text."""
+        return [texts for _, *texts in self._lines("step")]
 
     @property
     def prepared(self) -> list[object]:

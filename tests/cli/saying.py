@@ -103,6 +103,9 @@ def row(**changes: Any) -> dict[str, Any]:
         "exact_match": None,
         "decode_speedup": None,
         "e2e_speedup": None,
+        "baseline_token_s": None,
+        "estimated_token_s": None,
+        "mean_batch_size": 4.0,
     } | changes
 
 

@@ -27,7 +27,7 @@ from specvlm.preset import find_preset
 from specvlm_cli import app, bench_files
 from specvlm_cli.commands.bench_flags import BenchFlags
 from specvlm_cli.screen.bench import BenchTalk, tell
-from tests.bench_reports import CONDITIONS
+from tests.bench_reports import BATCHED, CONDITIONS, READS, made
 from tests.cli.terminal import Terminal
 
 ROOT = Path(__file__).parents[2]
@@ -140,6 +140,42 @@ def test_a_bench_of_the_demo_pair(run: Run, tmp_path: Path) -> None:
     assert "What the draft saw of one-drifts-left.mp4" in page, "the sheet of the first video"
     assert "data:image/png;base64," in page
     assert sorted(path.name for path in out.iterdir()) == ["bench.html", "bench.parquet"]
+
+
+def test_batches_of_the_demo_pair(run: Run, tmp_path: Path) -> None:
+    asked = ("--limit", 1, "--repeat", 2, "--max-new-tokens", 6, "--tree", "chain", "--num-frames", 4)
+    code, said, told = run(*asked, "--batch-size", "1,3", "-o", tmp_path, "--json", "-q")
+    assert (code, told) == (0, "")
+    found = json.loads(said)
+    assert "--batch-size 1,3" in found["conditions"]["command"]
+    assert found["conditions"]["videos"] == ["one-drifts-left.mp4"]
+    assert found["conditions"]["repeated_to"] == 3
+    heads = ["head chain"] if find_preset("demo-head") else []
+    labels = ["stock", "plain", "sd chain", "specvlm 0.9 chain", *heads]
+    assert [(one["label"], one["batch_size"]) for one in found["summaries"]] == [
+        (label, size) for size in (1, 3) for label in labels
+    ], "transformers' assisted generation takes no batch"
+    for one in found["summaries"]:
+        assert one["error"] is None
+        assert one["videos_per_hour_turns"].keys() == {"p10", "median", "p90"}
+        if one["label"] != "stock":
+            assert one["exact_match"] == 1.0, one["label"]
+            assert {"p10", "median", "p90"} == one["speedups"][0]["e2e_turns"].keys()
+    rows = pq.read_table(tmp_path / "bench.parquet").to_pylist()
+    assert {(row["batch_size"], row["mean_batch_size"]) for row in rows} == {(1, 1.0), (3, 3.0)}
+    assert len(rows) == 2 * 2 * 3 * len(labels)
+    assert len({tuple(row["token_ids"]) for row in rows}) == 1
+    assert "Videos an hour over the batch size" in (tmp_path / "bench.html").read_text()
+
+
+def test_a_quick_check_of_batches_says_which_turns_it_left_out(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("specvlm_cli.commands.bench.QUICK_S", -1.0)
+    asked = ("--methods", "plain", "--repeat", 3, "--max-new-tokens", 2, "--num-frames", 2)
+    code, _, told = run(*asked, "--batch-size", 8)
+    assert code == 0
+    assert "-1 s no further turn was begun: 1 of 3 measured; --limit 8 takes all" in told
 
 
 def test_videos_that_cannot_be_read_are_left_out(run: Run, tmp_path: Path) -> None:
@@ -262,6 +298,9 @@ def test_frames_that_differ_from_those_asked_for_are_told_once(run: Run) -> None
         (["--pruner", "best"], "--pruner 'best' is unknown"),
         (["--tree", "bush"], "--tree 'bush' is unknown"),
         (["--num-frames", "16,0"], "--num-frames 0 is out of range"),
+        (["--batch-size", "1,0"], "--batch-size 0 is out of range; give 1 to 1024"),
+        (["--batch-size", "1025"], "--batch-size 1025 is out of range; give 1 to 1024"),
+        (["--batch-size", "all"], "--batch-size 'all' is no whole number; give e.g. 1,8,32"),
         (["--num-frames", "1.5"], "--num-frames '1.5' is no whole number; give e.g. 16,64"),
         (["--max-new-tokens", "0"], "--max-new-tokens 0 is out of range"),
         (["--repeat", "0"], "--repeat 0 is out of range; give 1 to 1000"),
@@ -366,7 +405,8 @@ def test_no_table_is_wider_than_the_terminal(
     tables = lines[lines.index("Speed") : lines.index("Limits")]
     told = " ".join(line.removeprefix(OURS.label) for line in tables if line.startswith(OURS.label)).split()
     assert " ".join(told) == (
-        "50.00 2.00 2.00 1.50 1.50 4.00 100 % 100 10 250.0 250.0 125.0 375.0 1000.0 "
+        "50.00 2.00 2.00 1.50 1.50 4.00 100 % 100 10 "
+        "2.00 to 2.00 2.00 to 2.00 1.50 to 1.50 1.50 to 1.50 250.0 250.0 125.0 375.0 1000.0 "
         "26.0 100.00 62.50 187.50 0 % 2.00 1.00 1.00 1.00 1.00 0.50 1.00"
     ), "nothing is lost"
 
@@ -447,6 +487,31 @@ def test_frames_are_a_column_where_there_are_several(capsys: pytest.CaptureFixtu
     assert "stock, 64 frames: decoding, token by token, takes 80 % of the time" in lines
 
 
+def test_batches_have_a_table_of_what_passes_in_an_hour(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    its = made(BATCHED, reads=READS)
+    tell(replace(its, conditions=replace(its.conditions, repeated_to=32)))
+    lines = capsys.readouterr().out.splitlines()
+    assert "clips        eight clips: 8 videos, repeated to 32 for the largest batch" in lines
+    begin = lines.index("Throughput, in wall time")
+    assert lines[begin + 2].split() == "method batch per hour over turns per s batch".split()
+    one = its.summaries[-1]
+    turns = one.videos_per_hour_turns
+    assert turns is not None
+    last = lines[begin + 2 + len(its.summaries)]
+    figures = (one.videos_per_hour, turns.p10, turns.p90, one.tokens_per_s)
+    assert last == (
+        "specvlm 0.9 auto     32  {:>8}  {:>14}  {:>6}  {:>5}".format(
+            f"{figures[0]:,.0f}", f"{figures[1]:,.0f} to {figures[2]:,.0f}", f"{figures[3]:.3g}", "32"
+        )
+    )
+    reads = lines.index("What a step reads")
+    assert lines[reads + 3].split() == "target 8 14.1 GB 104.0 MB 0.7 %".split()
+    assert "specvlm 0.9 auto, batch 32: drafting costs 0.5 plain steps a round" in lines
+
+
 def test_every_field_of_the_json_is_documented() -> None:
     text = (ROOT / "docs" / "bench.md").read_text()
     told = report().as_json()
@@ -517,7 +582,7 @@ def test_quiet_says_only_what_went_wrong(capfd: pytest.CaptureFixture[str]) -> N
 def test_flags_of_lists_have_no_variable_of_captions() -> None:
     """SPECVLM_TREE holds one tree, SPECVLM_OUT a run folder: a bench must not be steered by them unseen."""
     options: dict[str, Any] = {one.name: one for one in _options()}
-    for name in ("methods", "pruner", "prune_ratio", "tree", "num_frames", "out"):
+    for name in ("methods", "pruner", "prune_ratio", "tree", "num_frames", "batch_size", "out"):
         assert options[name].envvar is None, name
     assert options["repeat"].envvar == "SPECVLM_REPEAT"
     assert {one.name for one in fields(BenchFlags)} == set(options) | {"inputs"}

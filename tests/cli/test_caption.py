@@ -15,7 +15,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from specvlm.errors import ModelLoadError
-from specvlm_cli import baseline
 from specvlm_cli.ledger import Ledger
 from specvlm_cli.parts import CAPTION_SCHEMA, FAILURE_SCHEMA
 from specvlm_cli.run_folder import RunFolder
@@ -49,11 +48,6 @@ def test_speedups_are_estimated_where_nothing_was_decoded_plainly(
     assert row["baseline_decode_s"] == pytest.approx(0.6)
     assert row["decode_speedup"] == pytest.approx(3.0)
     assert row["e2e_speedup"] == pytest.approx((0.1 + 0.1 + 0.6) / (0.1 + 0.1 + 0.1 + 0.2))
-    specvlm("caption", videos, "-o", out, "--no-estimate", "--limit", 1)
-    rest = [one for one in rows(out) if one["id"] != row["id"]]
-    assert len(rest) == 1
-    names = ("baseline_token_s", "baseline_decode_s", "decode_speedup", "e2e_speedup", "speedup_source")
-    assert [rest[0][name] for name in names] == [None] * 5
 
 
 def test_columns_are_those_of_the_contract(specvlm: Specvlm, videos: Path, out: Path) -> None:
@@ -69,7 +63,7 @@ def test_columns_are_those_of_the_contract(specvlm: Specvlm, videos: Path, out: 
         "num_draft_tokens num_accepted_tokens mean_accepted_tokens mean_acceptance_length "
         "acceptance_histogram video_decode_s preprocess_s vision_s target_prefill_s draft_prefill_s "
         "decode_s total_s tokens_per_s baseline_token_s baseline_decode_s decode_speedup e2e_speedup "
-        "speedup_source exact_match attempts peak_memory_bytes device"
+        "speedup_source estimated_token_s mean_batch_size exact_match attempts peak_memory_bytes device"
     )
     assert all(table.column(name).null_count == 0 for name in ("created_at", "decode_s", "exact_match"))
     failures = pq.read_table(out / "failures")
@@ -391,8 +385,8 @@ def test_baseline_is_compared_and_timed(specvlm: Specvlm, videos: Path, out: Pat
     assert result.code == 0
     figures = result.json["figures"]
     assert (figures["compared"], figures["identical"]) == (5, 4)
-    assert figures["decode"] == pytest.approx({"of_totals": 3.0, "median": 3.0, "captions": 5})
-    assert figures["end_to_end"] == pytest.approx({"of_totals": 1.6, "median": 1.6, "captions": 5})
+    assert (figures["decode"]["of_totals"], figures["decode"]["captions"]) == (pytest.approx(3.0), 5)
+    assert (figures["end_to_end"]["of_totals"], figures["end_to_end"]["captions"]) == (pytest.approx(1.6), 5)
     assert figures["mean_accepted_tokens"] == 2.0
     assert "4/5" in result.err
     row = rows(out)[0]
@@ -403,16 +397,11 @@ def test_baseline_is_compared_and_timed(specvlm: Specvlm, videos: Path, out: Pat
     assert specvlm.engine.warm_ups == 1
 
 
-def test_every_other_video_is_decoded_plainly_first(specvlm: Specvlm, videos: Path, out: Path) -> None:
-    specvlm("caption", videos, "-o", out, "--baseline-sample", 1)
+def test_every_other_set_is_decoded_plainly_first(specvlm: Specvlm, videos: Path, out: Path) -> None:
+    assert specvlm("caption", videos, "-o", out, "--baseline-sample", 1).code == 0
     order = iter(specvlm.engine.captioned)
-    plain_first = {text: not speculate for (text, speculate), _ in zip(order, order, strict=True)}
-    expected = {
-        row["caption"].removeprefix("a caption of "): baseline.plain_first(row["id"]) for row in rows(out)
-    }
-    assert plain_first == expected
-    made_up = [baseline.plain_first(str(number)) for number in range(400)]
-    assert 150 < sum(made_up) < 250
+    plain_first = [not speculate for (_, speculate), _ in zip(order, order, strict=True)]
+    assert plain_first == [False, True, False, True]
 
 
 def test_baseline_sample_is_a_stable_share(specvlm: Specvlm, tmp_path: Path, out: Path) -> None:

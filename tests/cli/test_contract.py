@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,15 @@ import typer.main
 
 from specvlm.config import FrameSettings, GenerationSettings, SpeculationSettings
 from specvlm.preset import find_preset
+from specvlm.records import Caption
 from specvlm_cli import app
+from specvlm_cli.baseline import compare
+from specvlm_cli.generating.messages import Made
+from specvlm_cli.parts import CAPTION_SCHEMA
+from specvlm_cli.rows import Provenance, caption_row
 from tests.cli.conftest import Specvlm, rows
+from tests.cli.fake import stats
+from tests.cli.saying import claim
 
 FLAGS = """
 --out -o --recursive --no-recursive --extensions --limit --prompt --system --preset --target --draft
@@ -19,7 +27,7 @@ FLAGS = """
 --prune-ratio --top-p --tree --depth --nodes --positions --fps --num-frames --min-frames --max-frames
 --max-pixels --total-pixels --video-backend --max-new-tokens --temperature --top-k --seed --overwrite
 --retry-failed --on-config-change --fail-fast --max-failures --exit-zero --baseline-sample --dry-run -n
---json --estimate --no-estimate --quiet -q --verbose -v --log-file --progress --help
+--json --batch-size --quiet -q --verbose -v --log-file --progress --help
 --path-column --id-column --start-column --end-column --prompt-column --keep-columns --min-age --root --shard
 --reshard --gpus --min-decoded --decode-timeout --decode-workers --if-locked --retries --timeout --on-oom
 --max-runtime --grace --config --draft-vocab
@@ -206,6 +214,34 @@ def test_a_wrong_variable_is_named_with_its_value(
     assert (result.code, result.err.count("\n")) == (2, 1)
     assert f"(SPECVLM_{name}={value})" in result.err
     assert not out.exists()
+
+
+def test_json_names_are_these(specvlm: Specvlm, videos: Path, out: Path) -> None:
+    found = specvlm("caption", videos, "-o", out, "--baseline-sample", 1, "--json").json
+    assert sorted(found) == sorted(
+        "schema exit_code out found done failed pending failed_now wall_s figures stopped failures_file "
+        "videos_per_hour caption_tokens_per_s captioning_s workers waited_s waited_share".split()
+    )
+    assert sorted(found["figures"]) == sorted(
+        "captions videos completion_tokens mean_accepted_tokens mean_acceptance_length compared identical decode "
+        "end_to_end decode_estimated end_to_end_estimated estimate_over_measured mean_batch_size tokens_per_s "
+        "stages_s failures_by_kind targets drafts devices".split()
+    )
+    speedup = found["figures"]["decode"]
+    assert sorted(speedup) == sorted("captions median p10 p90 of_totals mean_batch_size".split())
+    assert (speedup["captions"], speedup["mean_batch_size"]) == (4, pytest.approx(1.0))
+
+
+def test_rows_name_their_batch_size_and_have_the_estimate_beside_the_measurement() -> None:
+    took = replace(stats(plain=False), mean_batch_size=7.5, plain_token_s=0.04)
+    ours = Caption("text", (1, 2), "stop", took)
+    measured = compare(ours, Caption("text", (1, 2), "stop", stats(plain=True)))
+    made = Made(((ours, measured),), (0.0, 0.5), ())
+    provenance = Provenance("target", None, "draft", "hash", "0.1.0", "run", ("What is it?",))
+    row = caption_row(claim(), 0, ours, measured, made, provenance)
+    assert set(row) == set(CAPTION_SCHEMA.names)
+    assert (row["mean_batch_size"], row["estimated_token_s"]) == (7.5, 0.04)
+    assert (row["baseline_token_s"], row["speedup_source"]) == (pytest.approx(0.05), "measured")
 
 
 def test_unknown_command(specvlm: Specvlm) -> None:

@@ -17,25 +17,28 @@ from tests.cli import invariants
 from tests.cli.conftest import Specvlm, rows, snapshot
 from tests.cli.made import Video, make_run
 
-NEW = ("compressor", "compression_ratio")  # columns that came with the fourth step of the ledger
+FOURTH = ("compressor", "compression_ratio")  # columns that came with the fourth step of the ledger
+FIFTH = ("estimated_token_s", "mean_batch_size")
+NEW = (*FOURTH, *FIFTH)
 OLD_SCHEMA = pa.schema(
     [field for field in CAPTION_SCHEMA if field.name not in NEW], metadata=CAPTION_SCHEMA.metadata
 )
 
 
-def age(out: Path) -> None:
-    """Turn a run folder into what the version before would have left: no such columns, in no file."""
+def age(out: Path, steps: int = 3) -> None:
+    """Turn a run folder into what a version of so many steps would have left: no newer columns, in no file."""
+    new = {3: NEW, 4: FIFTH}[steps]
     for path in sorted((out / "captions").glob("part-*.parquet")):
-        pq.write_table(pq.read_table(path).drop_columns(list(NEW)), path, compression="zstd")
+        pq.write_table(pq.read_table(path).drop_columns(list(new)), path, compression="zstd")
     for ledger in sorted((out / ".specvlm").glob("state-*.db")):
         with closing(sqlite3.connect(ledger, isolation_level=None)) as database:
-            paths = ", ".join(f"'$.{name}'" for name in NEW)
+            paths = ", ".join(f"'$.{name}'" for name in new)
             database.execute(f"UPDATE caption SET row = json_remove(row, {paths})")
             for (name,) in database.execute("SELECT name FROM part").fetchall():
                 content = (out / name).read_bytes()
                 values = (hashlib.sha256(content).hexdigest(), len(content), name)
                 database.execute("UPDATE part SET sha256 = ?, bytes = ? WHERE name = ?", values)
-            database.execute("PRAGMA user_version = 3")
+            database.execute(f"PRAGMA user_version = {steps}")
 
 
 @pytest.fixture
@@ -72,19 +75,16 @@ def test_export_has_the_new_columns_without_a_value(
     specvlm: Specvlm, old: Path, tmp_path: Path, kind: str
 ) -> None:
     dest = tmp_path / ("dest" if kind == "parquet" else f"dest.{kind}")
-    assert (
-        specvlm("export", old, dest, "--format", kind, "--columns", "id,compressor,compression_ratio").code
-        == 0
-    )
+    assert specvlm("export", old, dest, "--format", kind, "--columns", f"id,{','.join(NEW)}").code == 0
     if kind == "parquet":
         table = pq.read_table(dest / "data")
-        assert table.schema.types == [pa.string(), pa.string(), pa.float64()]
-        assert [row[name] for row in table.to_pylist() for name in NEW] == [None] * 4
+        assert table.schema.types == [pa.string(), pa.string(), *[pa.float64()] * 3]
+        assert [row[name] for row in table.to_pylist() for name in NEW] == [None] * 8
     elif kind == "jsonl":
         lines = [json.loads(line) for line in dest.read_text().splitlines()]
-        assert [row[name] for row in lines for name in NEW] == [None] * 4
+        assert [row[name] for row in lines for name in NEW] == [None] * 8
     else:
-        assert [line.split(",")[1:] for line in dest.read_text().splitlines()[1:]] == [["", ""]] * 2
+        assert [line.split(",")[1:] for line in dest.read_text().splitlines()[1:]] == [[""] * 4] * 2
 
 
 def test_it_goes_on_and_all_its_parts_have_one_schema(specvlm: Specvlm, old: Path, videos: Path) -> None:
@@ -100,9 +100,12 @@ def test_it_goes_on_and_all_its_parts_have_one_schema(specvlm: Specvlm, old: Pat
     assert verified(specvlm, old)
 
 
-def test_a_finished_one_is_brought_up_to_date_once(specvlm: Specvlm, videos: Path, out: Path) -> None:
+@pytest.mark.parametrize("steps", [3, 4])
+def test_a_finished_one_is_brought_up_to_date_once(
+    specvlm: Specvlm, videos: Path, out: Path, steps: int
+) -> None:
     specvlm("caption", videos, "-o", out)
-    age(out)
+    age(out, steps)
     assert "nothing to do: 4 done" in specvlm("caption", videos, "-o", out).err
     assert [one.equals(CAPTION_SCHEMA) for one in schemas(out)] == [True]
     invariants.check(out, videos)

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from tests.cli import invariants
+from tests.cli.conftest import rows
 from tests.cli.drive import POINTS, Kill
 from tests.faults import kills
-from tests.faults.harness import Driver, Trial, make_videos, place
+from tests.faults.harness import BAD, Driver, Trial, make_videos, place
 from tests.faults.kills import Ground, Named
 
 VIDEOS = 10  # two of which fail
@@ -71,6 +72,47 @@ def test_suspect_of_three_crashes_is_not_tried_again(ground: Ground) -> None:
         assert trial.run(trial.order(kill=kill)) == -9
     assert trial.run(trial.order()) == 3
     invariants.check(trial.out, ground.videos, failed=3)
+
+
+@pytest.fixture(scope="module")
+def full() -> Iterator[Ground]:
+    """Eight videos in flight."""
+    with place() as folder, Driver() as driver:
+        yield Ground(folder, driver, 24, batch_size=8)
+
+
+@pytest.mark.parametrize("number", range(2))
+def test_killed_at_random_with_eight_in_flight(number: int, full: Ground) -> None:
+    kills.run_at_random(full, kills.at_random(6, seed=8)[number])
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        Named("first", "claim", "after", 4),
+        Named("first", "finish", "after", 3),
+        Named("first", "give", "before", 2, "group"),
+        Named("first", "finish", "after", 1, "worker"),
+    ],
+    ids=lambda what: f"{what.kind}-{what.when}-{what.point}",
+)
+def test_killed_at_a_point_with_eight_in_flight(what: Named, full: Ground) -> None:
+    for tally in kills.run_named(full, what):
+        assert not tally.violations
+
+
+def test_a_video_that_kills_the_whole_start_is_found_and_its_company_captioned(full: Ground) -> None:
+    """Two crashes with eight in flight, then it runs alone, and is to blame for the third."""
+    trial = full.trial()
+    (full.videos / "005.mp4").write_text("kills all")
+    try:
+        codes = [trial.run(trial.order()) for _ in range(4)]
+    finally:
+        (full.videos / "005.mp4").write_text("video 5")
+    assert codes == [-9, -9, -9, 3]
+    invariants.check(trial.out, full.videos, failed=len(BAD) + 1)
+    (suspect,) = [row for row in rows(trial.out, "failures") if row["error_type"] == "crash_suspect"]
+    assert str(suspect["path"]).endswith("005.mp4")
 
 
 def test_the_drivers_words_survive_the_way(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def films(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(capfd: pytest.CaptureFixture[str]) -> Run:
+def run(forked: None, capfd: pytest.CaptureFixture[str]) -> Run:
     """Run the command; return its exit code, its JSON and its messages."""
 
     def command(*arguments: object) -> tuple[int, dict[str, Any], str]:

@@ -36,7 +36,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(capfd: pytest.CaptureFixture[str]) -> Run:
+def run(forked: None, capfd: pytest.CaptureFixture[str]) -> Run:
     """Run a command in this process; return its exit code, stdout and stderr."""
 
     def runs(*arguments: object) -> tuple[int, str, str]:
@@ -59,7 +59,7 @@ def shipped(head: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_captions_with_a_head_are_those_without_and_say_what_it_saw(
     run: Run, head: Path, tmp_path: Path
 ) -> None:
-    flags = ("--preset", "demo", "--tree", "dynamic", "--max-new-tokens", 12, "--no-estimate", "-q")
+    flags = ("--preset", "demo", "--tree", "dynamic", "--max-new-tokens", 12, "-q")
     for name, draft in (("plain", "none"), ("headed", head)):
         assert run("caption", CLIP, "-o", tmp_path / name, "--draft", draft, *flags)[0] == 0
     ((plain,), (headed,)) = (rows(tmp_path / name) for name in ("plain", "headed"))

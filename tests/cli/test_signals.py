@@ -123,6 +123,19 @@ def test_second_signal_ends_at_once(ground: Ground) -> None:
     assert not any(invariants.known(trial.out).crashes.values())
 
 
+@pytest.mark.parametrize(
+    "what",
+    [
+        Signalled("first", signal.SIGTERM, to_group=True, share=0.6),
+        Signalled("hanging", signal.SIGUSR1, to_group=False, share=0.7),
+    ],
+    ids=lambda what: what.scene,
+)
+def test_signal_with_eight_in_flight(what: Signalled) -> None:
+    with place() as folder, Driver() as driver:
+        signals.run(Ground(folder, driver, 24, batch_size=8), what)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_while_the_videos_are_listed(number: signal.Signals, tmp_path: Path) -> None:
     """Nothing was begun, and the scheduler is to start it again; temporary files are removed."""

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -21,8 +21,10 @@ import pytest
 
 from specvlm_cli import lock, status, verify
 from specvlm_cli.holder import Holder, holder_of
+from specvlm_cli.ledger import Ledger
 from specvlm_cli.ledger_view import LedgerProblemError, LedgerView
 from specvlm_cli.migrations import APPLICATION_ID, STEPS
+from specvlm_cli.results import Captioning
 from specvlm_cli.run_view import view
 from tests.cli.conftest import Specvlm, snapshot
 from tests.cli.made import Video, fill, make_run, videos
@@ -59,6 +61,14 @@ def test_a_run_is_counted_and_nothing_is_touched(
     assert found["counts"] == {"pending": 0, "running": 0, "done": 4, "failed": 1, "total": 5}
     assert found["figures"]["mean_accepted_tokens"] == 2.0
     assert found["figures"]["decode"]["of_totals"] == pytest.approx(3.0)
+    assert re.search(r"^pace +[\d,.]+ videos/h, [\d,.]+ tokens/s$", told.out, re.MULTILINE)
+    assert re.search(r"^waiting for input +[<>\d]+ % of the time, with slots free$", told.out, re.MULTILINE)
+    assert re.search(
+        r"^decode speedup +3.00x over plain at batch size 1.0, 4 measured$", told.out, re.MULTILINE
+    )
+    assert found["videos_per_hour"] == pytest.approx(3600 * found["per_s"])
+    assert found["tokens_per_s"] > 0
+    assert 0 <= found["waited_share"] <= 1
     assert [kind["count"] for kind in found["errors"]] == [1]
     assert found["errors"][0]["path"] == str(folder / "bad.mp4")
     assert found["missing_shards"] == []
@@ -72,8 +82,9 @@ def test_json_is_a_contract(specvlm: Specvlm, out: Path) -> None:
     found = specvlm("status", out, "--json").json
     assert found["schema"] == 1
     assert set(found) == {
-        *("schema", "out", "at", "shards", "counts", "captions", "per_s", "eta_s", "figures", "errors"),
-        *("last_caption_at", "free_bytes", "problem", "missing_shards"),
+        *("schema", "out", "at", "shards", "counts", "captions", "per_s", "videos_per_hour", "tokens_per_s"),
+        *("waited_share", "eta_s", "figures", "errors", "last_caption_at", "free_bytes", "problem"),
+        "missing_shards",
     }
     assert set(found["shards"][1]) == {
         *(
@@ -84,6 +95,8 @@ def test_json_is_a_contract(specvlm: Specvlm, out: Path) -> None:
             "unfinished",
             "holder",
             "pace",
+            "tokens_per_s",
+            "captioning",
             "last_caption_at",
             "eta_s",
         ),
@@ -163,6 +176,38 @@ def test_time_left_is_that_of_the_slowest_shard(out: Path) -> None:
     assert found.eta_s == pytest.approx(1000.0)
     ledger(out, 1).with_suffix(".lock").write_text("")  # nobody works on shard 1, so it never ends
     assert status.status(view(out), NOW).eta_s is None
+
+
+def test_tokens_are_those_of_the_videos_of_the_pace(out: Path) -> None:
+    def rows(ago: Sequence[float], tokens: int) -> Iterator[Video]:
+        for number, one in enumerate(ago):
+            row = {"completion_tokens": tokens}
+            yield Video(f"{tokens} {number}", b"/v/a.mp4", created_at=at(one), row=row)
+
+    make_run(out, [rows([5000, 30, 20, 10, 0], 60), rows([40, 20, 0], 5)])
+    found = status.status(view(out), NOW)
+    assert [one.tokens_per_s for one in found.shards] == [
+        pytest.approx(3 * 60 / 30),
+        pytest.approx(2 * 5 / 40),
+    ]
+    assert found.tokens_per_s == pytest.approx(6.25)
+    assert found.videos_per_hour == pytest.approx(3600 * (3 / 30 + 2 / 40))
+
+
+def test_the_share_of_waiting_is_over_all_workers_of_all_shards(out: Path) -> None:
+    make_run(out, [videos(1), videos(1, first=1), videos(1, first=2)])
+    assert status.status(view(out)).waited_share is None
+    for shard, noted in enumerate([(100.0, 2, 10.0), (50.0, 4, 30.0)]):
+        with Ledger.open(ledger(out, shard)) as open_ledger:
+            open_ledger.note_captioning(1.0, 1, 1.0)
+            open_ledger.note_captioning(*noted)
+    found = status.status(view(out))
+    assert found.waited_share == pytest.approx(40.0 / 400.0)
+    assert [one.captioning for one in found.shards] == [
+        Captioning(100.0, 2, 10.0),
+        Captioning(50.0, 4, 30.0),
+        None,
+    ]
 
 
 # Who is at work

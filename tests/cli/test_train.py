@@ -17,8 +17,10 @@ import typer.main
 from safetensors.torch import load_file
 
 import specvlm
+from specvlm.batch import CaptionBatch
 from specvlm.captioner import Captioner
 from specvlm.drafts.compressor import MODES, OPERATORS, CompressorConfig
+from specvlm.drafts.head import HeadDraft
 from specvlm.drafts.head_model import read_config
 from specvlm.training import folder, memory
 from specvlm.training.objective import ObjectiveSettings
@@ -32,6 +34,7 @@ from specvlm_cli.training import job, lessons, source
 from specvlm_cli.training.captions import LEFT_OUT_NAME, NAME, Blame, Captions, LeftOut, LeftOuts
 from specvlm_cli.training.register import Register
 from specvlm_cli.training.samples import Split, Video
+from specvlm_cli.training.writing import Lesson, Writer
 from tests.cli.conftest import Result, snapshot
 from tests.cli.test_real import save
 from tests.cli.train_reader import PLACE
@@ -324,16 +327,17 @@ def test_neither_draft_nor_guesses_of_the_head_change_anything(
     assert train(videos, "-o", plain, epochs=2).code == 0
     assert train(videos, "-o", drafted, epochs=2, draft=models / "draft").code == 0
     monkeypatch.setattr(source, "GUESSES_FROM", 0.0)
-    authors: list[bool] = []
-    original = lessons.Lessons._written
+    heads: list[bool] = []
+    original = Writer.step
 
-    def written(self: Any, lesson: Any) -> Any:
-        authors.append(self.head_guesses)
-        return original(self, lesson)
+    def step(self: Writer, author: Captioner) -> list[Lesson]:
+        ended = original(self, author)
+        heads.extend([isinstance(author.draft, HeadDraft)] * len(ended))
+        return ended
 
-    monkeypatch.setattr(lessons.Lessons, "_written", written)
+    monkeypatch.setattr(Writer, "step", step)
     assert train(videos, "-o", guessed, epochs=2).code == 0
-    assert authors == [True] * 4
+    assert heads == [True] * 4
     assert same(plain, drafted)
     assert same(plain, guessed)
     assert captions_of(plain) == captions_of(drafted) == captions_of(guessed)
@@ -460,7 +464,7 @@ class Outage:
                 "CUDA error: an illegal memory access was encountered\nCUDA kernel errors might"
             )
 
-        self.at(3, lambda: self.patch.setattr(Captioner, "caption", broken))
+        self.at(3, lambda: self.patch.setattr(CaptionBatch, "step", broken))
 
     def mend(self) -> None:
         for path in self.away.iterdir() if self.away.exists() else ():
@@ -481,7 +485,12 @@ class Outage:
 )
 def test_an_outage_costs_no_sample(what: str, told: str, train: Train, videos: Path, tmp_path: Path) -> None:
     """The weights at the end are those of a training that it did not hit."""
-    flags: dict[str, Any] = {"epochs": 12, "evaluate_every": 100, "checkpoint_every": 1}
+    flags: dict[str, Any] = {
+        "epochs": 12,
+        "evaluate_every": 100,
+        "checkpoint_every": 1,
+        "batch_size": 1,  # so that captions are still to be written when it breaks
+    }
     assert train(videos, "-o", tmp_path / "whole", **flags).code == 0
     with pytest.MonkeyPatch.context() as patch:
         outage = Outage(videos, patch)

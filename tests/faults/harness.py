@@ -31,7 +31,12 @@ from tests.cli.drive import Fault, Kill, Order
 ROOT = Path(__file__).parents[2]
 CHILDREN_END_S = 5.0  # after their parent was killed
 LONGEST_START_S = 90.0
-VOLATILE = ("created_at", "run_id", "attempts")  # columns that differ between two runs of the same videos
+VOLATILE = (
+    "created_at",
+    "run_id",
+    "attempts",
+    "mean_batch_size",
+)  # columns that differ between two runs of the same videos
 FORK = {"DRIVE_FORK": "1"}  # see `tests.cli.drive`
 BAD = {"text": 3, "damaged": 9}  # videos that fail, by their number
 
@@ -71,7 +76,7 @@ class Driver:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={"PATH": os.defpath, "PYTHONPATH": str(ROOT), **FORK, **environment},
+            env={"PATH": os.defpath, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **FORK, **environment},
         )
 
     def __enter__(self) -> Self:
@@ -147,6 +152,11 @@ class Trial:
         """Return what the engines captioned, one entry each time."""
         lines = self.journal.read_text().splitlines() if self.journal.exists() else []
         return [text for word, text, *_ in map(json.loads, lines) if word == "captioned"]
+
+    def most_in_flight(self) -> int:
+        """Return how many sequences a step had at most."""
+        lines = self.journal.read_text().splitlines()
+        return max(line[1] for line in map(json.loads, lines) if line[0] == "step")
 
     def redone(self) -> int:
         """Return how many captions were made more than once."""

@@ -1,6 +1,6 @@
 """Signals at random times: while models load, a crash is repaired, videos are read or generated, parts are closed.
 
-    python -m tests.faults.signals --signals 200 --jobs 2
+    python -m tests.faults.signals --signals 200 --jobs 2 --batch-size 8
 
 After each the start ends within the grace plus five seconds, with 75, or with 0 or 3 where all was done by then.
 No process is left, nobody's crash is recorded, files are whole; then a start that nobody signals completes the
@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -72,11 +73,11 @@ def trials(signals: int, seed: int = 2508) -> list[Signalled]:
 def _prepared(ground: Ground, what: Signalled) -> Trial:
     trial = ground.trial()
     trial.environment |= {
-        "DRIVE_DELAY_S": "0.02",
+        "DRIVE_DELAY_S": str(ground.delay_s / 2.0),
         "DRIVE_LOAD_S": "1.0" if what.scene == "loading" else "0",
         "DRIVE_PART_ROWS": "1" if what.scene == "closing" else "4",
     }
-    trial.flags = ("--grace", f"{what.grace_s:g}s")
+    trial.flags += ("--grace", f"{what.grace_s:g}s")
     ground.begin(trial, "resume" if what.scene == "repair" else "first")
     if what.scene in _HINDERED:
         (ground.videos / "006.mp4").write_text(f"{_HINDERED[what.scene]} 6")
@@ -150,10 +151,10 @@ def _check_end(ground: Ground, trial: Trial, before: invariants.Known) -> None:
     assert exported(trial.out, trial.folder / "work") == ground.expected, "exports differ"
 
 
-def work(given: Sequence[Signalled]) -> Iterator[tuple[str, Tally]]:
+def work(given: Sequence[Signalled], *, batch_size: int = 1) -> Iterator[tuple[str, Tally]]:
     """Make trials in this process; yield their scene and what came of each."""
     with place() as folder, Driver() as driver:
-        ground = Ground(folder, driver)
+        ground = Ground(folder, driver, 14 + 2 * batch_size, batch_size)
         for what in given:
             try:
                 tally = run(ground, what)
@@ -164,10 +165,10 @@ def work(given: Sequence[Signalled]) -> Iterator[tuple[str, Tally]]:
             yield what.scene, tally
 
 
-def gather(given: Sequence[Signalled], jobs: int) -> dict[str, Tally]:
+def gather(given: Sequence[Signalled], jobs: int, batch_size: int) -> dict[str, Tally]:
     """Make trials; return what came of them by scene."""
     tallies: dict[str, Tally] = {}
-    for scene, tally in spread(work, given, jobs):
+    for scene, tally in spread(partial(work, batch_size=batch_size), given, jobs):
         tallies.setdefault(scene, Tally()).add(tally)
         for text in tally.violations:
             print(f"VIOLATION {text}", file=sys.stderr, flush=True)
@@ -182,12 +183,13 @@ def main() -> int:
     parser.add_argument("--signals", type=int, default=200)
     parser.add_argument("--seed", type=int, default=2508)
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--batch-size", type=int, default=8, help="videos in flight")
     given = parser.parse_args()
     began_s = time.monotonic()
     tallies: dict[str, Tally] = {}
     seed = given.seed
     while (sent := sum(tally.counts["signals"] for tally in tallies.values())) < given.signals:
-        for scene, tally in gather(trials(given.signals - sent, seed), given.jobs).items():
+        for scene, tally in gather(trials(given.signals - sent, seed), given.jobs, given.batch_size).items():
             tallies.setdefault(scene, Tally()).add(tally)
         if any(tally.violations for tally in tallies.values()):
             break

@@ -9,18 +9,28 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from specvlm import attention, graphs
-from specvlm.attention import RoundAttention, node_table, round_plan
-from specvlm.captioner import Captioner
+from specvlm import attention, decode
+from specvlm.attention import AttentionPlan, RoundAttention, Rows, own_mask, ragged_mask
+from specvlm.captioner import Captioner, PreparedVideo
 from specvlm.config import TREES, FrameSettings
 from specvlm.drafts.head import HeadDraft
 from specvlm.drafts.head_model import HeadConfig, HeadModel
 from specvlm.drafts.small_model import SmallModelDraft
 from specvlm.families import family_of
-from specvlm.model import VideoLM
+from specvlm.model import VideoLM, _cuda_attention
 from specvlm.training.example import read_example
 from specvlm.training.objective import ObjectiveSettings, distillation_loss
-from tests.tiny import FamilyName, Size, processor_for, random_frames, stock_ids, tiny_captioner, tiny_model
+from tests.emulated_graphs import attend_by, kept_decoders, rig_of
+from tests.tiny import (
+    FamilyName,
+    Size,
+    caption_rows,
+    processor_for,
+    random_frames,
+    stock_ids,
+    tiny_captioner,
+    tiny_model,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -104,16 +114,17 @@ def test_a_head_in_float32_is_stock_by_graphs_and_without(
     captioner = headed(family, torch.float32)
     assert isinstance(captioner.draft, HeadDraft)
     assert captioner.draft.head.text.rotary_emb.inv_freq.device.type == DEVICE
-    for model in (captioner.target, captioner.draft.text):
-        model.round_attention = how
+    attend_by(captioner, how)
     videos = [captioner.prepare(random_frames(seed), "Hi there."[: 9 - seed]) for seed in range(2)]
     tensors = [{n: v.to(DEVICE) for n, v in video.inputs.tensors.items()} for video in videos]
     stock = [stock_ids(captioner.target.model, one, 24) for one in tensors]
 
     def run(**options: Any) -> list[tuple[int, ...]]:
-        jobs = ([videos[0]], [videos[1]], videos)
+        batches = ([videos[0]], [videos[1]], videos)
         return [
-            one.token_ids for job in jobs for one in captioner.caption_rows(job, max_new_tokens=24, **options)
+            one.token_ids
+            for batch in batches
+            for one in caption_rows(captioner, batch, max_new_tokens=24, **options)
         ]
 
     with warnings.catch_warnings():
@@ -121,7 +132,7 @@ def test_a_head_in_float32_is_stock_by_graphs_and_without(
         assert run(tree=tree) == stock * 2
         drawn = run(tree=tree, temperature=0.7)
         assert captured(captioner)
-    captioner.target.graphs = None
+    eagerly(captioner)
     assert run(tree=tree) == stock * 2
     assert drawn == run(speculate=False, temperature=0.7)
 
@@ -132,11 +143,8 @@ def test_a_head_in_other_formats_runs_by_graphs(dtype: torch.dtype) -> None:
     assert isinstance(captioner.draft, HeadDraft)
     assert captioner.draft.head.text.rotary_emb.inv_freq.dtype == torch.float32
     video = captioner.prepare(random_frames(1), "Hi there.")
-    assert captioner.target.graphs is not None
-    captioner.target.graphs.working = False  # the same slabs and shapes, run eagerly
-    eager = captioner.caption(video, tree="static", max_new_tokens=60).token_ids
-    captioner.target.graphs = graphs.Graphs()
-    assert captioner.caption(video, tree="static", max_new_tokens=60).token_ids == eager
+    eager, graphed = without_and_with_graphs(captioner, video)
+    assert graphed == eager
     assert captured(captioner)
 
 
@@ -160,26 +168,44 @@ def test_a_head_learns_on_the_device(dtype: torch.dtype) -> None:
         assert weight.grad.any()
 
 
-def attend_as(captioner: Captioner, how: RoundAttention) -> None:
-    """Target and draft."""
-    assert isinstance(captioner.draft, SmallModelDraft)
-    for model in (captioner.target, captioner.draft.model):
-        model.round_attention = how
+def eagerly(captioner: Captioner) -> None:
+    """From now on without graphs."""
+    captioner.target.captures = False
+    captioner._decoders.clear()
+
+
+def without_and_with_graphs(
+    captioner: Captioner, video: PreparedVideo
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """One caption by rounds of the very same shapes, run eagerly and by graphs."""
+    options: dict[str, Any] = {"tree": "static", "max_new_tokens": 60}
+    captioner.caption(video, **options)
+    rig_of(kept_decoders(captioner)[-1]).working = False
+    eager = captioner.caption(video, **options).token_ids
+    captioner._decoders.clear()
+    captioner.caption(video, **options)
+    return eager, captioner.caption(video, **options).token_ids
 
 
 def captured(captioner: Captioner) -> int:
     """Kinds of rounds that were captured."""
-    made = captioner.target.graphs
-    assert made is not None
-    assert made.working
-    assert made._kept is not None
-    return sum(stages is not None for stages in made._kept.rig._rounds.values())
+    rigs = [rig_of(decoder) for decoder in kept_decoders(captioner)]
+    assert all(rig.working for rig in rigs)
+    return sum(one.stages is not None for rig in rigs for one in rig._rounds.values())
+
+
+def has(how: RoundAttention, dtype: torch.dtype, width: int = 16) -> bool:
+    """Whether this machine has this way to attend."""
+    if how != "varlen":
+        return True
+    device = torch.device(DEVICE, torch.cuda.current_device())
+    return _cuda_attention(device, dtype, width) == "varlen"
 
 
 @pytest.fixture
 def _small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short prompts have a prefix, and captions cross borders."""
-    monkeypatch.setattr(graphs, "STEP", 16)
+    monkeypatch.setattr(decode, "TOLD_STEP", 16)
     monkeypatch.setattr(attention, "PREFIX_STEP", 16)
     monkeypatch.setattr(attention, "SHORTEST_PREFIX", 16)
 
@@ -195,19 +221,19 @@ def test_graphs_write_what_eager_rounds_write(
     """In float32, for several videos in one rig, one row and two; without a warning."""
     captioner = cuda_captioner(family, torch.float32, guessable)
     captioner.generation_config.repetition_penalty = 1.2
-    attend_as(captioner, how)
+    attend_by(captioner, how)
     videos = [captioner.prepare(random_frames(seed), "Hi there."[: 9 - seed]) for seed in range(3)]
-    jobs = [[video] for video in videos] + [videos[:2], videos[1:]]
+    batches = [[video] for video in videos] + [videos[:2], videos[1:]]
     options: dict[str, Any] = {"tree": tree, "temperature": temperature, "max_new_tokens": 40}
 
     def run() -> list[list[tuple[int, ...]]]:
-        return [[one.token_ids for one in captioner.caption_rows(job, **options)] for job in jobs]
+        return [[one.token_ids for one in caption_rows(captioner, some, **options)] for some in batches]
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         graphed = run()
         assert captured(captioner)
-    captioner.target.graphs = None
+    eagerly(captioner)
     assert run() == graphed
 
 
@@ -215,15 +241,51 @@ def test_graphs_write_what_eager_rounds_write(
 @pytest.mark.parametrize("family", ["qwen", "llava"])
 @pytest.mark.parametrize("how", get_args(RoundAttention))
 def test_every_way_to_attend_is_stock_in_float32(family: FamilyName, how: RoundAttention) -> None:
+    """One video and three of other lengths."""
+    if not has(how, torch.float32):
+        pytest.skip("no such kernel for float32")
     captioner = cuda_captioner(family, torch.float32)
-    attend_as(captioner, how)
-    captioner.target.graphs = None
-    video = captioner.prepare(random_frames(1), "Hi there.")
-    tensors = {name: value.to(DEVICE) for name, value in video.inputs.tensors.items()}
-    stock = stock_ids(captioner.target.model, tensors, 24)
+    attend_by(captioner, how)
+    eagerly(captioner)
+    videos = [captioner.prepare(random_frames(seed, 2 + 2 * seed), "Hi there.") for seed in range(3)]
+    stock = [stock_ids(captioner.target.model, on_device(video), 24) for video in videos]
     for tree in ("chain", "static", "dynamic"):
-        caption = captioner.caption(video, tree=tree, max_new_tokens=24)  # type: ignore[arg-type]
-        assert caption.token_ids == stock, tree
+        caption = captioner.caption(videos[0], tree=tree, max_new_tokens=24)  # type: ignore[arg-type]
+        assert caption.token_ids == stock[0], tree
+        rows = caption_rows(captioner, videos, tree=tree, max_new_tokens=24)
+        assert [one.token_ids for one in rows] == stock, tree
+
+
+def on_device(video: PreparedVideo) -> dict[str, torch.Tensor]:
+    """What stock `generate()` takes."""
+    return {name: value.to(DEVICE) for name, value in video.inputs.tensors.items()}
+
+
+@pytest.mark.usefixtures("_small_steps")
+@pytest.mark.parametrize("family", ["qwen", "llava"])
+@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize(("how", "batch_size"), [("masked", 3), ("split", 5)])
+def test_batches_that_shrink_and_fill_again_are_stock_by_graphs(
+    family: FamilyName, tree: Any, how: RoundAttention, batch_size: int
+) -> None:
+    """In float32: captions that end at different moments, other videos in their slots; twice, without a warning."""
+    captioner = cuda_captioner(family, torch.float32)
+    attend_by(captioner, how)
+    captioner.target.model.generation_config.eos_token_id = []
+    videos = [captioner.prepare(random_frames(seed, 2 + 2 * (seed % 3)), "Hi there.") for seed in range(6)]
+    free = [stock_ids(captioner.target.model, on_device(video), 30) for video in videos]
+    ends = [text[3 + 4 * number] for number, text in enumerate(free)]
+    captioner.target.model.generation_config.eos_token_id = ends
+    stock = [stock_ids(captioner.target.model, on_device(video), 30) for video in videos]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            many = captioner.caption_many(
+                videos * 2, batch_size=batch_size, tree=tree, max_new_tokens=30, on_error="raise"
+            )
+            got = {done.index: done.caption for done in many}
+            assert [got[index].token_ids for index in range(12)] == stock * 2  # type: ignore[union-attr]
+        assert captured(captioner)
 
 
 @pytest.mark.parametrize("how", get_args(RoundAttention))
@@ -234,21 +296,29 @@ def test_every_way_to_attend_is_stock_in_float32(family: FamilyName, how: RoundA
 def test_every_way_to_attend_gives_the_same_numbers(
     how: RoundAttention, dtype: torch.dtype, off: float, width: int, nodes: int, own: int
 ) -> None:
-    """Two rows over a long prefix, 28 heads on 4, against plain arithmetic in float64; keys as they lie in a slab."""
+    """Two rows over long prefixes, 28 heads on 4, against plain arithmetic in float64; keys as they lie in a slab."""
+    if not has(how, dtype, width):
+        pytest.skip("no such kernel")
     torch.manual_seed(nodes)
     visible, lengths = 3100, torch.tensor([2990, 3001], device=DEVICE)
     query = torch.randn(2, nodes, 28, width, device=DEVICE, dtype=dtype).transpose(1, 2)
-    slab = torch.randn(2, 2, visible + 100, 4, width, device=DEVICE, dtype=dtype)
+    # The kernel for sequences of different lengths takes whole rows of a slab.
+    slab = torch.randn(2, 2, visible + (0 if how == "varlen" else 100), 4, width, device=DEVICE, dtype=dtype)
     key, value = slab[:, :, :visible].transpose(2, 3)
     sees = torch.rand(2, nodes, own, device=DEVICE) < 0.5
-    table = node_table(lengths, sees, 7, torch.float32 if how == "flex" else dtype)
-    plan = attention.AttentionPlan(table=table)
-    if how != "flex":
-        plan = round_plan(table, visible, 2944 if how == "split" else 0)
-    out, _ = attention._attend(torch.nn.Identity(), query, key, value, plan)
-    mask = round_plan(node_table(lengths, sees, 7, torch.float64), visible).mask
-    assert mask is not None
+    sees |= torch.eye(nodes, own, dtype=torch.bool, device=DEVICE)
+    rows = {
+        "masked": [Rows(slice(0, 2), ragged_mask(lengths, sees, visible, 7, dtype))],
+        "varlen": [Rows(slice(0, 2), own_mask(sees, 7, dtype), lengths=lengths)],
+        "split": [
+            Rows(at, ragged_mask(lengths[at], sees[at], visible, 7, dtype, prefix), prefix)
+            for at, prefix in ((slice(0, 1), 2944), (slice(1, 2), 3001))
+        ],
+    }[how]
+    keys, values = [key[one.where] for one in rows], [value[one.where] for one in rows]
+    out, _ = attention._attend(torch.nn.Identity(), query, keys, values, AttentionPlan(rows=tuple(rows)))
     packed = attention._pack_groups(query, 4).double()
+    mask = ragged_mask(lengths, sees, visible, 7, torch.float64)
     weights = (packed @ key.double().transpose(2, 3) * width**-0.5 + mask).softmax(-1)
     exact = attention._unpack_groups(weights @ value.double(), 28)
     assert (out.double() - exact).abs().max() < off
@@ -258,11 +328,8 @@ def test_every_way_to_attend_gives_the_same_numbers(
 def test_bfloat16_by_graphs_is_bfloat16_without(how: RoundAttention) -> None:
     """The same kernels on the same numbers: to the last token."""
     captioner = cuda_captioner("qwen", torch.bfloat16)
-    attend_as(captioner, how)
+    attend_by(captioner, how)
     video = captioner.prepare(random_frames(1), "Hi there.")
-    assert captioner.target.graphs is not None
-    captioner.target.graphs.working = False  # the same slabs and shapes, run eagerly
-    eager = captioner.caption(video, tree="static", max_new_tokens=60).token_ids
-    captioner.target.graphs = graphs.Graphs()
-    assert captioner.caption(video, tree="static", max_new_tokens=60).token_ids == eager
+    eager, graphed = without_and_with_graphs(captioner, video)
+    assert graphed == eager
     assert captured(captioner)

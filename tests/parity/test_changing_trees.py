@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from specvlm.captioner import Captioner
-from specvlm.choosing import FixedTree
+from specvlm.choosing import Batch, FixedTree
 from specvlm.config import SpeculationSettings
 from specvlm.drafts import small_model
 from specvlm.tree import ROOT, STATIC_PATHS, StaticShape, TreeShape, make_shape
-from tests.tiny import FamilyName, Size, random_frames, tiny_captioner
+from tests.tiny import FamilyName, Size, caption_rows, random_frames, tiny_captioner
 
 CPU = torch.device("cpu")
 TARGET = Size(layers=3, seed=1, vocabulary=320)
@@ -36,7 +36,7 @@ class ByChance(FixedTree):
         self._random, self._plain, self._shapes = random.Random(seed), plain_first, shapes
         self.chosen: list[int] = []
 
-    def choose(self) -> TreeShape:
+    def choose(self, batch: Batch) -> TreeShape:
         if not self._plain and self._random.random() < 0.4:
             self._plain = self._random.randrange(1, 7)
         if self._plain:
@@ -57,6 +57,7 @@ def captioner_with(family: FamilyName, chooser: ByChance, noise: float) -> Capti
     return captioner
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("family", ["qwen", "llava"])
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.8, "seed": 3}], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("seed", range(4))
@@ -73,7 +74,7 @@ def test_the_caption_is_that_of_plain_decoding(
     plain = [captioner.caption(v, speculate=False, max_new_tokens=60, **options).token_ids for v in videos]
     got = [captioner.caption(v, max_new_tokens=60, **options).token_ids for v in videos]
     assert got == plain
-    rows = captioner.caption_rows(videos, max_new_tokens=60, **options)
+    rows = caption_rows(captioner, videos, max_new_tokens=60, **options)
     assert [one.token_ids for one in rows] == plain
     assert {0} < set(chooser.chosen)
 
@@ -91,13 +92,36 @@ def test_a_draft_that_caught_up_is_one_that_never_fell_behind() -> None:
     assert stats.num_accepted_tokens >= sum(depths[:-1])
 
 
-def test_timing_plain_steps_changes_nothing() -> None:
+@pytest.mark.parametrize("family", ["qwen", "llava"])
+@pytest.mark.parametrize("seed", range(3))
+def test_drafts_that_begin_and_fall_behind_row_by_row(
+    family: FamilyName, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Videos that are admitted one after the other, between rounds with guesses and without; captions of any length."""
+    monkeypatch.setattr(small_model, "CATCH_UP", 2)
+    captioner = captioner_with(family, ByChance(seed, plain_first=seed), noise=0.02)
+    captioner.generation_config.eos_token_id = []
+    videos = [captioner.prepare(random_frames(s, f), "Tell me.") for s, f in ((1, 4), (2, 2), (3, 6))]
+    plain = [captioner.caption(v, speculate=False, max_new_tokens=40).token_ids for v in videos]
+    ends = {text[5 * number + 4] for number, text in enumerate(plain)}
+    captioner.generation_config.eos_token_id = sorted(ends)
+    plain = [captioner.caption(v, speculate=False, max_new_tokens=40).token_ids for v in videos]
+    many = captioner.caption_many(videos * 4, batch_size=3, max_new_tokens=40, on_error="raise")
+    got = {done.index: done.caption for done in many}
+    assert sorted(got) == list(range(12))
+    for index, caption in got.items():
+        assert caption is not None
+        assert caption.token_ids == plain[index % 3], index
+
+
+def test_plain_steps_between_rounds_give_an_estimate_and_change_nothing() -> None:
+    """`auto` times plain steps anyway; what they take is told with each caption, and never asked for."""
     captioner = tiny_captioner("qwen", TARGET, TARGET)
     video = captioner.prepare(random_frames(1), "Tell me.")
-    without = [captioner.caption(video, max_new_tokens=n) for n in (1, 2, 40)]
-    told = [captioner.caption(video, max_new_tokens=n, estimate=True) for n in (1, 2, 40)]
-    assert [one.token_ids for one in told] == [one.token_ids for one in without]
-    assert [one.stats.plain_token_s for one in without] == [None] * 3
-    assert told[0].stats.plain_token_s is None  # a caption of one token has no step to time
+    plain = captioner.caption(video, speculate=False, max_new_tokens=40)
+    assert captioner.caption(video, tree="chain", max_new_tokens=40).stats.plain_token_s is None
+    for _ in range(3):  # until all trials were made
+        told = [captioner.caption(video, tree="auto", max_new_tokens=n) for n in (1, 2, 40)]
+        assert [one.token_ids for one in told] == [plain.token_ids[:n] for n in (1, 2, 40)]
+    assert told[0].stats.plain_token_s is None, "a caption of one token has no step to time"
     assert told[2].stats.plain_token_s > 0  # type: ignore[operator]
-    assert captioner.caption(video, speculate=False, estimate=True).stats.plain_token_s is None

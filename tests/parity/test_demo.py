@@ -40,6 +40,7 @@ def test_there_are_eight_clips() -> None:
     assert {file.suffix for file in VIDEOS} == {".mp4", ".webm"}
 
 
+@pytest.mark.covering(strength=1)
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("video", VIDEOS, ids=lambda video: video.stem)
 def test_demo_captions_are_stock(preset: str, video: Path) -> None:
@@ -55,6 +56,7 @@ def test_demo_captions_are_stock(preset: str, video: Path) -> None:
         assert fast.stats.video_tokens_kept == round(0.1 * prepared.inputs.video_tokens)
 
 
+@pytest.mark.covering(strength=1)
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("pruner", PRUNERS)
 def test_every_pruner_on_one_demo_clip(preset: str, pruner: str) -> None:

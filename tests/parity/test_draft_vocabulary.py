@@ -13,7 +13,7 @@ from specvlm.config import TREES
 from specvlm.drafts.small_model import SmallModelDraft
 from tests.emulated_graphs import emulate
 from tests.parity.test_stock import DRAFTS, FAMILIES, NEW_TOKENS, TARGET, captioner_for, case, ids
-from tests.tiny import FamilyName, random_frames, stock_ids, tiny_captioner
+from tests.tiny import FamilyName, caption_rows, random_frames, stock_ids, tiny_captioner
 
 PROMPT = "Hi there."
 SHARED = {name: min(TARGET.vocabulary, size.vocabulary) for name, size in DRAFTS.items()}
@@ -42,6 +42,7 @@ def trimmed(family: FamilyName, draft: str, count: int) -> Captioner:
     return out
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("draft", DRAFTS)
 @pytest.mark.parametrize("tree", TREES)
@@ -52,6 +53,7 @@ def test_speculative_is_stock(family: FamilyName, draft: str, tree: str, count: 
     assert ids(captioner, prepared, tree=tree, prune_ratio=0.5) == stock
 
 
+@pytest.mark.covering(strength=1)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("count", [1, 3, 145])
 def test_sampling_is_plain_sampling(family: FamilyName, count: int) -> None:
@@ -63,6 +65,7 @@ def test_sampling_is_plain_sampling(family: FamilyName, count: int) -> None:
             assert ids(trimmed(family, "noisy", count), prepared, tree=tree, **sampled) == plain, (seed, tree)
 
 
+@pytest.mark.covering
 @pytest.mark.filterwarnings("ignore:Both `min_new_tokens`")
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("count", [3, 145])
@@ -97,7 +100,7 @@ def test_several_rows_are_each_as_alone(family: FamilyName) -> None:
     ]
     alone = [stock_ids(captioner.target.model, video.inputs.tensors, NEW_TOKENS) for video in videos]
     for tree in TREES:
-        together = captioner.caption_rows(videos, tree=tree, max_new_tokens=NEW_TOKENS)
+        together = caption_rows(captioner, videos, tree=tree, max_new_tokens=NEW_TOKENS)
         assert [caption.token_ids for caption in together] == alone, tree
 
 
@@ -121,6 +124,7 @@ def test_a_draft_equal_to_its_target_is_right_wherever_it_may_guess(
     assert list(stats.acceptance_histogram) == expected
 
 
+@pytest.mark.covering(strength=1)
 @pytest.mark.parametrize("tree", ["chain", "static", "dynamic"])
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_rounds_as_graphs(tree: str, temperature: float) -> None:

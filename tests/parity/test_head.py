@@ -22,7 +22,7 @@ from tests.heads import (
     written,
 )
 from tests.parity.test_changing_trees import ByChance
-from tests.tiny import FamilyName, random_frames, stock_ids
+from tests.tiny import FamilyName, caption_rows, random_frames, stock_ids
 
 SAMPLINGS: tuple[dict[str, Any], ...] = (
     {"temperature": 0.7, "seed": 3},
@@ -58,6 +58,7 @@ def check(captioner: Captioner, family: FamilyName, tree: str, rows: Sequence[in
     return accepted / max(rounds, 1)
 
 
+@pytest.mark.covering(strength=1)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", COMPRESSORS)
 def test_every_compressor_and_tree_is_stock(family: FamilyName, name: str) -> None:
@@ -104,7 +105,7 @@ def test_a_repetition_penalty(family: FamilyName, penalty: float, monkeypatch: p
         plain = [written(captioner, video, max_new_tokens=16, **options) for video in videos]
         assert options or plain == stocks
         for tree in TREES:
-            rows = captioner.caption_rows(videos, tree=tree, max_new_tokens=16, **options)  # type: ignore[misc]
+            rows = caption_rows(captioner, videos, tree=tree, max_new_tokens=16, **options)  # type: ignore[misc]
             assert [row.token_ids for row in rows] == plain, (tree, options)
 
 
@@ -141,7 +142,7 @@ def test_several_rows_are_each_as_alone(
     stocks = [stock for _, stock in cases(family)]
     for tree in ("chain", "dynamic"):
         alone = [captioner.caption(v, tree=tree, max_new_tokens=FITTED_TOKENS) for v in videos]  # type: ignore[arg-type]
-        rows = captioner.caption_rows(videos, tree=tree, max_new_tokens=FITTED_TOKENS)  # type: ignore[arg-type]
+        rows = caption_rows(captioner, videos, tree=tree, max_new_tokens=FITTED_TOKENS)  # type: ignore[arg-type]
         assert [row.token_ids for row in rows] == stocks, tree
         for row, one in zip(rows, alone, strict=True):
             assert row.stats.acceptance_histogram == one.stats.acceptance_histogram, tree
@@ -152,7 +153,7 @@ def test_several_rows_are_each_as_alone(
             )
     for index, tree in ((2, "auto"), (9, "static")):
         monkeypatch.setattr(captioner.generation_config, "eos_token_id", [stocks[0][index]])
-        rows = captioner.caption_rows(videos, tree=tree, max_new_tokens=FITTED_TOKENS)  # type: ignore[arg-type]
+        rows = caption_rows(captioner, videos, tree=tree, max_new_tokens=FITTED_TOKENS)  # type: ignore[arg-type]
         for row, stock in zip(rows, stocks, strict=True):
             end = stock.index(stocks[0][index]) + 1 if stocks[0][index] in stock else len(stock)
             assert row.token_ids == stock[:end]
@@ -198,7 +199,7 @@ def test_changing_trees_with_plain_rounds_between(
     captioner.chooser = lambda *_: chooser  # type: ignore[method-assign]
     got = [captioner.caption(v, max_new_tokens=40, **options).token_ids for v in videos]
     assert got == plain
-    rows = captioner.caption_rows(videos, max_new_tokens=40, **options)
+    rows = caption_rows(captioner, videos, max_new_tokens=40, **options)
     assert [row.token_ids for row in rows] == plain
     assert {0} < set(chooser.chosen)
 
@@ -219,7 +220,7 @@ def test_a_wrong_guess_that_spoils_the_logits_costs_a_round_and_no_caption(
             weights[spoilt[::share]] = float("nan")
             alone = [captioner.caption(v, tree=tree, max_new_tokens=FITTED_TOKENS) for v in videos]
             assert [one.token_ids for one in alone] == stocks, tree
-            rows = captioner.caption_rows(videos, tree=tree, max_new_tokens=FITTED_TOKENS)
+            rows = caption_rows(captioner, videos, tree=tree, max_new_tokens=FITTED_TOKENS)
             assert [one.token_ids for one in rows] == stocks, tree
             weights[spoilt] = 0.3
         if tree in ("static", "chain"):

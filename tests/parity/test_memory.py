@@ -30,7 +30,7 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 with Largest():
     caption = captioner.caption(video, max_new_tokens=6)
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-slots = captioner.target.new_cache(1, video.inputs.prompt_tokens).size_bytes
+slots = captioner.target.new_cache(video.inputs.prompt_tokens).size_bytes
 print(video.inputs.video_tokens, len(caption.token_ids), before * 1024, peak * 1024, Largest.size, slots)
 """
 

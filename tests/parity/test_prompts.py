@@ -12,12 +12,11 @@ import pytest
 import torch
 
 import specvlm
-from specvlm import prefill
+from specvlm import decode, prefill
 from specvlm.captioner import Captioner
 from specvlm.config import TREES
 from specvlm.records import CaptionStats
 from specvlm.session import PromptSession
-from specvlm.stats import StageClock
 from tests.parity.test_stock import FAMILIES, captioner_for
 from tests.tiny import FamilyName, Size, random_frames, stock_ids, tiny_captioner
 
@@ -51,19 +50,22 @@ def alone(family: FamilyName, index: int, option: int) -> tuple[int, ...]:
 
 @pytest.fixture
 def work(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often a tower ran, and each part of the target's prefill."""
+    """How many videos a tower saw, and how many prompts the target read whole, or only the text after the video."""
     done: Counter[str] = Counter()
-    for home, name in ((prefill.VideoLM, "see"), (prefill, "prefill_video"), (prefill, "prefill_text")):
-        monkeypatch.setattr(home, name, counted(getattr(home, name), name, done))
+    see, read = prefill.VideoLM.see, decode.prefill_target
+
+    def seeing(model: Any, videos: Any) -> Any:
+        done["see"] += len(videos)
+        return see(model, videos)
+
+    def reading(model: Any, cache: Any, readings: Any, **options: Any) -> Any:
+        for one in readings:
+            done["text" if one.known else "whole"] += 1
+        return read(model, cache, readings, **options)
+
+    monkeypatch.setattr(prefill.VideoLM, "see", seeing)
+    monkeypatch.setattr(decode, "prefill_target", reading)
     return done
-
-
-def counted(function: Any, name: str, done: Counter[str]) -> Any:
-    def wrapped(*args: Any) -> Any:
-        done[name] += 1
-        return function(*args)
-
-    return wrapped
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -115,20 +117,29 @@ def test_captions_are_stock(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_shared_prefix_gives_the_very_same_bits(family: FamilyName) -> None:
-    model = captioner_for(family, "noisy").target
-    session = captioner_for(family, "noisy").session(FRAMES, PROMPTS)
-    features, clock = prefill.Features(), StageClock(model.device)
-    reader = prefill.TargetReader(model)
+def test_a_shared_prefix_gives_the_same_numbers(family: FamilyName) -> None:
+    """Read in two parts, the first of which another prompt has read: logits, scores, keys and values."""
+    captioner = captioner_for(family, "noisy")
+    model, session = captioner.target, captioner.session(FRAMES, PROMPTS)
+    kind = captioner.kind(False, {})
+    begun = prefill.Begun()
     with torch.inference_mode():
-        reader.make_room(1, 1000)
         for index in (0, 2, 3, 1, 3, 3):
-            prompt = prefill.embed(model, session._input(index), features)
-            shared = reader.read(prompt, 0, clock)
-            fresh = prefill.embed(model, session._input(index))
-            own = prefill.prefill_target(model, fresh, model.new_cache(1, fresh.length), 0)
-            assert torch.equal(shared.logits, own.logits), index
-            assert torch.equal(shared.scores, own.scores), index
+            video = session._sequence(index, kind)[0]
+            (prompt,) = prefill.embed(model, [prefill.ToSee(video.inputs, begun.features)])
+            caches = [model.new_cache(prompt.length) for _ in range(2)]
+            known = begun.give(prompt, caches[0], 0)
+            assert known == (0 if index in (0, 1) else prompt.boundary), index
+            shared, own = (
+                prefill.prefill_target(model, cache, [prefill.Reading(prompt, 0, first)])[0]
+                for cache, first in zip(caches, (known, 0), strict=True)
+            )
+            begun.keep(prompt, caches[0], 0)
+            assert torch.allclose(shared.logits, own.logits, atol=1e-4), index
+            assert torch.allclose(shared.scores, own.scores, atol=1e-6), index
+            for mine, theirs in zip(*(cache.copy_out(0, prompt.length) for cache in caches), strict=True):
+                assert torch.allclose(mine, theirs, atol=1e-4), index
+    assert list(begun.features.of) == [model]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -137,28 +148,26 @@ def test_the_video_is_seen_and_prefilled_once(family: FamilyName, work: Counter[
     for index in (1, 0, 2):
         for speculate in (index == 0, index != 0):  # either way first
             session.caption(index, speculate=speculate, tree="static", max_new_tokens=NEW_TOKENS)
-    assert work == {"see": 2, "prefill_video": 1, "prefill_text": 3}, (
-        "two towers; plainly and not from one prefill"
-    )
+    # Plainly, the target sees and reads; with the draft, both see, and the target reads again.
+    assert work == {"see": 3, "whole": 2, "text": 4}
     session.caption(3, max_new_tokens=3)  # other text before the video
-    assert work == {"see": 2, "prefill_video": 2, "prefill_text": 4}
+    assert work == {"see": 3, "whole": 3, "text": 4}
     session.caption(0, max_new_tokens=3)
-    assert work == {"see": 2, "prefill_video": 3, "prefill_text": 5}
+    assert work == {"see": 3, "whole": 3, "text": 5}, "what was kept first is kept"
 
 
-def test_more_room_is_made_when_it_is_needed(work: Counter[str]) -> None:
+def test_captions_of_any_length_and_tree_share_a_prefill(work: Counter[str]) -> None:
+    """What is kept of a video does not depend on how long captions are, or how large trees."""
     session = captioner_for("qwen", "noisy").session(FRAMES, PROMPTS)
-    session.caption(0, speculate=False, tree="static", max_new_tokens=10)
-    session.caption(2, tree="static", max_new_tokens=10)
-    session.caption(0, tree="chain", max_new_tokens=3)
-    assert work["prefill_video"] == 1, "there is room for the longest prompt, and for trees"
+    session.caption(0, tree="static", max_new_tokens=10)
+    session.caption(2, tree="chain", max_new_tokens=3)
     assert session.caption(3, tree="chain", max_new_tokens=60).stats.completion_tokens > 10
-    assert work["prefill_video"] == 2
+    assert work["whole"] == 1
     large = {"tree": "dynamic", "nodes": 80, "depth": 8, "width": 12}
+    got = session.caption(3, max_new_tokens=60, **large).token_ids  # type: ignore[arg-type]
+    assert work["whole"] == 1
     expected = captioner_for("qwen", "noisy").caption(FRAMES, PROMPTS[3], max_new_tokens=60, **large)  # type: ignore[arg-type]
-    work.clear()
-    assert session.caption(3, max_new_tokens=60, **large).token_ids == expected.token_ids  # type: ignore[arg-type]
-    assert work["prefill_video"] == 1
+    assert got == expected.token_ids
 
 
 def test_an_error_in_one_prompt_leaves_the_others_alone() -> None:
@@ -176,36 +185,29 @@ def test_an_error_in_one_prompt_leaves_the_others_alone() -> None:
         only.caption(0)
 
 
-@pytest.mark.parametrize("broken", ["see", "prefill_video", "prefill_text"])
+@pytest.mark.parametrize("broken", ["see", "whole", "text"])
 def test_what_fails_half_way_is_done_again(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tower, or a prefill that has written into the cache: the session goes on, from what it has."""
     captioner = captioner_for("llava", "noisy")
     session = captioner.session(FRAMES, PROMPTS)
-    session.caption(1, max_new_tokens=3)
-    home = prefill.VideoLM if broken == "see" else prefill
-    if broken == "see":
-        session._seen.features._of.clear()
-    with monkeypatch.context() as patch:
-        patch.setattr(home, broken, half(getattr(home, broken), session))
-        for index in (0, 1):
-            with pytest.raises(MemoryError):
-                session.caption(index, max_new_tokens=NEW_TOKENS)
-    for index in (1, 0):
-        assert session.caption(index, max_new_tokens=NEW_TOKENS).token_ids == alone("llava", index, 1)
+    if broken == "text":
+        session.caption(0, max_new_tokens=3)
+    real: Any = prefill.VideoLM.see if broken == "see" else decode.prefill_target
 
-
-def half(function: Any, session: PromptSession) -> Any:
-    """Do it, spoil the cache, and fail."""
-
-    def fail(*args: Any) -> None:
-        function(*args)
-        cache = session._seen.reader._cache
-        assert cache is not None
-        for layer in cache.layers:
-            assert layer.keys is not None
-            layer.keys.fill_(7.0)
+    def fail(model: Any, *args: Any, **options: Any) -> None:
+        real(model, *args, **options)
+        if broken != "see":
+            for one in args[1]:
+                args[0].copy_in(one.row, [part.fill_(7.0) for part in args[0].copy_out(one.row, 5)])
         raise MemoryError
 
-    return fail
+    with monkeypatch.context() as patch:
+        patch.setattr(*((prefill.VideoLM, "see") if broken == "see" else (decode, "prefill_target")), fail)
+        for index in (3, 0):
+            with pytest.raises(MemoryError):
+                session.caption(index, max_new_tokens=NEW_TOKENS)
+    for index in (1, 0, 3):
+        assert session.caption(index, max_new_tokens=NEW_TOKENS).token_ids == alone("llava", index, 1)
 
 
 TIMES = ("video_decode_s", "preprocess_s", "vision_s", "target_prefill_s", "draft_prefill_s", "decode_s")
@@ -221,22 +223,24 @@ def ticks(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
 
-    def ticking(function: Any, seconds: float) -> Any:
-        def wrapped(*args: Any) -> Any:
-            now[0] += seconds
-            return function(*args)
+    def ticking(function: Any, seconds_of: Any) -> Any:
+        def wrapped(*args: Any, **options: Any) -> Any:
+            now[0] += seconds_of(*args)
+            return function(*args, **options)
 
         return wrapped
 
+    def reading_s(model: Any, cache: Any, readings: Any) -> float:
+        return sum(0.5 if one.known else 8.5 for one in readings)
+
     family = type(captioner_for("qwen", "noisy").target.family)
-    for home, name, seconds in (
-        (family, "prepare", 32.0),
-        (family, "prepare_again", 0.25),
-        (prefill.VideoLM, "see", 16.0),
-        (prefill, "prefill_video", 8.0),
-        (prefill, "prefill_text", 0.5),
+    for home, name, seconds_of in (
+        (family, "prepare", lambda *_: 32.0),
+        (family, "prepare_again", lambda *_: 0.25),
+        (prefill.VideoLM, "see", lambda model, videos: 16.0 * len(videos)),
+        (decode, "prefill_target", reading_s),
     ):
-        monkeypatch.setattr(home, name, ticking(getattr(home, name), seconds))
+        monkeypatch.setattr(home, name, ticking(getattr(home, name), seconds_of))
 
 
 def times_of(stats: CaptionStats) -> tuple[float, ...]:
@@ -264,15 +268,16 @@ def test_shared_time_counts_once_for_each_way_to_decode(ticks: None, plain_first
         (1, True): (0.0, 0.25, 0.0, 8.5, 0.0),
     }
     again = session.caption(1, speculate=plain_first, **FEW).stats
-    assert times_of(again) == (0.0, 0.0, 0.0, 0.0, 0.0)
+    assert times_of(again) == (0.0, 0.0, 0.0, 8.5, 0.0)  # only what precedes the text after a video is kept
 
 
-def test_time_of_a_caption_that_failed_counts_in_the_next(ticks: None) -> None:
+def test_time_of_a_caption_that_failed_is_lost_with_it(ticks: None) -> None:
+    """Nothing is read or seen again for the next one, which counts what is its own."""
     session = captioner_for("qwen", "noisy").session(FRAMES._replace(source=SOURCE), PROMPTS)
     with pytest.raises(specvlm.GenerationTimeoutError):
         session.caption(0, tree="static", max_new_tokens=NEW_TOKENS, time_limit_s=0.0)
     stats = session.caption(3, **FEW).stats
-    assert times_of(stats) == (64.0, 32.25, 16.0, 8.5, 16.0)
+    assert times_of(stats) == (0.0, 0.25, 0.0, 0.5, 0.0)
 
 
 def test_a_caption_alone_takes_what_it_takes_in_a_session(ticks: None) -> None:
@@ -296,24 +301,25 @@ def test_without_a_draft_both_ways_are_one() -> None:
 def test_memory_goes_with_the_session() -> None:
     captioner = captioner_for("qwen", "noisy")
     session = captioner.session(FRAMES, PROMPTS)
-    inputs = session._input(0)
     gc.disable()
     try:
-        session.caption(0, max_new_tokens=3)
-        cache, features = session._seen.reader._cache, session._seen.features
-        assert cache is not None
-        held = [weakref.ref(one) for one in (cache, features.of(captioner.target, inputs))]
-        del cache, features
+        session.caption(0, **FEW)
+        begun = session._begun[True]
+        assert begun is not None
+        held = [weakref.ref(one) for one in (*begun._kept, *begun.features.of.values())]
+        assert len(held) == 3
+        del begun
         session.caption(3, max_new_tokens=3)
         assert all(one() is not None for one in held)
         del session
-        assert [one() for one in held] == [None, None], "at once, without a collection"
+        assert [one() for one in held] == [None] * 3, "at once, without a collection"
     finally:
         gc.enable()
 
 
 @pytest.mark.parametrize(
-    ("prompts", "said"), [("Hi there.", "no list of prompts"), ([], "no list of prompts"), ((), "no list")]
+    ("prompts", "said"),
+    [("Hi there.", "not a list of prompts"), ([], "not a list of prompts"), ((), "not a list")],
 )
 def test_prompts_that_are_no_list(prompts: Any, said: str) -> None:
     with pytest.raises(specvlm.ConfigError, match=said):

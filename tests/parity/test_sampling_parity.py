@@ -13,6 +13,7 @@ from tests.parity.test_stock import FAMILIES, captioner_for, case, ids
 from tests.tiny import FamilyName
 
 
+@pytest.mark.covering(strength=1)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("top_k", [0, 5])
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
@@ -58,12 +59,14 @@ def upper_bound(freedom: int) -> float:
 def sample(rule_of: LogitsRules, logits: torch.Tensor, seed: int, index: int) -> int:
     """One draw by the rule."""
     settings = GenerationSettings(temperature=rule_of.temperature, seed=seed)
-    rule = TokenRule(rule_of, settings, [torch.tensor([0])], logits.numel(), torch.device("cpu"))
+    rule = TokenRule(rule_of, settings, logits.numel(), torch.device("cpu"))
+    rule.add([torch.tensor([0])])
     rule.begin_round(torch.tensor([index]), 0)
     path = torch.empty(1, 1, 0, dtype=torch.long)
     return int(rule.scores(logits[None, None], torch.zeros(1, 1, dtype=torch.long), path).argmax())
 
 
+@pytest.mark.covering(strength=1)
 @pytest.mark.parametrize("vary", ["seed", "index"])
 @pytest.mark.parametrize(
     ("top_k", "top_p", "min_p"), [(0, 1.0, 0.0), (7, 1.0, 0.0), (0, 0.8, 0.0), (0, 1.0, 0.1)]

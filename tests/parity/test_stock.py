@@ -10,7 +10,7 @@ import torch
 
 from specvlm.captioner import Captioner, PreparedVideo
 from specvlm.config import POSITIONS, PRUNERS, TREES
-from tests.tiny import FamilyName, Size, random_frames, stock_ids, tiny_captioner
+from tests.tiny import FamilyName, Size, caption_rows, random_frames, stock_ids, tiny_captioner
 
 FAMILIES: tuple[FamilyName, ...] = ("qwen", "llava")
 TARGET = Size(layers=3, seed=1, vocabulary=320)
@@ -55,6 +55,7 @@ def test_plain_is_stock(family: FamilyName, prompt: str, frames: int) -> None:
     assert ids(captioner_for(family, "same"), prepared, speculate=False) == stock
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("draft", DRAFTS)
 @pytest.mark.parametrize("tree", TREES)
@@ -68,6 +69,7 @@ def test_speculative_is_stock(
     assert ids(captioner_for(family, draft), prepared, **options) == stock
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("pruner", PRUNERS)
 @pytest.mark.parametrize("prune_ratio", [0.0, 0.5, 0.9, 1.0])
@@ -96,6 +98,7 @@ def test_a_draft_equal_to_its_target_is_always_right(family: FamilyName) -> None
         assert list(stats.acceptance_histogram) == expected
 
 
+@pytest.mark.covering(strength=1)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tree", TREES)
 def test_end_of_sequence_at_every_index(
@@ -113,6 +116,7 @@ def test_end_of_sequence_at_every_index(
         assert caption.finish_reason == "stop"
 
 
+@pytest.mark.covering(strength=1)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tree", TREES)
 @pytest.mark.parametrize("draft", ["noisy", "same"])
@@ -182,7 +186,7 @@ def test_a_wrong_guess_that_spoils_the_logits_costs_a_round_and_no_caption(
     weights[[token for token in range(weights.shape[0]) if token not in used]] = float("nan")
     for tree in TREES:
         assert [ids(captioner, video, tree=tree) for video in videos] == stocks, tree
-        rows = captioner.caption_rows(videos, tree=tree, max_new_tokens=NEW_TOKENS)
+        rows = caption_rows(captioner, videos, tree=tree, max_new_tokens=NEW_TOKENS)
         assert [caption.token_ids for caption in rows] == stocks, tree
 
 
@@ -200,9 +204,9 @@ def test_several_rows_are_each_as_alone(family: FamilyName) -> None:
     ]
     alone = [stock_ids(captioner.target.model, video.inputs.tensors, NEW_TOKENS) for video in videos]
     for tree in TREES:
-        together = captioner.caption_rows(videos, tree=tree, max_new_tokens=NEW_TOKENS)
+        together = caption_rows(captioner, videos, tree=tree, max_new_tokens=NEW_TOKENS)
         assert [caption.token_ids for caption in together] == alone, tree
-    plain = captioner.caption_rows(videos, speculate=False, max_new_tokens=NEW_TOKENS)
+    plain = caption_rows(captioner, videos, speculate=False, max_new_tokens=NEW_TOKENS)
     assert [caption.token_ids for caption in plain] == alone
 
 
@@ -222,7 +226,7 @@ def test_rows_end_where_they_would_alone(family: FamilyName, monkeypatch: pytest
             monkeypatch.setattr(config, "min_length", least)
             alone = [stock_ids(model, video.inputs.tensors, NEW_TOKENS) for video in videos]
             for tree in TREES:
-                rows = captioner.caption_rows(videos, tree=tree, prune_ratio=0.0, max_new_tokens=NEW_TOKENS)
+                rows = caption_rows(captioner, videos, tree=tree, prune_ratio=0.0, max_new_tokens=NEW_TOKENS)
                 assert [caption.token_ids for caption in rows] == alone, (tree, index, least)
 
 

@@ -297,7 +297,7 @@ def test_what_was_not_measured_is_null() -> None:
     _, failed = (one.as_json() for one in summarise([STOCK, OURS], samples, {OURS: "out of memory"}))
     assert set(failed["stages"].values()) == {None}
     told = {name: value for name, value in failed.items() if value not in (None, 0, "", [])}
-    assert set(told) == {"label", "method", "pruner", "prune_ratio", "tree", "error", "stages"}
+    assert set(told) == {"label", "method", "pruner", "prune_ratio", "tree", "batch_size", "error", "stages"}
 
 
 def test_everything_becomes_plain_json() -> None:
@@ -544,8 +544,8 @@ def test_stock_runs_on_sdpa_and_its_clock_starts_at_the_first_token(monkeypatch:
     )
     one = Measurer(captioner, 6, ticking()).measure(STOCK, prepared(captioner), "noise", 1)
     assert seen == [["sdpa", "sdpa"]]
-    # Asked at the begin, at the first token, at the end of generate() and at the end of the text.
-    assert (one.stages.prefill_s, one.stages.steps_s, one.stages.rest_s) == (1.0, 1.0, 1.0)
+    # Asked at the begin, as generate() begins, at the first token, as generate() ends and at the end of the text.
+    assert (one.stages.prefill_s, one.stages.steps_s, one.stages.rest_s) == (1.0, 1.0, 2.0)
     assert one.decode_s == 1.0
     assert one.decode_tokens == len(one.token_ids) - 1
 

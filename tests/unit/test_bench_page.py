@@ -19,7 +19,7 @@ from specvlm.bench.page import PageSheet, page, safe, write_page
 from specvlm.bench.plots import MOST_SERIES, STAGE_COLOURS, plots
 from specvlm.bench.records import STAGES, Configuration, Report, Summary
 from specvlm.bench.words import STAGE_NAMES
-from tests.bench_reports import FULL, HOSTILE, hostile, made
+from tests.bench_reports import BATCHED, FULL, HOSTILE, READS, hostile, made
 
 VOID = {"meta", "img", "br"}
 
@@ -67,6 +67,7 @@ REPORTS = {
     "quick": made(),
     "full": made(FULL),
     "hostile": hostile(),
+    "batches": made(BATCHED, reads=READS),
     "no baseline": made(Grid(("sd", "specvlm"))),
     "nothing but the baseline": made(Grid(("stock",))),
     "all failed": replace(made(), summaries=(Summary(Configuration("stock"), error="out of memory"),)),
@@ -181,6 +182,10 @@ def test_the_same_report_gives_the_same_page() -> None:
         (Grid(prune_ratios=(0.5, 0.9)), ["speedup", "ratio", "stages", "depth"]),
         (Grid(num_frames=(16, 64)), ["speedup", "frames", "stages", "depth"]),
         (FULL, ["speedup", "ratio", "frames", "stages", "depth"]),
+        (BATCHED, ["throughput", "speedup", "batch", "stages", "depth"]),
+        (Grid(("stock",), batch_sizes=(1, 8)), ["throughput", "stages"]),
+        (Grid(("stock", "plain"), batch_sizes=(8,)), ["speedup", "stages"]),
+        (Grid(("stock", "plain"), (16, 64)), ["speedup", "frames", "stages"]),
         (Grid(("stock", "plain")), ["speedup", "stages"]),
         (Grid(("sd", "specvlm"), prune_ratios=(0.5, 0.9)), ["ratio", "stages", "depth"]),
     ],
@@ -200,6 +205,73 @@ def test_plots_without_a_baseline_have_no_speedups() -> None:
     words = "".join(ElementTree.fromstring(ratio.svg).itertext())
     assert "accepted tokens a round" in words
     assert "times" not in words
+
+
+def test_throughput_is_drawn_for_every_method_over_every_batch_size() -> None:
+    throughput, _, batch, *_ = plots(made(BATCHED))
+    words = list(ElementTree.fromstring(throughput.svg).itertext())
+    for label in (
+        "stock",
+        "plain",
+        "sd auto",
+        "specvlm 0.9 auto",
+        "1",
+        "4",
+        "8",
+        "16",
+        "32",
+        "videos an hour",
+    ):
+        assert label in words, label
+    assert "stock, batch 4" not in words, "a line is of all batch sizes"
+    words = list(ElementTree.fromstring(batch.svg).itertext())
+    assert "stock" not in words, "what the others are compared with has no line of its own"
+    assert "end to end, times stock" in words
+    assert batch.note == "Against stock at the same batch size."
+
+
+def test_lines_over_other_things_are_of_one_batch_size() -> None:
+    grid = Grid(num_frames=(16, 64), prune_ratios=(0.0, 0.5, 0.9), trees=("static",), batch_sizes=(1, 4))
+    found = {one.name: list(ElementTree.fromstring(one.svg).itertext()) for one in plots(made(grid))}
+    assert "pruner specvlm, tree static, 15.5 frames, batch 4" in found["ratio"]
+    assert "specvlm 0.9 static, batch 4" in found["frames"]
+    assert "specvlm 0.9 static, 15.5 frames" in found["throughput"]
+
+
+def test_tables_of_batches_have_their_size_and_what_passes_in_an_hour() -> None:
+    report = REPORTS["batches"]
+    text = page(report)
+    rows = Reader(text).rows
+    head, *figures = rows[: len(report.summaries) + 1]
+    assert head == "method batch,videos per hour,p10 to p90 over turns,tokens per s,mean batch".replace(
+        " batch,", ",batch,", 1
+    ).split(",")
+    for row, one in zip(figures, report.summaries, strict=True):
+        turns = one.videos_per_hour_turns
+        assert row[0] == one.configuration.label
+        assert row[1] == row[5] == str(one.configuration.batch_size)
+        assert row[2] == f"{one.videos_per_hour:,.0f}"
+        assert turns is not None
+        assert row[3] == f"{turns.p10:,.0f} to {turns.p90:,.0f}"
+    assert re.search(
+        r"Most videos an hour: <b>plain, batch 32</b>, against stock at the same batch size", text
+    )
+    assert text.count("<tr class=begins>") == 4 * 4, "four tables of five batch sizes"
+    spread = next(row for row in rows if row[:2] == ["plain", "4"] and " to " in row[-1] and len(row) == 4)
+    found = report.summaries[5].speedup("stock")
+    assert found is not None
+    assert found.e2e_turns is not None
+    assert spread[3] == f"{found.e2e_turns.p10:.2f} to {found.e2e_turns.p90:.2f}"
+    assert ["target", "8", "14.1 GB", "104.0 MB", "0.7 %"] in rows
+    assert "What a step reads" not in page(made(BATCHED))
+    assert "Most videos" not in page(made())
+
+
+def test_repeated_videos_are_a_condition() -> None:
+    report = made(BATCHED)
+    its = replace(report.conditions, repeated_to=32)
+    text = page(replace(report, conditions=its))
+    assert "eight clips: 8 videos, repeated to 32 for the largest batch" in text
 
 
 def test_lines_that_do_not_fit_are_counted() -> None:

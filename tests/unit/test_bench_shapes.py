@@ -25,6 +25,7 @@ from specvlm.bench.modelled import (
     memory_needed,
     modelled_video,
     refuse_without_memory,
+    step_bytes,
     survival,
 )
 from specvlm.bench.records import Configuration, Report
@@ -177,7 +178,7 @@ def test_a_prompt_is_like_the_processors() -> None:
             key: (value.dtype, value.ndim) for key, value in real.tensors.items()
         }
         with torch.inference_mode():
-            assert len(lm.family.embed_video(lm.model, inputs)) == inputs.video_tokens
+            assert len(lm.family.embed_videos(lm.model, [inputs])[0]) == inputs.video_tokens
         assert lm.positions(inputs).shape[1] == inputs.prompt_tokens
         assert torch.equal(inputs.token_ids[0] == shape.video_token, inputs.is_video)
 
@@ -333,6 +334,51 @@ def test_the_bench_of_a_pair(family: str) -> None:
         if summary.configuration.method == "specvlm":
             assert 0 < summary.video_tokens_kept <= 0.1 * summary.video_tokens + 1
     json.dumps(report.as_json(samples=True), allow_nan=False)
+
+
+def test_batches_of_a_pair_have_the_same_caption_length_and_their_bytes() -> None:
+    trees: tuple[TreeName, ...] = ("chain",)
+    report = modelled(
+        QWEN, methods=("stock", "plain", "specvlm"), num_frames=(2,), trees=trees, batch_sizes=(1, 3)
+    )
+    assert report.is_batched
+    assert report.conditions.videos == ("random video",)
+    assert report.conditions.repeated_to == 3
+    for one in report.summaries:
+        assert one.error is None
+        assert (one.videos, one.completion_tokens, one.exact_match) == (3, 3 * 40, None)
+        assert one.videos_per_hour is not None
+    accepted = [one.mean_accepted_tokens for one in report.summaries if one.num_drafts]
+    assert accepted == [pytest.approx(3.9, abs=0.8)] * 2
+    assert [(one.model, one.batch_size) for one in report.reads] == [
+        *(("target", 1), ("draft 0.9", 1), ("target", 3), ("draft 0.9", 3))
+    ]
+    assert report.as_json()["reads"][0]["frames_asked"] == 2
+
+
+def test_a_step_reads_weights_once_and_the_keys_and_values_of_every_caption() -> None:
+    pair = make_pair(find_shape("llava-onevision-7b"), find_shape("llava-onevision-0.5b"), 3.0)
+    grid = Grid(("plain", "sd", "specvlm"), (32,), trees=("chain",), batch_sizes=(1, 8))
+    found = {(one.model, one.batch_size): one for one in step_bytes(pair, grid, (384, 384), 200, 2)}
+    assert set(found) == {(name, size) for name in ("target", "draft", "draft 0.9") for size in (1, 8)}
+    alone, batch = found["target", 1], found["target", 8]
+    seen = 32 * 196 + 1
+    assert alone.weight_bytes == batch.weight_bytes == pair.target.text.pass_bytes(0, 2)
+    assert alone.kv_bytes == (15 + seen + 12 + 100) * 2 * 28 * 4 * 128 * 2
+    assert batch.kv_bytes == 8 * alone.kv_bytes
+    assert batch.kv_share == batch.kv_bytes / (batch.kv_bytes + batch.weight_bytes)
+    assert alone.weight_bytes + alone.kv_bytes == pair.target.text.pass_bytes(15 + seen + 12 + 100, 2)
+    pruned, whole = found["draft 0.9", 8], found["draft", 8]
+    assert pruned.weight_bytes == whole.weight_bytes < alone.weight_bytes
+    assert pruned.kv_bytes / whole.kv_bytes == pytest.approx(0.1, abs=0.02)
+    assert [one.model for one in step_bytes(replace(pair, draft=None), grid, (384, 384), 200, 2)] == [
+        "target"
+    ] * 2
+    load = Load(32, (384, 384), 200)
+    more = memory_needed(pair, replace(load, batch_size=8), torch.bfloat16) - memory_needed(
+        pair, load, torch.bfloat16
+    )
+    assert more > 7 * (alone.kv_bytes + found["draft", 1].kv_bytes)
 
 
 def test_auto_runs_with_forced_acceptance() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 import specvlm
 from specvlm.captioner import Captioner
-from tests.tiny import Size, random_frames, tiny_captioner
+from tests.tiny import Size, caption_rows, random_frames, tiny_captioner
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,7 @@ def test_frames_that_the_processor_refuses(captioner: Captioner) -> None:
 
 
 def test_no_rows_no_captions(captioner: Captioner) -> None:
-    assert captioner.caption_rows([]) == []
+    assert caption_rows(captioner, []) == []
 
 
 def test_a_system_message_reaches_the_model(captioner: Captioner) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import random
 import sys
-from dataclasses import replace
-from statistics import median
+from dataclasses import asdict, replace
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,7 +16,18 @@ from hypothesis import strategies as st
 from specvlm.records import Caption
 from specvlm_cli import baseline
 from specvlm_cli.exits import ExitCode
-from specvlm_cli.results import MOST_KINDS, OTHER_KINDS, Figures, Median, Outcome, Running, Speedup, Tally
+from specvlm_cli.results import (
+    MOST_KINDS,
+    OTHER_KINDS,
+    Captioning,
+    Figures,
+    Outcome,
+    Quantiles,
+    Running,
+    Speedup,
+    Spread,
+    Tally,
+)
 from specvlm_cli.settings import config_hash, differences
 from tests.cli.fake import stats
 from tests.cli.saying import compared, failure, row
@@ -39,15 +50,43 @@ def test_acceptance_is_of_all_rounds_and_leaves_out_the_bonus() -> None:
     assert figures.decode is None
 
 
-def test_speedups_are_of_totals_and_median() -> None:
+def speedup(of_totals: float, *of_captions: float, batch_size: float | None = 4.0) -> Speedup:
+    """Return what is expected of these speedups of single captions."""
+    half, low, high = np.quantile(of_captions, [0.5, 0.1, 0.9])
+    near = (pytest.approx(float(one)) for one in (half, low, high, of_totals))
+    return Speedup(len(of_captions), *near, mean_batch_size=pytest.approx(batch_size))
+
+
+def test_speedups_are_of_totals_and_of_single_captions() -> None:
     tally = Tally()
-    for decode_s, speedup in [(1.0, 1.0), (1.0, 2.0), (8.0, 4.0)]:
-        tally.add(compared(speedup, speedup / 2, decode_s=decode_s, total_s=2 * decode_s))
+    for decode_s, ratio in [(1.0, 1.0), (1.0, 2.0), (8.0, 4.0)]:
+        tally.add(compared(ratio, ratio / 2, decode_s=decode_s, total_s=2 * decode_s))
     figures = tally.figures()
-    assert figures.decode == Speedup(pytest.approx(3.5), 2.0, 3)
-    assert figures.end_to_end == Speedup(pytest.approx(1.75), 1.0, 3)
+    assert figures.decode == speedup(3.5, 1.0, 2.0, 4.0)
+    assert figures.end_to_end == speedup(1.75, 0.5, 1.0, 2.0)
     assert (figures.compared, figures.identical) == (3, 3)
-    assert tally.running() == Running(3.0, pytest.approx(3.5), pytest.approx(1.75))
+    assert tally.running() == Running(3.0, figures.decode, figures.end_to_end)
+
+
+def test_an_estimate_is_a_range_that_holds_the_ratio_of_totals() -> None:
+    assert Speedup(3, 2.0, 1.2, 3.6, of_totals=2.5).between == (1.2, 3.6)
+    assert Speedup(3, 2.0, 1.2, 3.6, of_totals=3.9).between == (1.2, 3.9)
+    assert Speedup(3, 2.0, 1.2, 3.6, of_totals=1.1).between == (1.1, 3.6)
+
+
+def test_the_mean_batch_size_is_over_the_time_of_the_rounds() -> None:
+    tally = Tally()
+    for _ in range(4):  # four captions share steps of 8 s; one has 2 s alone
+        tally.add(compared(decode_s=2.0, mean_batch_size=4.0))
+    tally.add(row(decode_s=2.0, mean_batch_size=1.0))
+    tally.add(row(decode_s=90.0, mean_batch_size=None))  # as a version that knew no batches wrote it
+    old = row()
+    del old["mean_batch_size"]
+    tally.add(old)
+    figures = tally.figures()
+    assert figures.mean_batch_size == pytest.approx((8.0 * 4.0 + 2.0 * 1.0) / 10.0)
+    assert figures.decode is not None
+    assert figures.decode.mean_batch_size == 4.0
 
 
 def test_what_was_not_measured_is_not_said() -> None:
@@ -58,6 +97,7 @@ def test_what_was_not_measured_is_not_said() -> None:
     figures = tally.figures()
     assert figures.decode is None
     assert figures.end_to_end is not None
+    assert figures.estimate_over_measured is None
     assert (figures.compared, figures.identical) == (1, 0)
 
 
@@ -67,11 +107,21 @@ def test_estimated_speedups_stay_apart_from_measured_ones() -> None:
     assert tally.running().estimated
     assert (tally.figures().decode, tally.figures().compared) == (None, 0)
     tally.add(compared(2.0, 1.5))
-    assert tally.running() == Running(3.0, pytest.approx(2.0), pytest.approx(1.5))
+    assert tally.running() == Running(3.0, speedup(2.0, 2.0), speedup(1.5, 1.5))
     figures = tally.figures()
-    assert (figures.decode, figures.compared) == (Speedup(pytest.approx(2.0), 2.0, 1), 1)
-    assert figures.decode_estimated == Speedup(pytest.approx(3.0), 3.0, 1)
-    assert figures.end_to_end_estimated == Speedup(pytest.approx(2.5), 2.5, 1)
+    assert (figures.decode, figures.compared) == (speedup(2.0, 2.0), 1)
+    assert figures.decode_estimated == speedup(3.0, 3.0)
+    assert figures.end_to_end_estimated == speedup(2.5, 2.5)
+
+
+def test_estimates_are_held_against_what_was_measured() -> None:
+    tally = Tally()
+    for estimated_s in (0.8, 1.0, 1.2):
+        tally.add(compared(baseline_token_s=1.0, estimated_token_s=estimated_s))
+    tally.add(compared(baseline_token_s=1.0))
+    tally.add(row(speedup_source="estimated", baseline_token_s=1.0, estimated_token_s=9.0))
+    expected = (pytest.approx(one) for one in (1.0, 0.84, 1.16))
+    assert tally.figures().estimate_over_measured == Spread(3, *expected)
 
 
 def test_stages_are_summed_as_the_rows_say() -> None:
@@ -111,32 +161,46 @@ def test_kinds_of_failures_are_bounded() -> None:
     assert max(map(len, kinds)) <= 100
 
 
-@given(st.lists(st.floats(0.01, 100.0), min_size=1, max_size=50))
-def test_the_median_of_few_is_exact(values: list[float]) -> None:
-    found = Median()
+def quantiles(values: list[float]) -> Spread:
+    half, low, high = np.quantile(values, [0.5, 0.1, 0.9])
+    return Spread(len(values), half, low, high)
+
+
+def spread(values: list[float]) -> Spread:
+    found = Quantiles()
     for value in values:
         found.add(value)
-    assert found.value() == median(values)
+    result = found.spread()
+    assert result is not None
+    return result
 
 
-@pytest.mark.parametrize("count", [Median.EXACT, Median.EXACT + 1, 20_000])
-def test_the_median_of_many_is_within_a_thousandth(count: int) -> None:
+def test_nothing_has_no_spread() -> None:
+    assert Quantiles().spread() is None
+
+
+@given(st.lists(st.floats(0.01, 100.0), min_size=1, max_size=50))
+def test_the_quantiles_of_few_are_exact(values: list[float]) -> None:
+    assert asdict(spread(values)) == pytest.approx(asdict(quantiles(values)))
+
+
+@pytest.mark.parametrize("count", [Quantiles.EXACT, Quantiles.EXACT + 1, 20_000])
+def test_the_quantiles_of_many_are_within_a_thousandth(count: int) -> None:
     source = random.Random(count)
     values = [source.lognormvariate(0.7, 0.5) for _ in range(count)]
-    found = Median()
-    for value in values:
-        found.add(value)
-    assert found.value() == pytest.approx(median(values), rel=0.001)
+    assert asdict(spread(values)) == pytest.approx(asdict(quantiles(values)), rel=0.001)
 
 
-def test_the_median_takes_no_more_memory_for_more_numbers() -> None:
-    found = Median()
+def test_quantiles_take_no_more_memory_for_more_numbers() -> None:
+    found = Quantiles()
     for exponent in range(-40_000, 40_000):
         found.add(2.0 ** (exponent / 40))
     found.add(0.0)
     assert sys.getsizeof(found._steps) < 1_000_000
     assert found._kept == []
-    assert found.value() == pytest.approx(1.0, rel=0.02)
+    result = found.spread()
+    assert result is not None
+    assert result.median == pytest.approx(1.0, rel=0.02)
 
 
 def test_decode_speedup_is_per_token() -> None:
@@ -170,9 +234,47 @@ def outcome(**changes: Any) -> Outcome:
 
 
 def test_outcome_is_json() -> None:
-    plain = json.loads(
-        json.dumps(outcome(figures=Figures(captions=2, decode=Speedup(2.0, 2.1, 3))).as_json())
-    )
+    figures = Figures(captions=2, decode=Speedup(3, 2.1, 1.9, 2.3, of_totals=2.0, mean_batch_size=7.5))
+    plain = json.loads(json.dumps(outcome(figures=figures).as_json()))
     assert (plain["schema"], plain["exit_code"]) == (1, 0)
     assert plain["figures"]["captions"] == 2
-    assert plain["figures"]["decode"] == {"of_totals": 2.0, "median": 2.1, "captions": 3}
+    assert plain["figures"]["decode"] == {
+        "captions": 3,
+        "median": 2.1,
+        "p10": 1.9,
+        "p90": 2.3,
+        "of_totals": 2.0,
+        "mean_batch_size": 7.5,
+    }
+
+
+def test_throughput_is_of_the_wall_time_of_captioning() -> None:
+    tally = Tally()
+    for index in (0, 1):  # two prompts of one video
+        tally.add(row(prompt_index=index))
+    tally.add(row())
+    ended = outcome(figures=tally.figures(), captioning=Captioning(10.0, 4, 2.0), wall_s=99.0)
+    assert (ended.videos_per_hour, ended.caption_tokens_per_s) == (720.0, pytest.approx(3.3))
+    plain = ended.as_json()
+    assert (plain["videos_per_hour"], plain["caption_tokens_per_s"]) == (720.0, pytest.approx(3.3))
+    assert (plain["captioning_s"], plain["workers"], plain["waited_s"]) == (10.0, 4, 2.0)
+    assert plain["waited_share"] == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize(
+    "ended",
+    [
+        outcome(),
+        outcome(captioning=Captioning()),
+        outcome(figures=Figures(), captioning=Captioning()),
+        outcome(figures=Figures(captions=1, videos=1, completion_tokens=9)),
+    ],
+)
+def test_there_is_no_throughput_without_captions_or_without_time(ended: Outcome) -> None:
+    plain = ended.as_json()
+    assert (plain["videos_per_hour"], plain["caption_tokens_per_s"]) == (None, None)
+    assert plain["waited_share"] is None
+
+
+def test_no_more_than_all_of_the_time_was_waited() -> None:
+    assert Captioning(10.0, 2, 25.0).waited_share == 1.0

@@ -12,23 +12,45 @@ import pytest
 from rich.cells import cell_len
 
 from specvlm_cli.exits import ExitCode
-from specvlm_cli.results import Figures, LiveStatus, Outcome, Running, Speedup, Tally
+from specvlm_cli.results import Captioning, Figures, LiveStatus, Outcome, Running, Speedup, Spread, Tally
 from specvlm_cli.screen.live import drawn
 from specvlm_cli.screen.log import LogFile
-from specvlm_cli.screen.meter import FEWEST, WINDOW_S, Last, Meter, Pace, Standing, line, name_of
-from specvlm_cli.screen.report import Work, ending, summary
-from specvlm_cli.screen.words import amount, counted, duration, pace, rate, share
+from specvlm_cli.screen.meter import (
+    FEWEST,
+    WINDOW_S,
+    Ended,
+    Last,
+    Meter,
+    Pace,
+    Rates,
+    Standing,
+    line,
+    name_of,
+)
+from specvlm_cli.screen.report import ending, summary
+from specvlm_cli.screen.words import (
+    amount,
+    between,
+    counted,
+    duration,
+    over_plain,
+    per_hour,
+    per_s,
+    rate,
+    share,
+)
 from tests.cli.saying import HOSTILE, claim, compared, failure, harm, row
 
+DECODE = Speedup(11, 2.02, 1.84, 2.44, of_totals=2.05, mean_batch_size=7.54)
+END_TO_END = Speedup(11, 1.77, 1.61, 1.96, of_totals=1.78, mean_batch_size=7.54)
 STATUS = LiveStatus(reading=2, ready=3, ready_bytes=1_200_000_000, generating=1, workers=4, retrying=1)
 BUSY = Standing(
     todo=345,
     captioned=11,
     failed=1,
     elapsed_s=38.4,
-    each_s=3.2,
-    tokens_per_s=512.0,
-    running=Running(4.45, 2.05, 1.78),
+    rates=Rates(3.2, 1125.0, 512.0),
+    running=Running(4.45, DECODE, END_TO_END),
     kinds=(("decode:VideoDecodeError", 2), ("open:NotAVideoError", 1), ("a:A", 1), ("b:B", 1)),
     status=STATUS,
     last=Last("clip.mp4", "A blue circle. " * 20),
@@ -56,12 +78,11 @@ def test_times_and_counts_read_well() -> None:
         "2 d 01 h",
     ]
     assert (counted(1, "video"), counted(2, "video")) == ("1 video", "2 videos")
-    assert [pace(one) for one in (0.0, 0.25, 3.21, 900)] == [
-        "1000000.0 videos/s",
-        "4.0 videos/s",
-        "3.2 s/video",
-        "15.0 min/video",
-    ]
+    assert (per_hour(1125.4), per_hour(0.52), per_s(512.3)) == (
+        "1,125 videos/h",
+        "0.5 videos/h",
+        "512 tokens/s",
+    )
     assert [amount(one) for one in (0, 999, 1_200_000_000, 3 * 10**15)] == [
         "0 bytes",
         "999 bytes",
@@ -69,6 +90,12 @@ def test_times_and_counts_read_well() -> None:
         "3000.0 TB",
     ]
     assert (rate(3.21), rate(12345.6)) == ("3.2", "12,346")
+
+
+def test_an_estimate_is_a_range_of_one_decimal() -> None:
+    assert between(1.84, 2.36) == "1.8x to 2.4x"
+    assert between(1.96, 2.04) == "about 2.0x"
+    assert (over_plain(7.54), over_plain(None)) == ("over plain at batch size 7.5", "over plain")
 
 
 def test_a_share_is_never_rounded_to_nothing_or_to_all() -> None:
@@ -79,38 +106,45 @@ def test_a_share_is_never_rounded_to_nothing_or_to_all() -> None:
 
 
 def ended_every(each_s: float, videos: int) -> tuple[Pace, float]:
+    """Every fourth video fails."""
     found = Pace(0.0)
     for number in range(1, videos + 1):
-        found.ended(number * each_s, number, 100 * number)
+        found.ended(number * each_s, Ended(number, number - number // 4, 100 * number))
     return found, videos * each_s
 
 
 def test_there_is_no_pace_before_a_video_has_ended() -> None:
-    assert Pace(0.0).each_s(100.0) is None
-    assert Pace(0.0).tokens_per_s(100.0) is None
+    assert Pace(0.0).rates(100.0) == Pace(0.0).overall() == Rates()
 
 
 def test_pace_stays_between_two_videos_and_slows_down_when_none_comes() -> None:
     found, now_s = ended_every(10.0, 4)
-    assert [found.each_s(now_s + later) for later in (0.0, 9.0)] == [10.0, 10.0]
-    assert found.each_s(now_s + 60.0) == 20.0
-    assert found.tokens_per_s(now_s) == pytest.approx(10.0)
+    assert [found.rates(now_s + later).each_s for later in (0.0, 9.0)] == [10.0, 10.0]
+    assert found.rates(now_s + 60.0) == Rates(20.0, pytest.approx(3 * 3600 / 80.0), 5.0)
+    assert found.rates(now_s) == found.overall() == Rates(10.0, pytest.approx(3 * 3600 / 40.0), 10.0)
+
+
+def test_failures_are_no_videos_per_hour() -> None:
+    found = Pace(0.0)
+    found.ended(10.0, Ended(5, 0, 0))
+    assert found.rates(10.0) == Rates(2.0, None, None)
 
 
 def test_pace_forgets_a_slow_beginning() -> None:
     found = Pace(0.0)
-    found.ended(300.0, 1, 0)
+    found.ended(300.0, Ended(1, 1, 0))
     for number in range(2, 400):
-        found.ended(300.0 + number, number, 0)
-    assert found.each_s(699.0) == pytest.approx(1.0, abs=0.02)
+        found.ended(300.0 + number, Ended(number, number, 0))
+    assert found.rates(699.0).each_s == pytest.approx(1.0, abs=0.02)
+    assert found.overall().each_s == pytest.approx(699.0 / 399)
 
 
 @pytest.mark.parametrize(("each_s", "videos"), [(0.001, 200_000), (1.0, 1000), (600.0, 100)])
 def test_the_window_is_bounded_and_long_enough(each_s: float, videos: int) -> None:
     found, now_s = ended_every(each_s, videos)
-    assert found.each_s(now_s) == pytest.approx(each_s, rel=0.01)
+    assert found.rates(now_s).each_s == pytest.approx(each_s, rel=0.01)
     assert len(found._marks) <= WINDOW_S + FEWEST + 2
-    assert found._latest.videos - found._marks[0].videos >= FEWEST
+    assert found._latest.ended.videos - found._marks[0].ended.videos >= FEWEST
 
 
 # The meter and its line
@@ -122,8 +156,10 @@ def test_the_line_is_honest_at_the_start() -> None:
     assert line(meter.standing()) == "0/10 · 0 failed · time left not known yet"
     clock.now_s += 4.0
     meter.captioned(claim(), [compared()])
-    said = "1/10 · 0 failed · 4.0 s/video · about 36 s left · decode 2.00x · end to end 1.50x · 3.00 accepted/round"
-    assert line(meter.standing()) == f"{said} · 2.8 tokens/s"
+    assert line(meter.standing()) == (
+        "1/10 · 0 failed · 900 videos/h · 2.8 tokens/s · about 36 s left · decode 2.00x · end to end 1.50x · "
+        "over plain at batch size 4.0 · 3.00 accepted/round"
+    )
 
 
 def test_videos_are_counted_not_rows() -> None:
@@ -137,26 +173,35 @@ def test_videos_are_counted_not_rows() -> None:
     assert standing.kinds == (("decode:VideoDecodeError", 1),)
 
 
-def test_after_the_end_time_stands_still_and_pace_is_of_all() -> None:
+def test_after_the_end_time_stands_still_and_pace_is_of_all_up_to_the_last_row() -> None:
     clock = Clock()
     meter = Meter(2, clock)
     meter.state(STATUS)
     for wait_s in (9.0, 1.0):
         clock.now_s += wait_s
         meter.captioned(claim(), [row()])
+    clock.now_s += 2.0
     meter.stop()
     clock.now_s += 1000.0
-    assert line(meter.standing()) == "2/2 · 0 failed · 5.0 s/video · 3.00 accepted/round · 2.2 tokens/s"
-    assert meter.standing().elapsed_s == 10.0
+    assert line(meter.standing()) == "2/2 · 0 failed · 720 videos/h · 2.2 tokens/s · 3.00 accepted/round"
+    assert meter.standing().elapsed_s == 12.0
 
 
 def test_the_line_says_what_is_going_on() -> None:
     assert line(BUSY) == (
-        "12/345 · 1 failed · 3.2 s/video · 17 min 46 s left · decode 2.05x · end to end 1.78x · "
-        "4.45 accepted/round · 512 tokens/s · reading 2 · ready 3 (1.2 GB) · generating 1 of 4 · 1 to try again"
+        "12/345 · 1 failed · 1,125 videos/h · 512 tokens/s · 17 min 46 s left · decode 2.05x · end to end 1.78x · "
+        "over plain at batch size 7.5 · 4.45 accepted/round · reading 2 · ready 3 (1.2 GB) · generating 1 of 4 · "
+        "1 to try again"
     )
-    estimated = replace(BUSY, running=Running(None, 2.0, None, estimated=True), status=None)
-    assert line(estimated).endswith("left · decode 2.00x estimated · 512 tokens/s")
+
+
+def test_the_line_gives_estimates_as_a_range() -> None:
+    both = replace(BUSY, running=Running(None, DECODE, END_TO_END, estimated=True), status=None)
+    assert line(both).endswith(
+        " left · decode 1.8x to 2.4x · end to end 1.6x to 2.0x · estimated over plain at batch size 7.5"
+    )
+    one = replace(both, running=Running(None, None, END_TO_END, estimated=True))
+    assert line(one).endswith(" left · end to end 1.6x to 2.0x · estimated over plain at batch size 7.5")
 
 
 def test_a_row_without_a_path_goes_by_its_id() -> None:
@@ -231,28 +276,35 @@ def test_the_table_says_it_all_on_one_screen() -> None:
     tally.add(compared(3.0, 1.5, prompt_index=1, video_decode_s=0.0))
     tally.fail(failure())
     kinds = tuple((f"decode:Kind{number}", 9 - number) for number in range(8))
-    ended = outcome(figures=tally.figures(), failed_now=1, wall_s=70.0, waited_s=0.05)
-    table = summary(ended, Work(3, 60.0, kinds))
-    assert len(table.splitlines()) < 25
+    captioning = Captioning(60.0, 2, 1.2)
+    ended = outcome(figures=tally.figures(), failed_now=1, wall_s=70.0, captioning=captioning)
+    table = summary(ended, kinds)
+    assert len(table.splitlines()) < 27
     assert table.startswith("| specvlm ")
     found = values(table)
+    assert list(found)[:6] == [
+        *("videos per hour", "tokens per second", "decode speedup", "end-to-end speedup"),
+        *("identical to plain", "videos"),
+    ]
     del found[""]
     assert found == {
+        "videos per hour": "60, 2 comparisons with plain included",
+        "tokens per second": "0.4",
+        "decode speedup": "2.50x over plain at batch size 4.0, 2 measured",
+        "end-to-end speedup": "1.50x over plain at batch size 4.0, 2 measured",
+        "identical to plain": "2/2 captions",
         "videos": "3 found, 2 done, 1 failed, 0 to do",
         "this start": "2 captions, 1 video failed",
         "wall time": "1 min 10 s, captioning 1 min 00 s of it",
-        "videos per hour": "180 while captioning",
+        "waiting for input": "1 % of the time, with slots free",
         "target": "fake/target",
         "draft": "fake/draft",
         "device": "fake",
-        "tokens": "22, 0.4/s while captioning, 5.0/s while decoding",
+        "batch size": "4.0 on average",
+        "tokens": "22, 5.0/s while decoding",
         "accepted per round": "3.00 draft tokens",
         "tokens per round": "4.00, the bonus token included",
-        "decode speedup": "2.50x of totals, 2.50x median, 2 captions",
-        "end-to-end speedup": "1.50x of totals, 1.50x median, 2 captions",
-        "identical to plain": "2/2 captions",
         "time by stage": "video decode 7 %, preprocess 7 %, vision 7 %",
-        "reading": "90 % hidden behind generation",
         "failures by kind": (
             "9 decode:Kind0, 8 decode:Kind1, 7 decode:Kind2, 6 decode:Kind3, 5 decode:Kind4, 9 of other kinds"
         ),
@@ -264,24 +316,35 @@ def test_the_table_says_it_all_on_one_screen() -> None:
 def test_the_table_does_not_claim_what_was_not_measured() -> None:
     tally = Tally()
     tally.add(row())
-    found = values(summary(outcome(figures=tally.figures()), Work(1, 1.0)))
+    found = values(summary(outcome(figures=tally.figures())))
     assert found["decode speedup"] == found["end-to-end speedup"]
     assert found["decode speedup"].startswith("not measured; --baseline-sample")
-    assert "identical to plain" not in found
-    assert "reading" not in found
+    for name in ("identical to plain", "error of estimates", "videos per hour", "waiting for input"):
+        assert name not in found
 
 
 def test_the_table_calls_an_estimate_an_estimate() -> None:
-    figures = Figures(captions=1, drafts=("small",), decode_estimated=Speedup(2.0, 2.1, 7))
-    found = values(summary(outcome(figures=replace(figures, stages_s={})), Work(1, 1.0)))
-    assert found["decode speedup"] == "estimated: 2.00x of totals, 2.10x median, 7 captions"
+    figures = Figures(captions=1, drafts=("small",), decode_estimated=DECODE)
+    found = values(summary(outcome(figures=figures)))
+    assert found["decode speedup"] == "1.8x to 2.4x over plain at batch size 7.5, estimated"
     assert found["end-to-end speedup"].startswith("not measured")
+
+
+def test_the_table_gives_measured_and_estimated_and_the_error_between() -> None:
+    off = Spread(8, 1.01, 0.92, 1.125)
+    figures = Figures(captions=9, drafts=("small",), decode=END_TO_END, decode_estimated=DECODE)
+    table = summary(outcome(figures=replace(figures, estimate_over_measured=off)))
+    assert [line.split("|")[2].strip() for line in table.splitlines() if "| decode speedup" in line] == [
+        "1.78x over plain at batch size 7.5, 11 measured",
+        "1.8x to 2.4x over plain at batch size 7.5, estimated",
+    ]
+    assert values(table)["error of estimates"] == "-8 % to +12 % (p10 to p90), 8 captions"
 
 
 def test_the_table_of_plain_decoding_speaks_of_no_speedup() -> None:
     tally = Tally()
     tally.add(row(num_drafts=0, num_accepted_tokens=0, draft_model=None))
-    found = values(summary(outcome(figures=tally.figures()), Work(1, 1.0)))
+    found = values(summary(outcome(figures=tally.figures())))
     assert found["draft"] == "none: plain decoding"
     assert "decode speedup" not in found
     assert "accepted per round" not in found
@@ -289,7 +352,7 @@ def test_the_table_of_plain_decoding_speaks_of_no_speedup() -> None:
 
 def test_a_start_in_which_all_failed_has_a_table_too() -> None:
     ended = outcome(figures=Figures(), failed_now=1, failures_file="out/failures/part-00000.parquet")
-    found = values(summary(ended, Work(1, 1.0, (("open:NotAVideoError", 1),))))
+    found = values(summary(ended, (("open:NotAVideoError", 1),)))
     assert found["this start"] == "0 captions, 1 video failed"
     assert found["failures file"] == "`out/failures/part-00000.parquet`"
     assert "target" not in found
@@ -297,13 +360,13 @@ def test_a_start_in_which_all_failed_has_a_table_too() -> None:
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_a_hostile_folder_makes_no_other_table(text: str) -> None:
-    table = summary(outcome(out=text, figures=Figures(), failed=0), Work())
+    table = summary(outcome(out=text, figures=Figures(), failed=0))
     assert harm(table.replace("\n", "")) == []
     assert set(values(table)) == {"videos", "this start", "wall time", "run folder"}
 
 
 def test_the_table_is_as_narrow_as_the_terminal_where_its_values_are() -> None:
-    table = summary(outcome(out="x" * 300, figures=Figures()), Work(), 80).splitlines()
+    table = summary(outcome(out="x" * 300, figures=Figures()), (), 80).splitlines()
     assert max(map(len, table[:-2])) < 80
     assert "x" * 300 in table[-1], "a long path stays in one piece"
 

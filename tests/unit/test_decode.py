@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from specvlm import decode
 from specvlm.config import TREES, SpeculationSettings
-from specvlm.decode import RowText
+from specvlm.decode import CaptionText
 from specvlm.tree import make_shape
 from tests.heads import fresh_captioner
 from tests.tiny import Size, random_frames, tiny_captioner
@@ -33,6 +33,7 @@ class Watch(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("tree", TREES)
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 @pytest.mark.parametrize("draft", ["small", "head"])
@@ -78,7 +79,7 @@ def test_a_round_never_waits_for_its_own_results(
 
 def test_a_guess_counts_as_tried_where_it_was_judged() -> None:
     shape = make_shape(SpeculationSettings(tree="chain", depth=3), 300, torch.device("cpu"))
-    text = RowText(limit=9, eos=frozenset({99}))
+    text = CaptionText(limit=9, eos=frozenset({99}))
     for tokens in ([1], [1, 2, 3, 4], [1, 99]):
         text.take(tokens)
         text.count(shape, len(tokens) - 1)
@@ -87,15 +88,15 @@ def test_a_guess_counts_as_tried_where_it_was_judged() -> None:
 
 
 def test_a_row_takes_tokens_up_to_an_end_or_its_limit() -> None:
-    text = RowText(limit=5, eos=frozenset({9}))
+    text = CaptionText(limit=5, eos=frozenset({9}))
     assert text.take([1, 2]) == [1, 2]
     assert text.finish_reason is None
     assert text.take([3, 9, 4]) == [3, 9]
     assert (text.tokens, text.finish_reason) == ([1, 2, 3, 9], "stop")
     assert text.take([5]) == []
-    short = RowText(limit=2, eos=frozenset({9}))
+    short = CaptionText(limit=2, eos=frozenset({9}))
     assert short.take([1, 9]) == [1, 9]
     assert short.finish_reason == "stop"
-    full = RowText(limit=2, eos=frozenset())
+    full = CaptionText(limit=2, eos=frozenset())
     assert full.take([1, 9, 3]) == [1, 9]
     assert full.finish_reason == "length"

@@ -91,7 +91,8 @@ def rule_of(rules: dict[str, Any], temperature: float) -> TokenRule:
     config = SimpleNamespace(**({"eos_token_id": [9, 58]} | rules))
     settings = GenerationSettings(max_new_tokens=6, temperature=temperature, top_k=0, seed=2**40 + 7)
     prompts = [torch.tensor([0, 3, 17, 50]), torch.tensor([1, 44])]
-    rule = TokenRule(logits_rules(config, settings), settings, prompts, VOCABULARY + 4, CPU)
+    rule = TokenRule(logits_rules(config, settings), settings, VOCABULARY + 4, CPU)
+    rule.add(prompts)
     rule.commit(torch.tensor([[30, 2], [58, 31]]), torch.tensor([1, 2]))
     return rule
 
@@ -119,9 +120,10 @@ def test_warpers_choose_among_the_kept_tokens(warper: dict[str, Any]) -> None:
     settings = GenerationSettings(temperature=0.9, top_k=warper.get("top_k", 0), seed=5)
     config = SimpleNamespace(**({"eos_token_id": [9]} | warper))
     rules = logits_rules(config, settings)
-    small, large = (TokenRule(rules, settings, [torch.tensor([0])], n, CPU) for n in (len(KEPT), VOCABULARY))
+    small, large = (TokenRule(rules, settings, n, CPU) for n in (len(KEPT), VOCABULARY))
     logits, depths, path = torch.randn(1, 2, len(KEPT)) * 2, torch.tensor([[0, 1]]), torch.zeros(1, 2, 0)
     for rule in (small, large):
+        rule.add([torch.tensor([0])])
         rule.begin_round(torch.tensor([4]), 1)
     alone = small.scores(logits, depths, path.long()).isfinite()
     scores = large.scores(logits, depths, path.long(), torch.tensor(KEPT))

@@ -126,14 +126,46 @@ def test_a_choice_is_put_back(gpu: Any) -> None:
     shape = gpu.TINY[0][0]
     captioner = gpu.build_pair(gpu.make_pair(*gpu.TINY[0], 3.9), torch.device("cpu"), torch.float32)
     models = (captioner.target, captioner.draft.model)
-    before = [(model.round_attention, model.graphs) for model in models]
+    before = [(model.round_attention, model.captures) for model in models]
     for choice in gpu.CHOICES:
         with pytest.raises(RuntimeError, match="in the middle"), choice.switch(captioner):
             raise RuntimeError("in the middle")
-        assert [(model.round_attention, model.graphs) for model in models] == before, choice
+        assert [(model.round_attention, model.captures) for model in models] == before, choice
     with next(one for one in gpu.CHOICES if one.name == "split").switch(captioner):
         assert [model.round_attention for model in models] == ["split", "split"]
     assert shape.text.layers == len(captioner.target.model.model.language_model.layers)
+
+
+def test_batches_of_the_demo_pair_are_stock(gpu: Any, found: Any) -> None:
+    rows = found["batches"]["parity"]
+    ways = ["stock", "plain", "chain", "static", "auto"]
+    assert [(one["batch_size"], one["way"]) for one in rows] == [(n, way) for n in (1, 2, 4) for way in ways]
+    assert all(one["exact"] == one["captions"] == 4 for one in rows)
+
+
+def test_batches_are_timed_by_each_way_at_each_size(found: Any) -> None:
+    rows = found["batches"]["speed"]
+    assert len(rows) == 3 * 5
+    for one in rows:
+        assert one["modelled"] is True
+        assert one["error"] is None
+        assert one["videos_per_hour"] == pytest.approx(3600 * one["batch_size"] / one["wall_s"])
+        assert 0 < one["decode_s"] <= one["wall_s"]
+        assert 1.0 <= one["mean_batch_size"] <= one["batch_size"]
+        assert one["over_stock"] > 0
+        assert (one["over_plain"] is None) == (one["way"] == "stock")
+        assert (one["accepted"] > 0) == (one["way"] in ("chain", "static")) or one["way"] == "auto"
+        if one["way"] in ("stock", "plain"):
+            assert one[f"over_{one['way']}"] == 1.0
+
+
+def test_ways_to_attend_are_timed_on_one_batch(found: Any) -> None:
+    rows = found["batches"]["attention"]
+    ways = [(tree, how) for tree in ("static", "plain") for how in ("masked", "split", "varlen")]
+    assert [(one["tree"], one["attention"]) for one in rows] == ways
+    for one in rows:
+        assert (one["rows"], one["error"], one["modelled"]) == (3, None, True)
+        assert 0 < one["verify_s"] < one["round_s"]
 
 
 def test_profiles_name_what_takes_the_time(found: Any) -> None:
@@ -167,10 +199,18 @@ def test_the_tables_hold_the_figures_and_say_modelled(folder: Path, found: Any) 
     for line in text.splitlines():
         if line.startswith("tiny-"):
             assert "modelled" in line
-    for head in ("## Parity", "## Pairs", "## Choices", "## Host and device", "## Trained", "## Profile"):
+    for head in (
+        "## Parity",
+        "## Batches",
+        "## Pairs",
+        "## Choices",
+        "## Host and device",
+        "## Trained",
+        "## Profile",
+    ):
         assert head in text
     heads = [line for line in text.splitlines() if line.startswith("| modelled |")]
-    assert len(heads) == len(found["shapes"]) + 3
+    assert len(heads) == len(found["shapes"]) + 5
     tables = [line for line in text.splitlines() if line.startswith("|")]
     assert all(line.endswith("|") for line in tables)
 

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 
 import specvlm
 from specvlm.captioner import Captioner, PreparedVideo
-from specvlm.choosing import FixedTree
+from specvlm.choosing import Batch, FixedTree
 from specvlm.config import SpeculationSettings
 from specvlm.drafts import head as head_file
 from specvlm.drafts.compressor import CompressorConfig
@@ -24,6 +24,7 @@ from specvlm.drafts.head_model import HeadConfig, HeadModel, read_config
 from specvlm.drafts.kinds import is_head
 from specvlm.errors import IncompatibleDraftError, ModelLoadError, SpecvlmError
 from specvlm.loading import with_draft
+from specvlm.model import Lengths
 from specvlm.training import objective
 from specvlm.training.example import read_example
 from specvlm.tree import ROOT, TreeShape, make_shape
@@ -63,7 +64,7 @@ class Scheduled(FixedTree):
         super().__init__(CHAIN)
         self._plain = list(plain)
 
-    def choose(self) -> TreeShape:
+    def choose(self, batch: Batch) -> TreeShape:
         return ROOT if self._plain and self._plain.pop(0) else CHAIN
 
 
@@ -73,9 +74,9 @@ def proposed(monkeypatch: pytest.MonkeyPatch) -> list[Propose]:
     noted: list[Propose] = []
     propose, run_level = _HeadProposer.propose, _HeadProposer._run_level
 
-    def noting(self: _HeadProposer, shape: Any, root: torch.Tensor, index: torch.Tensor, horizon: Any) -> Any:
-        noted.append(Propose(int(index[0]), self._root[0, 0].clone(), [], []))
-        return propose(self, shape, root, index, horizon)
+    def noting(self: _HeadProposer, shape: Any, root: torch.Tensor, index: Lengths) -> Any:
+        noted.append(Propose(int(index.slots[0]), self._root[0, 0].clone(), [], []))
+        return propose(self, shape, root, index)
 
     def noting_level(self: _HeadProposer, frontier: Any, *args: Any) -> torch.Tensor:
         hidden = run_level(self, frontier, *args)

@@ -73,7 +73,9 @@ def rule_with(penalty: float, prompt: list[int], vocabulary: int = 8) -> TokenRu
     config = GenerationConfig(eos_token_id=1, repetition_penalty=penalty)
     settings = GenerationSettings()
     rules = logits_rules(config, settings)
-    return TokenRule(rules, settings, [torch.tensor(prompt)], vocabulary, torch.device("cpu"))
+    rule = TokenRule(rules, settings, vocabulary, torch.device("cpu"))
+    rule.add([torch.tensor(prompt)])
+    return rule
 
 
 def penalised(rule: TokenRule, path: list[list[int]], width: int = 8) -> list[list[int]]:
@@ -104,3 +106,31 @@ def test_repeats_are_penalised_once() -> None:
 
 def test_a_shorter_vocabulary_is_cut_not_wrapped() -> None:
     assert penalised(rule_with(1.5, [2, 7]), [[6, 4]], width=6) == [[2, 4]]
+
+
+def test_rows_that_come_and_go_keep_what_they_have_seen() -> None:
+    """A row of a batch lowers what it would lower alone, wherever it stands; so does one that was added later."""
+    rule = rule_with(1.5, [2])
+    rule.add([torch.tensor([3, 4])])
+    rule.commit(torch.tensor([[5, 6], [6, 7]]), torch.tensor([1, 2]))
+    rule.add([torch.tensor([0])])
+    rule.keep(torch.tensor([2, 1, 0]))
+    rule.begin_round(torch.zeros(3, dtype=torch.long), 0)
+    zeros = torch.zeros(3, 1, dtype=torch.long)
+    scores = rule.scores(torch.ones(3, 1, 8), zeros, zeros.new_empty(3, 1, 0))
+    assert [row.lt(1).nonzero().flatten().tolist() for row in scores[:, 0]] == [[0], [3, 4, 6, 7], [2, 5]]
+    rule.keep(torch.tensor([1]))
+    assert penalised(rule, [[1]]) == [[1, 3, 4, 6, 7]]
+
+
+def test_the_least_length_of_each_row_counts_its_own_prompt() -> None:
+    """`min_length` counts the prompt: a long one may end sooner."""
+    config = GenerationConfig(eos_token_id=1, min_length=5)
+    settings = GenerationSettings()
+    rule = TokenRule(logits_rules(config, settings), settings, 8, torch.device("cpu"))
+    rule.add([torch.arange(4), torch.arange(2)])
+    rule.add([torch.arange(9)])
+    rule.begin_round(torch.tensor([1, 1, 0]), 0)
+    zeros = torch.zeros(3, 1, dtype=torch.long)
+    ends = rule.scores(torch.ones(3, 1, 8), zeros, zeros.new_empty(3, 1, 0))[:, 0, 1].isfinite()
+    assert ends.tolist() == [True, False, True]

@@ -141,7 +141,7 @@ def train(
     pupil = Captioner(
         target, clips.teacher.processor, HeadDraft(in_use, target), clips.teacher.info, clips.teacher.frames
     )
-    pupil.costs = CostStore(None)
+    pupil.costs = CostStore()
     source = replace(clips, pupil=pupil, **changes)
     (root / STATE).mkdir(parents=True, exist_ok=True)
     learner = Learner(head.train(), settings, Alone())

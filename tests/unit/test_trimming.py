@@ -119,10 +119,18 @@ def test_the_batch_tools_engine_counts_each_caption_once(captioner: Captioner) -
         GenerationSettings(max_new_tokens=9),
         SpeculationSettings(tree="chain"),
     )
-    session = SpecvlmEngine(captioner, settings, trimming).open(random_frames(1), settings.prompts)
-    plain, guessed = (session.caption(0, speculate=speculate) for speculate in (False, True))
-    assert plain.token_ids == guessed.token_ids
-    assert heard == [guessed.token_ids]
+    engine = SpecvlmEngine(captioner, settings, trimming)
+    session = engine.open(random_frames(1), settings.prompts)
+    made = []
+    for speculate, alone in ((False, False), (True, False), (True, True)):
+        engine.add("one", session, 0, speculate=speculate, alone=alone)
+        while not (ended := engine.step()):
+            pass
+        (finished,) = ended
+        assert finished.caption is not None, finished.error
+        made.append(finished.caption.token_ids)
+    assert made == [made[0]] * 3
+    assert heard == [made[0]]
 
 
 def test_the_demo_pair_with_half_of_its_vocabulary(tmp_path: Path) -> None:
