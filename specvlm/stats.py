@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 import time
@@ -99,6 +100,11 @@ def free_memory_bytes(device: torch.device) -> int | None:
         return int(torch.cuda.mem_get_info(device)[0]) + unused
     free = [_available_bytes(), _group_bytes()]
     return min((one for one in free if one is not None), default=None)
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _available_bytes() -> int | None:

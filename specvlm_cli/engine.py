@@ -274,18 +274,15 @@ class Factory:
         return SpecvlmEngine(captioner, self.settings, trimming, self.batch_size)
 
 
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _leave_cores(others: int) -> None:
     """Have torch use all cores but so many, unless OMP_NUM_THREADS says how many."""
     if "OMP_NUM_THREADS" in os.environ:
         return
     import torch
 
-    torch.set_num_threads(max(1, min(torch.get_num_threads(), _cores() - others)))
+    from specvlm.stats import usable_cores
+
+    torch.set_num_threads(max(1, min(torch.get_num_threads(), usable_cores() - others)))
 
 
 def load_captioner(models: ModelChoice, device: str | None = None, *, quiet: bool) -> Captioner:

@@ -6,7 +6,6 @@ end-to-end time, since each would have paid it. Knows no order of methods and no
 
 from __future__ import annotations
 
-import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,7 +26,7 @@ from specvlm.drafts.small_model import SmallModelDraft
 from specvlm.errors import ConfigError, SpecvlmError
 from specvlm.families.base import ModelInputs
 from specvlm.records import CaptionStats
-from specvlm.stats import peak_memory_bytes, reset_peak_memory
+from specvlm.stats import peak_memory_bytes, reset_peak_memory, usable_cores
 
 Generate = Callable[[Sequence[ModelInputs]], Generated]
 
@@ -273,7 +272,7 @@ def conditions(captioner: Captioner, asked: Asked, videos: tuple[str, ...]) -> C
         machine=f"{platform.machine()} {platform.system()}",
         processor=_processor(),
         device=info.device,
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cores=usable_cores(),
         threads=torch.get_num_threads(),
         python_version=platform.python_version(),
         torch_version=torch.__version__,

@@ -10,7 +10,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from pathlib import Path
 
 import torch
 import transformers
@@ -42,7 +41,7 @@ from specvlm.drafts.base import Draft
 from specvlm.drafts.small_model import SmallModelDraft
 from specvlm.errors import ConfigError
 from specvlm.model import VideoLM
-from specvlm.stats import device_words
+from specvlm.stats import device_words, free_memory_bytes
 from specvlm.tree import STATIC_PATHS, Guesses
 from specvlm.verify import Accepted, accept
 
@@ -301,18 +300,6 @@ def _working_bytes(shape: Shape, load: Load, element: int) -> int:
     return max(in_decoder, in_tower) * element
 
 
-def available_bytes(device: torch.device) -> int | None:
-    """Memory that is free on the device; of a CPU, what the system can give; None where it does not tell."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii", errors="replace").splitlines()
-    except OSError:
-        return None
-    free = (int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    return next((kibibytes << 10 for kibibytes in free), None)
-
-
 def parameters_of(pair: Pair) -> int:
     """Parameters of both models."""
     return sum(map(parameter_count, [pair.target] if pair.draft is None else [pair.target, pair.draft]))
@@ -324,7 +311,7 @@ def refuse_without_memory(pair: Pair, load: Load, dtype: torch.dtype, device: to
     Raises:
         ConfigError: It does not fit.
     """
-    needed, free = memory_needed(pair, load, dtype), available_bytes(device)
+    needed, free = memory_needed(pair, load, dtype), free_memory_bytes(device)
     if free is None or needed <= free:
         return
     names = pair.target.name if pair.draft is None else f"{pair.target.name} with {pair.draft.name}"

@@ -40,7 +40,13 @@ class DraftRead(NamedTuple):
 
 
 class Proposer(ABC):
-    """A draft at work on the sequences of a batch. Its rows are numbered as the batch's."""
+    """A draft at work on the sequences of a batch. Its rows are numbered as the batch's.
+
+    Attributes:
+        cache: The draft's own.
+    """
+
+    cache: KVCache
 
     @property
     @abstractmethod
@@ -63,18 +69,18 @@ class Proposer(ABC):
         """Guess from now on by `rule` what `draft` may guess: what this came of, perhaps with another vocabulary."""
 
     @property
-    @abstractmethod
     def size_bytes(self) -> int:
         """Memory of the draft's cache."""
+        return self.cache.size_bytes
 
-    @abstractmethod
     def release(self) -> None:
         """Give back memory that no sequence needs."""
+        self.cache.release()
 
     @property
-    @abstractmethod
     def tables(self) -> Tables:
         """What holds the tensors, besides its attributes, that `propose` and `commit` read."""
+        return self.cache.tables
 
     @abstractmethod
     def host_state(self, index: Lengths) -> Hashable:

@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 
 from specvlm.attention import AttentionPlan, Segment
-from specvlm.cache import KVCache, Part, Tables
+from specvlm.cache import KVCache, Part
 from specvlm.config import SpeculationSettings
 from specvlm.drafts.base import Draft, DraftRead, DraftRow, Proposer
 from specvlm.drafts.head_model import HeadModel, PairSequence, Shown
@@ -146,20 +146,6 @@ class _HeadProposer(Proposer):
         at = torch.tensor(rows, dtype=torch.long, device=self._before.device)
         self._before, self._prompt_lengths = self._before[at], self._prompt_lengths[at]
         self._position, self._root = self._position[at], self._root[at]
-
-    @property
-    def size_bytes(self) -> int:
-        """See `Proposer`."""
-        return self.cache.size_bytes
-
-    @property
-    def tables(self) -> Tables:
-        """See `Proposer`."""
-        return self.cache.tables
-
-    def release(self) -> None:
-        """See `Proposer`."""
-        self.cache.release()
 
     def follow(self, draft: Draft, rule: TokenRule) -> None:
         """See `Proposer`."""

@@ -6,7 +6,7 @@ from collections.abc import Hashable, Sequence
 
 import torch
 
-from specvlm.cache import KVCache, Tables
+from specvlm.cache import KVCache
 from specvlm.config import SpeculationSettings
 from specvlm.drafts.base import Draft, DraftRead, DraftRow, Proposer
 from specvlm.drafts.vocabulary import DraftVocabulary
@@ -106,20 +106,6 @@ class _SmallModelProposer(Proposer):
         at = torch.tensor(rows, dtype=torch.long, device=self._previous.device)
         self._prompt_lengths = self._prompt_lengths[at]
         self._next_position, self._previous = self._next_position[at], self._previous[at]
-
-    @property
-    def size_bytes(self) -> int:
-        """See `Proposer`."""
-        return self.cache.size_bytes
-
-    @property
-    def tables(self) -> Tables:
-        """See `Proposer`."""
-        return self.cache.tables
-
-    def release(self) -> None:
-        """See `Proposer`."""
-        self.cache.release()
 
     def follow(self, draft: Draft, rule: TokenRule) -> None:
         """See `Proposer`."""

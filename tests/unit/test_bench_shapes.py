@@ -408,10 +408,10 @@ def test_what_does_not_fit_is_refused_before_it_is_made(monkeypatch: pytest.Monk
     load = Load(128, (360, 640), 256)
     needed = memory_needed(pair, load, torch.bfloat16)
     assert 85e9 < needed < 110e9  # 83.5 GB of weights, 5.2 GB and 1.1 GB of keys and values, the prefill
-    monkeypatch.setattr("specvlm.bench.modelled.available_bytes", lambda device: 80 << 30)
+    monkeypatch.setattr("specvlm.bench.modelled.free_memory_bytes", lambda device: 80 << 30)
     with pytest.raises(ConfigError, match=r"32b with qwen2\.5-vl-7b in bfloat16.*GiB.*80 GiB free.*--layers"):
         refuse_without_memory(pair, load, torch.bfloat16, CPU)
-    monkeypatch.setattr("specvlm.bench.modelled.available_bytes", lambda device: None)
+    monkeypatch.setattr("specvlm.bench.modelled.free_memory_bytes", lambda device: None)
     refuse_without_memory(pair, load, torch.bfloat16, CPU)  # nobody knows: try
     refuse_without_memory(make_pair(tiny_shape(QWEN), None, 0.0), load, torch.float32, CPU)
 
