@@ -249,7 +249,7 @@ def test_on_a_narrow_screen_tables_and_plots_scroll_by_themselves(
     wide = browser.run(
         "[...document.querySelectorAll('.scroll')].map(one => [one.scrollWidth, one.clientWidth])"
     )
-    assert len(wide) == 8
+    assert len(wide) == 9
     assert all(inner > outer for inner, outer in wide)
     assert browser.run("getComputedStyle(document.querySelector('.scroll')).overflowX") == "auto"
 

@@ -78,8 +78,9 @@ class Run:
     def script(self, *flags: object) -> str:
         """Return what `specvlm slurm` prints."""
         needs = ("--gpus-per-task", 0, "--cpus-per-task", 1, "--time", 5, "--stop-before", "60s")
-        # Without a draft, so that there is time to disturb a task.
-        caption = ("caption", self.videos, "--preset", "demo", "--draft", "none", "--grace", "30s")
+        # Without a draft and one at a time, so that there is time to disturb a task.
+        slow = ("--draft", "none", "--batch-size", 1)
+        caption = ("caption", self.videos, "--preset", "demo", *slow, "--grace", "30s")
         command = ("slurm", self.out, *needs, *flags, "--", *caption)
         done = subprocess.run(
             [sys.executable, "-m", "specvlm_cli", *map(str, command)],
