@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
+
+from specvlm import host
 
 
 def _event() -> torch.cuda.Event:
@@ -98,33 +98,7 @@ def free_memory_bytes(device: torch.device) -> int | None:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + unused
-    free = [_available_bytes(), _group_bytes()]
-    return min((one for one in free if one is not None), default=None)
-
-
-def usable_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _available_bytes() -> int | None:
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii", errors="replace").splitlines()
-    except OSError:
-        return None
-    free = (int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    return next((kibibytes << 10 for kibibytes in free), None)
-
-
-def _group_bytes() -> int | None:
-    """What the control group has left (cgroup v2)."""
-    try:
-        group = Path("/proc/self/cgroup").read_text(encoding="utf-8").strip().rpartition("::")[2]
-        folder = Path("/sys/fs/cgroup") / group.lstrip("/")
-        most, taken = ((folder / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        return max(0, int(most) - int(taken))
-    except (OSError, ValueError):  # no such system, no limit
-        return None
+    return host.free_memory_bytes()
 
 
 def device_words(device: torch.device) -> str:

@@ -7,6 +7,7 @@ one, tests give a fake.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ import specvlm
 from specvlm.demo import OWNER, demo_folder
 from specvlm.drafts.kept_tokens import MostUsed
 from specvlm.errors import PromptError
+from specvlm.host import usable_cores
 from specvlm.records import Caption, Frames
 from specvlm_cli.exits import UsageError
 from specvlm_cli.settings import CaptionSettings, ModelChoice, Plain
@@ -28,6 +30,11 @@ if TYPE_CHECKING:
     from specvlm.trimming import Trimming
 
 WARM_UP_TOKENS = 8
+
+_CACHED_BYTES = 32 << 20  # weights that stay in the caches of a CPU while tokens are decoded
+_WEIGHTS = (".safetensors", ".bin")
+# NVIDIA, NVIDIA in WSL, AMD, Intel and others
+_GPU_DRIVERS = tuple(map(Path, ("/proc/driver/nvidia/version", "/dev/dxg", "/dev/kfd", "/dev/dri")))
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,8 +132,11 @@ class EngineFactory(Protocol):
     def gpus(self) -> int:
         """Return how many GPUs this process sees."""
 
-    def load(self, device: str | None) -> Engine:
-        """Load the models onto a device; None: where the settings say."""
+    def load(self, device: str | None, sharing: int) -> Engine:
+        """Load the models onto a device; None: where the settings say.
+
+        If that is the CPU, so many workers are `sharing` its cores.
+        """
 
 
 class SpecvlmEngine:
@@ -244,7 +254,7 @@ class Factory:
         settings: What captions depend on, and how they are made.
         quiet: Show no progress of downloads.
         batch_size: The most sequences in flight; None: as many as memory holds and as help.
-        readers: Processes that read videos at the same time, for which a target on the CPU leaves cores.
+        readers: Processes that read videos at the same time, for which a worker on the CPU leaves cores.
     """
 
     settings: CaptionSettings
@@ -257,32 +267,59 @@ class Factory:
 
         return torch.cuda.device_count()
 
-    def load(self, device: str | None) -> Engine:
+    def load(self, device: str | None, sharing: int) -> Engine:
         """Load the models. Here transformers is imported."""
-        models = self.settings.models
+        models, trimming = self.settings.models, None
         if not isinstance(models.draft_vocab, MostUsed):
-            return self._engine(load_captioner(models, device, quiet=self.quiet))
-        captioner = load_captioner(replace(models, draft_vocab=None), device, quiet=self.quiet)
+            captioner = load_captioner(models, device, quiet=self.quiet)
+        else:
+            from specvlm.trimming import Trimming
 
-        from specvlm.trimming import Trimming
-
-        return self._engine(captioner, Trimming(captioner, models.draft_vocab))
-
-    def _engine(self, captioner: Captioner, trimming: Trimming | None = None) -> SpecvlmEngine:
+            captioner = load_captioner(replace(models, draft_vocab=None), device, quiet=self.quiet)
+            trimming = Trimming(captioner, models.draft_vocab)
         if captioner.info.device == "cpu":
-            _leave_cores(max(1, self.readers // 2))  # they wait half of the time
+            self._share_cores(sharing)
         return SpecvlmEngine(captioner, self.settings, trimming, self.batch_size)
 
+    def _share_cores(self, sharing: int) -> None:
+        """Have torch leave cores to the other workers, or to the readers, unless OMP_NUM_THREADS says how many."""
+        if "OMP_NUM_THREADS" in os.environ:
+            return
+        import torch
 
-def _leave_cores(others: int) -> None:
-    """Have torch use all cores but so many, unless OMP_NUM_THREADS says how many."""
-    if "OMP_NUM_THREADS" in os.environ:
-        return
-    import torch
+        cores = usable_cores() // sharing
+        if sharing == 1:
+            cores -= max(1, self.readers // 2)  # they wait half of the time
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), cores)))
 
-    from specvlm.stats import usable_cores
 
-    torch.set_num_threads(max(1, min(torch.get_num_threads(), usable_cores() - others)))
+def cpu_workers(models: Sequence[str], device_map: str | None) -> int:
+    """Return how many workers make the most of this machine's CPU; 1 where there may be a GPU.
+
+    Where all weights stay in the caches, a worker for each core is faster than one on all cores. Else reading them
+    is what decoding costs, and one worker reads them once for all its sequences.
+
+    Args:
+        models: Hub ids or folders of the target and the draft.
+        device_map: Where they go; None: to a GPU, if there is one.
+    """
+    if device_map not in (None, "auto", "cpu") or (device_map != "cpu" and _may_have_gpu()):
+        return 1
+    sizes = [_weight_bytes(Path(model)) for model in models]
+    return usable_cores() if all(sizes) and sum(sizes) <= _CACHED_BYTES else 1
+
+
+def _may_have_gpu() -> bool:
+    """Look for drivers; torch, which knows, takes seconds to import."""
+    return sys.platform != "linux" or any(driver.exists() for driver in _GPU_DRIVERS)
+
+
+def _weight_bytes(folder: Path) -> int:
+    """Return the size of a local checkpoint's weights; 0: it is none."""
+    try:
+        return sum(file.stat().st_size for file in folder.iterdir() if file.suffix in _WEIGHTS)
+    except OSError:
+        return 0
 
 
 def load_captioner(models: ModelChoice, device: str | None = None, *, quiet: bool) -> Captioner:

@@ -39,6 +39,7 @@ LockedPolicy = Literal["fail", "skip", "wait"]
 
 T = TypeVar("T")
 
+_VIDEOS_OF_WORKER = 16  # fewer are not worth loading models once more
 _LOOK_EVERY_S = 1.0  # at a lock that others hold
 _MOST_TOLD = 20  # rows that name no video; the others stand in the failures file
 
@@ -328,7 +329,11 @@ class _Start:
         """Caption what is to be captioned."""
         request = self.request
         todo = self.ledger.count_to_do(request.overwrite, request.retry_failed, request.policy.limit)
-        policy = replace(request.policy, max_failures=_most_failures(request, todo))
+        policy = replace(
+            request.policy,
+            max_failures=_most_failures(request, todo),
+            cpu_workers=min(request.policy.cpu_workers, max(1, todo // _VIDEOS_OF_WORKER)),
+        )
         runner = Runner(self.ledger, self.folder.parts, factory, policy, self.display, refused=self.refused)
         if todo and self.stop.reason is None and not runner.too_many_failed():
             self._caption(runner, todo)

@@ -25,8 +25,9 @@ from specvlm.captioner import Captioner, CaptionOptions, PreparedVideo
 from specvlm.drafts.small_model import SmallModelDraft
 from specvlm.errors import ConfigError, SpecvlmError
 from specvlm.families.base import ModelInputs
+from specvlm.host import usable_cores
 from specvlm.records import CaptionStats
-from specvlm.stats import peak_memory_bytes, reset_peak_memory, usable_cores
+from specvlm.stats import peak_memory_bytes, reset_peak_memory
 
 Generate = Callable[[Sequence[ModelInputs]], Generated]
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import specvlm
 from specvlm.config import GenerationSettings, SpeculationSettings
+from specvlm.host import usable_cores
 from specvlm.preset import Preset
 from specvlm_cli import engine, job, vocab
 from specvlm_cli.commands.caption_flags import MOST, CaptionFlags
@@ -79,7 +80,7 @@ def check(flags: CaptionFlags) -> tuple[CaptionSettings, Policy]:
     pair = pair_of(flags.preset, flags.target)
     settings = _settings(flags, pair)
     _refuse_pointless_baseline(settings, pair, flags.baseline_sample)
-    return settings, _policy(flags, settings)
+    return settings, _policy(flags, settings, pair)
 
 
 def _talk(flags: CaptionFlags) -> Talk:
@@ -114,7 +115,7 @@ def _of_small_models(flags: CaptionFlags, pair: Preset | None) -> dict[str, Any]
     return given
 
 
-def _policy(flags: CaptionFlags, settings: CaptionSettings) -> Policy:
+def _policy(flags: CaptionFlags, settings: CaptionSettings, pair: Preset | None) -> Policy:
     devices, all_gpus = _devices(flags)
     return Policy(
         frames=settings.frames,
@@ -128,6 +129,7 @@ def _policy(flags: CaptionFlags, settings: CaptionSettings) -> Policy:
         on_oom=flags.on_oom,
         devices=devices,
         all_gpus=all_gpus,
+        cpu_workers=_cpu_workers(flags, pair),
         decode_workers=flags.decode_workers or _decode_workers(),
         limits=Limits(timeout_s=positive_seconds("--decode-timeout", flags.decode_timeout)),
         root=root_of(flags.root),
@@ -247,7 +249,14 @@ def _decode_workers() -> int:
 
     At least two, so that one video is read while the frames of another are taken over.
     """
-    return max(_FEWEST_DECODE_WORKERS, min(_MOST_DECODE_WORKERS, len(os.sched_getaffinity(0)) // 2))
+    return max(_FEWEST_DECODE_WORKERS, min(_MOST_DECODE_WORKERS, usable_cores() // 2))
+
+
+def _cpu_workers(flags: CaptionFlags, pair: Preset | None) -> int:
+    if flags.gpus is not None:
+        return 1
+    models = [pair.target if pair else str(flags.target), draft_of(flags.draft, pair)]
+    return engine.cpu_workers([model for model in models if model is not None], flags.device_map)
 
 
 def _devices(flags: CaptionFlags) -> tuple[tuple[str | None, ...], bool]:

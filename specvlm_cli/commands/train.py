@@ -6,7 +6,6 @@ Torch is imported when the flags have turned out to make sense.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from specvlm.config import GenerationSettings, SpeculationSettings
 from specvlm.errors import ConfigError
+from specvlm.host import usable_cores
 from specvlm.preset import Preset
 from specvlm.training.settings import Schedule, TrainingSettings
 from specvlm_cli.commands.caption_flags import MOST
@@ -249,5 +249,4 @@ def _gathered(
 
 def _decode_workers(processes: int) -> int:
     """As many as there are cores for each of our processes, but one for itself."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(_MOST_DECODE_WORKERS, cores // processes - 1, MOST))
+    return max(1, min(_MOST_DECODE_WORKERS, usable_cores() // processes - 1, MOST))

@@ -14,6 +14,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from specvlm.host import usable_cores
 from specvlm_cli.doctor.checks import Verdict, fail, ok, warn
 from specvlm_cli.screen.words import amount
 
@@ -83,7 +84,7 @@ def _wrong(needed: list[Requirement]) -> Iterator[tuple[str, str]]:
 
 def processors() -> Verdict:
     """Count the processors that we may use."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    usable = usable_cores()
     quota = _cpu_quota()
     detail = f"{usable} of {os.cpu_count()} usable"
     if quota is not None and quota < usable:

@@ -62,7 +62,7 @@ def _serve(connection: Connection) -> None:
     setup: Setup = connection.recv()
     try:
         connection.send(Hello(setup.factory.gpus()))
-        engine = setup.factory.load(setup.device)
+        engine = setup.factory.load(setup.device, setup.sharing)
         connection.send(Ready(engine.models, engine.batch_size))
     except Exception as error:
         connection.send(_broken(error))

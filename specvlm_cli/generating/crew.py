@@ -35,7 +35,8 @@ class Crew:
 
     def start(self) -> None:
         """Start the workers that are known to be needed."""
-        for device in self._policy.devices:
+        first, *others = self._policy.devices
+        for device in (*[first] * self._policy.cpu_workers, *others):
             self._workers.append(self._new(device))
 
     def grow(self, gpus: int) -> None:
@@ -46,7 +47,7 @@ class Crew:
                 self._workers.append(self._new(f"cuda:{number}"))
 
     def _new(self, device: str | None) -> Worker:
-        return Worker(self._factory, device, self._stderr)
+        return Worker(self._factory, device, self._policy.cpu_workers, self._stderr)
 
     def welcome(self, worker: Worker, models: Models) -> None:
         """Take in a worker that has loaded its models.
@@ -57,9 +58,10 @@ class Crew:
         if self.models is None:
             self.models = models
         elif (self.models.target_revision, self.models.resolved) != (models.target_revision, models.resolved):
+            which = worker.device or "another worker"
             raise FatalError(
-                f"{worker.device} loaded another version of the target than the first worker; its files changed "
-                "meanwhile, start again"
+                f"{which} loaded another version of the target than the first worker; its files changed meanwhile, "
+                "start again"
             )
 
     def waitables(self) -> list[Any]:

@@ -27,6 +27,7 @@ class Setup:
 
     factory: EngineFactory
     device: str | None  # None: where the settings say
+    sharing: int  # workers on the CPU, if that is the device
 
 
 @dataclass(frozen=True, slots=True)

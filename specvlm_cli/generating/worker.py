@@ -45,8 +45,8 @@ class Worker:
         connection: Readable when it has something to say, or is dead.
     """
 
-    def __init__(self, factory: EngineFactory, device: str | None, stderr: int) -> None:
-        """Start it; `stderr` is a descriptor for what it prints."""
+    def __init__(self, factory: EngineFactory, device: str | None, sharing: int, stderr: int) -> None:
+        """Start it, as one of `sharing` workers if that is on a CPU; `stderr` is a descriptor for what it prints."""
         self.models: Models | None = None
         self.device = device
         self.batch_size = 1
@@ -70,7 +70,7 @@ class Worker:
             ours.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", _TALK_S, 0))
         self.connection = Connection(ours.detach())
         with suppress(OSError):  # it is dead already, and the connection will say so
-            self.connection.send(Setup(factory, device))
+            self.connection.send(Setup(factory, device, sharing))
 
     @property
     def claims(self) -> list[Claim]:

@@ -88,6 +88,7 @@ def specvlm(
     monkeypatch.setattr(engine, "Factory", command.factory)
     monkeypatch.setattr(runner, "DecodingPool", partial(DecodingPool, reader=READER))
     monkeypatch.setattr(caption, "_decode_workers", lambda: 1)  # so that videos come in their order
+    monkeypatch.setattr(caption, "_cpu_workers", lambda *_: 1)
     return command
 
 

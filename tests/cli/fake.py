@@ -117,7 +117,7 @@ class FakeFactory:
     def gpus(self) -> int:
         return self.seen_gpus
 
-    def load(self, device: str | None) -> FakeEngine:
+    def load(self, device: str | None, sharing: int) -> FakeEngine:
         self.note("load", self.number)
         time.sleep(self.load_s)
         if self.dies_loading:

@@ -17,6 +17,7 @@ import pytest
 
 from specvlm.errors import ConfigError, ModelLoadError
 from specvlm_cli import job, read_ahead, resharding
+from specvlm_cli.commands import caption
 from specvlm_cli.generating import worker
 from specvlm_cli.policy import Policy
 from specvlm_cli.resharding import reshard
@@ -49,6 +50,18 @@ def test_all_gpus_share_one_queue(specvlm: Specvlm, tmp_path: Path, out: Path) -
     assert specvlm("caption", folder, "-o", out).code == 0
     assert specvlm.engine.devices == {"fake", "cuda:1", "cuda:2"}
     assert len(specvlm.engine.captioned) == 12
+    invariants.check(out, folder)
+
+
+@pytest.mark.parametrize(("number", "loads"), [(31, 1), (32, 2), (48, 3), (60, 3)])
+def test_workers_share_a_cpu_where_there_is_enough_to_do(
+    specvlm: Specvlm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, out: Path, number: int, loads: int
+) -> None:
+    monkeypatch.setattr(caption, "_cpu_workers", lambda *_: 3)
+    folder = many(tmp_path / "many", number)
+    specvlm.behave(delay_s=0.05, holds=4)
+    assert specvlm("caption", folder, "-o", out).code == 0
+    assert len(specvlm.engine.loads) == loads
     invariants.check(out, folder)
 
 
