@@ -25,10 +25,17 @@ from specvlm.stats import free_memory_bytes, reset_peak_memory
 if TYPE_CHECKING:
     from specvlm.captioner import Captioner, PreparedVideo
 
-# With batch_size=None: where more sequences at once have not been seen to help.
-MOST_SEQUENCES_CPU, MOST_SEQUENCES = 32, 64
 # Share of the free memory that caches may take; the rest is for the work itself, and on a CPU for everyone else.
 MEMORY_SHARE_CPU, MEMORY_SHARE = 0.5, 0.8
+
+
+def usual_batch_size(device: str) -> int:
+    """Most sequences in flight where the caller does not say: more at once have not been seen to help.
+
+    Args:
+        device: Kind of the target's device, such as `"cpu"`.
+    """
+    return 32 if device == "cpu" else 64
 
 
 class Kind(NamedTuple):
@@ -66,10 +73,9 @@ class CaptionBatch:
     def __init__(self, captioner: Captioner, batch_size: int | None = None) -> None:
         """`batch_size`: None: as many as memory holds and as help."""
         self._captioner = captioner
-        on_cpu = captioner.target.device.type == "cpu"
-        most = MOST_SEQUENCES_CPU if on_cpu else MOST_SEQUENCES
-        self._share = MEMORY_SHARE_CPU if on_cpu else MEMORY_SHARE
-        self._scheduler = Scheduler(most if batch_size is None else batch_size)
+        device = captioner.target.device.type
+        self._share = MEMORY_SHARE_CPU if device == "cpu" else MEMORY_SHARE
+        self._scheduler = Scheduler(usual_batch_size(device) if batch_size is None else batch_size)
         self._requests: dict[Hashable, _Request] = {}
         self._decoder: Decoder | None = None
         self._kind: Kind | None = None

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NamedTuple, cast
@@ -165,8 +166,21 @@ def _grid(flags: BenchFlags) -> Grid:
         pruners=_DEFAULT.pruners if flags.pruner is None else _pruners(flags.pruner),
         prune_ratios=_DEFAULT.prune_ratios if flags.prune_ratio is None else _ratios(flags.prune_ratio),
         trees=cast("tuple[TreeName, ...]", values_of("--tree", flags.tree, str, "static,dynamic")),
-        batch_sizes=values_of("--batch-size", flags.batch_size, int, "1,8,32"),
+        batch_sizes=values_of(
+            "--batch-size", flags.batch_size, partial(_batch_size, flags), "1,8,32 or auto"
+        ),
     )
+
+
+def _batch_size(flags: BenchFlags, text: str) -> int:
+    if text != "auto":
+        return int(text)
+    import torch
+
+    from specvlm.batch import usual_batch_size
+
+    no_gpu = flags.device_map == "cpu" or not torch.cuda.is_available()
+    return usual_batch_size("cpu" if no_gpu else "cuda")
 
 
 def _pruners(text: str) -> tuple[PrunerName, ...]:

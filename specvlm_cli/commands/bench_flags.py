@@ -68,7 +68,7 @@ def values_of(name: str, text: str, kind: Callable[[str], Value], example: str) 
             found[kind(part)] = None
         except ValueError as error:
             where = name if part == text.strip() else f"{name} {clean(text)}:"
-            what = "whole number" if kind is int else "number"
+            what = "number" if kind is float else "whole number"
             raise UsageError(f"{where} {clean(part)!r} is no {what}; give e.g. {example}") from error
     if not found:
         raise UsageError(f"{name} {clean(text)!r} names none; give e.g. {example}")
@@ -155,7 +155,8 @@ class BenchFlags:
         _list(
             _COMPARED,
             "--batch-size",
-            "Captions in the making at once, each number for itself, stock's generate() included.",
+            "Captions in the making at once, each number for itself, stock's generate() included; auto: as many as "
+            "caption takes where memory allows.",
         ),
     ] = listed(_GRID.batch_sizes)
     repeat: Annotated[

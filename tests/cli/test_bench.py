@@ -168,6 +168,13 @@ def test_batches_of_the_demo_pair(run: Run, tmp_path: Path) -> None:
     assert "Videos an hour over the batch size" in (tmp_path / "bench.html").read_text()
 
 
+def test_an_automatic_batch_is_that_of_caption(run: Run) -> None:
+    asked = ("--methods", "plain", "--limit", 1, "--repeat", 1, "--max-new-tokens", 2, "--num-frames", 2)
+    code, said, _ = run(*asked, "--batch-size", "2,auto", "--json", "-q")
+    assert code == 0
+    assert [one["batch_size"] for one in json.loads(said)["summaries"]] == [2, 32]
+
+
 def test_a_quick_check_of_batches_says_which_turns_it_left_out(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -300,7 +307,7 @@ def test_frames_that_differ_from_those_asked_for_are_told_once(run: Run) -> None
         (["--num-frames", "16,0"], "--num-frames 0 is out of range"),
         (["--batch-size", "1,0"], "--batch-size 0 is out of range; give 1 to 1024"),
         (["--batch-size", "1025"], "--batch-size 1025 is out of range; give 1 to 1024"),
-        (["--batch-size", "all"], "--batch-size 'all' is no whole number; give e.g. 1,8,32"),
+        (["--batch-size", "all"], "--batch-size 'all' is no whole number; give e.g. 1,8,32 or auto"),
         (["--num-frames", "1.5"], "--num-frames '1.5' is no whole number; give e.g. 16,64"),
         (["--max-new-tokens", "0"], "--max-new-tokens 0 is out of range"),
         (["--repeat", "0"], "--repeat 0 is out of range; give 1 to 1000"),

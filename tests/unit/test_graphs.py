@@ -227,16 +227,13 @@ def test_one_graph_serves_many_rounds(family: FamilyName, how: attention.RoundAt
     assert emulator.replayed > 0
 
 
-CASES = [
-    (family, tree, how)
-    for family in FAMILIES
-    for tree in TREES
-    if tree != "auto"
-    for how in ("masked", "split", "varlen")
-]
+HOW = ("masked", "split", "varlen")
 
 
-@pytest.mark.parametrize(("family", "tree", "how"), CASES)
+@pytest.mark.covering
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tree", [tree for tree in TREES if tree != "auto"])
+@pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("rows", [1, 3])
 def test_graphs_read_nothing_that_nobody_keeps(
     family: FamilyName, tree: str, how: attention.RoundAttention, rows: int
@@ -358,7 +355,10 @@ def ending_at(captioner: Captioner, videos: list[PreparedVideo], **options: Any)
     return [text[3 + 5 * number % 23] for number, text in enumerate(texts)]
 
 
-@pytest.mark.parametrize(("family", "tree", "how"), CASES)
+@pytest.mark.covering
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tree", [tree for tree in TREES if tree != "auto"])
+@pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("batch_size", [3, 5])
 def test_batches_that_shrink_and_fill_again(
     family: FamilyName, tree: str, how: attention.RoundAttention, batch_size: int
