@@ -96,6 +96,8 @@ __all__ = sorted([*_HOME, "__version__"])
 
 def __getattr__(name: str) -> Any:
     """Import a public name from its module when it is first used."""
+    if name == "video":
+        return importlib.import_module("specvlm.video")
     if name not in _HOME:
         raise AttributeError(f"module 'specvlm' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"specvlm.{_HOME[name]}"), name)

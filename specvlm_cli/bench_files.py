@@ -97,7 +97,7 @@ def _write_rows(report: Report, path: Path) -> None:
     note = json.dumps({"label": report.label, "conditions": asdict(report.conditions)})
     table = pa.Table.from_pylist(rows, SCHEMA.with_metadata({_METADATA: note}))
     with _whole(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd")
+        pq.write_table(table, temporary.absolute(), compression="zstd")  # it takes `b:1` for an address
 
 
 def _texts(row: dict[str, Any]) -> dict[str, str]:

@@ -275,7 +275,7 @@ class Parts:
             part = _described(self._root, f"{CAPTIONS}/{path.name}", len(rows))
             ledger.adopt(part, number, rows, [path_bytes(row["path"]) for row in rows])
             if not set(CAPTION_SCHEMA.names) <= set(
-                pq.read_schema(path).names
+                pq.read_schema(path.absolute()).names
             ):  # an earlier version wrote it
                 ledger.outdate(part.name)
         failures = self._root / self.failures_name
@@ -290,7 +290,7 @@ def ids_in_parts(root: Path) -> Iterator[tuple[int, list[str]]]:
     for path in listed(root / CAPTIONS):
         found = _ANY_PART.fullmatch(path.name)
         if found and int(found.group(1)) not in told:
-            with suppress(pa.ArrowException, OSError, StopIteration), pq.ParquetFile(path) as file:
+            with suppress(pa.ArrowException, OSError, StopIteration), pq.ParquetFile(path.absolute()) as file:
                 batch = next(file.iter_batches(batch_size=_SOME_ROWS, columns=["id"]))
                 told.add(int(found.group(1)))
                 yield int(found.group(1)), batch.column(0).to_pylist()
@@ -302,7 +302,7 @@ def kept_in_parts(root: Path) -> dict[str, str]:
     for path in listed(root / CAPTIONS):
         if _ANY_PART.fullmatch(path.name):
             with suppress(pa.ArrowException, OSError):
-                schema = pq.read_schema(path)
+                schema = pq.read_schema(path.absolute())
                 ours = set(CAPTION_SCHEMA.names)
                 return {
                     one.name: kinds[one.type] for one in schema if one.name not in ours and one.type in kinds
@@ -324,7 +324,8 @@ def _write(root: Path, name: str, rows: Sequence[Row], schema: pa.Schema) -> Par
     final.parent.mkdir(parents=True, exist_ok=True)
     temporary = final.with_name(f".{final.name}")
     table = pa.Table.from_pylist([_typed(row, schema) for row in rows], schema=schema)
-    pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
+    # Paths are absolute for pyarrow, which takes `run-12:30/a` for the address of something remote.
+    pq.write_table(table, temporary.absolute(), compression="zstd", write_page_checksum=True)
     _check(temporary, len(rows), schema)
     publish(temporary, final)
     return _described(root, name, len(rows))
@@ -338,7 +339,7 @@ def _typed(row: Mapping[str, Any], schema: pa.Schema) -> Row:
 
 
 def _check(path: Path, rows: int, schema: pa.Schema) -> None:
-    with pq.ParquetFile(path) as file:
+    with pq.ParquetFile(path.absolute()) as file:
         if file.metadata.num_rows != rows or not file.schema_arrow.equals(schema, check_metadata=True):
             raise FatalError(f"{path}: what was written does not read back; check the disk, then start again")
 
@@ -352,7 +353,7 @@ def _described(root: Path, name: str, rows: int) -> Part:
 def _read(path: Path, schema: pa.Schema) -> list[Row]:
     """Return a file's rows; columns of `schema` that an earlier version did not write yet are null."""
     try:
-        table = pq.read_table(path, page_checksum_verification=True)
+        table = pq.read_table(path.absolute(), page_checksum_verification=True)
         table = table.cast(_like(table.schema, schema))
         table.select([name for name in _NEEDED if name in schema.names])
     except (pa.ArrowException, KeyError, OSError, ValueError) as error:

@@ -24,7 +24,7 @@ from typing import Protocol
 from specvlm_cli.assigning import Admission, Assigner
 from specvlm_cli.decoding import DecodingPool, ReadFailure
 from specvlm_cli.engine import EngineFactory, Models
-from specvlm_cli.exits import FatalError
+from specvlm_cli.exits import FatalError, UsageError
 from specvlm_cli.failure import Failure
 from specvlm_cli.generating.crew import Crew
 from specvlm_cli.generating.messages import Broken, Failed, FromWorker, Hello, Lost, Made, Ready, Report
@@ -264,7 +264,7 @@ class Runner:
             case None:
                 self._on_death(worker)
             case Hello(gpus):
-                self._crew.grow(gpus)
+                self._on_hello(gpus)
             case Ready(models):
                 self._welcome(worker, models)
             case Broken():
@@ -275,6 +275,14 @@ class Runner:
             case Lost():
                 self._on_lost(worker, message)
 
+    def _on_hello(self, gpus: int) -> None:
+        """Start workers for further GPUs; end the run where GPUs were asked for that are not there."""
+        last = max((int(name.removeprefix("cuda:")) for name in self._policy.devices if name), default=-1)
+        if last >= gpus:
+            there = "no GPU; leave it out" if not gpus else f"{gpus}, counted from 0; name those, or all"
+            self._fatal = UsageError(f"--gpus: number {last} is asked for, and this machine has {there}")
+        self._crew.grow(gpus)
+
     def _welcome(self, worker: Worker, models: Models) -> None:
         try:
             self._crew.welcome(worker, models)
@@ -283,14 +291,15 @@ class Runner:
 
     def _on_broken(self, worker: Worker, broken: Broken) -> None:
         """One GPU of several that cannot hold the models is no reason to stop; anything else is."""
-        if worker.models is not None or len(self._crew) == 1:
+        if worker.models is not None or len(self._crew) == 1 or self._policy.cpu_workers > 1:
             broken.error.__cause__ = RemoteError(broken.trace)
             self._fatal = broken.error
             self._release(worker.claims)
             self._crew.remove(worker)
             return
         self._crew.remove(worker)
-        self._reporter.warn(f"going on without {worker.device or 'the first worker'}: {broken.error}")
+        if self._fatal is None:
+            self._reporter.warn(f"going on without {worker.device or 'the first worker'}: {broken.error}")
 
     def _on_ended(self, worker: Worker, ended: Made | Failed) -> None:
         claim = worker.drop(ended.key)

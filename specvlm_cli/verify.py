@@ -207,7 +207,7 @@ def _failures(ledger: LedgerView) -> Content:
 def _read(path: Path, *, captions: bool) -> tuple[int, Content]:
     """Return a file's number of rows, and what stands in it, every page of it checked."""
     found: Content = {}
-    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+    with pq.ParquetFile(path.absolute(), page_checksum_verification=True) as file:
         for batch in file.iter_batches(_BATCH):
             ids = batch.column("id").to_pylist()
             indexes = batch.column("prompt_index").to_pylist() if captions else [0] * len(ids)

@@ -18,7 +18,7 @@ from specvlm.bench.grid import Grid
 from specvlm.bench.records import METHODS
 from specvlm.config import PRUNERS, TREES
 from specvlm_cli.commands.caption_flags import CaptionFlags, DtypeName
-from specvlm_cli.commands.options import flag, same_as, variable
+from specvlm_cli.commands.options import flag, output, same_as, variable
 from specvlm_cli.exits import UsageError
 from specvlm_cli.text import clean
 
@@ -109,6 +109,7 @@ class BenchFlags:
             help="Folder for bench.parquet, a row for each timed caption, and bench.html, a page with plots.",
             rich_help_panel=_INPUT,
             metavar="FOLDER",
+            parser=output("--out"),
         ),
     ] = None
     prompt: Annotated[

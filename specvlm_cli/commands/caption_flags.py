@@ -22,7 +22,7 @@ from specvlm.config import (
     TreeName,
 )
 from specvlm.preset import presets
-from specvlm_cli.commands.options import flag, read_config
+from specvlm_cli.commands.options import flag, output, read_config
 from specvlm_cli.exits import UsageError
 from specvlm_cli.generating.messages import OnOom
 from specvlm_cli.inputs import EXTENSIONS
@@ -48,12 +48,6 @@ _BATCH, _WRITING, _RESUME, _TALKING = (
 )
 
 
-def _folder(text: str | Path) -> Path:
-    if text == "":
-        raise UsageError("--out is empty; give a folder")
-    return Path(text)
-
-
 @dataclass(frozen=True, kw_only=True)
 class InputFlags:
     """What to caption, and where to."""
@@ -66,7 +60,8 @@ class InputFlags:
         ),
     ]
     out: Annotated[
-        Path, flag(_INPUT, "--out -o", "Run folder for captions, failures and progress.", parser=_folder)
+        Path,
+        flag(_INPUT, "--out -o", "Run folder for captions, failures and progress.", parser=output("--out")),
     ] = DEFAULT_OUT
     recursive: Annotated[
         bool, flag(_INPUT, "--recursive/--no-recursive", "Enter folders below a folder.")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from specvlm_cli.commands.options import output
 from specvlm_cli.exits import ExitCode
 from specvlm_cli.export.request import ROWS_PER_FILE, FailuresName, FormatName, LinkName, Request, format_of
 from specvlm_cli.text import clean
@@ -24,7 +25,11 @@ def export(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Run folder of specvlm caption.")],
     destination: Annotated[
         Path,
-        typer.Argument(metavar="DEST", help="A folder; or a file that ends in .jsonl, .csv or .parquet."),
+        typer.Argument(
+            metavar="DEST",
+            help="A folder; or a file that ends in .jsonl, .csv or .parquet.",
+            parser=output("DEST"),
+        ),
     ],
     format: Annotated[  # noqa: A002  the name of the flag
         FormatName | None,

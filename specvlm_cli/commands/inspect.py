@@ -31,7 +31,7 @@ from specvlm_cli.commands.choices import (
     refuse_for_head,
     text_of,
 )
-from specvlm_cli.commands.options import same_as
+from specvlm_cli.commands.options import output, same_as
 from specvlm_cli.decoding import Limits, ReadJob
 from specvlm_cli.decoding.single import read_one
 from specvlm_cli.durations import positive_seconds
@@ -88,6 +88,7 @@ class InspectFlags(FrameFlags, PruningFlags):
             "--out",
             "-o",
             help="The sheet, a PNG. Default: the video's name and -inspect.png, in this folder.",
+            parser=output("--out"),
             rich_help_panel=_SHEET,
             metavar="FILE",
         ),

@@ -13,6 +13,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 import typer
 
 from specvlm_cli.exits import UsageError
+from specvlm_cli.inputs.values import is_address
 from specvlm_cli.text import clean
 
 PREFIX = "SPECVLM_"
@@ -37,6 +38,22 @@ def flag(group: str, names: str, text: str, **more: Any) -> Any:
         show_envvar=False,
         **more,
     )
+
+
+def output(name: str) -> Callable[[str | Path], Path]:
+    """Return what makes a path of the value of `name`, which says where something is written."""
+
+    def path(text: str | Path) -> Path:
+        shown = str(text)
+        if not shown:
+            raise UsageError(f"{name} is empty; give a path")
+        if "://" in shown and is_address(os.fsencode(text)):
+            raise UsageError(
+                f"{name} {clean(shown)}: nothing is written to remote addresses; give a local path"
+            )
+        return Path(text)
+
+    return path
 
 
 def same_as(flags: type, name: str) -> Any:
@@ -73,7 +90,7 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
         return path
     shown = f"--config {clean(str(path))}"
     try:
-        found = tomllib.loads(path.read_text(encoding="utf-8"))
+        found = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UsageError(f"{shown}: {error.strerror}; give a TOML file that can be read") from error
     except ValueError as error:

@@ -21,7 +21,7 @@ import specvlm
 from specvlm_cli import durations
 from specvlm_cli.commands.caption import caption, check
 from specvlm_cli.commands.caption_flags import CaptionFlags
-from specvlm_cli.commands.options import command, flag
+from specvlm_cli.commands.options import command, flag, output
 from specvlm_cli.exits import ExitCode, UsageError
 from specvlm_cli.run_folder import RunFolder
 from specvlm_cli.shard import MOST_SHARDS
@@ -171,9 +171,7 @@ def _program() -> list[str]:
 
 
 def _folder(name: str, text: str) -> Path:
-    if not text:
-        raise UsageError(f"{name} is empty; give a folder")
-    return _here() / text
+    return _here() / output(name)(text)
 
 
 def _here() -> Path:

@@ -14,7 +14,7 @@ import typer
 
 from specvlm.training.settings import Schedule, TrainingSettings
 from specvlm_cli.commands.caption_flags import MOST, CaptionFlags, DtypeName, ReadingFlags
-from specvlm_cli.commands.options import flag, read_config, same_as
+from specvlm_cli.commands.options import flag, output, read_config, same_as
 from specvlm_cli.job import LockedPolicy
 from specvlm_cli.talk import ProgressName
 
@@ -60,6 +60,7 @@ class TrainInputFlags:
             "--out",
             "-o",
             help="Folder of the head; run it again to go on. Use it with --draft.",
+            parser=output("--out"),
             rich_help_panel=_INPUT,
             metavar="HEAD",
         ),

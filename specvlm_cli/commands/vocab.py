@@ -16,7 +16,7 @@ import specvlm
 from specvlm_cli import engine
 from specvlm_cli.commands.caption_flags import MOST, ModelFlags
 from specvlm_cli.commands.choices import pair_of
-from specvlm_cli.commands.options import same_as
+from specvlm_cli.commands.options import output, same_as
 from specvlm_cli.exits import ExitCode, UsageError
 from specvlm_cli.settings import ModelChoice
 from specvlm_cli.text import clean
@@ -52,6 +52,7 @@ class VocabFlags:
             "--out",
             "-o",
             help="The file for --draft-vocab; an earlier one is replaced.",
+            parser=output("--out"),
             rich_help_panel=_KEPT,
             metavar="FILE",
         ),

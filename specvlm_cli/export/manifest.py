@@ -179,7 +179,7 @@ def _parquet_columns(path: Path) -> list[str]:
     from specvlm_cli.export.columns import MARK
 
     try:
-        schema = pq.read_schema(path)
+        schema = pq.read_schema(path.absolute())
     except pa.ArrowException as error:
         raise ValueError(str(error)) from error
     return list(schema.names) if MARK in (schema.metadata or {}) else []

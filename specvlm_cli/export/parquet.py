@@ -25,7 +25,7 @@ def write_file(path: Path, columns: Columns, rows: Iterator[Row], most: int | No
     """Write one file of at most `most` rows; return how many there were."""
     written = 0
     with pq.ParquetWriter(
-        path,
+        path.absolute(),  # pyarrow takes `run-12:30` for an address
         columns.schema,
         version="2.6",
         data_page_version="1.0",
@@ -36,7 +36,7 @@ def write_file(path: Path, columns: Columns, rows: Iterator[Row], most: int | No
         for group in _groups(rows if most is None else islice(rows, most)):
             writer.write_table(columns.table(group), row_group_size=ROW_GROUP)
             written += len(group)
-    with pq.ParquetFile(path) as file:
+    with pq.ParquetFile(path.absolute()) as file:
         if file.metadata.num_rows != written:
             raise FatalError(f"{clean(str(path))}: what was written does not read back; check the disk")
     return written

@@ -189,7 +189,10 @@ class Inputs:
 
     def _is_young(self, path: bytes) -> bool:
         try:
-            return time.time() - os.stat(path).st_mtime < self._options.min_age_s
+            age_s = time.time() - os.stat(path).st_mtime
+            return (
+                abs(age_s) < self._options.min_age_s
+            )  # another machine's clock may be ahead, but not for ever
         except (OSError, ValueError):
             return False  # whoever opens it will say what is wrong
 

@@ -72,6 +72,18 @@ def test_gpus_can_be_chosen(specvlm: Specvlm, tmp_path: Path, out: Path) -> None
     assert specvlm.engine.devices == {"cuda:0", "cuda:3"}
 
 
+@pytest.mark.parametrize(("asked", "seen", "last"), [("8", 0, 7), ("8", 4, 7), ("1,", 1, 1), ("0,5", 5, 5)])
+def test_gpus_that_are_not_there_end_the_start_with_one_line(
+    specvlm: Specvlm, videos: Path, out: Path, asked: str, seen: int, last: int
+) -> None:
+    specvlm.behave(seen_gpus=seen)
+    result = specvlm("caption", videos, "-o", out, "--gpus", asked, "-q")
+    assert result.code == 2
+    (line,) = result.err.splitlines()
+    there = f"{seen}, counted from 0; name those, or all" if seen else "no GPU; leave it out"
+    assert line == f"specvlm: error: --gpus: number {last} is asked for, and this machine has {there}"
+
+
 def test_one_gpu_that_cannot_load_is_left_out(specvlm: Specvlm, videos: Path, out: Path) -> None:
     specvlm.behave(seen_gpus=2, error=ModelLoadError("no room"), only_on="cuda:1", delay_s=0.3)
     result = specvlm("caption", videos, "-o", out)
