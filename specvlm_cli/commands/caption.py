@@ -24,6 +24,7 @@ from specvlm_cli.commands.choices import (
     model_choice,
     pair_of,
     prompt_texts,
+    refuse_empty,
     refuse_for_head,
     root_of,
     text_of,
@@ -66,6 +67,8 @@ def caption(flags: CaptionFlags) -> int:
             )
         with Wanted.gather(inputs, overlapping=len(flags.inputs) > 1) as wanted:
             _tell_what_was_left_out(inputs, wanted, talk)
+            if not flags.allow_empty:
+                refuse_empty(inputs, "check the path and what is mounted there, or give --allow-empty")
             request = _request(flags, inputs, wanted, settings, policy, shard)
             return _show_plan(request, talk, flags) if flags.dry_run else _run(request, talk, flags)
 

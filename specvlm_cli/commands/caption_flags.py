@@ -56,7 +56,8 @@ class InputFlags:
         list[str],
         typer.Argument(
             metavar="INPUT...",
-            help="Folders, videos, quoted globs, manifests (.parquet, .csv, .jsonl), or - for paths on standard input.",
+            help="Folders, videos, quoted globs, manifests (.parquet, .csv, .jsonl; a folder of Parquet parts), "
+            "lists of paths (.txt), or - for paths on standard input.",
         ),
     ]
     out: Annotated[
@@ -121,6 +122,9 @@ class InputFlags:
             metavar="TIME",
         ),
     ] = "0s"
+    allow_empty: Annotated[
+        bool, flag(_INPUT, "--allow-empty", "An input without a video is no mistake, only nothing to do.")
+    ] = False
     root: Annotated[
         Path | None,
         flag(_INPUT, "--root", "Read nothing outside this folder, wherever links lead.", metavar="FOLDER"),

@@ -17,7 +17,7 @@ from specvlm_cli import engine, vocab
 from specvlm_cli.commands.caption_flags import FrameFlags
 from specvlm_cli.commands.options import variable
 from specvlm_cli.exits import UsageError
-from specvlm_cli.inputs import MOST_PROMPTS, InputOptions
+from specvlm_cli.inputs import MOST_PROMPTS, InputOptions, Inputs
 from specvlm_cli.settings import ModelChoice
 from specvlm_cli.text import clean
 
@@ -248,6 +248,21 @@ def input_options(flags: _InputFlags, **more: Any) -> InputOptions:
         prompt_column=flags.prompt_column,
         **more,
     )
+
+
+def refuse_empty(inputs: Inputs, advice: str) -> None:
+    """Refuse arguments that named no video.
+
+    Args:
+        inputs: Read to their end.
+        advice: What to do about it.
+
+    Raises:
+        UsageError: There is one.
+    """
+    if empty := inputs.report.empty:
+        more = f", like {len(empty) - 1} more inputs" if len(empty) > 1 else ""
+        raise UsageError(f"{empty[0]}: no video is there{more}; {advice}")
 
 
 def _extensions(text: str) -> list[str]:

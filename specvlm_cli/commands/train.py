@@ -25,6 +25,7 @@ from specvlm_cli.commands.choices import (
     model_choice,
     pair_of,
     prompt_texts,
+    refuse_empty,
     root_of,
     text_of,
 )
@@ -241,6 +242,7 @@ def _gathered(
 ) -> tuple[list[Video], list[Any], int]:
     inputs = Inputs(given, input_options(flags))
     with Wanted.gather(inputs, overlapping=len(given) > 1) as wanted:
+        refuse_empty(inputs, "check the path and what is mounted there")
         videos, problems = videos_of(wanted, settings.prompts, limit)
     for folder in inputs.report.unreadable:
         talk.warn(f"left out, not readable: {folder}")

@@ -135,6 +135,17 @@ class Folder:
                 yield relative
 
 
+def parts_in(folder: bytes, suffixes: tuple[bytes, ...]) -> list[bytes]:
+    """Return the Parquet files of a folder that are a manifest in parts: there is no video beside them."""
+    try:
+        names = sorted(name for name in os.listdir(folder) if not name.startswith(b"."))
+    except OSError:  # whoever lists it for videos will say so
+        return []
+    if any(name.lower().endswith(suffixes) for name in names):
+        return []
+    return [os.path.join(folder, name) for name in names if name.lower().endswith(b".parquet")]
+
+
 def _identity(path: bytes) -> tuple[int, int]:
     status = os.stat(path)
     return status.st_dev, status.st_ino

@@ -66,6 +66,7 @@ class Report:
         too_young: Videos left out because their file changed too recently.
         other_shards: Videos left out because they are of another shard.
         rows: Rows of manifests.
+        empty: Arguments that named no video; standard input is none of them.
     """
 
     unreadable: list[str] = field(default_factory=list)
@@ -73,6 +74,7 @@ class Report:
     too_young: int = 0
     other_shards: int = 0
     rows: int = 0
+    empty: list[str] = field(default_factory=list)
 
     def add_unreadable(self, line: str) -> None:
         """Note a folder that could not be listed."""

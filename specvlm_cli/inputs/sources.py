@@ -19,18 +19,19 @@ from typing import BinaryIO, Protocol
 from specvlm_cli.exits import UsageError
 from specvlm_cli.inputs.columns import asked_columns, refuse_names
 from specvlm_cli.inputs.csv_manifest import CsvManifest
-from specvlm_cli.inputs.folders import Folder, matches, shown, single, suffixes_of
+from specvlm_cli.inputs.folders import Folder, matches, parts_in, shown, single, suffixes_of
 from specvlm_cli.inputs.item import Item
 from specvlm_cli.inputs.jsonl_manifest import JsonlManifest
 from specvlm_cli.inputs.options import InputOptions, Report
+from specvlm_cli.inputs.path_list import Lines, PathList
 from specvlm_cli.inputs.rows import ItemMaker, Root, Rows, refused_address
-from specvlm_cli.inputs.stdin import Lines
 from specvlm_cli.inputs.values import is_address
 from specvlm_cli.text import clean
 
 STDIN = "-"
 
 _MANIFESTS = (b".parquet", b".csv", b".jsonl")
+_LIST = b".txt"
 _NO_MANIFESTS = (b".tsv", b".json", b".ndjson", b".arrow", b".feather", b".xlsx")
 _PACKED = re.compile(rb"\.(parquet|csv|jsonl|json|tsv|ndjson)\.(gz|bz2|xz|zst|lz4|zip|Z)$", re.IGNORECASE)
 _DEFAULT = InputOptions()
@@ -94,6 +95,16 @@ def _reader(path: bytes, options: InputOptions) -> RowReader:
         raise _unreadable(name, error) from error
 
 
+def _path_list(path: bytes) -> PathList:
+    name = shown(path)
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise UsageError(f"{name} is no file; give a list that is one, or paths on standard input")
+        return PathList(path, name)
+    except OSError as error:
+        raise _unreadable(name, error) from error
+
+
 def _unreadable(name: str, error: OSError) -> UsageError:
     return UsageError(f"{name}: {clean(error.strerror or str(error))}; give a manifest that can be read")
 
@@ -126,24 +137,28 @@ class Inputs:
         refuse_names(options)
         if given.count(STDIN) > 1:
             raise UsageError(f"{STDIN} was given {given.count(STDIN)} times; standard input is read once")
-        sources = [self._source(one) for one in given]
-        self._sources: list[Source] | None = sources
-        manifests = [source for source in sources if isinstance(source, Manifest)]
+        sources = [(one, self._sources_of(one)) for one in given]
+        self._sources: list[tuple[str, Sequence[Source]]] | None = sources
+        manifests = [source for _, some in sources for source in some if isinstance(source, Manifest)]
         _refuse_without_manifest(options, manifests)
         self.kept: Mapping[str, str] = _one_type(manifests)
 
-    def _source(self, given: str) -> Source:
+    def _sources_of(self, given: str) -> Sequence[Source]:
         path = os.fsencode(given)
         if given == STDIN:
-            return Lines(self._stdin or _standard_input())
+            return [Lines(self._stdin or _standard_input())]
         if os.path.isdir(path):
-            return Folder(path, self._options.recursive, self._suffixes)
+            parts = parts_in(path, self._suffixes)
+            folder = Folder(path, self._options.recursive, self._suffixes)
+            return [Manifest(part, self._options) for part in parts] or [folder]
         if os.path.lexists(path):
-            return self._file(path)
+            return [self._file(path)]
         if is_address(path):
             raise UsageError(refused_address(given))
         if glob.has_magic(path):
-            return matches(path, self._suffixes)
+            if path.lower().endswith(b".parquet") and (found := sorted(glob.glob(path, recursive=True))):
+                return [Manifest(one, self._options) for one in found]
+            return [matches(path, self._suffixes)]
         raise UsageError(
             f"{clean(given) or repr(given)}: no such file or folder; give a video, a folder, a manifest or a "
             "quoted glob"
@@ -152,6 +167,8 @@ class Inputs:
     def _file(self, path: bytes) -> Source:
         if path.lower().endswith(_MANIFESTS):
             return Manifest(path, self._options)
+        if path.lower().endswith(_LIST):
+            return _path_list(path)
         if _PACKED.search(path):
             raise UsageError(
                 f"{shown(path)}: packed manifests are not read; unpack it, or write it as .parquet"
@@ -168,10 +185,19 @@ class Inputs:
         """
         assert self._sources is not None, "inputs are read once"
         sources, self._sources = self._sources, None
-        items: Iterator[Item] = chain.from_iterable(source.items(self.report) for source in sources)
+        items: Iterator[Item] = chain.from_iterable(self._items(*one) for one in sources)
         if self._options.shard.count > 1:
             items = self._of_shard(items)
         return self._old_enough(items) if self._options.min_age_s > 0 else items
+
+    def _items(self, given: str, sources: Sequence[Source]) -> Iterator[Item]:
+        """Yield the videos of one argument; note it where it has none. What a pipe brings may well be nothing."""
+        item, unreadable = None, len(self.report.unreadable)
+        for source in sources:
+            for item in source.items(self.report):
+                yield item
+        if item is None and given != STDIN and len(self.report.unreadable) == unreadable:
+            self.report.empty.append(clean(given))
 
     def _of_shard(self, items: Iterable[Item]) -> Iterator[Item]:
         for item in items:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import sqlite3
@@ -636,10 +637,33 @@ def test_an_output_folder_that_is_a_file(specvlm: Specvlm, videos: Path, tmp_pat
 def test_no_videos_is_nothing_to_do(specvlm: Specvlm, tmp_path: Path, out: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
-    result = specvlm("caption", empty, "-o", out)
+    refused = specvlm("caption", empty, "-o", out)
+    assert refused.code == 2
+    assert refused.err.splitlines()[-1] == (
+        f"specvlm: error: {empty}: no video is there; check the path and what is mounted there, or give --allow-empty"
+    )
+    result = specvlm("caption", empty, "-o", out, "--allow-empty")
     assert result.code == 0
     assert "no videos found" in result.err
     assert not out.exists()
+
+
+def test_one_empty_input_among_others_is_told_before_models_load(
+    specvlm: Specvlm, videos: Path, tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("unmounted", "also"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "rows.csv").write_text("path\n")
+    (tmp_path / "list.txt").write_text("\n")
+    given = (videos, tmp_path / "unmounted", tmp_path / "also", tmp_path / "rows.csv", tmp_path / "list.txt")
+    refused = specvlm("caption", *given, "-o", out)
+    assert refused.code == 2
+    assert f"{tmp_path}/unmounted: no video is there, like 3 more inputs;" in refused.err
+    assert not specvlm.loads
+    assert specvlm("caption", *given, "-o", out, "--allow-empty").code == 0
+    assert len(rows(out)) == 4
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"")))
+    assert specvlm("caption", "-", "-o", tmp_path / "none").code == 0, "an hour without new files"
 
 
 def test_a_folder_that_cannot_be_listed_is_no_success(

@@ -28,8 +28,8 @@ FLAGS = """
 --max-pixels --total-pixels --video-backend --max-new-tokens --temperature --top-k --seed --overwrite
 --retry-failed --on-config-change --fail-fast --max-failures --exit-zero --baseline-sample --dry-run -n
 --json --batch-size --quiet -q --verbose -v --log-file --progress --help
---path-column --id-column --start-column --end-column --prompt-column --keep-columns --min-age --root --shard
---reshard --gpus --min-decoded --decode-timeout --decode-workers --if-locked --retries --timeout --on-oom
+--path-column --id-column --start-column --end-column --prompt-column --keep-columns --min-age --allow-empty --root
+--shard --reshard --gpus --min-decoded --decode-timeout --decode-workers --if-locked --retries --timeout --on-oom
 --max-runtime --grace --config --draft-vocab
 """.split()
 

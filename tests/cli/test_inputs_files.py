@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from specvlm_cli.exits import UsageError
@@ -203,3 +205,45 @@ def test_columns_are_refused_where_there_is_no_manifest(videos: Path, option: st
     asked = ("speaker",) if option == "keep_columns" else "speaker"
     with pytest.raises(UsageError, match="speaker has no manifest to go with"):
         Inputs([str(videos)], InputOptions(**{option: asked}))
+
+
+def test_a_text_file_is_a_list_of_paths_below_its_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "lists"
+    folder.mkdir()
+    (folder / "night.TXT").write_bytes(b"\xef\xbb\xbfa b.mp4\r\n\r\n../up.mkv\r\n/abs/c.mp4")
+    inputs = Inputs([str(folder / "night.TXT")])
+    assert [item.path for item in inputs] == [
+        os.fsencode(folder / "a b.mp4"),
+        os.fsencode(tmp_path / "up.mkv"),
+        b"/abs/c.mp4",
+    ]
+    assert inputs.report.empty == []
+
+
+def test_a_list_is_a_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(UsageError, match="is no file; give a list that is one"):
+        Inputs([str(tmp_path / "pipe.txt")])
+
+
+def test_parquet_parts_in_a_folder_or_by_a_glob_are_one_manifest(tmp_path: Path) -> None:
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    for number in (2, 0, 1):
+        table = pa.table({"path": [f"{number}.mp4"], "mood": [number]})
+        pq.write_table(table, parts / f"train-{number}.parquet")
+    pq.write_table(
+        pa.table({"path": pa.array([], pa.string()), "mood": pa.array([], pa.int64())}), parts / "z.parquet"
+    )
+    (parts / "README.md").write_text("not one of them")
+    (parts / ".hidden.parquet").write_text("neither")
+    options = InputOptions(keep_columns=("mood",))
+    for given in (str(parts), f"{parts}/*.parquet"):
+        inputs = Inputs([given], options)
+        assert inputs.kept == {"mood": "int64"}
+        items = list(inputs)
+        assert [item.path for item in items] == [os.fsencode(parts / f"{n}.mp4") for n in range(3)]
+        assert [item.kept for item in items] == [f'{{"mood":{n}}}' for n in range(3)]
+        assert inputs.report.empty == []
+    (parts / "film.webm").write_text("a video")
+    assert [item.path for item in Inputs([str(parts)])] == [os.fsencode(parts / "film.webm")]

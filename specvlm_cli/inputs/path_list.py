@@ -1,4 +1,4 @@
-"""Paths on standard input, one a line, or with a NUL behind each as `find -print0` writes them."""
+"""Lists of paths, on standard input or in a file: one a line, or with NULs between, as `find -print0` writes them."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ from specvlm_cli.inputs.rows import ItemMaker, Root, Rows
 from specvlm_cli.inputs.values import MOST_PATH_BYTES
 
 _MOST_LINE_BYTES = 1 << 20
-_NAME = "standard input"
+_MARK = b"\xef\xbb\xbf"  # the byte order mark with which Windows editors begin a file
 
 
 class Lines:
     """Reads paths from a stream, once; relative ones are relative to the current folder."""
 
-    def __init__(self, stream: BinaryIO) -> None:
+    def __init__(self, stream: BinaryIO, name: str = "standard input", root: bytes = b".") -> None:
+        """`name`: of the stream, in messages. `root`: the folder that relative paths are relative to."""
         self._stream = stream
-        self._maker = ItemMaker(os.fsencode(_NAME), "line", Root(os.getcwdb()))
+        self._name = name
+        self._maker = ItemMaker(os.fsencode(name), "line", Root(root))
 
     def items(self, report: Report) -> Iterator[Item]:
         """Yield a video for each line that is not empty.
@@ -35,20 +37,23 @@ class Lines:
                 yield from self._maker.items(rows)
         except LongLineError as error:
             raise UsageError(
-                f"{_NAME} line {error.line} is longer than {_MOST_LINE_BYTES} bytes; give paths, one a line"
+                f"{self._name} line {error.line} is longer than {_MOST_LINE_BYTES} bytes; give paths, one a line"
             ) from error
         except OSError as error:
-            raise UsageError(f"{_NAME}: {error.strerror}; give paths, one a line") from error
+            raise UsageError(f"{self._name}: {error.strerror}; give paths, one a line") from error
 
     def _rows(self) -> Iterator[Rows]:
         begin = self._begin()
         separator = b"\0" if b"\0" in begin else b"\n"
         first = 1
         for piece in pieces(self._stream, _MOST_LINE_BYTES, separator, begin):
-            lines = piece.split(separator)
+            lines = self._lines(piece, separator)
             full = [(number, line) for number, line in enumerate(lines, first) if line]
             yield Rows([number for number, _ in full], [line for _, line in full])
             first += len(lines) - 1
+
+    def _lines(self, piece: bytes, separator: bytes) -> list[bytes]:
+        return piece.split(separator)
 
     def _begin(self) -> bytes:
         """Return the beginning, as long as a path may be: by then a NUL would have been seen."""
@@ -56,3 +61,25 @@ class Lines:
         while len(begin) <= MOST_PATH_BYTES and (more := self._stream.read(MOST_PATH_BYTES + 1 - len(begin))):
             begin += more
         return begin
+
+
+class PathList(Lines):
+    """Reads a text file of paths, once; relative ones are relative to its folder."""
+
+    def __init__(self, path: bytes, name: str) -> None:
+        """Open it.
+
+        Raises:
+            OSError: It cannot be read.
+        """
+        super().__init__(open(path, "rb"), name, os.path.dirname(path) or b".")  # noqa: SIM115  until it is read
+
+    def items(self, report: Report) -> Iterator[Item]:
+        with self._stream:
+            yield from super().items(report)
+
+    def _lines(self, piece: bytes, separator: bytes) -> list[bytes]:
+        return [line.removesuffix(b"\r") for line in piece.split(separator)]
+
+    def _begin(self) -> bytes:
+        return super()._begin().removeprefix(_MARK)
