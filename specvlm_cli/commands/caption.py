@@ -28,6 +28,7 @@ from specvlm_cli.commands.choices import (
     refuse_for_head,
     root_of,
     text_of,
+    warn_of_unused_times,
 )
 from specvlm_cli.commands.options import PREFIX, variable
 from specvlm_cli.decoding import Limits
@@ -185,6 +186,7 @@ def _tell_unknown_variables(talk: Talk) -> None:
 
 def _tell_what_was_left_out(inputs: Inputs, wanted: Wanted, talk: Talk) -> None:
     report = inputs.report
+    warn_of_unused_times(inputs, talk.warn)
     for folder in report.unreadable:
         talk.warn(f"left out, not readable: {folder}")
     if report.more_unreadable:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +19,7 @@ from specvlm_cli.commands.options import variable
 from specvlm_cli.exits import UsageError
 from specvlm_cli.inputs import MOST_PROMPTS, InputOptions, Inputs
 from specvlm_cli.settings import ModelChoice
-from specvlm_cli.text import clean
+from specvlm_cli.text import clean, short
 
 DEFAULT_PRESET = "demo"
 _DEVICE = re.compile(r"auto|balanced|balanced_low_0|sequential|cpu|mps|(cuda|xpu)(:[0-9]{1,4})?")
@@ -248,6 +248,16 @@ def input_options(flags: _InputFlags, **more: Any) -> InputOptions:
         prompt_column=flags.prompt_column,
         **more,
     )
+
+
+def warn_of_unused_times(inputs: Inputs, warn: Callable[[str], None]) -> None:
+    """Say which columns of manifests seem to name parts of videos and are not read: whole videos are captioned."""
+    for manifest, columns in inputs.report.unused_times.items():
+        names = short(", ".join(columns), 200)
+        warn(
+            f"{manifest}: whole videos are captioned, {names} is not read; for parts, give columns of numbers or "
+            "H:MM:SS with --start-column and --end-column, or an empty name to say that none are meant"
+        )
 
 
 def refuse_empty(inputs: Inputs, advice: str) -> None:

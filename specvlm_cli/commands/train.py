@@ -28,6 +28,7 @@ from specvlm_cli.commands.choices import (
     refuse_empty,
     root_of,
     text_of,
+    warn_of_unused_times,
 )
 from specvlm_cli.commands.train_flags import TrainFlags
 from specvlm_cli.decoding import Limits
@@ -242,6 +243,7 @@ def _gathered(
 ) -> tuple[list[Video], list[Any], int]:
     inputs = Inputs(given, input_options(flags))
     with Wanted.gather(inputs, overlapping=len(given) > 1) as wanted:
+        warn_of_unused_times(inputs, talk.warn)
         refuse_empty(inputs, "check the path and what is mounted there")
         videos, problems = videos_of(wanted, settings.prompts, limit)
     for folder in inputs.report.unreadable:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -13,10 +14,19 @@ MOST_COLUMNS = 10_000
 
 PATHS = ("video", "path", "video_path", "file", "file_name", "media_path", "clip_path", "url")
 IDS = ("id", "clip_id", "video_id", "videoid", "videoID", "key")
-TIMES = (("start", "end"), ("start_time", "end_time"), ("video_start", "video_end"))
+TIMES = (
+    ("start", "end"),
+    ("start_time", "end_time"),
+    ("video_start", "video_end"),
+    ("start_timestamp", "end_timestamp"),
+)
 PROMPTS = ("prompt",)
 
 _STARTS, _ENDS = zip(*TIMES, strict=True)
+_LIKE_TIMES = re.compile(
+    r"(.*[_ ])?(time_?stamps?|times?|spans?|segments?|clips?|intervals?|shots?|scenes?|moments?|starts?|ends?)",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +79,17 @@ def _times(names: Sequence[str]) -> tuple[str | None, str | None]:
     pairs = ((_usual(names, (start,)), _usual(names, (end,))) for start, end in TIMES)
     whole = next(((start, end) for start, end in pairs if start and end), None)
     return whole or (_usual(names, _STARTS), _usual(names, _ENDS))
+
+
+def unused_times(names: Sequence[str], columns: Columns, options: InputOptions) -> list[str]:
+    """Return the columns that seem to say which part of a video is meant, where none was found that does.
+
+    Nothing is returned where the caller said which columns hold times, or that none do.
+    """
+    if columns.start or columns.end or options.start_column is not None or options.end_column is not None:
+        return []
+    used = set(columns.used())
+    return [name for name in dict.fromkeys(names) if name not in used and _LIKE_TIMES.fullmatch(name)]
 
 
 def asked_columns(options: InputOptions) -> dict[str, str]:

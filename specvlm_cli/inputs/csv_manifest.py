@@ -9,7 +9,7 @@ from io import StringIO
 from typing import BinaryIO
 
 from specvlm_cli.exits import UsageError
-from specvlm_cli.inputs.columns import MOST_COLUMNS, find_columns, refuse_missing
+from specvlm_cli.inputs.columns import MOST_COLUMNS, find_columns, refuse_missing, unused_times
 from specvlm_cli.inputs.lines import LongLineError, pieces
 from specvlm_cli.inputs.options import InputOptions
 from specvlm_cli.inputs.rows import NONE, Cells, Rows
@@ -27,6 +27,7 @@ class CsvManifest:
 
     Attributes:
         kept: Kept column -> its type.
+        unused_times: Columns that seem to hold times, and are not read.
     """
 
     unit = "line"
@@ -45,6 +46,7 @@ class CsvManifest:
         refuse_missing(shown, self._header, options)
         self._columns = find_columns(self._header, options)
         self.kept: Mapping[str, str] = dict.fromkeys(self._columns.kept, "string")
+        self.unused_times: Sequence[str] = unused_times(self._header, self._columns, options)
 
     def _check_header(self) -> None:
         if not self._header:

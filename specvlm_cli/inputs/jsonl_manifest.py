@@ -6,7 +6,7 @@ A line that is no object is a row that cannot be used; where the first one is no
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, BinaryIO
 
@@ -18,6 +18,7 @@ from specvlm_cli.inputs.columns import (
     find_columns,
     missing,
     refuse_pathless,
+    unused_times,
 )
 from specvlm_cli.inputs.lines import LongLineError, pieces
 from specvlm_cli.inputs.options import InputOptions
@@ -39,6 +40,7 @@ class JsonlManifest:
 
     Attributes:
         kept: Kept column -> its type.
+        unused_times: Columns of the first rows that seem to hold times, and are not read.
     """
 
     unit = "line"
@@ -56,9 +58,9 @@ class JsonlManifest:
         self._unseen = asked_columns(options)
         self._names: dict[str, None] = {}  # keys that were seen, the first of them
         self.kept: Mapping[str, str] = dict.fromkeys(options.keep_columns, "string")
-        self._check_head()
+        self.unused_times: Sequence[str] = self._checked_head()
 
-    def _check_head(self) -> None:
+    def _checked_head(self) -> list[str]:
         with self._opened() as file:
             numbers, lines = next(_numbered(file), ([], []))
         rows = [_parsed(line) for line in lines[:_HEAD_ROWS]]
@@ -67,6 +69,7 @@ class JsonlManifest:
         names = dict.fromkeys(name for row in rows if isinstance(row, dict) for name in row)
         if rows:
             refuse_pathless(self._shown, list(names), self._options)
+        return unused_times(list(names), find_columns(list(names), self._options), self._options)
 
     def rows(self) -> Iterator[Rows]:
         """Yield all rows, some at a time.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from specvlm_cli.shard import Shard
@@ -66,6 +67,7 @@ class Report:
         too_young: Videos left out because their file changed too recently.
         other_shards: Videos left out because they are of another shard.
         rows: Rows of manifests.
+        unused_times: Manifests with columns that seem to hold times and are not read, and the names of these.
         empty: Arguments that named no video; standard input is none of them.
     """
 
@@ -74,6 +76,7 @@ class Report:
     too_young: int = 0
     other_shards: int = 0
     rows: int = 0
+    unused_times: Mapping[str, Sequence[str]] = field(default_factory=dict)
     empty: list[str] = field(default_factory=list)
 
     def add_unreadable(self, line: str) -> None:

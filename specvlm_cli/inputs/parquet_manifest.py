@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from specvlm_cli.exits import UsageError
-from specvlm_cli.inputs.columns import MOST_COLUMNS, find_columns, refuse_missing
+from specvlm_cli.inputs.columns import MOST_COLUMNS, find_columns, refuse_missing, unused_times
 from specvlm_cli.inputs.options import InputOptions
 from specvlm_cli.inputs.pages import Leaf, PagesError, batch_rows, check_footer
 from specvlm_cli.inputs.rows import NONE, Cells, Rows
@@ -35,6 +35,7 @@ class ParquetManifest:
 
     Attributes:
         kept: Kept column -> its type.
+        unused_times: Columns that seem to hold times, and are not read.
     """
 
     unit = "row"
@@ -53,6 +54,7 @@ class ParquetManifest:
         self._columns = find_columns(self._schema.names, options)
         self._check_types()
         self.kept: Mapping[str, str] = {name: _kind(self._type(name)) for name in self._columns.kept}
+        self.unused_times: Sequence[str] = unused_times(self._schema.names, self._columns, options)
 
     def _type(self, name: str) -> pa.DataType:
         return self._schema.field(name).type

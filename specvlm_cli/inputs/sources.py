@@ -49,6 +49,7 @@ class RowReader(Protocol):
 
     unit: str  # what a row is called in messages
     kept: Mapping[str, str]  # kept column -> bool, int64, float64 or string
+    unused_times: Sequence[str]  # columns that seem to hold times, and are not read
 
     def rows(self) -> Iterator[Rows]:
         """Yield all rows, some at a time."""
@@ -68,6 +69,7 @@ class Manifest:
         self._maker = ItemMaker(name, self._reader.unit, Root(folder or b"."), tuple(self._reader.kept))
         self.shown = shown(path)
         self.kept = self._reader.kept
+        self.unused_times = self._reader.unused_times
 
     def items(self, report: Report) -> Iterator[Item]:
         try:
@@ -142,6 +144,9 @@ class Inputs:
         manifests = [source for _, some in sources for source in some if isinstance(source, Manifest)]
         _refuse_without_manifest(options, manifests)
         self.kept: Mapping[str, str] = _one_type(manifests)
+        self.report.unused_times = {
+            manifest.shown: manifest.unused_times for manifest in manifests if manifest.unused_times
+        }
 
     def _sources_of(self, given: str) -> Sequence[Source]:
         path = os.fsencode(given)

@@ -25,6 +25,7 @@ from specvlm_cli.inputs import InputOptions, Inputs, Item, item_id
 from specvlm_cli.inputs import parquet_manifest as parquet
 from specvlm_cli.inputs.pages import BATCH_BYTES
 from tests.cli import manifest_cases
+from tests.cli.conftest import Specvlm
 from tests.faults import manifests as faults
 
 FORMATS = ("parquet", "csv", "jsonl")
@@ -795,3 +796,29 @@ def test_small_files_that_hold_many_rows_take_little_memory(tmp_path: Path) -> N
     line = faults.measure("equal rows", tmp_path / "x.parquet", most_seconds=60.0)
     assert line.violation == ""
     assert line.rss_mb < 300
+
+
+UNUSED = [
+    ("csv", "path,Scene_Timestamps\na.mp4,\"[['0', '1']]\"\n", ["Scene_Timestamps"]),
+    ("csv", "path,start,moments\na.mp4,1,x\n", []),
+    ("csv", "path,Start_Timestamp,End_Timestamp\na.mp4,0:01,0:02\n", []),
+    ("csv", "path,sometimes,legend,friend\na.mp4,1,2,3\n", []),
+    ("jsonl", '{"video": "a.mp4", "segments": [[0, 1]], "clip": {"span": [1, 2]}}\n', ["segments", "clip"]),
+    ("jsonl", '{"clip_path": "a.mp4", "clip_id": 7}\n', []),
+]
+
+
+@pytest.mark.parametrize(("kind", "text", "unused"), UNUSED)
+def test_columns_of_times_that_are_not_read_are_told(
+    specvlm: Specvlm, tmp_path: Path, kind: str, text: str, unused: list[str]
+) -> None:
+    manifest = tmp_path / f"list.{kind}"
+    manifest.write_text(text)
+    result = specvlm("caption", manifest, "-n", "-q", "-o", tmp_path / "out")
+    said = f"{manifest}: whole videos are captioned, {', '.join(unused)} is not read; "
+    assert (said in result.err) == bool(unused)
+    assert bool(result.err) == bool(unused)
+    quiet = specvlm(
+        "caption", manifest, "-n", "-q", "-o", tmp_path / "out", "--start-column", "", "--end-column", ""
+    )
+    assert quiet.err == ""
