@@ -53,7 +53,7 @@ class ModelInfo:
 
     Attributes:
         target: As the caller named it: a hub id or a folder.
-        target_revision: Commit of a hub model, hash of a local one's config, or None.
+        target_revision: Commit of a hub model, hash of all files that are read of a local one, or None.
         draft: As the caller named it, or None.
         draft_revision: As `target_revision`.
         family: As `model_type` in config.json.
@@ -283,6 +283,7 @@ class Captioner:
             peak_memory_bytes=peak_memory_bytes(self.target.device),
             device=device_words(self.target.device),
             mean_batch_size=sequence.shared_steps / sequence.steps if sequence.steps else 1.0,
+            context_tokens=self.target.context_tokens,
         )
 
     @property

@@ -123,7 +123,7 @@ def text_of(name: str, given: str) -> str:
 
 def _file_text(name: str, path: str) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8").strip()
+        return Path(path).read_text(encoding="utf-8-sig").strip()
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise UsageError(f"{name} @{clean(path)}: {reason}; give a text file, or the text itself") from error

@@ -73,7 +73,7 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
         return path
     shown = f"--config {clean(str(path))}"
     try:
-        found = tomllib.loads(path.read_text(encoding="utf-8"))
+        found = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UsageError(f"{shown}: {error.strerror}; give a TOML file that can be read") from error
     except ValueError as error:

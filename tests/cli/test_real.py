@@ -169,7 +169,7 @@ def test_the_draft_cannot_change_a_caption(run: Run, models: Path, films: Path, 
         (
             ["--target", "qwen", "--draft", "stale-head"],
             2,
-            "made for qwen, revision 0000000000000000, and qwen",
+            "made for qwen (content 0000000000000000), and qwen",
         ),
         (["--target", "qwen", "--draft", "later-head"], 1, "config.json (its format is 9, not 1); train it"),
         (["--target", "nowhere"], 1, "nowhere: no such preset or folder"),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
 
 import specvlm
@@ -131,6 +133,102 @@ def test_broken_weights(tmp_path: Path) -> None:
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     assert "weights" in refusal(specvlm.ModelLoadError, str(folder))
+
+
+def with_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> str:
+    """Change the weights of a checkpoint folder."""
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("family", "lacks"),
+    [("qwen", "visual.patch_embed.proj.weight"), ("llava", "layers.1.self_attn.v_proj.bias")],
+)
+def test_a_missing_weight_is_named(family: FamilyName, lacks: str, tmp_path: Path) -> None:
+    folder = Path(save(tmp_path / "gap", family, TARGET))
+    name = next(name for name in load_file(folder / "model.safetensors") if name.endswith(lacks))
+    with_weights(folder, lambda weights: weights.pop(name))
+    said = refusal(specvlm.ModelLoadError, str(folder))
+    assert lacks in said
+    assert "and" not in said.split(",")[0].removeprefix(str(folder)), "one weight alone"
+    with_weights(folder, lambda weights: [weights.pop(one) for one in list(weights) if "norm" in one])
+    assert " more, which its architecture needs" in refusal(specvlm.ModelLoadError, str(folder))
+
+
+def test_an_untied_head_that_is_missing_is_named_and_a_tied_one_is_not_missing(tmp_path: Path) -> None:
+    untied = Path(save(tmp_path / "untied", "qwen", Size(seed=1, vocabulary=320)))
+    with_weights(untied, lambda weights: weights.pop("lm_head.weight"))
+    assert "lm_head.weight" in refusal(specvlm.ModelLoadError, str(untied))
+    tied = save(tmp_path / "tied", "qwen", TARGET)
+    assert "lm_head.weight" not in load_file(Path(tied) / "model.safetensors")
+    assert specvlm.load(tied).draft is None
+
+
+def test_a_weight_of_another_shape_is_named(folders: dict[str, str], tmp_path: Path) -> None:
+    draft = Path(save(tmp_path / "cut", "qwen", DRAFT))
+
+    def cut(weights: dict[str, torch.Tensor]) -> None:
+        name = next(name for name in weights if name.endswith("layers.0.mlp.up_proj.weight"))
+        weights[name] = weights[name][:-3].contiguous()
+
+    said = refusal(specvlm.ModelLoadError, folders["qwen"], draft=with_weights(draft, cut))
+    assert "layers.0.mlp.up_proj.weight has shape (" in said
+
+
+def test_a_target_needs_a_chat_template_and_a_draft_does_not(folders: dict[str, str], tmp_path: Path) -> None:
+    target = Path(save(tmp_path / "silent", "llava", TARGET))
+    (target / "chat_template.jinja").unlink()
+    assert "chat_template.jinja" in refusal(specvlm.ModelLoadError, str(target))
+    draft = Path(save(tmp_path / "draft", "llava", DRAFT))
+    (draft / "chat_template.jinja").unlink()
+    assert specvlm.load(folders["llava"], draft=str(draft)).draft is not None
+
+
+@pytest.mark.parametrize("template", ["{{ messages | nonsense }}", "{{ raise_exception('no') }}", "no video"])
+def test_a_template_that_cannot_ask_about_a_video(tmp_path: Path, template: str) -> None:
+    target = Path(save(tmp_path / "odd", "qwen", TARGET))
+    (target / "chat_template.jinja").write_text(template)
+    assert "chat template" in refusal(specvlm.ModelLoadError, str(target))
+
+
+def test_a_checkpoint_without_a_tokenizer(tmp_path: Path) -> None:
+    for family, kept in (("qwen", True), ("llava", True), ("qwen", False)):
+        folder = Path(save(tmp_path / f"{family}{kept}", family, TARGET))
+        (folder / "tokenizer.json").unlink()
+        if not kept:
+            (folder / "tokenizer_config.json").unlink()
+        said = refusal(specvlm.ModelLoadError, str(folder))
+        assert "tokenizer" in said
+
+
+def test_a_video_token_that_is_not_the_models(tmp_path: Path) -> None:
+    small = save(tmp_path / "small", "qwen", Size(seed=1, vocabulary=260))
+    assert "the model has ids 0 to 259" in refusal(specvlm.ModelLoadError, small)
+    other = Path(save(tmp_path / "other", "llava", TARGET))
+    config = json.loads((other / "config.json").read_text())
+    name = next(name for name in config if name.startswith("video_token"))
+    (other / "config.json").write_text(json.dumps(config | {name: 5}))
+    assert "its config.json as 5" in refusal(specvlm.ModelLoadError, str(other))
+
+
+def test_what_is_not_one_file_of_safetensors_is_named(folders: dict[str, str], tmp_path: Path) -> None:
+    weights = Path(folders["qwen"]) / "model.safetensors"
+    assert "a file; give the folder" in refusal(specvlm.ModelLoadError, str(weights))
+    assert "GGUF" in refusal(specvlm.ModelLoadError, "org/model-GGUF")
+    awq = Path(save(tmp_path / "awq", "qwen", TARGET))
+    config = json.loads((awq / "config.json").read_text())
+    (awq / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq"}}))
+    said = refusal(specvlm.ModelLoadError, folders["qwen"], draft=str(awq))
+    assert "AWQ" in said
+    assert "preset" not in said
+    audio = Path(save(tmp_path / "audio", "llava", TARGET))
+    (audio / "audio_tokenizer_config.json").write_text(
+        '{"audio_tokenizer_class": "X", "audio_tokenizer_name_or_path": "../x"}'
+    )
+    assert "'../x'" in refusal(specvlm.ConfigError, str(audio))
 
 
 def test_another_architecture_names_the_known_ones(tmp_path: Path) -> None:
