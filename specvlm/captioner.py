@@ -61,6 +61,7 @@ class ModelInfo:
         device: Of the target, in words.
         transformers_version: The version that runs the models.
         processor_options: Options of the video processor that are set rather than left to changing defaults.
+        warnings: Why captions may not be those of stock `generate()`, one line each; empty for most checkpoints.
     """
 
     target: str
@@ -72,6 +73,7 @@ class ModelInfo:
     device: str
     transformers_version: str
     processor_options: dict[str, Any]
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -318,6 +318,7 @@ def load(
         device=device_words(loaded.model.device),
         transformers_version=transformers.__version__,
         processor_options=family.processor_options(loaded.processor),
+        warnings=_warnings(target, loaded.model.model),
     )
     return _ready(loaded, guess, info, FrameSettings() if preset is None else preset.frames)
 
@@ -342,6 +343,19 @@ def with_draft(
     source = _Source(draft, draft_revision, local_files_only, trust_remote_code)
     guess, revision = _load_draft(target, info.target, source, draft_vocab)
     return _ready(target, guess, replace(info, draft=draft, draft_revision=revision), captioner.frames)
+
+
+def _warnings(name: str, model: Any) -> tuple[str, ...]:
+    """Why captions may not be those of stock `generate()`."""
+    quantiser: Any = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    threshold = getattr(quantiser, "llm_int8_threshold", 0.0)
+    if not getattr(quantiser, "load_in_8bit", False) or not threshold:
+        return ()
+    warning = (
+        f"{name}: bitsandbytes 8 bit chooses outliers among all tokens of a pass (llm_int8_threshold {threshold:g}), "
+        "so some captions differ from stock generate(); where they must not, use 4 bit, threshold 0 or torchao"
+    )
+    return (warning,)
 
 
 def _ready(target: _Loaded, draft: Draft | None, info: ModelInfo, frames: FrameSettings) -> Captioner:

@@ -369,6 +369,8 @@ class _Start:
             if models is None:
                 return
             self._begin(models)
+            for warning in models.warnings:
+                self.display.warn(warning)
             with self.display.working(todo):
                 runner.run(self.stop, _provenance(self.request, models, self.run_id))
         finally:

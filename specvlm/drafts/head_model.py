@@ -139,7 +139,16 @@ class HeadModel(nn.Module):
 
     @classmethod
     def fresh(cls, target: VideoLM, config: HeadConfig, seed: int) -> HeadModel:
-        """An untrained head in float32, on the CPU; its layer begins as the target's last one."""
+        """An untrained head in float32, on the CPU; its layer begins as the target's last one.
+
+        Raises:
+            IncompatibleDraftError: The target's weights are quantised.
+        """
+        if getattr(target.model, "hf_quantizer", None) is not None:
+            raise IncompatibleDraftError(
+                f"{target.model.name_or_path}: a head cannot be trained for quantised weights; train it for the "
+                "checkpoint that they were made from, and use it with that"
+            )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             head = cls(target, config)
