@@ -32,13 +32,9 @@ _LFS_POINTER = b"version https://git-lfs"
 _KEPT_FROM_BYTES = 1 << 24  # the hash of a file of this size is kept; smaller ones are hashed every time
 _SETTLED_S = 2.0  # a file that changed later than this before it was read may change again unseen
 _HASH_THREADS = 8
-# Formats of quantised weights that are supported, and the package that transformers needs for each.
-_QUANTISED = {
-    "bitsandbytes": "bitsandbytes",
-    "torchao": "torchao",
-    "compressed-tensors": "compressed_tensors",
-    "fp8": None,
-}
+# Formats of quantised weights that are supported, and the package that transformers needs for each. Not
+# compressed-tensors: its version 0.20 breaks stock generate() of LLaVA-OneVision in transformers 5.23.
+_QUANTISED = {"bitsandbytes": "bitsandbytes", "torchao": "torchao", "fp8": None}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -75,14 +71,13 @@ def refuse_config(name: str, config: Mapping[str, Any]) -> None:
     )
     if method not in _QUANTISED:
         raise ModelLoadError(
-            f"{name}: quantised with {str(method).upper()}, which is not supported; give the checkpoint that it was "
+            f"{name}: quantised as {str(method).upper()}, which is not supported; give the checkpoint that it was "
             "made from, or one in bitsandbytes, torchao or fp8 format"
         )
     package = _QUANTISED[method]
     if package is not None and find_spec(package) is None:
         raise ModelLoadError(
-            f"{name}: quantised with {method}, whose package is not installed; run pip install "
-            f"{package.replace('_', '-')}"
+            f"{name}: quantised with {method}, whose package is not installed; run pip install {package}"
         )
 
 

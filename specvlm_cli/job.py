@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Literal, Protocol, TypeVar
 
 from specvlm.checkpoint import fingerprint
-from specvlm.demo import local_name
 from specvlm_cli.engine import EngineFactory, Models
 from specvlm_cli.exits import BusyError, ExitCode, UsageError
 from specvlm_cli.ledger import UNREADABLE, Ledger, Planned, is_damage
@@ -467,7 +466,7 @@ def _refuse_changed_files(
     The hashes of its files are kept from here on, so that no worker has to make them again. With `at_once`, a target
     whose hashes are not kept is not looked at: a start that has nothing to do is to take no time.
     """
-    target = Path(local_name(request.settings.models.name))
+    target = Path(request.settings.models.name)
     if not target.is_dir():
         return
     now = fingerprint(target, at_once=at_once)

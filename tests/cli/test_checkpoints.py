@@ -206,7 +206,7 @@ def lose_a_weight(folder: Path) -> None:
         (lose_a_weight, 1, "has no weight"),
         (leave_out("chat_template.jinja"), 1, "chat template"),
         (leave_out("tokenizer.json"), 1, "tokenizer"),
-        (in_json("config.json", quantization_config={"quant_method": "gptq"}), 1, "quantised with GPTQ"),
+        (in_json("config.json", quantization_config={"quant_method": "gptq"}), 1, "quantised as GPTQ"),
         (in_json("processor_config.json", vocoder="net.pkl"), 2, "'net.pkl'"),
     ],
 )

@@ -60,13 +60,14 @@ def fp8(folder: str) -> None:
     file = Path(folder) / "model.safetensors"
     weights = load_file(file)
     for name, weight in list(weights.items()):
-        if ".layers." in name and "language_model" in name and name.endswith("_proj.weight"):
+        if ".layers." in name and "vision" not in name and name.endswith("_proj.weight"):
             rows, columns = (size // _BLOCK for size in weight.shape)
             blocks = weight.reshape(rows, _BLOCK, columns, _BLOCK)
             scale = blocks.abs().amax(dim=(1, 3)) / _LARGEST
             scaled = (blocks / scale[:, None, :, None]).reshape(weight.shape)
             weights[name] = scaled.to(torch.float8_e4m3fn)
             weights[f"{name}_scale_inv"] = scale
+    assert sum(name.endswith("_scale_inv") for name in weights) == 7 * TARGET.layers
     save_file(weights, file, {"format": "pt"})
     config = json.loads((Path(folder) / "config.json").read_text())
     config["quantization_config"] = {
