@@ -14,7 +14,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
-from transformers.utils.hub import cached_file
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from specvlm import checkpoint
 from specvlm.attention import ATTENTION, register_attention
@@ -128,9 +128,13 @@ def _refuse_elsewhere(source: _Source) -> None:
             checkpoint.refuse_elsewhere(file)
 
 
-def _revision(source: _Source, config: Any) -> str | None:
-    folder = Path(source.name)
-    return checkpoint.fingerprint(folder) if folder.is_dir() else getattr(config, "_commit_hash", None)
+def _revision(source: _Source) -> str | None:
+    """The hash of a local folder's files; of a hub model the commit, which its place in the cache names."""
+    if Path(source.name).is_dir():
+        return checkpoint.fingerprint(Path(source.name))
+    config = _file(source, "config.json")
+    commit: str | None = extract_commit_hash(None if config is None else str(config), None)
+    return commit
 
 
 def _load_one(source: _Source, dtype: torch.dtype | str, device_map: Any) -> _Loaded:
@@ -153,7 +157,7 @@ def _load_one(source: _Source, dtype: torch.dtype | str, device_map: Any) -> _Lo
     )
     _refuse_gaps(source.name, report)
     model.eval().requires_grad_(False)
-    loaded = _Loaded(VideoLM(model, family), processor, _revision(source, config))
+    loaded = _Loaded(VideoLM(model, family), processor, _revision(source))
     _refuse_tokens(source.name, loaded)
     return loaded
 

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +19,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 import specvlm
 from specvlm.demo.tokenizer import tokenizer_from
+from specvlm.loading import target_fingerprint
 from tests.tiny import FamilyName, Size, processor_for, random_frames, stock_ids, tiny_model
 
 TARGET, DRAFT = Size(seed=1, vocabulary=320, tied=True), Size(layers=1, seed=2, vocabulary=290)
@@ -249,3 +254,47 @@ def test_presets_name_what_they_load() -> None:
     for preset in specvlm.presets():
         assert preset.family in ("qwen2_5_vl", "llava_onevision")
         assert preset.target != preset.draft
+
+
+_FROM_HUB = """
+import json, sys
+import specvlm
+from specvlm.loading import target_fingerprint
+said = {}
+for name in ("org/model", "org/adapter", "org/awq", "org/codec"):
+    try:
+        info = specvlm.load(name, local_files_only=True).info
+        said[name] = [info.target_revision, target_fingerprint(name, info.target_revision)]
+    except specvlm.SpecvlmError as error:
+        said[name] = f"{type(error).__name__}: {error}"
+print(json.dumps(said))
+"""
+
+
+def test_what_is_in_the_cache_of_the_hub_is_looked_at_too(folders: dict[str, str], tmp_path: Path) -> None:
+    def put(name: str, commit: str, **changes: Any) -> None:
+        root = tmp_path / "hub" / f"models--org--{name}"
+        folder = root / "snapshots" / commit
+        shutil.copytree(folders["llava"], folder)
+        for file, content in changes.items():
+            path = folder / f"{file}.json"
+            known = json.loads(path.read_text()) if path.exists() else {}
+            path.write_text(json.dumps(known | content))
+        (root / "refs").mkdir()
+        (root / "refs" / "main").write_text(commit)
+
+    put("model", "b" * 40)
+    put("adapter", "c" * 40, adapter_config={"base_model_name_or_path": "org/base"})
+    put("awq", "d" * 40, config={"quantization_config": {"quant_method": "awq"}})
+    put(
+        "codec", "e" * 40, processor_config={"audio_tokenizer": {"audio_tokenizer_name_or_path": "org/codec"}}
+    )
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub")}
+    done = subprocess.run(
+        [sys.executable, "-c", _FROM_HUB], env=environment, capture_output=True, text=True, check=True
+    )
+    said = json.loads(done.stdout)
+    assert said["org/model"] == ["b" * 40, target_fingerprint(folders["llava"], None)]
+    assert said["org/adapter"].startswith("ModelLoadError: org/adapter: a LoRA adapter for org/base")
+    assert said["org/awq"].startswith("ModelLoadError: org/awq: quantised as AWQ")
+    assert said["org/codec"].startswith("ConfigError: ")
