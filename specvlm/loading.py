@@ -5,6 +5,7 @@ Only safetensors are read, and no remote code is run unless asked for.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +38,7 @@ from specvlm.stats import device_words
 _ADVICE = (
     "give a folder with safetensors, a hub id that this machine can reach, or a preset (see specvlm presets)"
 )
+_COMMIT = re.compile("[0-9a-f]{40}")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -87,7 +89,7 @@ def _refuse_misspelt(name: str) -> None:
 
 
 def _file(source: _Source, name: str) -> Path | None:
-    """A small file of a checkpoint, downloaded where it is on the hub; None: it has no such file."""
+    """A small file of a checkpoint, downloaded if it is on the hub; None: it has none, or the hub is out of reach."""
     if Path(source.name).is_dir():
         file = Path(source.name) / name
         return file if file.is_file() else None
@@ -98,10 +100,20 @@ def _file(source: _Source, name: str) -> Path | None:
             revision=source.revision,
             local_files_only=source.local_files_only,
             _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            _raise_exceptions_for_gated_repo=False,
+            _commit_hash=source.revision if _COMMIT.fullmatch(source.revision or "") else None,
         )
     except (OSError, ValueError) as error:
         raise ModelLoadError(f"{source.name}: cannot load {name} ({_one_line(error)}); {_ADVICE}") from error
     return None if found is None else Path(found)
+
+
+def _pinned(source: _Source) -> _Source:
+    """The same at the commit that its revision names now: all files are of one, and cached ones need no network."""
+    config = None if Path(source.name).is_dir() else _file(source, "config.json")
+    commit = None if config is None else extract_commit_hash(str(config), None)
+    return source if commit is None else source._replace(revision=commit)
 
 
 def _refuse_unsupported(source: _Source) -> None:
@@ -129,16 +141,15 @@ def _refuse_elsewhere(source: _Source) -> None:
 
 
 def _revision(source: _Source) -> str | None:
-    """The hash of a local folder's files; of a hub model the commit, which its place in the cache names."""
+    """The hash of a local folder's files; of a hub model the commit that it is pinned to."""
     if Path(source.name).is_dir():
         return checkpoint.fingerprint(Path(source.name))
-    config = _file(source, "config.json")
-    commit: str | None = extract_commit_hash(None if config is None else str(config), None)
-    return commit
+    return source.revision if _COMMIT.fullmatch(source.revision or "") else None
 
 
 def _load_one(source: _Source, dtype: torch.dtype | str, device_map: Any) -> _Loaded:
     """Load one checkpoint with this library's attention in its text model and stock sdpa in its vision tower."""
+    source = _pinned(source)
     _refuse_unsupported(source)
     config = _guarded(source, "its config", AutoConfig.from_pretrained)
     family = family_of(config, source.name)
