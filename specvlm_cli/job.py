@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Literal, Protocol, TypeVar
 
 from specvlm.checkpoint import fingerprint
+from specvlm.errors import SpecvlmError
 from specvlm_cli.engine import EngineFactory, Models
 from specvlm_cli.exits import BusyError, ExitCode, UsageError
 from specvlm_cli.ledger import UNREADABLE, Ledger, Planned, is_damage
@@ -463,13 +464,18 @@ def _refuse_changed_files(
 ) -> None:
     """Refuse a local target whose files are not those of the captions, before it is loaded.
 
-    The hashes of its files are kept from here on, so that no worker has to make them again. With `at_once`, a target
-    whose hashes are not kept is not looked at: a start that has nothing to do is to take no time.
+    The hashes of its files are kept from here on, so that no worker has to make them again. `at_once` is for a start
+    that loads nothing: it does not compare a target whose hashes are not kept, or whose files are incomplete.
     """
     target = Path(request.settings.models.name)
     if not target.is_dir():
         return
-    now = fingerprint(target, at_once=at_once)
+    try:
+        now = fingerprint(target, at_once=at_once)
+    except SpecvlmError:
+        if at_once:
+            return
+        raise
     known = folder.read()
     then = known.resolved.get("target_revision") if known is not None and known.settings else None
     if None in (now, then) or now == then or request.on_config_change == "reuse":

@@ -184,6 +184,15 @@ def test_whatever_changes_in_a_local_target_is_noticed(
     assert len({row["target_revision"] for row in rows(out)}) == 2
 
 
+def test_a_finished_run_needs_no_weights(run: Run, target: Path, films: Path) -> None:
+    assert run()[0] == 0
+    (target / "model.safetensors").unlink()
+    assert run()[0] == 0
+    write_video(films / "b.mp4", frames=20)
+    code, said = run()
+    assert (code, "has no model.safetensors" in said) == (1, True)
+
+
 def test_a_dry_run_notices_too(run: Run, target: Path) -> None:
     assert run()[0] == 0
     CHANGES["chat_template.jinja"](target)
