@@ -53,7 +53,7 @@ class ModelInfo:
 
     Attributes:
         target: As the caller named it: a hub id or a folder.
-        target_revision: Commit of a hub model, hash of a local one's config, or None.
+        target_revision: Commit of a hub model, hash of all files that are read of a local one, or None.
         draft: As the caller named it, or None.
         draft_revision: As `target_revision`.
         family: As `model_type` in config.json.
@@ -61,6 +61,7 @@ class ModelInfo:
         device: Of the target, in words.
         transformers_version: The version that runs the models.
         processor_options: Options of the video processor that are set rather than left to changing defaults.
+        warnings: Why captions may not be those of stock `generate()`, one line each; empty for most checkpoints.
     """
 
     target: str
@@ -72,6 +73,7 @@ class ModelInfo:
     device: str
     transformers_version: str
     processor_options: dict[str, Any]
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,6 +285,7 @@ class Captioner:
             peak_memory_bytes=peak_memory_bytes(self.target.device),
             device=device_words(self.target.device),
             mean_batch_size=sequence.shared_steps / sequence.steps if sequence.steps else 1.0,
+            context_tokens=self.target.context_tokens,
         )
 
     @property

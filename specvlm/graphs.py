@@ -63,7 +63,12 @@ class CudaCapture:
 
 
 def can_capture(model: torch.nn.Module, devices: Sequence[torch.device]) -> bool:
-    """Whether rounds of a model can be graphs: one CUDA device, and nothing of accelerate's moving between."""
+    """Whether rounds of a model can be graphs: one CUDA device, nothing of accelerate's moving between.
+
+    Quantised layers may ask the host in between (bitsandbytes 8 bit for its outliers), which no graph can.
+    """
+    if getattr(model, "hf_quantizer", None) is not None:
+        return False
     if {device.type for device in devices} != {"cuda"} or len({p.device for p in model.parameters()}) > 1:
         return False
     return not any(hasattr(module, "_hf_hook") for module in model.modules())

@@ -5,8 +5,8 @@ Only safetensors are read, and no remote code is run unless asked for.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +15,9 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.utils.hub import cached_file, extract_commit_hash
 
+from specvlm import checkpoint
 from specvlm.attention import ATTENTION, register_attention
 from specvlm.captioner import Captioner, ModelInfo
 from specvlm.config import FrameSettings
@@ -26,16 +28,18 @@ from specvlm.drafts.head_model import HeadModel, read_config
 from specvlm.drafts.kept_tokens import Choosing, DraftVocab, choose_ids
 from specvlm.drafts.kinds import has_head_weights, is_head
 from specvlm.drafts.small_model import SmallModelDraft
-from specvlm.errors import ConfigError, IncompatibleDraftError, ModelLoadError
+from specvlm.errors import ConfigError, IncompatibleDraftError, ModelLoadError, PromptError
 from specvlm.families import family_of
 from specvlm.model import VideoLM
 from specvlm.preset import find_preset, presets
 from specvlm.sampling import id_list
 from specvlm.stats import device_words
 
+_ADVICE = (
+    "give a folder with safetensors, a hub id that this machine can reach, or a preset (see specvlm presets)"
+)
+_COMMIT = re.compile("[0-9a-f]{40}")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Files up to this size are hashed whole to name a local checkpoint; of larger ones, both ends.
-_HASHED_WHOLE_BYTES = 1 << 26
 
 
 class _Source(NamedTuple):
@@ -71,47 +75,87 @@ def _guarded(source: _Source, what: str, loader: Any, **options: Any) -> Any:
     try:
         return loader(source.name, **source.options(), **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        known = ", ".join(preset.name for preset in presets())
-        raise ModelLoadError(
-            f"{source.name}: cannot load {what} ({_one_line(error)}); "
-            f"give a preset ({known}), a folder with safetensors, or a hub id that this machine can reach"
-        ) from error
+        raise ModelLoadError(f"{source.name}: cannot load {what} ({_one_line(error)}); {_ADVICE}") from error
 
 
 def _refuse_misspelt(name: str) -> None:
     """Hub ids have an owner and a slash; what has none, and is no folder, was meant to be a preset."""
+    checkpoint.refuse_gguf(name)
+    if Path(name).is_file():
+        raise ModelLoadError(f"{name}: a file; give the folder of the checkpoint that it belongs to")
     if "/" not in name and not Path(name).is_dir():
         known = ", ".join(preset.name for preset in presets())
         raise ModelLoadError(f"{name}: no such preset or folder; give one of {known}, a folder, or a hub id")
 
 
-def _fingerprint(folder: Path) -> str:
-    """Hash of a local checkpoint's config and weights; of large files, their sizes and both ends."""
-    digest = hashlib.sha256()
-    for file in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}\n".encode())
-        with file.open("rb") as stream:
-            if size <= _HASHED_WHOLE_BYTES:
-                digest.update(stream.read())
-            else:
-                digest.update(stream.read(_HASHED_WHOLE_BYTES // 2))
-                stream.seek(-_HASHED_WHOLE_BYTES // 2, 2)
-                digest.update(stream.read())
-    return digest.hexdigest()[:16]
+def _file(source: _Source, name: str) -> Path | None:
+    """A small file of a checkpoint, downloaded if it is on the hub; None: it has none, or the hub is out of reach."""
+    if Path(source.name).is_dir():
+        file = Path(source.name) / name
+        return file if file.is_file() else None
+    try:
+        found = cached_file(
+            source.name,
+            name,
+            revision=source.revision,
+            local_files_only=source.local_files_only,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            _raise_exceptions_for_gated_repo=False,
+            _commit_hash=source.revision if _COMMIT.fullmatch(source.revision or "") else None,
+        )
+    except (OSError, ValueError) as error:
+        raise ModelLoadError(f"{source.name}: cannot load {name} ({_one_line(error)}); {_ADVICE}") from error
+    return None if found is None else Path(found)
 
 
-def _revision(source: _Source, config: Any) -> str | None:
-    folder = Path(source.name)
-    return _fingerprint(folder) if folder.is_dir() else getattr(config, "_commit_hash", None)
+def _pinned(source: _Source) -> _Source:
+    """The same at the commit that its revision names now: all files are of one, and cached ones need no network."""
+    config = None if Path(source.name).is_dir() else _file(source, "config.json")
+    commit = None if config is None else extract_commit_hash(str(config), None)
+    return source if commit is None else source._replace(revision=commit)
+
+
+def _refuse_unsupported(source: _Source) -> None:
+    """Refuse what is no model, or one whose format is not supported, before `transformers` looks at it."""
+    if Path(source.name).is_dir():
+        checkpoint.refuse_folder(Path(source.name))
+        return
+    if (config := _file(source, "config.json")) is not None:
+        checkpoint.refuse_config(source.name, checkpoint.read_json(config))
+    if (adapter := _file(source, "adapter_config.json")) is not None:
+        checkpoint.refuse_adapter(source.name, adapter)
+
+
+def _refuse_files(source: _Source) -> None:
+    """Refuse files that `transformers` would load wrongly and without a word."""
+    if Path(source.name).is_dir():
+        checkpoint.refuse_files(Path(source.name))
+    _refuse_elsewhere(source)
+
+
+def _refuse_elsewhere(source: _Source) -> None:
+    for name in checkpoint.PROCESSOR_CONFIGS:
+        if (file := _file(source, name)) is not None:
+            checkpoint.refuse_elsewhere(file)
+
+
+def _revision(source: _Source) -> str | None:
+    """The hash of a local folder's files; of a hub model the commit that it is pinned to."""
+    if Path(source.name).is_dir():
+        return checkpoint.fingerprint(Path(source.name))
+    return source.revision if _COMMIT.fullmatch(source.revision or "") else None
 
 
 def _load_one(source: _Source, dtype: torch.dtype | str, device_map: Any) -> _Loaded:
     """Load one checkpoint with this library's attention in its text model and stock sdpa in its vision tower."""
+    source = _pinned(source)
+    _refuse_unsupported(source)
     config = _guarded(source, "its config", AutoConfig.from_pretrained)
     family = family_of(config, source.name)
+    _refuse_files(source)
     processor = _guarded(source, "its processor", AutoProcessor.from_pretrained)
-    model = _guarded(
+    model, report = _guarded(
         source,
         "its weights",
         AutoModelForImageTextToText.from_pretrained,
@@ -119,9 +163,60 @@ def _load_one(source: _Source, dtype: torch.dtype | str, device_map: Any) -> _Lo
         device_map=device_map,
         use_safetensors=True,
         attn_implementation={"": "sdpa", "text_config": ATTENTION, "vision_config": "sdpa"},
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are in the report, by name
     )
+    _refuse_gaps(source.name, report)
     model.eval().requires_grad_(False)
-    return _Loaded(VideoLM(model, family), processor, _revision(source, config))
+    loaded = _Loaded(VideoLM(model, family), processor, _revision(source))
+    _refuse_tokens(source.name, loaded)
+    return loaded
+
+
+def _refuse_gaps(name: str, report: Mapping[str, Any]) -> None:
+    """Refuse weights that `transformers` would fill with random numbers; tied ones and those of buffers are not."""
+    for tensor, found, expected in sorted(report["mismatched_keys"]):
+        raise ModelLoadError(
+            f"{name}: its weight {tensor} has shape {tuple(found)}, its config.json needs {tuple(expected)}; "
+            "download the checkpoint again, or save it with the config that it was trained with"
+        )
+    if missing := sorted(report["missing_keys"]):
+        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ModelLoadError(
+            f"{name}: has no weight {missing[0]}{others}, which its architecture needs; download the checkpoint "
+            "again, or save it whole"
+        )
+
+
+def _refuse_tokens(name: str, loaded: _Loaded) -> None:
+    """Refuse a tokenizer that reads nothing, or a video token that is not the model's."""
+    model, tokenizer = loaded.model, getattr(loaded.processor, "tokenizer", None)
+    if tokenizer is None or not tokenizer("video")["input_ids"]:
+        raise ModelLoadError(
+            f"{name}: has no tokenizer; copy tokenizer.json and tokenizer_config.json from the original checkpoint"
+        )
+    token = model.family.video_token(loaded.processor)
+    here = tokenizer.get_vocab().get(token)
+    there = getattr(model.model.config, "video_token_id", None)
+    rows = model.embedded_tokens
+    if here is None or here >= rows or here != there:
+        raise ModelLoadError(
+            f"{name}: its tokenizer has the video token {token} as id {here}, its config.json as {there}, and the "
+            f"model has ids 0 to {rows - 1}; use the tokenizer and config of the original checkpoint"
+        )
+
+
+def _refuse_template(name: str, target: _Loaded) -> None:
+    """Refuse a target whose chat template asks about no video, or with tokens that the model does not have."""
+    try:
+        ids = target.model.family.template_ids(target.processor)
+    except PromptError as error:
+        raise ModelLoadError(f"{name}: {error}") from error
+    if max(ids) >= target.model.embedded_tokens:
+        raise ModelLoadError(
+            f"{name}: its chat template uses token id {max(ids)}, and the model has ids 0 to "
+            f"{target.model.embedded_tokens - 1}; use the tokenizer of the original checkpoint"
+        )
 
 
 def _check_tokenizers(target: _Loaded, draft: _Loaded, target_name: str, draft_name: str) -> None:
@@ -197,8 +292,10 @@ def load(
         trust_remote_code: Run code from the checkpoint; off.
 
     Raises:
-        ConfigError: A setting is unknown, or the draft's vocabulary is not one of this tokenizer.
-        ModelLoadError: A checkpoint is not there, not safetensors, or not readable.
+        ConfigError: A setting is unknown, the draft's vocabulary is not one of this tokenizer, or a checkpoint
+            names files outside its folder.
+        ModelLoadError: A checkpoint is not there, incomplete, of a format that is not supported, or without a
+            tokenizer or chat template.
         UnknownFamilyError: The architecture is not supported.
         IncompatibleDraftError: The draft does not fit the target.
     """
@@ -220,6 +317,7 @@ def load(
     kind = _dtype(dtype, device)
     source = _Source(target, revision, local_files_only, trust_remote_code)
     loaded = _load_one(source, kind, {"": device} if device_map is None else device_map)
+    _refuse_template(target, loaded)
     guess, guess_revision = None, None
     if draft_name is not None:
         source = _Source(draft_name, draft_revision, local_files_only, trust_remote_code)
@@ -235,6 +333,7 @@ def load(
         device=device_words(loaded.model.device),
         transformers_version=transformers.__version__,
         processor_options=family.processor_options(loaded.processor),
+        warnings=_warnings(target, loaded.model.model),
     )
     return _ready(loaded, guess, info, FrameSettings() if preset is None else preset.frames)
 
@@ -261,6 +360,19 @@ def with_draft(
     return _ready(target, guess, replace(info, draft=draft, draft_revision=revision), captioner.frames)
 
 
+def _warnings(name: str, model: Any) -> tuple[str, ...]:
+    """Why captions may not be those of stock `generate()`."""
+    quantiser: Any = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    threshold = getattr(quantiser, "llm_int8_threshold", 0.0)
+    if not getattr(quantiser, "load_in_8bit", False) or not threshold:
+        return ()
+    warning = (
+        f"{name}: bitsandbytes 8 bit chooses outliers among all tokens of a pass (llm_int8_threshold {threshold:g}), "
+        "so some captions differ from stock generate(); where they must not, use 4 bit, threshold 0 or torchao"
+    )
+    return (warning,)
+
+
 def _ready(target: _Loaded, draft: Draft | None, info: ModelInfo, frames: FrameSettings) -> Captioner:
     return Captioner(target.model, target.processor, draft, info, frames)
 
@@ -276,6 +388,7 @@ def load_tokenizer(
     target = local_name(target)
     _refuse_misspelt(target)
     source = _Source(target, revision, local_files_only, trust_remote_code)
+    _refuse_elsewhere(source)
     return _guarded(source, "its processor", AutoProcessor.from_pretrained).tokenizer
 
 
@@ -306,11 +419,39 @@ def _load_head(
     """A trained head, of this very target."""
     config = read_config(folder)
     revisions = config.target_revision, target.revision
-    if None not in revisions and revisions[0] != revisions[1]:
+    if config.target_fingerprint is not None:
+        revisions = config.target_fingerprint, target_fingerprint(target_name, target.revision)
+    if checkpoint.can_compare(*revisions) and revisions[0] != revisions[1]:
         raise IncompatibleDraftError(
-            f"{folder}: this head was made for {config.target}, revision {revisions[0]}, and {target_name} has "
-            f"revision {revisions[1]}; use it with its own target, or train another"
+            f"{folder}: this head was made for {config.target} (content {revisions[0]}), and {target_name} has content "
+            f"{revisions[1]}; use it with its own target, or train another"
         )
     head = HeadModel.load(folder, target.model)
     ids = _guessable(target, target.model.vocabulary, draft_vocab)
-    return HeadDraft(head, target.model, ids), _fingerprint(folder)
+    return HeadDraft(head, target.model, ids), checkpoint.fingerprint(folder)
+
+
+def target_fingerprint(target: str, revision: str | None) -> str | None:
+    """What a trained head is made for: a hash of the weights and config.json of a target that is loaded.
+
+    Args:
+        target: Its hub id or folder.
+        revision: Its commit, where it is of the hub.
+
+    Returns:
+        16 hex digits, the same for a hub model and a local copy of it; None: its files are not to be found.
+    """
+    folder = Path(local_name(target))
+    if not folder.is_dir():
+        config = cached_file(
+            target,
+            "config.json",
+            revision=revision,
+            local_files_only=True,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        if config is None:
+            return None
+        folder = Path(config).parent
+    return checkpoint.model_fingerprint(folder)

@@ -109,6 +109,11 @@ class TextModel:
         """Width of hidden states."""
         return int(self._text.config.hidden_size)
 
+    @property
+    def context_tokens(self) -> int | None:
+        """The most tokens, prompt and caption together, that the checkpoint was made for; None: it does not say."""
+        return getattr(self._text.config, "max_position_embeddings", None)
+
     def keep_features(self) -> None:
         """From now on, new caches keep features; see `keeps_features`."""
         self.keeps_features = True
@@ -289,6 +294,11 @@ class VideoLM(TextModel):
         """Where hidden states start."""
         device: torch.device = self._embed.weight.device
         return device
+
+    @property
+    def embedded_tokens(self) -> int:
+        """Token ids that the model has an embedding for: 0 to this, exclusive."""
+        return int(self._embed.weight.shape[0])
 
     @property
     def text(self) -> Any:

@@ -89,6 +89,8 @@ class CaptionStats:
         compression_ratio: video_tokens / video_tokens_kept of a trained head; None without a head, and where it
             saw no video token.
         mean_batch_size: How many sequences shared its steps, on average.
+        context_tokens: The most tokens, prompt and caption together, that the target was made for
+            (`max_position_embeddings`); None: its config does not say.
     """
 
     method: str
@@ -118,6 +120,13 @@ class CaptionStats:
     compressor: str | None = None
     compression_ratio: float | None = None
     mean_batch_size: float = 1.0
+    context_tokens: int | None = None
+
+    @property
+    def beyond_context(self) -> bool:
+        """Whether prompt and caption have more tokens than the target was made for, so that the text may be poor."""
+        tokens = self.prompt_tokens + self.completion_tokens
+        return self.context_tokens is not None and tokens > self.context_tokens
 
     @property
     def mean_accepted_tokens(self) -> float | None:

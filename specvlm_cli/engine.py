@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
+from logging import ERROR, getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -48,6 +49,7 @@ class Models:
         device: The target's device, in words.
         frame_multiple: The number of frames that the target takes is a multiple of this.
         resolved: What captions depend on beyond the settings: revision, number format, processor options.
+        warnings: Why captions may not be those of stock `generate()`.
     """
 
     target: str
@@ -56,6 +58,7 @@ class Models:
     device: str
     frame_multiple: int = 1
     resolved: Plain = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
 
 class Session(Protocol):
@@ -176,6 +179,7 @@ class SpecvlmEngine:
             device=info.device,
             frame_multiple=self._captioner.frame_multiple,
             resolved=resolved,
+            warnings=info.warnings,
         )
 
     def open(self, frames: Frames, prompts: Sequence[str]) -> PromptSession:
@@ -402,6 +406,9 @@ def _hush(quiet: bool) -> None:
     from huggingface_hub.utils.tqdm import enable_progress_bars
     from transformers.utils import logging
 
+    getLogger("bitsandbytes").setLevel(
+        ERROR
+    )  # it says on each call that it casts, thousands of times a video
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     if not quiet:

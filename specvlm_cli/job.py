@@ -18,6 +18,8 @@ from os.path import lexists
 from pathlib import Path
 from typing import Literal, Protocol, TypeVar
 
+from specvlm.checkpoint import can_compare, fingerprint
+from specvlm.errors import SpecvlmError
 from specvlm_cli.engine import EngineFactory, Models
 from specvlm_cli.exits import BusyError, ExitCode, UsageError
 from specvlm_cli.ledger import UNREADABLE, Ledger, Planned, is_damage
@@ -203,6 +205,7 @@ def plan(request: Request, show: Callable[[Planned], None]) -> Plan:
         with folder.preview() as ledger:
             ledger.want(request.wanted)
             _refuse_changes(request, folder, ledger)
+            _refuse_changed_files(request, folder, ledger, at_once=True)
             number = 0
             for planned in ledger.to_do(request.overwrite, request.retry_failed, request.policy.limit):
                 show(planned)
@@ -277,6 +280,8 @@ def _nothing_to_do(request: Request, folder: RunFolder) -> Outcome | None:
             ledger.want(request.wanted)
             _refuse_changes(request, folder, ledger)
             work = ledger.has_news() or ledger.count_to_do(request.overwrite, request.retry_failed, 1)
+            if not work:
+                _refuse_changed_files(request, folder, ledger, at_once=True)
             return None if work or not folder.parts.in_order(ledger) else _outcome(request, folder, ledger)
     except UNREADABLE as error:
         if is_damage(error):  # opening it for writing tells what is wrong
@@ -364,10 +369,13 @@ class _Start:
     def _caption(self, runner: Runner, todo: int) -> None:
         self.display.note(f"loading {clean(self.request.settings.models.name)}")
         try:
+            _refuse_changed_files(self.request, self.folder, self.ledger)
             models = runner.load(self.stop)
             if models is None:
                 return
             self._begin(models)
+            for warning in models.warnings:
+                self.display.warn(warning)
             with self.display.working(todo):
                 runner.run(self.stop, _provenance(self.request, models, self.run_id))
         finally:
@@ -393,15 +401,14 @@ class _Start:
 
     def _refuse_other_target(self, resolved: Plain) -> None:
         known = self.folder.read()
-        changes = differences(known.resolved, resolved) if known is not None and known.settings else []
+        before = dict(known.resolved) if known is not None and known.settings else dict(resolved)
+        if not can_compare(before.get("target_revision"), resolved.get("target_revision")):
+            before["target_revision"] = resolved.get("target_revision")  # an earlier version wrote it
+        changes = differences(before, resolved)
         if not changes or self.request.on_config_change == "reuse":
             return
         if _captions_kept(self.request, self.folder, self.ledger):
-            raise UsageError(
-                f"{_shown(self.folder)}: the loaded target is not that of the captions there: "
-                f"{'; '.join(changes)}; pin it with --revision and --dtype, or accept both with "
-                "--on-config-change reuse"
-            )
+            raise _other_target(self.folder, changes)
 
 
 def _most_failures(request: Request, todo: int) -> int | None:
@@ -457,6 +464,39 @@ def _refuse_changes(request: Request, folder: RunFolder, ledger: Ledger) -> None
     raise UsageError(
         f"{_shown(folder)} holds captions made with other settings: {clean(changes)}; give the old value, or "
         "--on-config-change reuse (keep them, go on with the new value) or new (a new folder beside it)"
+    )
+
+
+def _refuse_changed_files(
+    request: Request, folder: RunFolder, ledger: Ledger, *, at_once: bool = False
+) -> None:
+    """Refuse a local target whose files are not those of the captions, before it is loaded.
+
+    The hashes of its files are kept from here on, so that no worker has to make them again. `at_once` is for a start
+    that loads nothing: it does not compare a target whose hashes are not kept, or whose files are incomplete.
+    """
+    target = Path(request.settings.models.name)
+    if not target.is_dir():
+        return
+    try:
+        now = fingerprint(target, at_once=at_once)
+    except SpecvlmError:
+        if at_once:
+            return
+        raise
+    known = folder.read()
+    then = known.resolved.get("target_revision") if known is not None and known.settings else None
+    if not can_compare(now, then) or now == then or request.on_config_change == "reuse":
+        return
+    if _captions_kept(request, folder, ledger):
+        raise _other_target(folder, differences({"target_revision": then}, {"target_revision": now}))
+
+
+def _other_target(folder: RunFolder, changes: Sequence[str]) -> UsageError:
+    return UsageError(
+        f"{_shown(folder)}: the target is not that of the captions there, although it has its name: "
+        f"{'; '.join(changes)}; use the old files, --revision and --dtype, accept both with --on-config-change reuse, "
+        "or give another -o folder"
     )
 
 

@@ -441,6 +441,15 @@ class Ledger:
                 (failure.stage, failure.error_type, failure.error, _now(), claim.attempts, claim.ordinal),
             )
 
+    def reopen_failed(self, claims: Sequence[Claim]) -> None:
+        """Make videos pending again that failed, for a reason that was not theirs."""
+        with self.writing():
+            for claim in claims:
+                self._db.execute(
+                    "UPDATE item SET state = 'pending' WHERE ordinal = ? AND state = 'failed'",
+                    (claim.ordinal,),
+                )
+
     def note_captioning(self, seconds: float, workers: int, waited_s: float) -> None:
         """Store how long this start has captioned, and how long its workers waited for input, for `status`."""
         values = ("captioning_ms", 1000 * seconds), ("workers", workers), ("waited_ms", 1000 * waited_s)

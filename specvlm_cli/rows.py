@@ -44,6 +44,8 @@ _COPIED = (
 )
 
 
+BEYOND_CONTEXT = "beyond_context"  # flag of a row with more tokens than the target was made for
+
 _MEDIA = {  # column -> what it is of the file's own facts
     "duration_s": "duration_s",
     "fps": "fps",
@@ -91,7 +93,11 @@ def caption_row(
         "prompt_sha256": hashlib.sha256(prompt.encode()).hexdigest(),
         "created_at": datetime.now(UTC).isoformat(timespec="microseconds"),
         **_media(caption.source),
-        "flags": [*(caption.source.flags if caption.source else ()), *made.flags],
+        "flags": [
+            *(caption.source.flags if caption.source else ()),
+            *made.flags,
+            *([BEYOND_CONTEXT] if caption.stats.beyond_context else ()),
+        ],
         "frame_times_s": list(made.times_s),
         **_statistics(caption.stats),
         **_speed(comparison),

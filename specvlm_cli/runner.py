@@ -21,10 +21,12 @@ from functools import partial
 from multiprocessing.connection import wait
 from typing import Protocol
 
+from specvlm.records import CaptionStats
 from specvlm_cli.assigning import Admission, Assigner
 from specvlm_cli.decoding import DecodingPool, ReadFailure
 from specvlm_cli.engine import EngineFactory, Models
 from specvlm_cli.exits import FatalError, UsageError
+from specvlm_cli.failing import SameFailure
 from specvlm_cli.failure import Failure
 from specvlm_cli.generating.crew import Crew
 from specvlm_cli.generating.messages import Broken, Failed, FromWorker, Hello, Lost, Made, Ready, Report
@@ -34,7 +36,7 @@ from specvlm_cli.parts import Parts
 from specvlm_cli.policy import Policy
 from specvlm_cli.read_ahead import Queue
 from specvlm_cli.results import Captioning, LiveStatus, Tally
-from specvlm_cli.rows import Provenance, caption_row
+from specvlm_cli.rows import BEYOND_CONTEXT, Provenance, caption_row
 from specvlm_cli.stopping import Stop
 
 _TOO_MANY = "max-failures"  # why a run stopped, where that was the reason
@@ -99,6 +101,8 @@ class Runner:
         self._scheduler = Assigner(self._queue, self._crew, policy)
         self._provenance: Provenance | None = None
         self._not_finite = 0
+        self._same_failure = SameFailure()
+        self._warned_of_context = False
         self._lost: set[int] = set()  # videos that killed their workers since the last caption
         self._lost_loading = 0
         self._fatal: Exception | None = None  # ends the run once what was heard before is stored
@@ -320,9 +324,13 @@ class Runner:
         self._queue.settle(claim)
         self._not_finite = self._lost_loading = 0
         self._lost.clear()
-        self._news.append(partial(self._tell_captioned, claim, rows, made.as_alone is False))
+        longest = max(
+            (caption.stats for caption, _ in made.captions),
+            key=lambda one: one.prompt_tokens + one.completion_tokens,
+        )
+        self._news.append(partial(self._tell_captioned, claim, rows, longest, made.as_alone is False))
 
-    def _tell_captioned(self, claim: Claim, rows: list[Row], differs: bool) -> None:
+    def _tell_captioned(self, claim: Claim, rows: list[Row], stats: CaptionStats, differs: bool) -> None:
         for row in rows:
             self.tally.add(row)
         self._reporter.captioned(claim, rows)
@@ -331,6 +339,18 @@ class Runner:
                 f"{rows[0]['path']}: its caption in a batch is not the one that it has alone; captions of this run "
                 "may differ from those of single videos: please report it, and use --batch-size 1"
             )
+        self._warn_of_context(rows, stats)
+
+    def _warn_of_context(self, rows: list[Row], stats: CaptionStats) -> None:
+        """Warn of the first row with more tokens than the target was made for; all of them have a flag."""
+        if self._warned_of_context or not stats.beyond_context:
+            return
+        self._warned_of_context = True
+        self._reporter.warn(
+            f"{rows[0]['path']}: {stats.prompt_tokens + stats.completion_tokens} tokens, and the target was made for "
+            f"{stats.context_tokens}; its caption may be poor. Read fewer or smaller frames (--max-frames, "
+            f"--num-frames, --max-pixels). Rows like this have {BEYOND_CONTEXT} in flags"
+        )
 
     def _note_row(self) -> None:
         """Take note of how long this start has captioned up to the row that is being stored."""
@@ -435,6 +455,17 @@ class Runner:
         self.failed += 1
         self.tally.fail(failure)
         self._news.append(lambda: self._reporter.failed(claim, failure, trace))
+        if self.captioning is None:
+            self._stop_if_all_fail(claim, failure)
+
+    def _stop_if_all_fail(self, claim: Claim, failure: Failure) -> None:
+        blameless = self._same_failure.add(claim, failure)
+        if not blameless:
+            return
+        self._ledger.reopen_failed(blameless)
+        if self._fatal is None:
+            self._fatal = SameFailure.fatal(failure)
+            self._news.append(lambda: self._parts.write_failures(self._ledger))
 
     def _stop_if_never_finite(self, failure: Failure) -> None:
         self._not_finite = self._not_finite + 1 if failure.error_type == _NOT_FINITE else 0

@@ -30,7 +30,7 @@ writes next. It ships with `specvlm` as `--preset {preset}`, so that heads can b
 
 - {parameters:,} parameters in {stored}, in `model.safetensors`; embeddings and LM head are the target's own.
 - Compressor in front of its prefill: {compressor}.
-- It fits revision `{revision}` of its target and refuses every other.
+- It fits a target with the content hash `{fingerprint}` (weights and config.json) and refuses every other.
 
 ## What it is not
 
@@ -62,7 +62,7 @@ def card(name: HeadName, config: Mapping[str, Any], header: Mapping[str, Any]) -
         name=name,
         preset=_PRESETS[name],
         target=config["target"],
-        revision=config["target_revision"],
+        fingerprint=config["target_fingerprint"],
         parameters=sum(math.prod(tensor["shape"]) for tensor in tensors),
         stored={"F32": "float32", "F16": "float16", "BF16": "bfloat16"}[tensors[0]["dtype"]],
         compressor=_compressor(config["compressor"]),

@@ -38,12 +38,14 @@ class HeadConfig:
 
     Attributes:
         target: Name of its target.
-        target_revision: The target's revision, or fingerprint where it is a folder; None: not known.
+        target_revision: The target's commit, or fingerprint of all files where it is a folder; None: not known.
         family: Of its target, as `model_type` in config.json.
         hidden_size: Width of the target's hidden states.
         layer: Whose outputs it reads: -1, the last one's, behind the norm. This version reads no other.
         compressor: In front of its prefill.
         training: How it was trained, for the record.
+        target_fingerprint: Hash of the target's weights and config.json, whatever its name; None: not known, as in
+            heads of early versions, which are compared by `target_revision`.
     """
 
     target: str
@@ -53,6 +55,7 @@ class HeadConfig:
     layer: int = -1
     compressor: CompressorConfig = field(default_factory=CompressorConfig)
     training: Mapping[str, Any] = field(default_factory=dict)
+    target_fingerprint: str | None = None
 
     def __post_init__(self) -> None:
         if self.layer != -1:
@@ -73,7 +76,9 @@ class HeadConfig:
         """
         if found["model_type"] != HEAD_TYPE or found["format"] != _FORMAT:
             raise ValueError(f"its format is {found['format']!r}, not {_FORMAT}")
-        known = {f.name: found[f.name] for f in fields(cls)}
+        known = {
+            f.name: found[f.name] for f in fields(cls) if f.name in found or f.name != "target_fingerprint"
+        }
         compressor = dict(known["compressor"])
         compressor["operators"] = tuple(compressor["operators"])
         known["compressor"] = CompressorConfig(**compressor)
@@ -134,7 +139,16 @@ class HeadModel(nn.Module):
 
     @classmethod
     def fresh(cls, target: VideoLM, config: HeadConfig, seed: int) -> HeadModel:
-        """An untrained head in float32, on the CPU; its layer begins as the target's last one."""
+        """An untrained head in float32, on the CPU; its layer begins as the target's last one.
+
+        Raises:
+            IncompatibleDraftError: The target's weights are quantised.
+        """
+        if getattr(target.model, "hf_quantizer", None) is not None:
+            raise IncompatibleDraftError(
+                f"{target.model.name_or_path}: a head cannot be trained for quantised weights; train it for the "
+                "checkpoint that they were made from, and use it with that"
+            )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             head = cls(target, config)

@@ -148,6 +148,15 @@ class Family(ABC):
             tensors["mm_token_type_ids"] = torch.tensor(processor.create_mm_token_type_ids(ids.tolist()))
         return ModelInputs(ids, ids[0] == video_id, tensors)
 
+    def template_ids(self, processor: Any) -> list[int]:
+        """Token ids of a short prompt about a video, whose one video token is not yet as many as a video has.
+
+        Raises:
+            PromptError: The checkpoint has no chat template, or one that knows no video.
+        """
+        text = self._render(processor, "What happens?", None)
+        return list(processor.tokenizer(text)["input_ids"])
+
     def _metadata(self, frames: Frames) -> VideoMetadata:
         """True frame times, told to the processor as the mean rate of the frames that it gets."""
         count = len(frames.times_s)
@@ -179,7 +188,16 @@ class Family(ABC):
         messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
         if system is not None:
             messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
-        rendered: str = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        try:
+            rendered: str = processor.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # of the template itself, which is a program
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+            raise PromptError(
+                f"the checkpoint's chat template cannot be used ({reason}); copy chat_template.jinja from the "
+                "original checkpoint"
+            ) from error
         if rendered.count(self.video_token(processor)) != 1:
             raise PromptError(
                 f"the checkpoint's chat template renders {rendered.count(self.video_token(processor))} videos "

@@ -21,6 +21,7 @@ from specvlm.captioner import Captioner, CaptionOptions
 from specvlm.drafts.compressor import CompressorConfig
 from specvlm.drafts.head import HeadDraft
 from specvlm.drafts.head_model import HeadConfig, HeadModel
+from specvlm.loading import target_fingerprint
 from specvlm.model import VideoLM
 from specvlm.training.folder import STATE, HeadFolder
 from specvlm.training.learner import Learner
@@ -457,6 +458,7 @@ def _head_config(request: Request, teacher: Captioner, processes: int) -> HeadCo
         hidden_size=target.hidden_size,
         compressor=request.head.compressor,
         training=training,
+        target_fingerprint=target_fingerprint(teacher.info.target, teacher.info.target_revision),
     )
 
 

@@ -245,6 +245,8 @@ class FakeEngine:
         ids = (1, 2, 4) if differs or (text.startswith("leans") and one.shared > one.done) else (1, 2, 3)
         took = stats(plain=not one.speculate, frames=number, first=one.index == 0)
         took = replace(took, mean_batch_size=one.shared / one.done)
+        if text.startswith("long"):
+            took = replace(took, context_tokens=took.prompt_tokens + took.completion_tokens - 1)
         if text.startswith("headed") and one.speculate:
             took = replace(
                 took, method="specvlm-head/select/static", compressor="pool", compression_ratio=5.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -53,7 +54,7 @@ def heads(root: Path) -> None:
     HeadModel.fresh(target, config, 0).save(root / "head")
     for name in ("stale", "later"):
         shutil.copytree(root / "head", root / f"{name}-head")
-    for name, said in (("stale", {"target_revision": "0" * 16}), ("later", {"format": 9})):
+    for name, said in (("stale", {"target_revision": f"sha256:{16 * '0'}"}), ("later", {"format": 9})):
         file = root / f"{name}-head" / "config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | said))
 
@@ -101,7 +102,7 @@ def test_good_videos_are_captioned_and_bad_files_explained(
         assert row["decode_speedup"] > 0
         assert row["e2e_speedup"] > 0
         assert row["target_model"] == str(models / family)
-        assert len(row["target_revision"]) == 16
+        assert re.fullmatch("sha256:[0-9a-f]{16}", row["target_revision"])
         assert row["num_frames"] == 4
         assert row["duration_s"] > 0.9
         assert 0 < row["video_tokens_kept"] < row["video_tokens"] < row["prompt_tokens"]
@@ -169,7 +170,7 @@ def test_the_draft_cannot_change_a_caption(run: Run, models: Path, films: Path, 
         (
             ["--target", "qwen", "--draft", "stale-head"],
             2,
-            "made for qwen, revision 0000000000000000, and qwen",
+            "made for qwen (content sha256:0000000000000000), and qwen",
         ),
         (["--target", "qwen", "--draft", "later-head"], 1, "config.json (its format is 9, not 1); train it"),
         (["--target", "nowhere"], 1, "nowhere: no such preset or folder"),

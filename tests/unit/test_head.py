@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,7 @@ from specvlm.drafts.head import HeadDraft, _HeadProposer
 from specvlm.drafts.head_model import HeadConfig, HeadModel, read_config
 from specvlm.drafts.kinds import is_head
 from specvlm.errors import IncompatibleDraftError, ModelLoadError, SpecvlmError
-from specvlm.loading import with_draft
+from specvlm.loading import target_fingerprint, with_draft
 from specvlm.model import Lengths
 from specvlm.training import objective
 from specvlm.training.example import read_example
@@ -263,6 +264,9 @@ def test_a_dynamic_tree_is_the_papers_where_nothing_is_said() -> None:
 # Folders
 
 
+FREE = {"target_revision": None, "target_fingerprint": None}  # of a head that takes any target
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Targets, and heads made for them."""
@@ -280,6 +284,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             captioner.target.hidden_size,
             compressor=CompressorConfig(ratio=3.0),
             training={"steps": 3},
+            target_fingerprint=target_fingerprint(str(found[family]), captioner.info.target_revision),
         )
         found[f"{family}-head"] = root / f"{family}-head"
         HeadModel.fresh(captioner.target, config, seed=3).save(found[f"{family}-head"])
@@ -336,7 +341,7 @@ def test_a_loaded_head_is_stock(family: FamilyName, folders: dict[str, Path]) ->
     assert caption.token_ids == stock
     assert caption.stats.method == "specvlm-head/select/dynamic"
     assert captioner.info.draft_revision != captioner.info.target_revision
-    assert len(captioner.info.draft_revision or "") == 16
+    assert re.fullmatch("sha256:[0-9a-f]{16}", captioner.info.draft_revision or "")
     plain = specvlm.load(str(folders[family]))
     other = with_draft(plain, str(folders[f"{family}-head"]), draft_vocab=100)
     assert other.caption(video, tree="static", max_new_tokens=16).token_ids == stock
@@ -362,15 +367,39 @@ def changed(folder: Path, new: Path, change: Callable[[dict[str, Any]], None]) -
 
 def test_another_target_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     head = folders["qwen-head"]
-    revision = read_config(head).target_revision
+    content = read_config(head).target_fingerprint
     said = refusal(IncompatibleDraftError, folders["shallow"], head)
-    assert f"made for {folders['qwen']}, revision {revision}, and {folders['shallow']} has revision" in said
-    free = changed(head, tmp_path / "free", lambda config: config.update(target_revision=None))
+    assert f"made for {folders['qwen']} (content {content}), and {folders['shallow']} has content" in said
+    free = changed(head, tmp_path / "free", lambda config: config.update(FREE))
     assert specvlm.load(str(folders["qwen"]), draft=str(free)).draft is not None
     assert "hidden size 32), the target's is 48" in refusal(IncompatibleDraftError, folders["wide"], free)
     assert "family qwen2_5_vl), the target's is llava_onevision" in refusal(
         IncompatibleDraftError, folders["llava"], free
     )
+
+
+def test_a_target_is_known_by_its_content(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Another name, tokenizer or chat template make no other target; other weights or another config do."""
+    head, copy = folders["qwen-head"], tmp_path / "copy"
+    shutil.copytree(folders["qwen"], copy)
+    with (copy / "chat_template.jinja").open("a") as file:
+        file.write("\n")
+    assert specvlm.load(str(copy), draft=str(head)).draft is not None
+    config = json.loads((copy / "config.json").read_text())
+    config["text_config"]["rope_parameters"]["rope_theta"] = 123.0
+    (copy / "config.json").write_text(json.dumps(config))
+    assert "another" in refusal(IncompatibleDraftError, copy, head)
+
+
+def test_a_head_of_an_early_version_is_known_by_the_revision(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    def age(config: dict[str, Any]) -> None:
+        del config["target_fingerprint"]
+
+    old = changed(folders["qwen-head"], tmp_path / "old", age)
+    assert specvlm.load(str(folders["qwen"]), draft=str(old)).draft is not None
+    assert "made for" in refusal(IncompatibleDraftError, folders["shallow"], old)
 
 
 def test_a_head_that_reads_another_layer_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
