@@ -9,6 +9,7 @@ Importing and compiling takes most of a start's time; here it is done once. Noth
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -113,6 +114,8 @@ def _warm_up(target: str) -> None:
 def main() -> None:
     """Serve."""
     _warm_up(sys.argv[1])
+    gc.collect()
+    gc.freeze()  # so that collections in a fork neither look through all this nor copy it
     for line in sys.stdin:
         said = json.loads(line)
         if "start" in said:
