@@ -128,7 +128,7 @@ class Recorder(TorchDispatchMode):
             self.made[where] = tensor.untyped_storage()
         if mutable:
             self._steps.append(Step(func, args, kwargs, []))
-        elif new or not results:  # else a view, which stays one
+        elif new:  # else a view, which stays one
             self._steps.append(Step(func, args, kwargs, results))
         return out
 
