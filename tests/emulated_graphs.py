@@ -50,11 +50,16 @@ def tensors_of(value: Any) -> list[torch.Tensor]:
     """Those among an operation's arguments or results."""
     if isinstance(value, torch.Tensor):
         return [value]
+    found: list[torch.Tensor] = []
     if isinstance(value, dict):
         value = tuple(value.values())
-    if not isinstance(value, (list, tuple)):
-        return []
-    return [tensor for one in value for tensor in tensors_of(one)]
+    if isinstance(value, (list, tuple)):
+        for one in value:
+            if isinstance(one, torch.Tensor):
+                found.append(one)
+            elif isinstance(one, (list, tuple, dict)):
+                found += tensors_of(one)
+    return found
 
 
 def address(tensor: torch.Tensor) -> int:
@@ -62,13 +67,30 @@ def address(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-class Operation(NamedTuple):
-    """One call, and what it gave."""
+@cache
+def decomposes(function: Any) -> bool:
+    """Whether an operation is made of others."""
+    if function.namespace != "aten":
+        return False
+    composite = torch._C.DispatchKey.CompositeImplicitAutograd
+    return composite in function.py_kernels or torch._C._dispatch_has_kernel_for_dispatch_key(
+        function.name(), composite
+    )
+
+
+@cache
+def writes(function: Any) -> bool:
+    """Whether an operation changes what it is given."""
+    return bool(function._schema.is_mutable)
+
+
+class Step(NamedTuple):
+    """One operation that is repeated, and where its results go."""
 
     function: Any
     args: Any
     kwargs: dict[str, Any]
-    out: Any
+    kept: list[torch.Tensor]
 
 
 class Recorder(TorchDispatchMode):
@@ -76,35 +98,38 @@ class Recorder(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.operations: list[Operation] = []
         self.made: dict[int, torch.UntypedStorage] = {}  # during the recording, by address
         self.read: dict[int, torch.Tensor] = {}  # there before
         self._spoilt: list[torch.Tensor] = []
         self.replay_of: Any = None  # a weak reference: whoever may repeat it keeps that
-        self._steps: list[tuple[Any, Any, Any, list[torch.Tensor]]] = []
+        self._steps: list[Step] = []
         self._before: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if forbidden(func):
             raise CannotCaptureError(str(func))
-        if func.namespace == "aten":  # what is made of other operations may hide one that asks
+        kwargs = kwargs or {}
+        if decomposes(func):  # what is made of other operations may hide one that asks
             with self:
-                out = func.decompose(*args, **(kwargs or {}))
-            if out is not NotImplemented:
-                return out
-        given = tensors_of((args, kwargs))
-        for tensor in given:
-            if address(tensor) not in self.made:
-                self.read[address(tensor)] = tensor
-                if func._schema.is_mutable and address(tensor) not in self._before:
+                return func.decompose(*args, **kwargs)
+        given = tensors_of(args) + tensors_of(kwargs)
+        ours = {address(tensor): tensor for tensor in given}
+        mutable = writes(func)
+        for where, tensor in ours.items():
+            if where not in self.made:
+                self.read[where] = tensor
+                if mutable and where not in self._before:
                     storage = tensor.untyped_storage()
-                    self._before[address(tensor)] = (storage, storage.clone())
-        out = func(*args, **(kwargs or {}))
-        ours = {address(tensor) for tensor in given}
-        for tensor in tensors_of(out):
-            if address(tensor) not in ours:
-                self.made[address(tensor)] = tensor.untyped_storage()
-        self.operations.append(Operation(func, args, kwargs or {}, out))
+                    self._before[where] = (storage, storage.clone())
+        out = func(*args, **kwargs)
+        results = tensors_of(out)
+        new = [(where, tensor) for tensor in results if (where := address(tensor)) not in ours]
+        for where, tensor in new:
+            self.made[where] = tensor.untyped_storage()
+        if mutable:
+            self._steps.append(Step(func, args, kwargs, []))
+        elif new:  # else a view, which stays one
+            self._steps.append(Step(func, args, kwargs, results))
         return out
 
     def finish(self) -> None:
@@ -112,17 +137,6 @@ class Recorder(TorchDispatchMode):
         for storage, before in self._before.values():
             storage.copy_(before, non_blocking=False)
         self._spoilt = [torch.empty(0, dtype=torch.uint8).set_(storage) for storage in self.made.values()]
-        self._steps = [step for step in map(self._step, self.operations) if step is not None]
-
-    @staticmethod
-    def _step(operation: Operation) -> tuple[Any, Any, Any, list[torch.Tensor]] | None:
-        """An operation and where its results go; None: a view, which stays one."""
-        function, args, kwargs, out = operation
-        if function._schema.is_mutable:
-            return function, args, kwargs, []
-        given = {address(tensor) for tensor in tensors_of((args, kwargs))}
-        kept = tensors_of(out)
-        return None if all(address(tensor) in given for tensor in kept) else (function, args, kwargs, kept)
 
     def replay(self) -> None:
         """Repeat all operations on the same addresses.

@@ -70,7 +70,7 @@ class Specvlm:
 def forked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fork the command's workers from this process: importing torch takes seconds in each new interpreter.
 
-    The tests of the examples, and all tests with fake engines, start workers as the product does.
+    The tests of the examples, and those marked `fresh_workers`, start workers as the product does.
     """
     if sys.platform == "linux":
         from tests.cli import drive
@@ -80,10 +80,13 @@ def forked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def specvlm(
+    request: pytest.FixtureRequest,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Specvlm:
+    if request.node.get_closest_marker("fresh_workers") is None:
+        request.getfixturevalue("forked")
     command = Specvlm(capfd, tmp_path_factory.mktemp("fake") / "journal")
     monkeypatch.setattr(engine, "Factory", command.factory)
     monkeypatch.setattr(runner, "DecodingPool", partial(DecodingPool, reader=READER))

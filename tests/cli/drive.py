@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import gc
 import importlib
 import json
 import os
@@ -323,6 +324,8 @@ def _wait(process: int, most_s: float) -> int | None:
 
 
 def _serve() -> None:
+    gc.collect()
+    gc.freeze()  # so that collections in a fork neither look through all this nor copy it
     for line in sys.stdin:
         said = json.loads(line)
         if "start" in said:

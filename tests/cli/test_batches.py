@@ -96,6 +96,7 @@ def test_two_workers_each_hold_a_batch(specvlm: Specvlm, tmp_path: Path, out: Pa
     invariants.check(out, folder)
 
 
+@pytest.mark.fresh_workers
 def test_one_of_eight_that_crashes_is_found_and_its_neighbours_are_captioned(
     specvlm: Specvlm, tmp_path: Path, out: Path
 ) -> None:

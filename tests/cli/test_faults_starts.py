@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
 from tests.faults import io, kills, signals, starts
@@ -9,10 +11,15 @@ from tests.faults.harness import Driver, Tally, place
 from tests.faults.starts import Ground
 
 
-@pytest.mark.parametrize("kind", starts.ROUNDS)
-def test_at_the_same_moment(kind: str) -> None:
+@pytest.fixture(scope="module")
+def ground() -> Iterator[Ground]:
     with place() as folder, Driver() as driver:
-        starts.ROUNDS[kind](Ground(folder, driver, 8), Tally())
+        yield Ground(folder, driver, 8)
+
+
+@pytest.mark.parametrize("kind", starts.ROUNDS)
+def test_at_the_same_moment(kind: str, ground: Ground) -> None:
+    starts.ROUNDS[kind](ground, Tally())
 
 
 def test_tables_can_be_printed(capsys: pytest.CaptureFixture[str]) -> None:

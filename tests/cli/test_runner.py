@@ -44,6 +44,7 @@ def failure_of(out: Path, name: str) -> dict[str, object]:
     return row
 
 
+@pytest.mark.fresh_workers
 def test_all_gpus_share_one_queue(specvlm: Specvlm, tmp_path: Path, out: Path) -> None:
     folder = many(tmp_path / "many", 12)
     specvlm.behave(seen_gpus=3, delay_s=0.15)
@@ -98,6 +99,7 @@ def test_a_setting_that_no_gpu_can_use_ends_the_run(specvlm: Specvlm, videos: Pa
     assert (result.code, result.err.splitlines()[-1]) == (2, "specvlm: error: dtype is wrong; give another")
 
 
+@pytest.mark.fresh_workers
 @pytest.mark.parametrize(("retries", "attempts"), [(2, 3), (0, 1)])
 def test_a_video_that_kills_its_worker_fails_and_the_others_do_not(
     specvlm: Specvlm, videos: Path, out: Path, retries: int, attempts: int

@@ -27,6 +27,13 @@ def ground() -> Iterator[Ground]:
         yield Ground(folder, driver, 10)
 
 
+@pytest.fixture(scope="module")
+def full() -> Iterator[Ground]:
+    """Eight videos in flight."""
+    with place() as folder, Driver() as driver:
+        yield Ground(folder, driver, 24, batch_size=8)
+
+
 def begun(trial: Trial, *flags: str) -> int:
     """Make a start, wait for its first caption, and return its process id."""
     process = trial.driver.start(trial.order(*flags))
@@ -131,9 +138,8 @@ def test_second_signal_ends_at_once(ground: Ground) -> None:
     ],
     ids=lambda what: what.scene,
 )
-def test_signal_with_eight_in_flight(what: Signalled) -> None:
-    with place() as folder, Driver() as driver:
-        signals.run(Ground(folder, driver, 24, batch_size=8), what)
+def test_signal_with_eight_in_flight(what: Signalled, full: Ground) -> None:
+    signals.run(full, what)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,27 @@ def run(train: Train, videos: Path, out: Path, batch_size: object = "auto", **mo
     return train(videos, "-o", out, held_out=0, batch_size=batch_size, checkpoint_every=1, **more)
 
 
+_CALM: dict[tuple[Path, int], Path] = {}
+
+
+@pytest.fixture
+def calm(train: Train, videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """Returns the folder of a training of so many epochs that writes one caption at a time; each is made once.
+
+    The videos have the same content in every test.
+    """
+
+    def made(epochs: int) -> Path:
+        known = train.target, epochs
+        if known not in _CALM:
+            out = tmp_path_factory.mktemp("calm") / "head"
+            assert run(train, videos, out, 1, epochs=epochs).code == 0
+            _CALM[known] = out
+        return _CALM[known]
+
+    return made
+
+
 def left_out(out: Path) -> list[tuple[Any, ...]]:
     with sqlite3.connect(out / ".specvlm" / LEFT_OUT_NAME) as database:
         return database.execute("SELECT video, prompt, since, stage, error FROM left_out").fetchall()
@@ -81,15 +103,20 @@ def left_out(out: Path) -> list[tuple[Any, ...]]:
 
 @pytest.mark.parametrize(("batch_size", "in_flight"), [(1, 1), (3, 3), ("auto", COUNT)])
 def test_the_batch_is_filled_with_samples_to_come(
-    batch_size: object, in_flight: int, train: Train, videos: Path, tmp_path: Path, most: list[int]
+    batch_size: object,
+    in_flight: int,
+    train: Train,
+    videos: Path,
+    tmp_path: Path,
+    most: list[int],
+    calm: Callable[[int], Path],
 ) -> None:
     """No caption is written twice, and what is learned depends on nothing of it."""
     said = run(train, videos, tmp_path / "many", batch_size, epochs=2)
     assert (said.code, said.json["captions"], said.json["samples"]) == (0, COUNT, 2 * COUNT), said.err
     assert max(most) == in_flight
-    assert run(train, videos, tmp_path / "one", 1, epochs=2).code == 0
-    assert same(tmp_path / "many", tmp_path / "one")
-    assert captions_of(tmp_path / "many") == captions_of(tmp_path / "one")
+    assert same(tmp_path / "many", calm(2))
+    assert captions_of(tmp_path / "many") == captions_of(calm(2))
 
 
 def test_a_failing_sample_is_blamed_in_its_turn(
@@ -114,9 +141,9 @@ def test_a_failing_sample_is_blamed_in_its_turn(
 
 @pytest.mark.parametrize("rounds", [3, 6])
 def test_a_kill_with_captions_in_flight_changes_no_bit(
-    rounds: int, train: Train, videos: Path, tmp_path: Path, most: list[int]
+    rounds: int, train: Train, videos: Path, tmp_path: Path, calm: Callable[[int], Path]
 ) -> None:
-    assert run(train, videos, tmp_path / "whole", epochs=2).code == 0
+    whole = calm(2)
     step, left = Writer.step, iter([False] * rounds)
 
     def dying(self: Writer, author: Captioner) -> list[Lesson]:
@@ -132,8 +159,8 @@ def test_a_kill_with_captions_in_flight_changes_no_bit(
     kept = len(captions_of(tmp_path / "cut"))
     said = run(train, videos, tmp_path / "cut", epochs=2)
     assert (said.code, said.json["captions"]) == (0, COUNT - kept), said.err
-    assert same(tmp_path / "cut", tmp_path / "whole")
-    assert captions_of(tmp_path / "cut") == captions_of(tmp_path / "whole")
+    assert same(tmp_path / "cut", whole)
+    assert captions_of(tmp_path / "cut") == captions_of(whole)
 
 
 @pytest.mark.parametrize("how", ["estimated", "raised"])
@@ -143,9 +170,10 @@ def test_captions_in_flight_give_their_memory_to_learning(
     videos: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    calm: Callable[[int], Path],
 ) -> None:
     """They are begun again afterwards; no sample is left out for them."""
-    assert run(train, videos, tmp_path / "whole").code == 0
+    whole = calm(1)
     released: list[int] = []
     release, shown = Writer.release, lessons.read_example
     writers: list[Writer] = []
@@ -176,7 +204,7 @@ def test_captions_in_flight_give_their_memory_to_learning(
     said = run(train, videos, tmp_path / "short")
     assert (said.code, said.json["left_out"], said.json["captions"]) == (0, 0, COUNT), said.err
     assert max(released) > 1
-    assert same(tmp_path / "short", tmp_path / "whole")
+    assert same(tmp_path / "short", whole)
 
 
 def test_another_author_takes_over_when_the_first_is_done(

@@ -219,7 +219,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_demo_pair_guesses_from_what_was_counted(
-    clip: Path, out: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    forked: None, clip: Path, out: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The whole way: caption, count, and caption anew from half of the tokens."""
     asked = ["caption", str(clip), "-o", str(out), *DEMO, "--tree", "static", "--baseline-sample", "1", "-q"]
@@ -236,7 +236,7 @@ def test_the_demo_pair_guesses_from_what_was_counted(
 
 
 def test_a_file_for_another_target_ends_the_start(
-    clip: Path, out: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    forked: None, clip: Path, out: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "vocab.json"
     vocab.write(KeptTokens("0123456789abcdef", ((5, 3),), 3, 1, 1), file, "0.1.0")

@@ -71,10 +71,10 @@ def test_the_caption_is_that_of_plain_decoding(
     captioner.generation_config.repetition_penalty = 1.1
     captioner.generation_config.eos_token_id = [] if seed % 2 else captioner.generation_config.eos_token_id
     videos = [captioner.prepare(random_frames(s, f), "Tell me.") for s, f in ((1, 4), (2, 2), (3, 6))]
-    plain = [captioner.caption(v, speculate=False, max_new_tokens=60, **options).token_ids for v in videos]
-    got = [captioner.caption(v, max_new_tokens=60, **options).token_ids for v in videos]
+    plain = [captioner.caption(v, speculate=False, max_new_tokens=40, **options).token_ids for v in videos]
+    got = [captioner.caption(v, max_new_tokens=40, **options).token_ids for v in videos]
     assert got == plain
-    rows = caption_rows(captioner, videos, max_new_tokens=60, **options)
+    rows = caption_rows(captioner, videos, max_new_tokens=40, **options)
     assert [one.token_ids for one in rows] == plain
     assert {0} < set(chooser.chosen)
 

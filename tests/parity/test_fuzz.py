@@ -16,7 +16,7 @@ from specvlm.training.objective import ObjectiveSettings
 from tests.heads import config_of, examples_of, fit
 from tests.tiny import FamilyName, Size, random_frames, stock_ids, tiny_captioner
 
-CI_CASES = 60
+CI_CASES, MORE_CASES = 25, 35
 PROMPTS = (
     "Describe.",
     "<video>",
@@ -107,6 +107,12 @@ def check_case(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(CI_CASES))
 def test_random_cases(seed: int) -> None:
+    check_case(seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(CI_CASES, CI_CASES + MORE_CASES))
+def test_more_random_cases(seed: int) -> None:
     check_case(seed)
 
 

@@ -301,6 +301,7 @@ def inject(captioner: Captioner, monkeypatch: pytest.MonkeyPatch, fault: Fault) 
     monkeypatch.setattr(target, "forward", forward)
 
 
+@pytest.mark.covering(strength=1)
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError, "DefaultCPUAllocator: no memory"])
 def test_memory_that_runs_out_costs_places_but_no_caption(
