@@ -25,6 +25,7 @@ OnDisk = Literal["yes", "partly", "no"]
 
 _BYTES = 2  # of one number in bf16
 _TEXT_TOKENS = 1024
+_ROOM = 1.2  # for working memory
 _INDEX, _WEIGHTS = "model.safetensors.index.json", "model.safetensors"
 
 
@@ -90,6 +91,13 @@ class PresetView:
     @property
     def memory_bytes(self) -> int:
         return self.weights_bytes + (self.caches_bytes or 0)
+
+
+def largest_that_fits(gpu_bytes: int) -> Preset | None:
+    """Return the largest preset whose pair fits a GPU with so much memory; None: there is none."""
+    sizes = {one.name: sum(filter(None, _memory(one)[1:])) for one in presets() if one.target in _KNOWN}
+    fitting = [one for one in presets() if one.name in sizes and sizes[one.name] * _ROOM <= gpu_bytes]
+    return max(fitting, key=lambda one: sizes[one.name], default=None)
 
 
 def preset_views() -> list[PresetView]:

@@ -7,7 +7,6 @@ one, tests give a fake.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from logging import ERROR, getLogger
@@ -21,6 +20,7 @@ from specvlm.errors import PromptError
 from specvlm.host import usable_cores
 from specvlm.records import Caption, Frames
 from specvlm_cli.exits import UsageError
+from specvlm_cli.gpus import may_have_gpu
 from specvlm_cli.settings import CaptionSettings, ModelChoice, Plain
 
 DEMO_WEIGHTS = demo_folder("qwen-target").parent
@@ -34,8 +34,6 @@ WARM_UP_TOKENS = 8
 
 _CACHED_BYTES = 32 << 20  # weights that stay in the caches of a CPU while tokens are decoded
 _WEIGHTS = (".safetensors", ".bin")
-# NVIDIA, NVIDIA in WSL, AMD, Intel and others
-_GPU_DRIVERS = tuple(map(Path, ("/proc/driver/nvidia/version", "/dev/dxg", "/dev/kfd", "/dev/dri")))
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,15 +305,10 @@ def cpu_workers(models: Sequence[str], device_map: str | None) -> int:
         models: Hub ids or folders of the target and the draft.
         device_map: Where they go; None: to a GPU, if there is one.
     """
-    if device_map not in (None, "auto", "cpu") or (device_map != "cpu" and _may_have_gpu()):
+    if device_map not in (None, "auto", "cpu") or (device_map != "cpu" and may_have_gpu()):
         return 1
     sizes = [_weight_bytes(Path(model)) for model in models]
     return usable_cores() if all(sizes) and sum(sizes) <= _CACHED_BYTES else 1
-
-
-def _may_have_gpu() -> bool:
-    """Look for drivers; torch, which knows, takes seconds to import."""
-    return sys.platform != "linux" or any(driver.exists() for driver in _GPU_DRIVERS)
 
 
 def _weight_bytes(folder: Path) -> int:

@@ -10,6 +10,7 @@ import json
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
+from specvlm.demo import local_name
 from specvlm.records import Caption, CaptionStats, VideoSource
 from specvlm_cli.baseline import Comparison
 from specvlm_cli.generating.messages import Made
@@ -46,6 +47,8 @@ _COPIED = (
 
 BEYOND_CONTEXT = "beyond_context"  # flag of a row with more tokens than the target was made for
 
+DEMO_MODEL = "demo_model"  # flag of a row whose target describes drawn shapes only
+
 _MEDIA = {  # column -> what it is of the file's own facts
     "duration_s": "duration_s",
     "fps": "fps",
@@ -77,7 +80,7 @@ def caption_row(
     provenance: Provenance,
 ) -> Row:
     """Return the row of one caption: that for prompt number `index` of a video."""
-    prompt = (claim.item.prompts or provenance.prompts)[index]
+    prompt, target = (claim.item.prompts or provenance.prompts)[index], provenance.target_model
     run = asdict(provenance)
     del run["prompts"]
     return {
@@ -97,6 +100,7 @@ def caption_row(
             *(caption.source.flags if caption.source else ()),
             *made.flags,
             *([BEYOND_CONTEXT] if caption.stats.beyond_context else ()),
+            *([DEMO_MODEL] if local_name(target) != target else ()),
         ],
         "frame_times_s": list(made.times_s),
         **_statistics(caption.stats),

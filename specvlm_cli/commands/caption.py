@@ -13,8 +13,10 @@ from specvlm.config import GenerationSettings, SpeculationSettings
 from specvlm.host import usable_cores
 from specvlm.preset import Preset
 from specvlm_cli import engine, job, vocab
+from specvlm_cli.checkpoints import largest_that_fits
 from specvlm_cli.commands.caption_flags import MOST, CaptionFlags
 from specvlm_cli.commands.choices import (
+    AUTO_PRESET,
     DEFAULT_PRESET,
     check_models,
     draft_of,
@@ -34,11 +36,13 @@ from specvlm_cli.commands.options import PREFIX, variable
 from specvlm_cli.decoding import Limits
 from specvlm_cli.durations import positive_seconds, seconds
 from specvlm_cli.exits import ExitCode, UsageError
+from specvlm_cli.gpus import smallest_memory_bytes
 from specvlm_cli.inputs import InputOptions, Inputs
 from specvlm_cli.job import Request
 from specvlm_cli.ledger import Planned
 from specvlm_cli.policy import Policy
 from specvlm_cli.results import Outcome
+from specvlm_cli.screen.words import amount
 from specvlm_cli.settings import CaptionSettings
 from specvlm_cli.shard import Shard, parse_shard
 from specvlm_cli.talk import Talk, counted
@@ -56,22 +60,38 @@ def caption(flags: CaptionFlags) -> int:
     """
     if flags.dry_run and flags.reshard:
         raise UsageError("--dry-run touches nothing, and --reshard divides the run folder; give one of them")
+    flags, about_preset = _with_preset(flags)
     settings, policy = check(flags)
     shard = Shard() if flags.shard is None else parse_shard(flags.shard)
     with _talk(flags) as talk:
         _tell_unknown_variables(talk)
         inputs = Inputs(flags.inputs, _input_options(flags, shard))
-        if flags.preset is None and flags.target is None:
-            talk.note(
-                f"no --preset or --target: using the tiny {DEFAULT_PRESET} pair, it knows only drawn shapes; "
-                "for real videos choose one, e.g. --preset qwen2.5-vl-7b"
-            )
+        if about_preset:
+            (talk.warn if flags.preset == DEFAULT_PRESET else talk.note)(about_preset)
         with Wanted.gather(inputs, overlapping=len(flags.inputs) > 1) as wanted:
             _tell_what_was_left_out(inputs, wanted, talk)
             if not flags.allow_empty:
                 refuse_empty(inputs, "check the path and what is mounted there, or give --allow-empty")
             request = _request(flags, inputs, wanted, settings, policy, shard)
             return _show_plan(request, talk, flags) if flags.dry_run else _run(request, talk, flags)
+
+
+def _with_preset(flags: CaptionFlags) -> tuple[CaptionFlags, str]:
+    """Return the flags with a preset in place of `auto`, and the line that names it; empty: one was given."""
+    if flags.target is not None or flags.preset not in (None, AUTO_PRESET):
+        return flags, ""
+    gpu_bytes = smallest_memory_bytes()
+    found = None if gpu_bytes is None else largest_that_fits(gpu_bytes)
+    if found is not None:
+        assert gpu_bytes is not None
+        return replace(flags, preset=found.name), (
+            f"--preset {AUTO_PRESET}: {found.name}, the largest whose pair fits {amount(gpu_bytes)} of GPU memory"
+        )
+    why = "there is no GPU" if gpu_bytes is None else f"no preset fits {amount(gpu_bytes)} of GPU memory"
+    return replace(flags, preset=DEFAULT_PRESET), (
+        f"--preset {AUTO_PRESET}: {why}, so these are captions of the {DEFAULT_PRESET} models, which describe drawn "
+        "shapes only; name a model with --preset or --target"
+    )
 
 
 def check(flags: CaptionFlags) -> tuple[CaptionSettings, Policy]:
@@ -81,7 +101,8 @@ def check(flags: CaptionFlags) -> tuple[CaptionSettings, Policy]:
         UsageError: They make no sense, or contradict each other.
         ConfigError: A setting is out of range.
     """
-    pair = pair_of(flags.preset, flags.target)
+    given = None if flags.preset == AUTO_PRESET and flags.target is None else flags.preset
+    pair = pair_of(given, flags.target)
     settings = _settings(flags, pair)
     _refuse_pointless_baseline(settings, pair, flags.baseline_sample)
     return settings, _policy(flags, settings, pair)

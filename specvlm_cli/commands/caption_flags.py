@@ -161,7 +161,13 @@ class ModelFlags:
 
     preset: Annotated[
         str | None,
-        flag(_MODELS, "--preset", "A named pair: " + ", ".join(one.name for one in presets()) + "."),
+        flag(
+            _MODELS,
+            "--preset",
+            "A named pair: "
+            + ", ".join(one.name for one in presets())
+            + "; auto: the largest that fits the GPUs.",
+        ),
     ] = None
     target: Annotated[
         str | None,

@@ -21,7 +21,7 @@ from specvlm_cli.inputs import MOST_PROMPTS, InputOptions, Inputs
 from specvlm_cli.settings import ModelChoice
 from specvlm_cli.text import clean, short
 
-DEFAULT_PRESET = "demo"
+DEFAULT_PRESET, AUTO_PRESET = "demo", "auto"
 _DEVICE = re.compile(r"auto|balanced|balanced_low_0|sequential|cpu|mps|(cuda|xpu)(:[0-9]{1,4})?")
 _FRAMES = FrameSettings()
 

@@ -14,12 +14,16 @@ from specvlm.preset import find_preset
 from specvlm.records import Caption
 from specvlm_cli import app
 from specvlm_cli.baseline import compare
+from specvlm_cli.checkpoints import preset_views
+from specvlm_cli.commands import caption
 from specvlm_cli.generating.messages import Made
 from specvlm_cli.parts import CAPTION_SCHEMA
 from specvlm_cli.rows import Provenance, caption_row
 from tests.cli.conftest import Specvlm, rows
 from tests.cli.fake import stats
 from tests.cli.saying import claim
+
+WITH_PRESET = caption._with_preset
 
 FLAGS = """
 --out -o --recursive --no-recursive --extensions --limit --prompt --system --preset --target --draft
@@ -103,14 +107,51 @@ def test_defaults_are_those_of_the_library(specvlm: Specvlm, videos: Path, out: 
     )
 
 
-def test_without_a_model_the_demo_pair_is_used_and_said_so(specvlm: Specvlm, videos: Path, out: Path) -> None:
-    result = specvlm("caption", videos, "-o", out)
+@pytest.mark.parametrize("given", [(), ("--preset", "auto")])
+def test_without_a_gpu_the_demo_pair_is_used_and_said_so_even_to_cron(
+    specvlm: Specvlm, videos: Path, out: Path, monkeypatch: pytest.MonkeyPatch, given: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(caption, "_with_preset", WITH_PRESET)
+    monkeypatch.setattr(caption, "smallest_memory_bytes", lambda: None)
+    result = specvlm("caption", videos, "-o", out, "-q", *given)
     demo = find_preset("demo")
     assert demo is not None
     (settings,) = specvlm.loads
     assert (settings.models.load, settings.frames, settings.prompts) == ("demo", demo.frames, (demo.prompt,))
-    assert "using the tiny demo pair" in result.err
+    (line,) = result.err.splitlines()
+    assert (
+        "there is no GPU, so these are captions of the demo models, which describe drawn shapes only" in line
+    )
     assert settings.models.name == "specvlm-demo/qwen-target", "no path of this machine in settings and rows"
+
+
+GB = 10**9
+GPUS = (8, 16, 32, 48, 80, 141, 288, 900)  # GB
+
+
+def test_the_largest_preset_that_fits_the_gpus_is_named_before_it_loads(
+    specvlm: Specvlm, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(caption, "_with_preset", WITH_PRESET)
+    chosen = []
+    for size in GPUS:
+        monkeypatch.setattr(caption, "smallest_memory_bytes", lambda size=size: size * GB)
+        result = specvlm("caption", videos, "-o", tmp_path / str(size), "--limit", 1)
+        chosen.append(specvlm.loads[-1].models.load)
+        first = result.err.splitlines()[0]
+        if chosen[-1] == "demo":
+            assert first.startswith(
+                f"--preset auto: no preset fits {size}.0 GB of GPU memory, so these are captions of"
+            )
+        else:
+            said = f"--preset auto: {chosen[-1]}, the largest whose pair fits {size}.0 GB of GPU memory"
+            assert first == said
+    known = {one.name: one.memory_bytes for one in preset_views()}
+    sizes = [0 if name == "demo" else known[name] for name in chosen]
+    assert sizes == sorted(sizes)
+    assert chosen[0] == "demo"
+    assert chosen[-1] == max(known, key=lambda name: known[name] or 0)
+    assert all(1.2 * size <= fits * GB for size, fits in zip(sizes, GPUS, strict=True))
 
 
 def test_flags_go_over_the_frames_of_a_preset(specvlm: Specvlm, videos: Path, out: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from specvlm.demo import demo_folder
-from specvlm_cli import engine
+from specvlm_cli import engine, gpus
 from specvlm_cli.engine import cpu_workers
 
 DEMO = [str(demo_folder("qwen-target")), str(demo_folder("qwen-draft"))]
@@ -18,8 +18,8 @@ DEMO = [str(demo_folder("qwen-target")), str(demo_folder("qwen-draft"))]
 def _machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Twelve cores, Linux, and no driver of any GPU."""
     monkeypatch.setattr(engine, "usable_cores", lambda: 12)
-    monkeypatch.setattr(engine, "_GPU_DRIVERS", ())
-    monkeypatch.setattr(engine.sys, "platform", "linux")
+    monkeypatch.setattr(gpus, "_DRIVERS", ())
+    monkeypatch.setattr(gpus.sys, "platform", "linux")
 
 
 def checkpoint(folder: Path, size: int, name: str = "model.safetensors") -> str:
@@ -52,7 +52,7 @@ def test_what_is_not_on_this_machine_may_be_large() -> None:
 
 def test_a_gpu_is_never_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert cpu_workers(DEMO, "cuda") == cpu_workers(DEMO, "cuda:1") == cpu_workers(DEMO, "mps") == 1
-    monkeypatch.setattr(engine, "_GPU_DRIVERS", (tmp_path / "none", tmp_path))
+    monkeypatch.setattr(gpus, "_DRIVERS", (tmp_path / "none", tmp_path))
     assert cpu_workers(DEMO, None) == cpu_workers(DEMO, "auto") == 1
     assert cpu_workers(DEMO, "cpu") == 12
 
