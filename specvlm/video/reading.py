@@ -1,4 +1,4 @@
-"""One read: open, index, choose, decode by the right reader. What `specvlm.video.read_video` calls."""
+"""One read: open, demux, choose, decode. What `specvlm.video.read_video` calls."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import av
 import numpy as np
@@ -18,10 +18,12 @@ from numpy.typing import NDArray
 from specvlm.config import FrameSettings
 from specvlm.errors import ConfigError, VideoDecodeError, VideoRangeError
 from specvlm.records import Frames, VideoSource
-from specvlm.video import decord_log, decord_reader, ffmpeg_log, pyav_reader
-from specvlm.video.index import PacketIndex, read_index
+from specvlm.video import decord_reader, ffmpeg_log, pyav_reader
+from specvlm.video.demuxing import Packets, Source, is_long, open_source, read_packets, read_part
 from specvlm.video.opening import VideoFile, open_video
-from specvlm.video.pixels import Decoded, Memory, own_memory, pixel_limit
+from specvlm.video.pixels import Decoded, FrameStore, Memory, own_memory, pixel_limit
+from specvlm.video.plan import Plan, plan_of
+from specvlm.video.pyav_reader import Reading
 from specvlm.video.sampling import select_frames
 
 Step = Literal["open", "index", "decord", "pyav"]
@@ -58,25 +60,28 @@ def read(
     began = time.perf_counter()
     _check(settings, frame_multiple)
     hooks.began("open")
-    with ffmpeg_log.listening(), open_video(path, root) as file:
+    with ffmpeg_log.listening() as heard, open_video(path, root) as file:
         hooks.began("index")
-        index = read_index(file)
-        chosen = _choose(file, index, settings, frame_multiple)
-        decoded, backend, fell_back = _decode(file, index, chosen, settings, hooks)
-        decoded = _require_enough(file, decoded, len(chosen), settings, frame_multiple)
-    flags = _flags(index, chosen, decoded, fell_back)
+        this = _Read(file, heard, settings, frame_multiple, hooks)
+        reading = _read_part(this) or _read_whole(this)
+        if not len(reading.times_s):
+            reason = (
+                f"start_s={settings.start_s:g} is past the video's {reading.duration_s:.3f} s; start earlier"
+            )
+            raise VideoRangeError(file.label, reason)
+        decoded = _require_enough(file, reading, settings, frame_multiple)
     source = VideoSource(
-        duration_s=index.duration_s,
-        fps=index.fps,
+        duration_s=reading.duration_s,
+        fps=reading.fps,
         width=decoded.width,
         height=decoded.height,
-        backend=backend,
+        backend=decord_reader.name() if settings.backend == "decord" else pyav_reader.NAME,
         decode_s=time.perf_counter() - began,
-        flags=tuple(flags),
+        flags=tuple(_flags(reading, decoded)),
         size_bytes=file.identity.size_bytes,
         mtime_ns=file.identity.mtime_ns,
     )
-    return Frames(decoded.pixels, index.times_s[chosen[decoded.places]], source)
+    return Frames(decoded.pixels, reading.times_s[decoded.places], source)
 
 
 def _check(settings: FrameSettings, frame_multiple: int) -> None:
@@ -88,46 +93,67 @@ def _check(settings: FrameSettings, frame_multiple: int) -> None:
         )
 
 
-def _choose(
-    file: VideoFile, index: PacketIndex, settings: FrameSettings, frame_multiple: int
-) -> NDArray[np.int64]:
-    chosen = select_frames(index.times_s, settings, frame_multiple)
-    if not len(chosen):
-        reason = f"start_s={settings.start_s:g} is past the video's {index.duration_s:.3f} s; start earlier"
-        raise VideoRangeError(file.label, reason)
-    return chosen
+class _Read(NamedTuple):
+    """What is to be read, of an open file."""
+
+    file: VideoFile
+    heard: list[ffmpeg_log.Line]
+    settings: FrameSettings
+    frame_multiple: int
+    hooks: Hooks
+
+    def choose(self, times_s: NDArray[np.float64]) -> NDArray[np.int64]:
+        return select_frames(times_s, self.settings, self.frame_multiple)
+
+    def store_for(self, frames: int) -> FrameStore:
+        return FrameStore(frames, pixel_limit(self.settings, max(1, frames)), self.hooks.memory)
 
 
-def _decode(
-    file: VideoFile, index: PacketIndex, chosen: NDArray[np.int64], settings: FrameSettings, hooks: Hooks
-) -> tuple[Decoded, str, bool]:
-    """The frames, the name of the reader that gave them, and whether another one had failed before."""
-    limit = pixel_limit(settings, len(chosen))
-    reason = _against_decord(index, settings)
-    tried = reason is None
-    if tried:
-        hooks.began("decord")
+def _read_part(this: _Read) -> Reading | None:
+    """Read what a part of a long film needs; None where the whole has to be read."""
+    start_s, end_s = this.settings.start_s, this.settings.end_s
+    if this.settings.backend == "decord" or not is_long(this.file, start_s, end_s):
+        return None
+    with open_source(this.file, this.heard) as source:
+        part = read_part(source, start_s, end_s)
+        plan = part and plan_of(source, part.packets, part)
+        if not part or not plan or not plan.trusted or not len(this.choose(plan.times_s)):
+            return None
+        this.hooks.began("pyav")
+        return pyav_reader.decode_by_plan(source, part.packets, plan, this.choose, this.store_for)
+
+
+def _read_whole(this: _Read) -> Reading:
+    """Read the file from its beginning to its end."""
+    with open_source(this.file, this.heard) as source:
+        packets = read_packets(source)
+        plan = plan_of(source, packets)
+        if this.settings.backend == "decord":
+            return _read_by_decord(this, source, packets, plan)
+        this.hooks.began("pyav")
+        return pyav_reader.decode(source, packets, plan, this.choose, this.store_for)
+
+
+def _read_by_decord(this: _Read, source: Source, packets: Packets, plan: Plan) -> Reading:
+    chosen, decoded = this.choose(plan.times_s), Decoded.empty()
+    reason = decord_reader.refusal(source, packets, plan)
+    if reason is None and len(chosen):
+        this.hooks.began("decord")
         try:
-            return *decord_reader.decode(file, index, chosen, limit, hooks.memory), False
+            decoded = decord_reader.decode(this.file, plan.times_s, chosen, this.store_for(len(chosen)))
         except decord_reader.DecordFailedError as error:
             reason = str(error)
-    if settings.backend == "decord":
+    if reason is not None:
         advice = f"decord cannot be trusted with it: {reason}; use --video-backend auto or pyav"
-        raise VideoDecodeError(file.label, advice)
-    hooks.began("pyav")
-    return pyav_reader.decode(file, index, chosen, limit, hooks.memory), pyav_reader.NAME, tried
-
-
-def _against_decord(index: PacketIndex, settings: FrameSettings) -> str | None:
-    if settings.backend == "pyav" or not decord_reader.is_installed():
-        return "it is not wanted, or not there"
-    return decord_reader.refusal(index)
+        raise VideoDecodeError(this.file.label, advice)
+    return Reading(decoded, plan.times_s[chosen], plan, plan.duration_s, plan.fps)
 
 
 def _require_enough(
-    file: VideoFile, decoded: Decoded, chosen: int, settings: FrameSettings, frame_multiple: int
+    file: VideoFile, reading: Reading, settings: FrameSettings, frame_multiple: int
 ) -> Decoded:
     """Refuse a video of which too little is left; keep the multiple where the rest holds one."""
+    decoded, chosen = reading.decoded, len(reading.times_s)
     intact = len(decoded.places)
     if intact < chosen * settings.min_decoded:
         raise pyav_reader.too_few(file, intact, chosen)
@@ -135,17 +161,15 @@ def _require_enough(
     return decoded._replace(pixels=decoded.pixels[:kept], places=decoded.places[:kept])
 
 
-def _flags(index: PacketIndex, chosen: NDArray[np.int64], decoded: Decoded, fell_back: bool) -> Iterator[str]:
+def _flags(reading: Reading, decoded: Decoded) -> Iterator[str]:
     """What was unusual. Damage behind the last frame that was needed does not count."""
-    partial = len(decoded.places) < len(chosen)
-    if index.truncated:
+    partial = len(decoded.places) < len(reading.times_s)
+    if reading.plan.truncated:
         yield "truncated"
-    if partial or (index.losses <= index.numbers[chosen].max()).any():
+    if partial or reading.damaged:
         yield "damaged"
     if partial:
         yield "partial"
-    if fell_back:
-        yield "fallback"
 
 
 def preload() -> None:
@@ -153,8 +177,6 @@ def preload() -> None:
     with suppress(Exception):  # each read will say what is wrong with it
         if decord_reader.is_installed():
             decord_reader.load()
-            with decord_log.listening():
-                pass
         _read_something()
 
 

@@ -1,0 +1,116 @@
+"""Which frames a video seems to have, from its packets alone: what the choice of frames begins with.
+
+In containers with an index of their own it is believed as long as the decoder agrees, and saves most of the
+decoding. Elsewhere it is a guess, which the decoder confirms or corrects. It knows no pixels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from specvlm.errors import VideoDecodeError
+from specvlm.video.contents import ends_early
+from specvlm.video.demuxing import (
+    CORRUPT,
+    DISCARD,
+    HIDDEN,
+    KEY,
+    UNKNOWN,
+    Packets,
+    Part,
+    Source,
+    rate_of,
+)
+from specvlm.video.sampling import mean_gap_s
+
+_TRUSTED = frozenset({"mov", "matroska"})
+_BROADCAST = frozenset({"mpegts", "mpeg"})  # may be recorded from anywhere on
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All frames of a video, or of a part of it, in the order in which they are shown.
+
+    Attributes:
+        times_s: [T] presentation times in seconds from the first frame of the video.
+        numbers: [T] number of the frame's own packet, in file order.
+        starts: [T] number of the packet from which decoding must begin for this frame.
+        trusted: Every packet has a time of its own, in a container with an index.
+        losses: [K] numbers of packets that are corrupt, or behind which data are missing; increasing.
+        truncated: The file ends before its container says, or demuxing it ended in an error.
+        duration_s: Length of the video; the last frame is taken to last as long as the mean one.
+        fps: Mean frame rate; 0 where a single frame does not tell.
+    """
+
+    times_s: NDArray[np.float64]
+    numbers: NDArray[np.int64]
+    starts: NDArray[np.int64]
+    trusted: bool
+    losses: NDArray[np.int64]
+    truncated: bool
+    duration_s: float
+    fps: float
+
+
+def plan_of(source: Source, packets: Packets, part: Part | None = None) -> Plan:
+    """Plan the reading of all packets of a file, or of those of a part of it.
+
+    Raises:
+        VideoDecodeError: There is no packet that shows anything.
+        VideoUnavailableError: The system failed to read the file.
+    """
+    pts, flags = packets.pts, packets.flags
+    trusted = source.format in _TRUSTED and bool(len(pts) and flags[0] & KEY and (pts != UNKNOWN).all())
+    # AVI has no presentation times; what FFmpeg makes of its decoding times is right for most codecs.
+    stamps = pts if trusted or source.format != "avi" else np.where(pts != UNKNOWN, pts, packets.dts)
+    keys = np.flatnonzero((flags & (KEY | CORRUPT) == KEY) & (stamps != UNKNOWN))
+    shown = (stamps != UNKNOWN) & (flags & (DISCARD | CORRUPT | HIDDEN) == 0)
+    if len(keys):  # nothing before the first key frame, in either order, can be decoded
+        shown &= (np.arange(len(pts)) >= keys[0]) & (stamps >= stamps[keys[0]])
+    numbers = np.flatnonzero(shown)
+    if (trusted and not len(numbers)) or not len(pts):
+        raise no_frame(source)
+    ticks, where = np.unique(stamps[numbers], return_index=True)
+    if not len(ticks):
+        ticks, where, numbers = np.arange(len(pts)), np.arange(len(pts)), np.arange(len(pts))
+    first = ticks[0] if part is None else part.first_tick
+    times_s: NDArray[np.float64] = (ticks - first).astype(np.float64) * source.tick_s
+    duration_s, fps = length_of(source, times_s, packets.last_duration)
+    return Plan(
+        times_s=times_s,
+        numbers=numbers[where],
+        starts=_starts(ticks, numbers[where], stamps, keys),
+        trusted=trusted and len(ticks) == len(numbers),
+        losses=packets.losses(headless=source.format not in _BROADCAST),
+        truncated=packets.ended_early or ends_early(source.file, source.format),
+        duration_s=duration_s if part is None else part.duration_s,
+        fps=fps if part is None else part.fps,
+    )
+
+
+def length_of(source: Source, times_s: NDArray[np.float64], last_duration: int) -> tuple[float, float]:
+    """(duration in seconds, mean frame rate) of a video with these frames."""
+    gap_s = mean_gap_s(times_s)
+    stays_s = gap_s or last_duration * source.tick_s
+    return float(times_s[-1]) + stays_s, 1.0 / gap_s if gap_s else float(rate_of(source))
+
+
+def no_frame(source: Source) -> VideoDecodeError:
+    """The error for a file of which nothing can be shown."""
+    return VideoDecodeError(
+        source.file.label, "holds no frame: cut short or damaged; copy or download it again"
+    )
+
+
+def _starts(
+    ticks: NDArray[np.int64], numbers: NDArray[np.int64], stamps: NDArray[np.int64], keys: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """The last key packet that is shown no later than each frame; leading frames get an earlier one."""
+    if not len(keys):
+        return np.zeros(len(ticks), np.int64)
+    in_time = keys[np.argsort(stamps[keys], kind="stable")]
+    start = in_time[np.maximum(np.searchsorted(stamps[in_time], ticks, side="right") - 1, 0)]
+    return np.where(start <= numbers, start, keys[0]).astype(np.int64)
