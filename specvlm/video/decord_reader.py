@@ -75,9 +75,13 @@ def refusal(source: Source, packets: Packets, plan: Plan) -> str | None:
 
 
 def _misplaced_trust(source: Source, packets: Packets) -> str | None:
-    """What is wrong with the packets that are marked as key frames: decord seeks to them."""
+    """What is wrong with what is marked as a key frame: decord seeks to it."""
     if packets.held is None:
         return "it is too large to be checked"
+    keys = packets.flags & KEY > 0
+    known = {*packets.pts[keys].tolist(), *packets.dts[keys].tolist()}
+    if any(entry.is_keyframe and entry.timestamp not in known for entry in source.stream.index_entries):
+        return "its index takes other packets for key frames than its decoder"
     decoder = source.stream.codec_context
     for packet in packets.held:
         if packet.is_keyframe:

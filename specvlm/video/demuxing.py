@@ -57,6 +57,7 @@ _HELD_BYTES = 256 << 20  # packets that are kept for decoding; of larger files t
 _LONG_BYTES = 16 << 20  # files from which a part is worth seeking for
 _REORDERED = 33  # packets within which the first frame to be shown is found, whatever the order
 _FAR_TICKS = 1 << 50
+_PAUSE_S = 0.5  # before a key packet: there a recording was stopped, or joined to another one
 
 
 class Source(NamedTuple):
@@ -209,16 +210,18 @@ class Packets:
                     self._complaints.append((len(self), what))
             source.heard.clear()
 
-    def losses(self, *, headless: bool) -> NDArray[np.int64]:
+    def losses(self, tick_s: float, *, headless: bool) -> NDArray[np.int64]:
         """[K] numbers of packets that are corrupt, or behind which data are missing; increasing.
 
+        tick_s: Seconds per unit of the packets' times.
         headless: Where the first packet is no key packet, the beginning was lost.
         """
         places, flags = self._column(3), self.flags
         gaps = np.array([_gap(places, before, what) for before, what in self._complaints], np.int64)
         keys = np.flatnonzero(flags & KEY)
         # Where recordings are joined, the count of transport packets breaks off, but nothing is missing.
-        joins = keys[(keys > 0) & (self.pts[keys] < self.pts[keys - 1])]
+        later = (self.pts[keys] - self.pts[keys - 1]) * tick_s
+        joins = keys[(keys > 0) & ((later < 0) | (later > _PAUSE_S))]
         corrupt = np.setdiff1d(np.flatnonzero(flags & CORRUPT), [joins, joins - 1, joins - 2])
         # Where the demuxer loses its way, what came last may have had the wrong length, and so the wrong end.
         lost = np.union1d(np.union1d(gaps - 1, gaps - 2), corrupt)

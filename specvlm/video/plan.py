@@ -84,7 +84,7 @@ def plan_of(source: Source, packets: Packets, part: Part | None = None) -> Plan:
         numbers=numbers[where],
         starts=_starts(ticks, numbers[where], stamps, keys),
         trusted=trusted and len(ticks) == len(numbers),
-        losses=packets.losses(headless=source.format not in _BROADCAST),
+        losses=packets.losses(source.tick_s, headless=source.format not in _BROADCAST),
         truncated=packets.ended_early or ends_early(source.file, source.format),
         duration_s=duration_s if part is None else part.duration_s,
         fps=fps if part is None else part.fps,

@@ -84,6 +84,8 @@ def _filled_in(known: Sequence[tuple[int, float]], count: int, step_s: float) ->
     if not known:
         return np.asarray(numbers * step_s, np.float64)
     places, times_s = np.array([number for number, _ in known]), np.array([time_s for _, time_s in known])
+    if len(known) > 1:
+        step_s = float(np.median(np.diff(times_s) / np.diff(places)))
     outside = np.minimum(numbers - places[0], 0) + np.maximum(numbers - places[-1], 0)
     filled = np.interp(numbers, places, times_s) + outside * step_s
     return np.asarray(filled - filled[0], np.float64)
