@@ -93,11 +93,11 @@ def decode_by_plan(
     places = {int(number): place for place, number in enumerate(chosen.numbers)}
     store, losses = store_for(len(picks)), plan.losses
     for run in _decode_runs(source, packets, _spans(chosen), places, store):
-        losses = np.union1d(losses, np.array([*run.failed], np.int64))
-        silent, sound = run.silent(packets), not _any_between(losses, run.start, run.last)
-        if sound and (silent or not run.begins_well or not run.is_timely(packets)):
+        silent, damaged = run.silent(packets), _any_between(plan.losses, run.start, run.last)
+        as_planned = not silent and run.is_timely(packets)
+        if not damaged and not (run.begins_well and (as_planned or run.failed)):
             return None
-        losses = np.union1d(losses, np.array(silent, np.int64))
+        losses = np.union1d(losses, np.array([*run.failed, *silent], np.int64))
     return _reading(source, plan, chosen, store, losses, (plan.duration_s, plan.fps))
 
 
