@@ -23,11 +23,9 @@ from numpy.typing import NDArray
 
 from specvlm.errors import VideoError
 from specvlm.video.demuxing import DISCARD, HIDDEN, KEY, UNKNOWN, Packets, Source
-from specvlm.video.opening import VideoFile
 from specvlm.video.pixels import Decoded, FrameStore, orientation_of
 from specvlm.video.plan import Plan
 
-_BLIND = frozenset({"hevc", "vp8", "vp9"})  # decoded well, but damaged ones without a complaint
 # Formats that decord's FFmpeg 4.1 and PyAV's turn into the same RGB; others differ in their chroma.
 _SAME_PIXELS = frozenset({"yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p"})
 _NO_STAND_INS = 1e-9  # share of frames that decord may replace by another one; its default is any, 0 is off
@@ -53,68 +51,43 @@ def name() -> str:
 
 def refusal(source: Source, packets: Packets, plan: Plan) -> str | None:
     """Why this file should not be given to decord; None if it may."""
-    if source.codec in _BLIND:
-        return f"it does not notice damage in {source.codec}"
-    if source.codec != "h264":
-        return f"it does not read {source.codec} well"
     context, pixels = source.stream.codec_context, source.pixel_format
+    pts, dts, flags = packets.pts, packets.dts, packets.flags
+    keys = flags & KEY > 0
+    if source.codec != "h264":
+        return f"it reads {source.codec} wrongly, or does not notice damage in it"
     if pixels not in _SAME_PIXELS or ("420" in pixels and context.height % 2):
         return f"it converts {pixels} pixels of {context.width}x{context.height} frames inexactly"
     if not plan.trusted:
         return f"packets of a {source.format} file do not tell its frames"
-    if plan.truncated or len(plan.losses):
-        return "it is cut short or damaged"
-    if len(source.container.streams.video) > 1:
-        return "it has several video streams"
-    pts, flags = packets.pts, packets.flags
+    if plan.truncated or len(plan.losses) or len(source.container.streams.video) > 1:
+        return "it is cut short, damaged, or has several video streams"
     if (flags & (DISCARD | HIDDEN)).any():
         return "it has packets that are not shown"
-    if (pts < np.maximum.accumulate(np.where(flags & KEY > 0, pts, UNKNOWN))).any():
+    if (pts < np.maximum.accumulate(np.where(keys, pts, UNKNOWN))).any():
         return "it has open groups of pictures"
-    return _misplaced_trust(source, packets)
-
-
-def _misplaced_trust(source: Source, packets: Packets) -> str | None:
-    """What is wrong with what is marked as a key frame: decord seeks to it."""
-    if packets.held is None:
-        return "it is too large to be checked"
-    keys = packets.flags & KEY > 0
-    known = {*packets.pts[keys].tolist(), *packets.dts[keys].tolist()}
+    known = {*pts[keys].tolist(), *dts[keys].tolist()}
     if any(entry.is_keyframe and entry.timestamp not in known for entry in source.stream.index_entries):
         return "its index takes other packets for key frames than its decoder"
-    decoder = source.stream.codec_context
-    for packet in packets.held:
-        if packet.is_keyframe:
-            decoder.flush_buffers()
-            try:
-                frames = [*decoder.decode(packet), *decoder.decode(None)]
-            except (av.error.FFmpegError, ValueError):
-                frames = []
-            if len(frames) != 1 or not frames[0].key_frame:
-                return "a packet that is marked as a key frame is none"
-            if frames[0].interlaced_frame:
-                return "it is interlaced"
-            if orientation_of(frames[0]).mirrors:
-                return "it does not mirror pictures"
+    try:
+        frames = [*context.decode(packets.held[0]), *context.decode(None)] if packets.held else []
+    except (av.error.FFmpegError, ValueError):
+        frames = []
+    if not frames or frames[0].interlaced_frame or orientation_of(frames[0]).mirrors:
+        return "it is too large to be checked, interlaced or mirrored"
     return None
 
 
 def decode(
-    file: VideoFile,
-    times_s: NDArray[np.float64],
-    chosen: NDArray[np.int64],
-    store: FrameStore,
+    source: Source, times_s: NDArray[np.float64], chosen: NDArray[np.int64], store: FrameStore
 ) -> Decoded:
     """Decode the chosen frames, all of them.
 
     Args:
-        file: The open file.
+        source: The open file.
         times_s: [T] times of all its frames.
         chosen: [F] indices into them, increasing.
         store: Room for the chosen frames.
-
-    Returns:
-        The frames.
 
     Raises:
         DecordFailedError: decord failed, complained, or its frame times are others.
@@ -123,9 +96,13 @@ def decode(
     try:
         decord = load()
         before = _complaints()
-        reader = decord.VideoReader(file.location, ctx=decord.cpu(0), num_threads=1, fault_tol=_NO_STAND_INS)
+        reader = decord.VideoReader(
+            source.file.location, ctx=decord.cpu(0), num_threads=1, fault_tol=_NO_STAND_INS
+        )
         _require_same_times(reader, times_s, chosen)
-        decoded = _read(reader, chosen, store)
+        context = source.stream.codec_context
+        step = max(1, _CHUNK_BYTES // (3 * context.width * context.height))
+        decoded = _read(reader, chosen, store, step)
         if complaints := _complaints() - before:
             raise DecordFailedError(f"it complained {complaints} times")
         return decoded
@@ -181,8 +158,7 @@ def _require_same_times(reader: Any, times_s: NDArray[np.float64], chosen: NDArr
         raise DecordFailedError("its frame times are not those of the packets")
 
 
-def _read(reader: Any, chosen: NDArray[np.int64], store: FrameStore) -> Decoded:
-    step = max(1, _CHUNK_BYTES // reader[0].asnumpy().nbytes)
+def _read(reader: Any, chosen: NDArray[np.int64], store: FrameStore, step: int) -> Decoded:
     for place in range(0, len(chosen), step):
         batch = _to_numpy(reader.get_batch(chosen[place : place + step].tolist()))
         if batch.shape[3] != 3:  # at some sizes they come with four channels

@@ -29,6 +29,7 @@ from specvlm.video.opening import VideoFile
 MAX_PIXELS = 8192 * 8192
 UNKNOWN = -(1 << 63)
 KEY, DISCARD, CORRUPT, HIDDEN = 1, 2, 4, 8
+INDEXED = frozenset({"mov", "matroska"})  # containers with an index of their own
 # FFmpeg's names of demuxers that open no second file or URL, and ours. Playlists and `concat` are not among them.
 _FORMATS = {
     "mov,mp4,m4a,3gp,3g2,mj2": "mov",
@@ -44,7 +45,6 @@ _CODECS = frozenset({
 })
 # fmt: on
 _PICTURES_BESIDE = ("attached_pic", "timed_thumbnails", "still_image")  # covers, thumbnails, previews
-_INDEXED = frozenset({"mov", "matroska"})  # containers with an index of their own
 # Entropy-coded to the last byte, by decoders that take zeros for pictures: a lost disk block shows here alone.
 _DENSE = frozenset({"vp8", "vp9", "hevc"})
 _HOLE = bytes(256)
@@ -54,7 +54,6 @@ _PLACE = re.compile(r"\bat (?:pos )?(\d+|0x[0-9a-f]+)\b")
 _GUESS_STAMPS = 1  # AVFMT_FLAG_GENPTS
 _BUFFER_BYTES = 1 << 16
 _HELD_BYTES = 256 << 20  # packets that are kept for decoding; of larger files they are read again
-_LONG_BYTES = 16 << 20  # files from which a part is worth seeking for
 _REORDERED = 33  # packets within which the first frame to be shown is found, whatever the order
 _FAR_TICKS = 1 << 50
 _PAUSE_S = 0.5  # before a key packet: there a recording was stopped, or joined to another one
@@ -128,8 +127,7 @@ def _main_stream(container: InputContainer, file: VideoFile) -> VideoStream:
     streams = [one for one in container.streams.video if not _is_beside(one)]
     if not streams:
         raise NotAVideoError(file.label, "holds no video stream (audio only?); give a file with pictures")
-    best = container.streams.best("video")
-    stream = next((one for one in streams if one is best), streams[0])
+    stream = next((one for one in streams if one is container.streams.best("video")), streams[0])
     codec = _codec_name(stream)
     if codec not in _CODECS:
         raise VideoDecodeError(file.label, f"its codec {codec} is not supported; convert it to h264 first")
@@ -151,16 +149,26 @@ def _codec_name(stream: VideoStream) -> str:
     return context.codec.canonical_name if context is not None else "unknown"
 
 
+class Whole(NamedTuple):
+    """What a part knows of the whole film."""
+
+    first_tick: int  # time of its first frame
+    duration_s: float
+    fps: float
+
+
 @dataclass(slots=True)
 class Packets:
     """What demuxing tells of each packet, in file order; compact, because a day of video has millions.
 
     Attributes:
         held: The packets themselves; None where they are too many.
+        whole: What is known of the film, if these are the packets of a part.
         ended_early: The file ends before its container says, or demuxing it ended in an error.
     """
 
     held: list[Packet[VideoStream]] | None = field(default_factory=list)
+    whole: Whole | None = None
     last_duration: int = 0
     ended_early: bool = False
     _rows: array[int] = field(default_factory=lambda: array("q"))
@@ -263,78 +271,56 @@ def demux(source: Source) -> Iterator[Packet[VideoStream]]:
         return  # PyAV's, at the end, where a transport stream has announced further streams on its way
 
 
-def read_packets(source: Source) -> Packets:
-    """Demux the rest of the file."""
-    packets = Packets()
+def read_packets(source: Source, count: int | None = None, end: int = _FAR_TICKS) -> Packets:
+    """Demux up to the end of the file, to a number of packets, or until all later ones are shown after `end`."""
+    packets, later = Packets(), 0
     try:
         for packet in demux(source):
             packets.add(packet, source)
+            later = later + 1 if (packet.pts or 0) > end else 0
+            if later == _REORDERED or len(packets) == count:
+                break
     except (av.error.FFmpegError, OSError):
         packets.ended_early = True
     packets.note_complaints(source)
     return packets
 
 
-class Part(NamedTuple):
-    """The packets that a part of a long film needs, and what the container's index tells of the whole."""
+def read_part(source: Source, start_s: float, end_s: float | None) -> Packets | None:
+    """Read a part by the container's index; None where it has none, or where the part is too large to be kept.
 
-    packets: Packets  # from a key packet on; some are later than the part
-    first_tick: int  # time of the film's first frame
-    duration_s: float
-    fps: float
-
-
-def is_long(file: VideoFile, start_s: float, end_s: float | None) -> bool:
-    """Whether seeking for this part of the file is worth it."""
-    return file.identity.size_bytes >= _LONG_BYTES and (start_s > 0.0 or end_s is not None)
-
-
-def read_part(source: Source, start_s: float, end_s: float | None) -> Part | None:
-    """Read a part by the container's index; None where the file has none, or the part is too large to be kept.
-
-    Leaves the container somewhere else.
+    Leaves the container somewhere else. The packets begin with a key packet; some are later than the part.
     """
-    stream = source.stream
-    rate = stream.average_rate
-    if source.format not in _INDEXED or not rate:
-        return None
-    if source.format == "mov" and not 0 < stream.frames == len(stream.index_entries):
+    stream, seek, rate = source.stream, source.container.seek, source.stream.average_rate
+    is_complete = source.format == "matroska" or 0 < stream.frames == len(stream.index_entries)
+    if source.format not in INDEXED or not is_complete or not rate:
         return None
     try:
-        head = _take(source, _REORDERED)
-        source.container.seek(_FAR_TICKS, stream=stream)
-        tail = _take(source, None)
-        first, last = _shown(head), _shown(tail)
-        if first is None or last is None:
-            return None
-        begin, end = (first[0] + round(moment / source.tick_s) for moment in (start_s, end_s or 0.0))
-        source.container.seek(begin, stream=stream)
-        packets = _take(source, None, _FAR_TICKS if end_s is None else end)
-    except (av.error.FFmpegError, OSError):
+        first, _ = _shown(read_packets(source, _REORDERED))
+        seek(_FAR_TICKS, stream=stream)
+        _, last = _shown(read_packets(source))
+        begin, end = (first + round(moment_s / source.tick_s) for moment_s in (start_s, end_s or 0.0))
+        seek(begin, stream=stream)
+        packets = read_packets(source, None, _FAR_TICKS if end_s is None else end)
+        _shown(packets)
+    except (av.error.FFmpegError, OSError, ValueError):
         return None
-    found = _shown(packets)
-    if packets.held is None or found is None or not packets.flags[0] & KEY or packets.pts[0] > begin:
+    if packets.held is None or packets.ended_early or not packets.flags[0] & KEY or packets.pts[0] > begin:
         return None
-    duration_s = (last[1] - first[0]) * source.tick_s + float(1 / rate)
-    return Part(packets, first[0], duration_s, float(rate))
-
-
-def _take(source: Source, count: int | None, end: int = _FAR_TICKS) -> Packets:
-    """Packets up to a number of them, and until all later ones are shown after `end`."""
-    packets, later = Packets(), 0
-    for packet in demux(source):
-        packets.add(packet, source)
-        later = later + 1 if packet.pts is not None and packet.pts > end else 0
-        if len(packets) == count or later == _REORDERED or packets.held is None:
-            break
-    packets.note_complaints(source)
+    packets.whole = Whole(first, (last - first) * source.tick_s + float(1 / rate), float(rate))
     return packets
 
 
-def _shown(packets: Packets) -> tuple[int, int] | None:
-    """The first and the last time of what is shown; None where any is unknown."""
+def _shown(packets: Packets) -> tuple[int, int]:
+    """The first and the last time of what is shown.
+
+    Raises:
+        ValueError: There is none, or not all are known.
+    """
     pts = packets.pts[packets.flags & (DISCARD | HIDDEN) == 0]
-    return (int(pts.min()), int(pts.max())) if len(pts) and (pts != UNKNOWN).all() else None
+    if (pts == UNKNOWN).any():
+        raise ValueError("packets without a time")
+    return int(pts.min()), int(pts.max())
 
 
 def rate_of(source: Source) -> Fraction:

@@ -32,11 +32,6 @@ class Decoded(NamedTuple):
     height: int
     places: NDArray[np.int64]  # [K], increasing: which of the chosen frames these are
 
-    @classmethod
-    def empty(cls) -> Decoded:
-        """No frame."""
-        return cls(np.empty((0, 0, 0, 3), np.uint8), 0, 0, np.empty(0, np.int64))
-
 
 class Orientation(NamedTuple):
     """How a stored picture becomes the one that is shown: the first of these first."""

@@ -13,20 +13,9 @@ from numpy.typing import NDArray
 
 from specvlm.errors import VideoDecodeError
 from specvlm.video.contents import ends_early
-from specvlm.video.demuxing import (
-    CORRUPT,
-    DISCARD,
-    HIDDEN,
-    KEY,
-    UNKNOWN,
-    Packets,
-    Part,
-    Source,
-    rate_of,
-)
+from specvlm.video.demuxing import CORRUPT, DISCARD, HIDDEN, INDEXED, KEY, UNKNOWN, Packets, Source, rate_of
 from specvlm.video.sampling import mean_gap_s
 
-_TRUSTED = frozenset({"mov", "matroska"})
 _BROADCAST = frozenset({"mpegts", "mpeg"})  # may be recorded from anywhere on
 
 
@@ -55,7 +44,7 @@ class Plan:
     fps: float
 
 
-def plan_of(source: Source, packets: Packets, part: Part | None = None) -> Plan:
+def plan_of(source: Source, packets: Packets) -> Plan:
     """Plan the reading of all packets of a file, or of those of a part of it.
 
     Raises:
@@ -63,21 +52,21 @@ def plan_of(source: Source, packets: Packets, part: Part | None = None) -> Plan:
         VideoUnavailableError: The system failed to read the file.
     """
     pts, flags = packets.pts, packets.flags
-    trusted = source.format in _TRUSTED and bool(len(pts) and flags[0] & KEY and (pts != UNKNOWN).all())
-    # AVI has no presentation times; what FFmpeg makes of its decoding times is right for most codecs.
-    stamps = pts if trusted or source.format != "avi" else np.where(pts != UNKNOWN, pts, packets.dts)
+    trusted = source.format in INDEXED and bool(len(pts) and flags[0] & KEY and (pts != UNKNOWN).all())
+    stamps = np.where(pts != UNKNOWN, pts, packets.dts if source.format == "avi" else UNKNOWN)
+    if (stamps == UNKNOWN).all():
+        stamps = np.arange(len(pts))
     keys = np.flatnonzero((flags & (KEY | CORRUPT) == KEY) & (stamps != UNKNOWN))
     shown = (stamps != UNKNOWN) & (flags & (DISCARD | CORRUPT | HIDDEN) == 0)
     if len(keys):  # nothing before the first key frame, in either order, can be decoded
         shown &= (np.arange(len(pts)) >= keys[0]) & (stamps >= stamps[keys[0]])
     numbers = np.flatnonzero(shown)
-    if (trusted and not len(numbers)) or not len(pts):
-        raise no_frame(source)
+    if not len(numbers):
+        reason = "holds no frame: cut short or damaged; copy or download it again"
+        raise VideoDecodeError(source.file.label, reason)
     ticks, where = np.unique(stamps[numbers], return_index=True)
-    if not len(ticks):
-        ticks, where, numbers = np.arange(len(pts)), np.arange(len(pts)), np.arange(len(pts))
-    first = ticks[0] if part is None else part.first_tick
-    times_s: NDArray[np.float64] = (ticks - first).astype(np.float64) * source.tick_s
+    whole = packets.whole
+    times_s: NDArray[np.float64] = (ticks - (whole.first_tick if whole else ticks[0])) * source.tick_s
     duration_s, fps = length_of(source, times_s, packets.last_duration)
     return Plan(
         times_s=times_s,
@@ -86,8 +75,8 @@ def plan_of(source: Source, packets: Packets, part: Part | None = None) -> Plan:
         trusted=trusted and len(ticks) == len(numbers),
         losses=packets.losses(source.tick_s, headless=source.format not in _BROADCAST),
         truncated=packets.ended_early or ends_early(source.file, source.format),
-        duration_s=duration_s if part is None else part.duration_s,
-        fps=fps if part is None else part.fps,
+        duration_s=whole.duration_s if whole else duration_s,
+        fps=whole.fps if whole else fps,
     )
 
 
@@ -96,13 +85,6 @@ def length_of(source: Source, times_s: NDArray[np.float64], last_duration: int) 
     gap_s = mean_gap_s(times_s)
     stays_s = gap_s or last_duration * source.tick_s
     return float(times_s[-1]) + stays_s, 1.0 / gap_s if gap_s else float(rate_of(source))
-
-
-def no_frame(source: Source) -> VideoDecodeError:
-    """The error for a file of which nothing can be shown."""
-    return VideoDecodeError(
-        source.file.label, "holds no frame: cut short or damaged; copy or download it again"
-    )
 
 
 def _starts(

@@ -8,23 +8,23 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import av
-import numpy as np
 from av.video.frame import VideoFrame
-from numpy.typing import NDArray
 
 from specvlm.config import FrameSettings
-from specvlm.errors import ConfigError, VideoDecodeError, VideoRangeError
+from specvlm.errors import ConfigError, VideoDecodeError
 from specvlm.records import Frames, VideoSource
 from specvlm.video import decord_reader, ffmpeg_log, pyav_reader
-from specvlm.video.demuxing import Packets, Source, is_long, open_source, read_packets, read_part
+from specvlm.video.demuxing import open_source, read_packets, read_part
+from specvlm.video.ffmpeg_log import Line
 from specvlm.video.opening import VideoFile, open_video
-from specvlm.video.pixels import Decoded, FrameStore, Memory, own_memory, pixel_limit
-from specvlm.video.plan import Plan, plan_of
-from specvlm.video.pyav_reader import Reading
-from specvlm.video.sampling import select_frames
+from specvlm.video.pixels import Decoded, Memory, own_memory
+from specvlm.video.plan import plan_of
+from specvlm.video.pyav_reader import Reading, Request
+
+_LONG_BYTES = 16 << 20  # files from which a part is worth seeking for
 
 Step = Literal["open", "index", "decord", "pyav"]
 
@@ -60,19 +60,15 @@ def read(
     began = time.perf_counter()
     _check(settings, frame_multiple)
     hooks.began("open")
+    request = Request(settings, frame_multiple, hooks.memory)
     with ffmpeg_log.listening() as heard, open_video(path, root) as file:
         hooks.began("index")
-        this = _Read(file, heard, settings, frame_multiple, hooks)
-        reading = _read_part(this) or _read_whole(this)
-        if not len(reading.times_s):
-            reason = (
-                f"start_s={settings.start_s:g} is past the video's {reading.duration_s:.3f} s; start earlier"
-            )
-            raise VideoRangeError(file.label, reason)
-        decoded = _require_enough(file, reading, settings, frame_multiple)
+        reading = _read_part(file, heard, request, hooks) or _read_whole(file, heard, request, hooks)
+        decoded = _require_enough(file, reading, request)
+    plan = reading.plan
     source = VideoSource(
-        duration_s=reading.duration_s,
-        fps=reading.fps,
+        duration_s=plan.duration_s,
+        fps=plan.fps,
         width=decoded.width,
         height=decoded.height,
         backend=decord_reader.name() if settings.backend == "decord" else pyav_reader.NAME,
@@ -81,7 +77,7 @@ def read(
         size_bytes=file.identity.size_bytes,
         mtime_ns=file.identity.mtime_ns,
     )
-    return Frames(decoded.pixels, reading.times_s[decoded.places], source)
+    return Frames(decoded.pixels, plan.times_s[reading.chosen[decoded.places]], source)
 
 
 def _check(settings: FrameSettings, frame_multiple: int) -> None:
@@ -93,80 +89,61 @@ def _check(settings: FrameSettings, frame_multiple: int) -> None:
         )
 
 
-class _Read(NamedTuple):
-    """What is to be read, of an open file."""
-
-    file: VideoFile
-    heard: list[ffmpeg_log.Line]
-    settings: FrameSettings
-    frame_multiple: int
-    hooks: Hooks
-
-    def choose(self, times_s: NDArray[np.float64]) -> NDArray[np.int64]:
-        return select_frames(times_s, self.settings, self.frame_multiple)
-
-    def store_for(self, frames: int) -> FrameStore:
-        return FrameStore(frames, pixel_limit(self.settings, max(1, frames)), self.hooks.memory)
-
-
-def _read_part(this: _Read) -> Reading | None:
+def _read_part(file: VideoFile, heard: list[Line], request: Request, hooks: Hooks) -> Reading | None:
     """Read what a part of a long film needs; None where the whole has to be read."""
-    start_s, end_s = this.settings.start_s, this.settings.end_s
-    if this.settings.backend == "decord" or not is_long(this.file, start_s, end_s):
+    start_s, end_s, backend = request.settings.start_s, request.settings.end_s, request.settings.backend
+    is_part = start_s > 0.0 or end_s is not None
+    if not is_part or file.identity.size_bytes < _LONG_BYTES or backend == "decord":
         return None
-    with open_source(this.file, this.heard) as source:
-        part = read_part(source, start_s, end_s)
-        plan = part and plan_of(source, part.packets, part)
-        if not part or not plan or not plan.trusted or not len(this.choose(plan.times_s)):
+    with open_source(file, heard) as source:
+        packets = read_part(source, start_s, end_s)
+        if packets is None:
             return None
-        this.hooks.began("pyav")
-        return pyav_reader.decode_by_plan(source, part.packets, plan, this.choose, this.store_for)
+        plan = plan_of(source, packets)
+        if not plan.trusted or not len(request.choose(plan.times_s)):
+            return None
+        hooks.began("pyav")
+        return pyav_reader.decode_by_plan(source, packets, plan, request)
 
 
-def _read_whole(this: _Read) -> Reading:
+def _read_whole(file: VideoFile, heard: list[Line], request: Request, hooks: Hooks) -> Reading:
     """Read the file from its beginning to its end."""
-    with open_source(this.file, this.heard) as source:
+    with open_source(file, heard) as source:
         packets = read_packets(source)
         plan = plan_of(source, packets)
-        if this.settings.backend == "decord":
-            return _read_by_decord(this, source, packets, plan)
-        this.hooks.began("pyav")
-        return pyav_reader.decode(source, packets, plan, this.choose, this.store_for)
-
-
-def _read_by_decord(this: _Read, source: Source, packets: Packets, plan: Plan) -> Reading:
-    chosen, decoded = this.choose(plan.times_s), Decoded.empty()
-    reason = decord_reader.refusal(source, packets, plan)
-    if reason is None and len(chosen):
-        this.hooks.began("decord")
-        try:
-            decoded = decord_reader.decode(this.file, plan.times_s, chosen, this.store_for(len(chosen)))
-        except decord_reader.DecordFailedError as error:
-            reason = str(error)
-    if reason is not None:
+        if request.settings.backend != "decord":
+            hooks.began("pyav")
+            return pyav_reader.decode(source, packets, plan, request)
+        chosen = request.choose(plan.times_s)
+        pyav_reader.require_any(file, plan, request, chosen)
+        reason = decord_reader.refusal(source, packets, plan)
+        if reason is None:
+            hooks.began("decord")
+            try:
+                decoded = decord_reader.decode(source, plan.times_s, chosen, request.room_for(len(chosen)))
+                return Reading(decoded, plan, chosen)
+            except decord_reader.DecordFailedError as error:
+                reason = str(error)
         advice = f"decord cannot be trusted with it: {reason}; use --video-backend auto or pyav"
-        raise VideoDecodeError(this.file.label, advice)
-    return Reading(decoded, plan.times_s[chosen], plan, plan.duration_s, plan.fps)
+        raise VideoDecodeError(file.label, advice)
 
 
-def _require_enough(
-    file: VideoFile, reading: Reading, settings: FrameSettings, frame_multiple: int
-) -> Decoded:
+def _require_enough(file: VideoFile, reading: Reading, request: Request) -> Decoded:
     """Refuse a video of which too little is left; keep the multiple where the rest holds one."""
-    decoded, chosen = reading.decoded, len(reading.times_s)
+    decoded, chosen = reading.decoded, len(reading.chosen)
     intact = len(decoded.places)
-    if intact < chosen * settings.min_decoded:
+    if intact < chosen * request.settings.min_decoded:
         raise pyav_reader.too_few(file, intact, chosen)
-    kept = intact if intact == chosen else intact - intact % frame_multiple or intact
+    kept = intact if intact == chosen else intact - intact % request.frame_multiple or intact
     return decoded._replace(pixels=decoded.pixels[:kept], places=decoded.places[:kept])
 
 
 def _flags(reading: Reading, decoded: Decoded) -> Iterator[str]:
     """What was unusual. Damage behind the last frame that was needed does not count."""
-    partial = len(decoded.places) < len(reading.times_s)
+    partial = len(decoded.places) < len(reading.chosen)
     if reading.plan.truncated:
         yield "truncated"
-    if partial or reading.damaged:
+    if partial or (reading.plan.losses <= reading.plan.numbers[reading.chosen].max()).any():
         yield "damaged"
     if partial:
         yield "partial"

@@ -28,24 +28,24 @@ needs_decord = pytest.mark.skipif(not decord_reader.is_installed(), reason="deco
 # What `auto` must leave to PyAV, and why. Most of them decord 0.6.0 reads wrongly without an error.
 _NOT_FOR_DECORD = {
     "h264 10 bit": "converts yuv420p10le",
-    "vp8": "does not notice damage in vp8",
-    "vp9": "does not notice damage in vp9",
+    "vp8": "it reads vp8 wrongly",
+    "vp9": "it reads vp9 wrongly",
     "vp9 odd": "vp9",
     "vp9 hidden frames": "vp9",
     "h264 avi": "packets of a avi file",
     "h264 flv": "packets of a flv file",
-    "mpeg4 avi": "does not read mpeg4 well",
-    "mpeg4 avi b": "does not read mpeg4 well",
+    "mpeg4 avi": "it reads mpeg4 wrongly",
+    "mpeg4 avi b": "it reads mpeg4 wrongly",
     "h264 open gop": "open groups",
-    "hevc open gop": "does not notice damage in hevc",
+    "hevc open gop": "it reads hevc wrongly",
     "vp9 variable": "vp9",
     "h264 ts": "packets of a mpegts file",
     "h264 m2ts": "packets of a mpegts file",
-    "mpeg2 ts": "does not read mpeg2video well",
-    "mpeg2 ps": "does not read mpeg2video well",
+    "mpeg2 ts": "it reads mpeg2video wrongly",
+    "mpeg2 ps": "it reads mpeg2video wrongly",
     "av1": "av1",
-    "wmv": "does not read wmv2 well",
-    "gif": "does not read gif well",
+    "wmv": "it reads wmv2 wrongly",
+    "gif": "it reads gif wrongly",
 }
 _FOR_DECORD = [kind for kind in KINDS if kind not in _NOT_FOR_DECORD]
 
