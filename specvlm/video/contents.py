@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
 
 from specvlm.video.opening import VideoFile, read_at, unreadable
 
@@ -57,41 +56,32 @@ def ends_early(file: VideoFile, container: str) -> bool:
     Raises:
         VideoUnavailableError: The system failed to read.
     """
-    follow = _ENDS.get(container)
-    size = file.identity.size_bytes
-    if follow is None:
-        return False
     try:
-        return any(end > size for end in follow(file.descriptor, size))
+        if container == "avi":
+            return _ends_in_riff(file)
+        return container == "mpegts" and _ends_in_packet(file)
     except OSError as error:
         raise unreadable(file.label, error) from None
 
 
-def _ends_of_riffs(descriptor: int, size: int) -> Iterator[int]:
-    """Of avi: where each RIFF chunk ends; one without a size was never finished by its writer."""
-    start = 0
+def _ends_in_riff(file: VideoFile) -> bool:
+    """Whether a RIFF chunk goes on behind the end; one without a size was never finished by its writer."""
+    start, size = 0, file.identity.size_bytes
     while start < size:
-        head = read_at(descriptor, 8, start)
+        head = read_at(file.descriptor, 8, start)
         length = int.from_bytes(head[4:8], "little")
         if head[:4] != b"RIFF" or length in (0, 0xFFFFFFFF):
-            return
+            return False
         start += 8 + length
-        yield start - 1  # a last chunk of odd length may lack its padding
+    return start > size + 1  # a last chunk of odd length may lack its padding
 
 
-def _end_of_last_packet(descriptor: int, size: int) -> Iterator[int]:
-    """Of ts and m2ts: a transport stream is made of whole packets, perhaps behind a piece of one."""
-    head = read_at(descriptor, 8192, 0)
+def _ends_in_packet(file: VideoFile) -> bool:
+    """Whether a transport stream, perhaps behind a piece of a packet, does not consist of whole ones."""
+    head = read_at(file.descriptor, 8192, 0)
     for start in range(_TS_PACKET_BYTES[-1]):
         for packet in _TS_PACKET_BYTES:
             if len(head) > start and not head[start::packet].strip(_TS_SYNC):
-                start -= 4 * (packet == 192)  # m2ts puts a time before each packet
-                start %= packet
-                yield start - (start - size) // packet * packet
-                return
-
-
-_ENDS: dict[str, Callable[[int, int], Iterator[int]]] = {
-    "avi": _ends_of_riffs,
-    "mpegts": _end_of_last_packet,
-}
+                before = 4 * (packet == 192)  # m2ts puts a time before each packet
+                return (file.identity.size_bytes - start + before) % packet > 0
+    return False

@@ -29,7 +29,6 @@ from specvlm.video.plan import Plan
 # Formats that decord's FFmpeg 4.1 and PyAV's turn into the same RGB; others differ in their chroma.
 _SAME_PIXELS = frozenset({"yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p"})
 _NO_STAND_INS = 1e-9  # share of frames that decord may replace by another one; its default is any, 0 is off
-_CHUNK_BYTES = 64 << 20  # of frames held at their full size at a time, or one frame
 _TIME_TOLERANCE_S = 1e-3
 _ERROR = 16  # AV_LOG_ERROR; what is graver has smaller numbers
 _FLOAT32_STEP = 1.2e-7  # decord reports times as float32
@@ -52,7 +51,7 @@ def name() -> str:
 def refusal(source: Source, packets: Packets, plan: Plan) -> str | None:
     """Why this file should not be given to decord; None if it may."""
     context, pixels = source.stream.codec_context, source.pixel_format
-    pts, dts, flags = packets.pts, packets.dts, packets.flags
+    pts, dts, flags, _ = packets.columns()
     keys = flags & KEY > 0
     if source.codec != "h264":
         return f"it reads {source.codec} wrongly, or does not notice damage in it"
@@ -100,12 +99,11 @@ def decode(
             source.file.location, ctx=decord.cpu(0), num_threads=1, fault_tol=_NO_STAND_INS
         )
         _require_same_times(reader, times_s, chosen)
-        context = source.stream.codec_context
-        step = max(1, _CHUNK_BYTES // (3 * context.width * context.height))
-        decoded = _read(reader, chosen, store, step)
+        for place, number in enumerate(chosen.tolist()):
+            store.put(place, VideoFrame.from_ndarray(_to_numpy(reader[number]), format="rgb24"))
         if complaints := _complaints() - before:
             raise DecordFailedError(f"it complained {complaints} times")
-        return decoded
+        return store.result(range(len(chosen)))
     except (DecordFailedError, VideoError):
         raise
     except Exception as error:  # its own errors, AssertionError, IndexError, RuntimeError, OSError, ...
@@ -158,16 +156,6 @@ def _require_same_times(reader: Any, times_s: NDArray[np.float64], chosen: NDArr
         raise DecordFailedError("its frame times are not those of the packets")
 
 
-def _read(reader: Any, chosen: NDArray[np.int64], store: FrameStore, step: int) -> Decoded:
-    for place in range(0, len(chosen), step):
-        batch = _to_numpy(reader.get_batch(chosen[place : place + step].tolist()))
-        if batch.shape[3] != 3:  # at some sizes they come with four channels
-            raise DecordFailedError(f"it returned frames of {batch.shape[3]} channels")
-        for offset, pixels in enumerate(batch):
-            store.put(place + offset, VideoFrame.from_ndarray(pixels, format="rgb24"))
-    return store.result(range(len(chosen)))
-
-
-def _to_numpy(batch: Any) -> NDArray[np.uint8]:
+def _to_numpy(frame: Any) -> NDArray[np.uint8]:
     """Its own array, or that of the bridge that the caller has set (`decord.bridge`)."""
-    return np.asarray(batch.asnumpy() if hasattr(batch, "asnumpy") else batch)
+    return np.asarray(frame.asnumpy() if hasattr(frame, "asnumpy") else frame)

@@ -44,7 +44,8 @@ _CODECS = frozenset({
     "mjpeg", "png", "gif", "prores", "dnxhd", "ffv1", "huffyuv", "ffvhuff", "rawvideo",
 })
 # fmt: on
-_PICTURES_BESIDE = ("attached_pic", "timed_thumbnails", "still_image")  # covers, thumbnails, previews
+_Disposition = av.stream.Disposition
+_BESIDE = _Disposition.attached_pic | _Disposition.timed_thumbnails | _Disposition.still_image
 # Entropy-coded to the last byte, by decoders that take zeros for pictures: a lost disk block shows here alone.
 _DENSE = frozenset({"vp8", "vp9", "hevc"})
 _HOLE = bytes(256)
@@ -124,7 +125,7 @@ def _demuxer(contents: Contents, file: VideoFile, heard: list[ffmpeg_log.Line]) 
 
 def _main_stream(container: InputContainer, file: VideoFile) -> VideoStream:
     """The one that FFmpeg finds best, unless it is a picture beside the video."""
-    streams = [one for one in container.streams.video if not _is_beside(one)]
+    streams = [one for one in container.streams.video if not one.disposition & _BESIDE]
     if not streams:
         raise NotAVideoError(file.label, "holds no video stream (audio only?); give a file with pictures")
     stream = next((one for one in streams if one is container.streams.best("video")), streams[0])
@@ -138,10 +139,6 @@ def _main_stream(container: InputContainer, file: VideoFile) -> VideoStream:
             f"its frames of {width}x{height} are not within 1 to {MAX_PIXELS} pixels; scale it first",
         )
     return stream
-
-
-def _is_beside(stream: VideoStream) -> bool:
-    return any(stream.disposition & av.stream.Disposition[name] for name in _PICTURES_BESIDE)
 
 
 def _codec_name(stream: VideoStream) -> str:
@@ -178,23 +175,12 @@ class Packets:
     def __len__(self) -> int:
         return len(self._rows) // 4
 
-    @property
-    def pts(self) -> NDArray[np.int64]:
-        """[N] presentation times in ticks, or `UNKNOWN`."""
-        return self._column(0)
+    def columns(self) -> NDArray[np.int64]:
+        """[4, N]: presentation times and decoding times in ticks, or `UNKNOWN`; flags; places in the file.
 
-    @property
-    def dts(self) -> NDArray[np.int64]:
-        """[N] decoding times in ticks, or `UNKNOWN`."""
-        return self._column(1)
-
-    @property
-    def flags(self) -> NDArray[np.int64]:
-        """[N] KEY, DISCARD (decoded, but not shown), CORRUPT, HIDDEN (shows no frame of its own)."""
-        return self._column(2)
-
-    def _column(self, column: int) -> NDArray[np.int64]:
-        return np.array(self._rows, np.int64).reshape(-1, 4)[:, column]
+        Flags are KEY, DISCARD (decoded, but not shown), CORRUPT and HIDDEN (shows no frame of its own).
+        """
+        return np.array(self._rows, np.int64).reshape(-1, 4).T
 
     def add(self, packet: Packet[VideoStream], source: Source) -> None:
         self.note_complaints(source)
@@ -224,11 +210,11 @@ class Packets:
         tick_s: Seconds per unit of the packets' times.
         headless: Where the first packet is no key packet, the beginning was lost.
         """
-        places, flags = self._column(3), self.flags
+        pts, _, flags, places = self.columns()
         gaps = np.array([_gap(places, before, what) for before, what in self._complaints], np.int64)
         keys = np.flatnonzero(flags & KEY)
         # Where recordings are joined, the count of transport packets breaks off, but nothing is missing.
-        later = (self.pts[keys] - self.pts[keys - 1]) * tick_s
+        later = (pts[keys] - pts[keys - 1]) * tick_s
         joins = keys[(keys > 0) & ((later < 0) | (later > _PAUSE_S))]
         corrupt = np.setdiff1d(np.flatnonzero(flags & CORRUPT), [joins, joins - 1, joins - 2])
         # Where the demuxer loses its way, what came last may have had the wrong length, and so the wrong end.
@@ -302,10 +288,11 @@ def read_part(source: Source, start_s: float, end_s: float | None) -> Packets | 
         begin, end = (first + round(moment_s / source.tick_s) for moment_s in (start_s, end_s or 0.0))
         seek(begin, stream=stream)
         packets = read_packets(source, None, _FAR_TICKS if end_s is None else end)
-        _shown(packets)
+        _shown(packets)  # all are known
     except (av.error.FFmpegError, OSError, ValueError):
         return None
-    if packets.held is None or packets.ended_early or not packets.flags[0] & KEY or packets.pts[0] > begin:
+    pts, _, flags, _ = packets.columns()
+    if packets.held is None or packets.ended_early or not flags[0] & KEY or pts[0] > begin:
         return None
     packets.whole = Whole(first, (last - first) * source.tick_s + float(1 / rate), float(rate))
     return packets
@@ -317,7 +304,8 @@ def _shown(packets: Packets) -> tuple[int, int]:
     Raises:
         ValueError: There is none, or not all are known.
     """
-    pts = packets.pts[packets.flags & (DISCARD | HIDDEN) == 0]
+    pts, _, flags, _ = packets.columns()
+    pts = pts[flags & (DISCARD | HIDDEN) == 0]
     if (pts == UNKNOWN).any():
         raise ValueError("packets without a time")
     return int(pts.min()), int(pts.max())

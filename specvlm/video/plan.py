@@ -51,9 +51,9 @@ def plan_of(source: Source, packets: Packets) -> Plan:
         VideoDecodeError: There is no packet that shows anything.
         VideoUnavailableError: The system failed to read the file.
     """
-    pts, flags = packets.pts, packets.flags
+    pts, dts, flags, _ = packets.columns()
     trusted = source.format in INDEXED and bool(len(pts) and flags[0] & KEY and (pts != UNKNOWN).all())
-    stamps = np.where(pts != UNKNOWN, pts, packets.dts if source.format == "avi" else UNKNOWN)
+    stamps = np.where(pts != UNKNOWN, pts, dts if source.format == "avi" else UNKNOWN)
     if (stamps == UNKNOWN).all():
         stamps = np.arange(len(pts))
     keys = np.flatnonzero((flags & (KEY | CORRUPT) == KEY) & (stamps != UNKNOWN))

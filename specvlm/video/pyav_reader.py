@@ -228,9 +228,8 @@ class _Run:
 
     def is_timely(self, packets: Packets) -> bool:
         """Whether every frame has the time of its packet."""
-        numbers = [frame.number for frame in self.frames]
-        times: list[int] = packets.pts[numbers].tolist()
-        return [frame.stamp.pts for frame in self.frames] == times
+        pts = packets.columns()[0]
+        return all(frame.stamp.pts == pts[frame.number] for frame in self.frames)
 
     def silent(self, packets: Packets) -> list[int]:
         """Packets that should have given a picture, and gave none without a word.
@@ -240,12 +239,9 @@ class _Run:
         if not self.frames:
             return self.due
         shown = {frame.number for frame in self.frames} | self.failed
-        first, pts, hidden = self.frames[0].number, packets.pts, packets.flags & (DISCARD | HIDDEN | CORRUPT)
-        return [
-            number
-            for number in self.due
-            if number not in shown and number > first and pts[number] > pts[first] and not hidden[number]
-        ]
+        first, (pts, _, flags, _) = self.frames[0].number, packets.columns()
+        due = (pts > pts[first]) & (flags & (DISCARD | HIDDEN | CORRUPT) == 0)
+        return [number for number in self.due if number > first and due[number] and number not in shown]
 
 
 def _decode_runs(
