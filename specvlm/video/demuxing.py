@@ -134,10 +134,8 @@ def _main_stream(container: InputContainer, file: VideoFile) -> VideoStream:
         raise VideoDecodeError(file.label, f"its codec {codec} is not supported; convert it to h264 first")
     width, height = stream.codec_context.width, stream.codec_context.height
     if not 0 < width * height <= MAX_PIXELS:
-        raise VideoDecodeError(
-            file.label,
-            f"its frames of {width}x{height} are not within 1 to {MAX_PIXELS} pixels; scale it first",
-        )
+        reason = f"its frames of {width}x{height} are not within 1 to {MAX_PIXELS} pixels; scale it first"
+        raise VideoDecodeError(file.label, reason)
     return stream
 
 
@@ -232,15 +230,9 @@ def _flags(packet: Packet[VideoStream], codec: str) -> int:
 
 
 def _gap(places: NDArray[np.int64], before: int, what: str) -> int:
-    """The packet before which data are missing.
-
-    Opening a file demuxes the first part of it, so what is said then may be of any packet; Matroska tells the
-    place in the file.
-    """
-    place = _PLACE.search(what)
-    if before or place is None:
-        return before
-    return int(np.searchsorted(places, int(place[1], 0)))
+    """The packet before which data are missing: of what is said at opening, Matroska tells the place."""
+    place = None if before else _PLACE.search(what)
+    return before if place is None else int(np.searchsorted(places, int(place[1], 0)))
 
 
 def demux(source: Source) -> Iterator[Packet[VideoStream]]:

@@ -82,8 +82,10 @@ def open_video(
         if root is not None:
             _require_below(root, descriptor, label)
         identity = _identity(_require_content(descriptor, label))
+        own_name = f"/proc/self/fd/{descriptor}"
+        location = own_name if os.path.exists(own_name) else os.path.abspath(label)
         try:
-            yield VideoFile(label, descriptor, _location(descriptor, label), identity)
+            yield VideoFile(label, descriptor, location, identity)
         except VideoError:
             _require_unchanged(descriptor, label, identity)  # says more than what it made the decoder say
             raise
@@ -96,9 +98,8 @@ def _open(label: str) -> int:
     try:
         return os.open(os.fsencode(label), _OPEN_FLAGS)
     except ValueError:
-        raise VideoNotFoundError(
-            label, "is no possible file name (NUL byte or broken text); check the path"
-        ) from None
+        reason = "is no possible file name (NUL byte or broken text); check the path"
+        raise VideoNotFoundError(label, reason) from None
     except OSError as error:
         raise _open_error(label, error) from None
 
@@ -110,8 +111,6 @@ def _open_error(label: str, error: OSError) -> VideoError:
         return VideoNotFoundError(label, "no such file; check the path")
     if error.errno in (errno.EACCES, errno.EPERM):
         return VideoError(label, "permission denied; give this user the right to read it")
-    if error.errno == errno.EISDIR:
-        return _folder(label)
     reason = f"cannot be opened ({error.strerror}); check the path and its file system"
     return (VideoUnavailableError if error.errno in _MAY_PASS else VideoError)(label, reason)
 
@@ -119,10 +118,6 @@ def _open_error(label: str, error: OSError) -> VideoError:
 def unreadable(label: str, error: OSError) -> VideoUnavailableError:
     """The error for a file that opened, but does not give its bytes."""
     return VideoUnavailableError(label, f"cannot be read ({error.strerror}); check its file system")
-
-
-def _folder(label: str) -> NotAVideoError:
-    return NotAVideoError(label, "is a folder, not a video; name a file in it")
 
 
 def _require_below(root: str | os.PathLike[str] | bytes, descriptor: int, label: str) -> None:
@@ -162,7 +157,7 @@ def _require_content(descriptor: int, label: str) -> os.stat_result:
     except OSError as error:
         raise unreadable(label, error) from None
     if stat.S_ISDIR(status.st_mode):
-        raise _folder(label)
+        raise NotAVideoError(label, "is a folder, not a video; name a file in it")
     if not stat.S_ISREG(status.st_mode):
         raise NotAVideoError(label, "is a pipe or device, not a video; copy it to a regular file first")
     if status.st_size == 0:
@@ -185,13 +180,6 @@ def _require_unchanged(descriptor: int, label: str, before: Identity) -> None:
         raise VideoChangedError(label, "was changed while it was read; try again once it is complete")
     if (named.st_dev, named.st_ino) != before[:2]:
         raise VideoChangedError(label, "was replaced while it was read; try again")
-
-
-def _location(descriptor: int, label: str) -> str:
-    own_name = f"/proc/self/fd/{descriptor}"
-    if sys.platform == "linux" and os.path.exists(own_name):
-        return own_name
-    return os.path.abspath(label)
 
 
 def read_at(descriptor: int, size: int, position: int) -> bytes:

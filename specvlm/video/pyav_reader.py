@@ -99,6 +99,8 @@ def decode_by_plan(source: Source, packets: Packets, plan: Plan, request: Reques
     `packets` may be those of a part. For the rest see `decode`.
     """
     chosen = request.choose(plan.times_s)
+    if not len(chosen):
+        raise past_the_end(source.file, plan, request.settings.start_s)
     places = {int(number): place for place, number in enumerate(plan.numbers[chosen])}
     store, losses = request.room_for(len(chosen)), plan.losses
     for run in _decode_runs(source, packets, _spans(plan, chosen), places, store):
@@ -107,7 +109,7 @@ def decode_by_plan(source: Source, packets: Packets, plan: Plan, request: Reques
         if not damaged and not (run.begins_well and (as_planned or run.failed)):
             return None
         losses = np.union1d(losses, np.array([*run.failed, *silent], np.int64))
-    return _without_lost(source, plan, request, chosen, store, losses)
+    return _without_lost(source, plan, chosen, store, losses)
 
 
 def _decode_straight(source: Source, packets: Packets, plan: Plan, request: Request) -> Reading:
@@ -119,36 +121,30 @@ def _decode_straight(source: Source, packets: Packets, plan: Plan, request: Requ
         (run,) = _decode_runs(source, packets, [(0, len(packets))], places, store, by_count=True)
         if not run.frames:
             raise too_few(source.file, 0, max(1, len(chosen)))
-        times_s = _times_of(source, run.frames, len(packets))
+        stamps = [frame.stamp for frame in run.frames]
+        # Where two packets make a picture, its decoder speaks of one.
+        step_s = stamps[0].duration * source.tick_s or float(1 / rate_of(source))
+        step_s *= max(1, round(len(packets) / len(stamps)))
+        times_s = frame_times(stamps, source.tick_s, step_s, jumps=source.format in _CLOCK_MAY_JUMP)
         chosen = request.choose(times_s)
     numbers = np.array([frame.number for frame in run.frames])
     keys = np.maximum.accumulate([frame.number * frame.is_key for frame in run.frames])
     duration_s, fps = length_of(source, times_s, packets.last_duration)
-    seen = replace(
-        plan,
-        times_s=times_s,
-        numbers=numbers,
-        starts=np.minimum(keys, numbers),
-        duration_s=duration_s,
-        fps=fps,
-    )
+    seen = replace(plan, times_s=times_s, numbers=numbers, duration_s=duration_s, fps=fps)
+    seen = replace(seen, starts=np.minimum(keys, numbers))
+    if not len(chosen):
+        raise past_the_end(source.file, seen, request.settings.start_s)
     # Second fields give no picture of their own, nor do packets that say "as before".
     second = {frame.number + 1 for frame in run.frames if frame.is_interlaced}
     silent = set() if source.codec in _MAY_GIVE_NONE else {*run.silent(packets)} - second
     losses = np.union1d(plan.losses, np.array([*run.failed, *silent], np.int64))
-    return _without_lost(source, seen, request, chosen, store, losses)
+    return _without_lost(source, seen, chosen, store, losses)
 
 
 def _without_lost(
-    source: Source,
-    plan: Plan,
-    request: Request,
-    chosen: NDArray[np.int64],
-    store: FrameStore,
-    losses: NDArray[np.int64],
+    source: Source, plan: Plan, chosen: NDArray[np.int64], store: FrameStore, losses: NDArray[np.int64]
 ) -> Reading:
     """Keep the frames that no loss has reached."""
-    require_any(source.file, plan, request, chosen)
     lost = _any_between(losses, plan.starts[chosen], plan.numbers[chosen])
     intact = [place for place in range(len(chosen)) if place in store.filled and not lost[place]]
     if not intact:
@@ -156,16 +152,10 @@ def _without_lost(
     return Reading(store.result(intact), plan, chosen)
 
 
-def require_any(file: VideoFile, plan: Plan, request: Request, chosen: NDArray[np.int64]) -> None:
-    """See that the part that is asked for is not past the end.
-
-    Raises:
-        VideoRangeError: It is.
-    """
-    if not len(chosen):
-        start_s = request.settings.start_s
-        reason = f"start_s={start_s:g} is past the video's {plan.duration_s:.3f} s; start earlier"
-        raise VideoRangeError(file.label, reason)
+def past_the_end(file: VideoFile, plan: Plan, start_s: float) -> VideoRangeError:
+    """The error for a part that begins after the end."""
+    reason = f"start_s={start_s:g} is past the video's {plan.duration_s:.3f} s; start earlier"
+    return VideoRangeError(file.label, reason)
 
 
 def too_few(file: VideoFile, intact: int, chosen: int) -> VideoDecodeError:
@@ -182,22 +172,12 @@ def _any_between(losses: NDArray[np.int64], first: Any, last: Any) -> Any:
 def _spans(plan: Plan, chosen: NDArray[np.int64]) -> list[tuple[int, int]]:
     """First and last packet of what the chosen frames need, in the order of the file, without overlap."""
     spans: list[tuple[int, int]] = []
-    for start, number in sorted(
-        zip(plan.starts[chosen].tolist(), plan.numbers[chosen].tolist(), strict=True)
-    ):
+    for start, number in sorted(np.stack([plan.starts[chosen], plan.numbers[chosen]], 1).tolist()):
         if spans and start <= spans[-1][1] + 1:
             spans[-1] = spans[-1][0], max(spans[-1][1], number)
         else:
             spans.append((start, number))
     return spans
-
-
-def _times_of(source: Source, frames: Sequence[_Frame], packets: int) -> NDArray[np.float64]:
-    """Times of all frames. Where two packets make a picture, its decoder speaks of one."""
-    step_s = frames[0].stamp.duration * source.tick_s or float(1 / rate_of(source))
-    step_s *= max(1, round(packets / len(frames)))
-    stamps = [frame.stamp for frame in frames]
-    return frame_times(stamps, source.tick_s, step_s, jumps=source.format in _CLOCK_MAY_JUMP)
 
 
 class _Frame(NamedTuple):

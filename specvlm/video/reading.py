@@ -29,21 +29,17 @@ _LONG_BYTES = 16 << 20  # files from which a part is worth seeking for
 Step = Literal["open", "index", "decord", "pyav"]
 
 
-def _unheard(_: Step) -> None:
-    """Nobody listens."""
-
-
 @dataclass(frozen=True, slots=True)
 class Hooks:
     """What a process that reads for another one puts in.
 
     Attributes:
         memory: Gives the memory that frames are put into.
-        began: Told each step as it begins.
+        began: Called with each step as it begins.
     """
 
     memory: Memory = own_memory
-    began: Callable[[Step], None] = _unheard
+    began: Callable[[Step], object] = str
 
 
 _NO_HOOKS = Hooks()
@@ -115,7 +111,8 @@ def _read_whole(file: VideoFile, heard: list[Line], request: Request, hooks: Hoo
             hooks.began("pyav")
             return pyav_reader.decode(source, packets, plan, request)
         chosen = request.choose(plan.times_s)
-        pyav_reader.require_any(file, plan, request, chosen)
+        if not len(chosen):
+            raise pyav_reader.past_the_end(file, plan, request.settings.start_s)
         reason = decord_reader.refusal(source, packets, plan)
         if reason is None:
             hooks.began("decord")
