@@ -39,7 +39,7 @@ class Hooks:
     """
 
     memory: Memory = own_memory
-    began: Callable[[Step], object] = str
+    began: Callable[[Step], object] = lambda _: None
 
 
 _NO_HOOKS = Hooks()

@@ -59,33 +59,25 @@ def frame_times(
     Returns:
         [T] seconds from the first frame, increasing.
     """
-    known: list[tuple[int, float]] = []  # number of a frame, and its time
+    numbers: list[int] = []  # of frames whose time is known
+    times_s: list[float] = []
     offset_s, step_s = 0.0, usual_s
     for number, stamp in enumerate(best_effort(stamps)):
         if stamp is None:
             continue
         time_s = stamp * tick_s + offset_s
-        if known:
-            before, before_s = known[-1]
-            expected_s = before_s + step_s * (number - before)
-            if time_s < before_s - _STEP_BACK_S or (jumps and time_s > expected_s + _LARGEST_GAP_S):
+        if numbers:
+            expected_s = times_s[-1] + step_s * (number - numbers[-1])
+            if time_s < times_s[-1] - _STEP_BACK_S or (jumps and time_s > expected_s + _LARGEST_GAP_S):
                 offset_s += expected_s - time_s
                 time_s = expected_s
-            time_s = max(time_s, before_s + tick_s)
-            if number == before + 1:
-                step_s = time_s - before_s
-        known.append((number, time_s))
-    return _filled_in(known, len(stamps), step_s)
-
-
-def _filled_in(known: Sequence[tuple[int, float]], count: int, step_s: float) -> NDArray[np.float64]:
-    """Times of frames without a stamp: between their neighbours, or one step further."""
-    numbers = np.arange(count)
-    if not known:
-        return np.asarray(numbers * step_s, np.float64)
-    places, times_s = np.array([number for number, _ in known]), np.array([time_s for _, time_s in known])
-    if len(known) > 1:
-        step_s = float(np.median(np.diff(times_s) / np.diff(places)))
-    outside = np.minimum(numbers - places[0], 0) + np.maximum(numbers - places[-1], 0)
-    filled = np.interp(numbers, places, times_s) + outside * step_s
+            time_s = max(time_s, times_s[-1] + tick_s)
+            step_s = time_s - times_s[-1] if number == numbers[-1] + 1 else step_s
+        numbers.append(number)
+        times_s.append(time_s)
+    if len(numbers) > 1:
+        step_s = float(np.median(np.diff(times_s) / np.diff(numbers)))
+    count, known = np.arange(len(stamps)), numbers or [0]
+    outside = np.minimum(count - known[0], 0) + np.maximum(count - known[-1], 0)
+    filled = np.interp(count, known, times_s or [0.0]) + outside * step_s
     return np.asarray(filled - filled[0], np.float64)
