@@ -310,6 +310,8 @@ def _joined(make: Maker) -> Iterator[Judged]:
         ("vob", "mpeg2"),
         ("mpg", "mpeg2"),
         ("m2ts", "h264"),
+        ("flv", "h264"),
+        ("flv", "flv1"),
     ):
         for name, shifts in {
             "two": (0, 0),

@@ -56,6 +56,7 @@ _GUESS_STAMPS = 1  # AVFMT_FLAG_GENPTS
 _BUFFER_BYTES = 1 << 16
 _HELD_BYTES = 256 << 20  # packets that are kept for decoding; of larger files they are read again
 _REORDERED = 33  # packets within which the first frame to be shown is found, whatever the order
+_HIGHEST_RATE = 240  # frames a second; more is what FFmpeg guesses from too few times
 _FAR_TICKS = 1 << 50
 _PAUSE_S = 0.5  # before a key packet: there a recording was stopped, or joined to another one
 
@@ -304,5 +305,6 @@ def _shown(packets: Packets) -> tuple[int, int]:
 
 
 def rate_of(source: Source) -> Fraction:
-    """Frames a second as the container or the codec says; 25, as FFmpeg takes it, where neither does."""
-    return source.stream.average_rate or source.stream.guessed_rate or Fraction(25)
+    """Frames a second as the container or the codec says; 25, FFmpeg's own guess, where neither makes sense."""
+    rate = source.stream.average_rate or source.stream.guessed_rate or Fraction(25)
+    return rate if rate <= _HIGHEST_RATE else Fraction(25)

@@ -107,7 +107,7 @@ class FrameStore:
 
     def put(self, place: int, frame: VideoFrame, orientation: Orientation = UPRIGHT) -> None:
         """Store `frame` as number `place`, made upright."""
-        rgb = self._to_rgb.reformat(frame, format="rgb24")
+        rgb = self._to_rgb.reformat(frame, format="rgb24", threads=1)
         if orientation != UPRIGHT:
             rgb = _made_upright(rgb, orientation)
         if self._pixels is None:
@@ -116,7 +116,9 @@ class FrameStore:
             self._pixels = self._memory((self._frames, height, width, 3))
         height, width = self._pixels.shape[1:3]
         if (rgb.width, rgb.height) != (width, height):
-            rgb = self._scale.reformat(rgb, width, height, "rgb24", interpolation=Interpolation.AREA)
+            rgb = self._scale.reformat(
+                rgb, width, height, "rgb24", interpolation=Interpolation.AREA, threads=1
+            )
         self._pixels[place] = rgb.to_ndarray()
         self.filled.add(place)
 
