@@ -58,7 +58,9 @@ _HELD_BYTES = 256 << 20  # packets that are kept for decoding; of larger files t
 _REORDERED = 33  # packets within which the first frame to be shown is found, whatever the order
 _HIGHEST_RATE = 240  # frames a second; more is what FFmpeg guesses from too few times
 _FAR_TICKS = 1 << 50
-_PAUSE_S = 0.5  # before a key packet: there a recording was stopped, or joined to another one
+_PAUSE_S = (
+    3.0  # before a key packet: there a recording was stopped, or joined to another one; losses are shorter
+)
 
 
 class Source(NamedTuple):

@@ -16,7 +16,7 @@ from specvlm.video.contents import ends_early
 from specvlm.video.demuxing import CORRUPT, DISCARD, HIDDEN, INDEXED, KEY, UNKNOWN, Packets, Source, rate_of
 from specvlm.video.sampling import mean_gap_s
 
-_BROADCAST = frozenset({"mpegts", "mpeg"})  # may be recorded from anywhere on
+BROADCAST = frozenset({"mpegts", "mpeg"})  # may be recorded from anywhere on
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ def plan_of(source: Source, packets: Packets) -> Plan:
         numbers=numbers[where],
         starts=_starts(ticks, numbers[where], stamps, keys),
         trusted=trusted and len(ticks) == len(numbers),
-        losses=packets.losses(source.tick_s, headless=source.format not in _BROADCAST),
+        losses=packets.losses(source.tick_s, headless=source.format not in BROADCAST),
         truncated=packets.ended_early or ends_early(source.file, source.format),
         duration_s=whole.duration_s if whole else duration_s,
         fps=whole.fps if whole else fps,

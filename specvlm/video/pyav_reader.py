@@ -38,7 +38,7 @@ from specvlm.video.pixels import (
     orientation_of,
     pixel_limit,
 )
-from specvlm.video.plan import Plan, length_of
+from specvlm.video.plan import BROADCAST, Plan, length_of
 from specvlm.video.sampling import select_frames
 from specvlm.video.timing import Stamp, frame_times
 
@@ -49,6 +49,7 @@ _STRICTER = {"vp9": "libvpx-vp9"}
 _EXPLODE = frozenset({"hevc"})
 # Here a packet may say "as before", and give no picture of its own.
 _MAY_GIVE_NONE = frozenset("mpeg4 h263 flv1 theora msmpeg4v1 msmpeg4v2 msmpeg4v3 wmv1 wmv2 wmv3 vc1".split())
+_SLICES = range(1, 6)  # parts of a packet of H.264 that are of a picture
 _CLOCK_MAY_JUMP = frozenset({"mpegts", "mpeg", "ogg"})
 
 
@@ -131,13 +132,14 @@ def _decode_straight(source: Source, packets: Packets, plan: Plan, request: Requ
     keys = np.maximum.accumulate([frame.number * frame.is_key for frame in run.frames])
     duration_s, fps = length_of(source, times_s, packets.last_duration)
     seen = replace(plan, times_s=times_s, numbers=numbers, duration_s=duration_s, fps=fps)
-    seen = replace(seen, starts=np.minimum(keys, numbers))
+    headless = [number for number in run.failed if number < numbers[0] and source.format not in BROADCAST]
+    seen = replace(seen, starts=np.minimum(keys, numbers), losses=np.union1d(plan.losses, headless))
     if not len(chosen):
         raise past_the_end(source.file, seen, request.settings.start_s)
     # Second fields give no picture of their own, nor do packets that say "as before".
     second = {frame.number + 1 for frame in run.frames if frame.is_interlaced}
     silent = set() if source.codec in _MAY_GIVE_NONE else {*run.silent(packets)} - second
-    losses = np.union1d(plan.losses, np.array([*run.failed, *silent], np.int64))
+    losses = np.union1d(seen.losses, np.array([*run.failed, *silent], np.int64))
     return _without_lost(source, seen, chosen, store, losses)
 
 
@@ -255,7 +257,10 @@ def _decode_runs(
                 if number < start:
                     continue
                 # The packet behind the last one shows whether that was a whole picture.
-                skips = source.codec == "h264" and not by_count and not {number, number - 1} & places.keys()
+                near = by_count or {number, number - 1} & places.keys()
+                skips = (
+                    not near and decoder.length_bytes > 0 and _is_unreferenced(packet, decoder.length_bytes)
+                )
                 take(decoder.decode(number, packet, run, skips=skips), run)
                 if number > last:
                     break
@@ -269,6 +274,7 @@ class _Decoder:
     Attributes:
         knows_keys: It says of frames whether they are key frames; libvpx does not.
         orientation: That of all frames; None: each frame tells.
+        length_bytes: Size of the lengths between parts of a packet of H.264; 0: there are none.
     """
 
     def __init__(self, source: Source) -> None:
@@ -276,6 +282,8 @@ class _Decoder:
         self._context = self._native
         self.knows_keys = True
         self.orientation: Orientation | None = None
+        head = (self._native.extradata or b"")[:5]
+        self.length_bytes = (head[4] & 3) + 1 if source.codec == "h264" and head[:1] == b"\1" else 0
         self._skips = False
         self._heard = source.heard
         if source.codec in _STRICTER and source.pixel_format == "yuv420p":
@@ -321,6 +329,18 @@ def _decoded(context: VideoCodecContext, packet: Packet[VideoStream] | None) -> 
         return context.decode(packet)
     except (av.error.FFmpegError, OSError, ValueError):
         return None
+
+
+def _is_unreferenced(packet: Packet[VideoStream], length_bytes: int) -> bool:
+    """Whether a packet of H.264 is a whole picture that no other one leans on (ITU-T H.264, 7.3.1)."""
+    data, place, slices = memoryview(packet), 0, 0
+    while place + length_bytes < len(data):
+        head = data[place + length_bytes]
+        if head & 0x1F in _SLICES and head & 0x60:
+            return False
+        slices += head & 0x1F == 1
+        place += length_bytes + int.from_bytes(data[place : place + length_bytes], "big")
+    return slices > 0 and place == len(data)
 
 
 @contextmanager

@@ -61,7 +61,7 @@ def frame_times(
     """
     numbers: list[int] = []  # of frames whose time is known
     times_s: list[float] = []
-    offset_s, step_s = 0.0, usual_s
+    offset_s, step_s, stuck = 0.0, usual_s, 0
     for number, stamp in enumerate(best_effort(stamps)):
         if stamp is None:
             continue
@@ -71,12 +71,14 @@ def frame_times(
             if time_s < times_s[-1] - _STEP_BACK_S or (jumps and time_s > expected_s + _LARGEST_GAP_S):
                 offset_s += expected_s - time_s
                 time_s = expected_s
+            stuck += time_s <= times_s[-1]
             time_s = max(time_s, times_s[-1] + tick_s)
             step_s = time_s - times_s[-1] if number == numbers[-1] + 1 else step_s
         numbers.append(number)
         times_s.append(time_s)
-    if len(numbers) > 1:
-        step_s = float(np.median(np.diff(times_s) / np.diff(numbers)))
+    if 2 * stuck > len(numbers):  # these stamps are none
+        numbers, times_s = [], []
+    step_s = float(np.median(np.diff(times_s) / np.diff(numbers))) if len(numbers) > 1 else usual_s
     count, known = np.arange(len(stamps)), numbers or [0]
     outside = np.minimum(count - known[0], 0) + np.maximum(count - known[-1], 0)
     filled = np.interp(count, known, times_s or [0.0]) + outside * step_s
