@@ -216,7 +216,8 @@ class Packets:
         keys = np.flatnonzero(flags & KEY)
         # Where recordings are joined, the count of transport packets breaks off, but nothing is missing.
         later = (pts[keys] - pts[keys - 1]) * tick_s
-        joins = keys[(keys > 0) & ((later < 0) | (later > _PAUSE_S))]
+        known = (keys > 0) & (pts[keys] != UNKNOWN) & (pts[keys - 1] != UNKNOWN)
+        joins = keys[known & ((later < 0) | (later > _PAUSE_S))]
         corrupt = np.setdiff1d(np.flatnonzero(flags & CORRUPT), [joins, joins - 1, joins - 2])
         # Where the demuxer loses its way, what came last may have had the wrong length, and so the wrong end.
         lost = np.union1d(np.union1d(gaps - 1, gaps - 2), corrupt)

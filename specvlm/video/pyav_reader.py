@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any, NamedTuple, cast
 
 import av
@@ -27,7 +27,17 @@ from numpy.typing import NDArray
 
 from specvlm.config import FrameSettings
 from specvlm.errors import VideoDecodeError, VideoRangeError
-from specvlm.video.demuxing import CORRUPT, DISCARD, HIDDEN, Packets, Source, demux, open_source, rate_of
+from specvlm.video.demuxing import (
+    CORRUPT,
+    DISCARD,
+    HIDDEN,
+    UNKNOWN,
+    Packets,
+    Source,
+    demux,
+    open_source,
+    rate_of,
+)
 from specvlm.video.opening import VideoFile
 from specvlm.video.pixels import (
     UPRIGHT,
@@ -106,7 +116,7 @@ def decode_by_plan(source: Source, packets: Packets, plan: Plan, request: Reques
     store, losses = request.room_for(len(chosen)), plan.losses
     for run in _decode_runs(source, packets, _spans(plan, chosen), places, store):
         silent, damaged = run.silent(packets), _any_between(plan.losses, run.start, run.last)
-        as_planned = not silent and run.is_timely(packets)
+        as_planned = not silent and not run.untimely(packets)
         if not damaged and not (run.begins_well and (as_planned or run.failed)):
             return None
         losses = np.union1d(losses, np.array([*run.failed, *silent], np.int64))
@@ -139,7 +149,8 @@ def _decode_straight(source: Source, packets: Packets, plan: Plan, request: Requ
     # Second fields give no picture of their own, nor do packets that say "as before".
     second = {frame.number + 1 for frame in run.frames if frame.is_interlaced}
     silent = set() if source.codec in _MAY_GIVE_NONE else {*run.silent(packets)} - second
-    losses = np.union1d(seen.losses, np.array([*run.failed, *silent], np.int64))
+    lost = run.failed | silent | run.untimely(packets)
+    losses = np.union1d(seen.losses, np.array([*lost], np.int64))
     return _without_lost(source, seen, chosen, store, losses)
 
 
@@ -208,10 +219,13 @@ class _Run:
         keys = {frame.number for frame in self.frames if frame.is_key or not self.knows_keys}
         return self.start in keys
 
-    def is_timely(self, packets: Packets) -> bool:
-        """Whether every frame has the time of its packet."""
-        pts = packets.columns()[0]
-        return all(frame.stamp.pts == pts[frame.number] for frame in self.frames)
+    def untimely(self, packets: Packets) -> set[int]:
+        """Packets whose frames came with the time of another one, or too late."""
+        pts = packets.columns()[0].tolist()
+        frames = [frame for frame in self.frames if frame.stamp.pts is not None]
+        others = {frame.number for frame in frames if pts[frame.number] not in (frame.stamp.pts, UNKNOWN)}
+        pairs = ((before.stamp.pts or 0, frame.stamp.pts or 0, frame) for before, frame in pairwise(frames))
+        return others | {frame.number for last, now, frame in pairs if now < last and not frame.is_key}
 
     def silent(self, packets: Packets) -> list[int]:
         """Packets that should have given a picture, and gave none without a word.
