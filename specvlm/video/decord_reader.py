@@ -53,28 +53,27 @@ def refusal(source: Source, packets: Packets, plan: Plan) -> str | None:
     context, pixels = source.stream.codec_context, source.pixel_format
     pts, dts, flags, _ = packets.columns()
     keys = flags & KEY > 0
-    if source.codec != "h264":
-        return f"it reads {source.codec} wrongly, or does not notice damage in it"
-    if pixels not in _SAME_PIXELS or ("420" in pixels and context.height % 2):
-        return f"it converts {pixels} pixels of {context.width}x{context.height} frames inexactly"
-    if not plan.trusted:
-        return f"packets of a {source.format} file do not tell its frames"
-    if plan.truncated or len(plan.losses) or len(source.container.streams.video) > 1:
-        return "it is cut short, damaged, or has several video streams"
-    if (flags & (DISCARD | HIDDEN)).any():
-        return "it has packets that are not shown"
-    if (pts < np.maximum.accumulate(np.where(keys, pts, UNKNOWN))).any():
-        return "it has open groups of pictures"
     known = {*pts[keys].tolist(), *dts[keys].tolist()}
-    if any(entry.is_keyframe and entry.timestamp not in known for entry in source.stream.index_entries):
-        return "its index takes other packets for key frames than its decoder"
+    entries = source.stream.index_entries
     try:
         frames = [*context.decode(packets.held[0]), *context.decode(None)] if packets.held else []
     except (av.error.FFmpegError, ValueError):
         frames = []
-    if not frames or frames[0].interlaced_frame or orientation_of(frames[0]).mirrors:
-        return "it is too large to be checked, interlaced or mirrored"
-    return None
+    size, odd = f"{context.width}x{context.height}", "420" in pixels and context.height % 2
+    checks = (
+        (source.codec != "h264", f"it reads {source.codec} wrongly, or does not notice damage in it"),
+        (pixels not in _SAME_PIXELS or odd, f"it converts {pixels} pixels of {size} frames inexactly"),
+        (not plan.trusted, f"packets of a {source.format} file do not tell its frames"),
+        (plan.truncated or len(plan.losses), "it is cut short or damaged"),
+        (len(source.container.streams.video) > 1, "it has several video streams"),
+        ((flags & (DISCARD | HIDDEN)).any(), "it has packets that are not shown"),
+        ((pts < np.maximum.accumulate(np.where(keys, pts, UNKNOWN))).any(), "it has open groups of pictures"),
+        (any(e.is_keyframe and e.timestamp not in known for e in entries), "its index has false key frames"),
+        (not frames, "it is too large to be checked"),
+        (frames and frames[0].interlaced_frame, "it is interlaced"),
+        (frames and orientation_of(frames[0]).mirrors, "it is mirrored"),
+    )
+    return next((reason for wrong, reason in checks if wrong), None)
 
 
 def decode(

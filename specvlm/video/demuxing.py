@@ -147,26 +147,18 @@ def _codec_name(stream: VideoStream) -> str:
     return context.codec.canonical_name if context is not None else "unknown"
 
 
-class Whole(NamedTuple):
-    """What a part knows of the whole film."""
-
-    first_tick: int  # time of its first frame
-    duration_s: float
-    fps: float
-
-
 @dataclass(slots=True)
 class Packets:
     """What demuxing tells of each packet, in file order; compact, because a day of video has millions.
 
     Attributes:
         held: The packets themselves; None where they are too many.
-        whole: What is known of the film, if these are the packets of a part.
+        whole: If these are of a part: first tick, duration in seconds and frame rate of the whole film.
         ended_early: The file ends before its container says, or demuxing it ended in an error.
     """
 
     held: list[Packet[VideoStream]] | None = field(default_factory=list)
-    whole: Whole | None = None
+    whole: tuple[int, float, float] | None = None
     last_duration: int = 0
     ended_early: bool = False
     _rows: array[int] = field(default_factory=lambda: array("q"))
@@ -290,16 +282,12 @@ def read_part(source: Source, start_s: float, end_s: float | None) -> Packets | 
     pts, _, flags, _ = packets.columns()
     if packets.held is None or packets.ended_early or not flags[0] & KEY or pts[0] > begin:
         return None
-    packets.whole = Whole(first, (last - first) * source.tick_s + float(1 / rate), float(rate))
+    packets.whole = first, (last - first) * source.tick_s + float(1 / rate), float(rate)
     return packets
 
 
 def _shown(packets: Packets) -> tuple[int, int]:
-    """The first and the last time of what is shown.
-
-    Raises:
-        ValueError: There is none, or not all are known.
-    """
+    """The first and the last time of what is shown; a ValueError where there is none, or not all are known."""
     pts, _, flags, _ = packets.columns()
     pts = pts[flags & (DISCARD | HIDDEN) == 0]
     if (pts == UNKNOWN).any():

@@ -65,9 +65,9 @@ def plan_of(source: Source, packets: Packets) -> Plan:
         reason = "holds no frame: cut short or damaged; copy or download it again"
         raise VideoDecodeError(source.file.label, reason)
     ticks, where = np.unique(stamps[numbers], return_index=True)
-    whole = packets.whole
-    times_s: NDArray[np.float64] = (ticks - (whole.first_tick if whole else ticks[0])) * source.tick_s
-    duration_s, fps = length_of(source, times_s, packets.last_duration)
+    first = packets.whole[0] if packets.whole else ticks[0]
+    times_s: NDArray[np.float64] = (ticks - first) * source.tick_s
+    length = packets.whole[1:] if packets.whole else length_of(source, times_s, packets.last_duration)
     return Plan(
         times_s=times_s,
         numbers=numbers[where],
@@ -75,8 +75,8 @@ def plan_of(source: Source, packets: Packets) -> Plan:
         trusted=trusted and len(ticks) == len(numbers),
         losses=packets.losses(source.tick_s, headless=source.format not in BROADCAST),
         truncated=packets.ended_early or ends_early(source.file, source.format),
-        duration_s=whole.duration_s if whole else duration_s,
-        fps=whole.fps if whole else fps,
+        duration_s=length[0],
+        fps=length[1],
     )
 
 

@@ -117,7 +117,7 @@ def decode_by_plan(source: Source, packets: Packets, plan: Plan, request: Reques
     for run in _decode_runs(source, packets, _spans(plan, chosen), places, store):
         silent, damaged = run.silent(packets), _any_between(plan.losses, run.start, run.last)
         as_planned = not silent and not run.untimely(packets)
-        if not damaged and not (run.begins_well and (as_planned or run.failed)):
+        if not damaged and not (run.begins_well() and (as_planned or run.failed)):
             return None
         losses = np.union1d(losses, np.array([*run.failed, *silent], np.int64))
     return _without_lost(source, plan, chosen, store, losses)
@@ -213,11 +213,9 @@ class _Run:
     failed: set[int] = field(default_factory=set)
     frames: list[_Frame] = field(default_factory=list)
 
-    @property
     def begins_well(self) -> bool:
         """Whether its first packet is what it is marked as: a key frame."""
-        keys = {frame.number for frame in self.frames if frame.is_key or not self.knows_keys}
-        return self.start in keys
+        return any(one.number == self.start and (one.is_key or not self.knows_keys) for one in self.frames)
 
     def untimely(self, packets: Packets) -> set[int]:
         """Packets whose frames came with the time of another one, or too late."""
