@@ -1,9 +1,7 @@
-"""A reader by choice: decord, for files on which it can be trusted.
+"""A reader by choice: decord 0.6.0, for files on which it can be trusted.
 
-decord 0.6.0 believes headers and key flags, counts frames instead of reading their times, and on some files hangs,
-aborts or returns other frames than asked for. `refusal` names the files where that is known, where its pixels are not
-PyAV's, or where its FFmpeg 4.1 does not notice damage; a file that its FFmpeg complains of is refused, too. A hostile
-file can still hang or abort the process that reads it.
+It believes headers and key flags, counts frames instead of reading their times, and on some files hangs, aborts or
+returns other frames than asked for. A hostile file can still hang or abort the process that reads it.
 """
 
 from __future__ import annotations
@@ -71,7 +69,7 @@ def refusal(source: Source, packets: Packets, plan: Plan) -> str | None:
         (any(e.is_keyframe and e.timestamp not in known for e in entries), "its index has false key frames"),
         (not frames, "it is too large to be checked"),
         (frames and frames[0].interlaced_frame, "it is interlaced"),
-        (frames and orientation_of(frames[0]).mirrors, "it is mirrored"),
+        (frames and sum(orientation_of(frames[0])) % 2, "it is mirrored"),
     )
     return next((reason for wrong, reason in checks if wrong), None)
 

@@ -1,8 +1,4 @@
-"""The packets of a video: which stream, what each packet says of itself, and what demuxing shows of damage.
-
-Reads a file once where its packets fit into memory, and of a part of a long film only the part. Decodes nothing,
-and claims nothing about frames: that is `plan`'s business, and the decoder's.
-"""
+"""The packets of a video: which stream, what each says of itself, what was lost. Decodes nothing, plans nothing."""
 
 from __future__ import annotations
 
@@ -200,7 +196,6 @@ class Packets:
     def losses(self, tick_s: float, *, headless: bool) -> NDArray[np.int64]:
         """[K] numbers of packets that are corrupt, or behind which data are missing; increasing.
 
-        tick_s: Seconds per unit of the packets' times.
         headless: Where the first packet is no key packet, the beginning was lost.
         """
         pts, _, flags, places = self.columns()
@@ -261,10 +256,7 @@ def read_packets(source: Source, count: int | None = None, end: int = _FAR_TICKS
 
 
 def read_part(source: Source, start_s: float, end_s: float | None) -> Packets | None:
-    """Read a part by the container's index; None where it has none, or where the part is too large to be kept.
-
-    Leaves the container somewhere else. The packets begin with a key packet; some are later than the part.
-    """
+    """Read a part and a little more by the container's index; None: it has none, or the part is too large."""
     stream, seek, rate = source.stream, source.container.seek, source.stream.average_rate
     is_complete = source.format == "matroska" or 0 < stream.frames == len(stream.index_entries)
     if source.format not in INDEXED or not is_complete or not rate:

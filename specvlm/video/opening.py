@@ -1,8 +1,7 @@
-"""From a path to an open, regular file.
+"""From a path to an open, regular file. It knows no container and no decoder.
 
-It knows files; it knows no container and no decoder. Everything is judged on the opened descriptor, and decoders
-are given that descriptor: no pipe can block them, no path can be taken for a URL, a
-playlist or an option, and no link leads out of the root folder.
+Everything is judged on the opened descriptor, and decoders are given that descriptor: no pipe can block them, no path
+can be taken for a URL, a playlist or an option, and no link leads out of the root folder.
 """
 
 from __future__ import annotations

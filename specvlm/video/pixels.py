@@ -40,11 +40,6 @@ class Orientation(NamedTuple):
     flip_x: bool  # left becomes right
     flip_y: bool
 
-    @property
-    def mirrors(self) -> bool:
-        """Whether no turn alone does it."""
-        return (self.transpose + self.flip_x + self.flip_y) % 2 == 1
-
 
 UPRIGHT = Orientation(False, False, False)
 _SKEW = 0.02  # of a display matrix that is taken for one of whole quarter turns: about a degree

@@ -1,8 +1,4 @@
-"""Which frames a video seems to have, from its packets alone: what the choice of frames begins with.
-
-In containers with an index of their own it is believed as long as the decoder agrees, and saves most of the
-decoding. Elsewhere it is a guess, which the decoder confirms or corrects. It knows no pixels.
-"""
+"""Which frames a video seems to have, from its packets alone: what the choice of frames begins with. No pixels."""
 
 from __future__ import annotations
 

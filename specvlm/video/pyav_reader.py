@@ -1,8 +1,4 @@
-"""The default reader: PyAV. What comes out of the decoder is the truth.
-
-By plan, where the container's index can be trusted: only what the chosen frames need is decoded, each frame known
-by the packet it came from, until decoder and index disagree. Straight through otherwise, as `ffmpeg` does: all is
-decoded, frames are numbered as they come out, and their times are the decoder's.
+"""The default reader: PyAV. What comes out of the decoder is the truth; docs/reading.md says how.
 
 A frame is given only if it is intact: every packet from its key frame to its own was there, decoded without a
 complaint and gave its picture. What a decoder conceals without saying so cannot be seen.
@@ -141,8 +137,8 @@ def _decode_straight(source: Source, packets: Packets, plan: Plan, request: Requ
     numbers = np.array([frame.number for frame in run.frames])
     keys = np.maximum.accumulate([frame.number * frame.is_key for frame in run.frames])
     duration_s, fps = length_of(source, times_s, packets.last_duration)
-    seen = replace(plan, times_s=times_s, numbers=numbers, duration_s=duration_s, fps=fps)
     headless = [number for number in run.failed if number < numbers[0] and source.format not in BROADCAST]
+    seen = replace(plan, times_s=times_s, numbers=numbers, duration_s=duration_s, fps=fps)
     seen = replace(seen, starts=np.minimum(keys, numbers), losses=np.union1d(plan.losses, headless))
     if not len(chosen):
         raise past_the_end(source.file, seen, request.settings.start_s)
@@ -178,7 +174,7 @@ def too_few(file: VideoFile, intact: int, chosen: int) -> VideoDecodeError:
 
 
 def _any_between(losses: NDArray[np.int64], first: Any, last: Any) -> Any:
-    """For each span of packets whether a loss lies in it."""
+    """For each span of packets whether a loss is in it."""
     return np.searchsorted(losses, first, side="left") < np.searchsorted(losses, last, side="right")
 
 

@@ -1,8 +1,4 @@
-"""When frames that came out of a decoder are on screen. Pure, of stamps; knows no file, no decoder.
-
-A frame brings two stamps, either of which may be missing or wrong, and the length of its own stay. FFmpeg's rule
-picks one of the two; clocks that begin again go on where they stopped; what has no stamp is filled in.
-"""
+"""When frames that came out of a decoder are on screen. Pure, of stamps; knows no file, no decoder."""
 
 from __future__ import annotations
 
