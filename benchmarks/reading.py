@@ -1,4 +1,4 @@
-"""Time the two video readers on drawn files, alternating.
+"""Measure the processor time of the two video readers on drawn files, alternating.
 
     python benchmarks/reading.py
 
@@ -49,14 +49,14 @@ def main() -> None:
 
 
 def measure(path: Path, frames: int, backends: Sequence[BackendName]) -> dict[BackendName, list[float]]:
-    """Seconds of each read by each reader; the first turn warms up."""
+    """Processor seconds of each read by each reader; the first turn warms up."""
     taken: dict[BackendName, list[float]] = {backend: [] for backend in backends}
     for turn in range(TURNS + 1):
         for backend in backends:
-            start = time.perf_counter()
+            start = time.process_time()
             read_video(path, FrameSettings(num_frames=frames, backend=backend))
             if turn:
-                taken[backend].append(time.perf_counter() - start)
+                taken[backend].append(time.process_time() - start)
     return taken
 
 
