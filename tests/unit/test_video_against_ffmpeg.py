@@ -33,7 +33,7 @@ def _differences(file: Judged) -> list[str]:
         wanted += [("pyav", FrameSettings(num_frames=5))]
         wanted += [("decord", FrameSettings(num_frames=5, backend="decord"))] * decord_reader.is_installed()
     for backend, settings in wanted:
-        chosen = select_frames(times_s, settings)
+        chosen = select_frames(times_s, settings) if file.timed else np.arange(len(numbers))
         try:
             frames = read_video(file.path, settings)
         except SpecvlmError as error:
