@@ -53,7 +53,9 @@ def judge(path: Path) -> tuple[list[int], list[float]]:
     command += ["-pix_fmt", "rgb24", "-f", "rawvideo", "-"]
     done = subprocess.run(command, capture_output=True, check=False)
     said = done.stderr.decode(errors="replace")
-    times = [float(time) for time in re.findall(r"pts_time:\s*(\S+)", said)]
+    ticks = re.search(r"config in time_base: (\d+)/(\d+)", said)
+    tick = int(ticks[1]) / int(ticks[2]) if ticks else 1.0
+    times = [int(time) * tick for time in re.findall(r" pts:\s*(-?\d+)", said)]
     sizes = re.findall(r" s:(\d+)x(\d+)", said)
     if not times:
         return [], []
