@@ -160,7 +160,7 @@ class FrameSettings:
         total_pixels: Most pixels of all frames of a video together; None: no such limit.
         start_s: Start of the part to read, in seconds from the video's first frame.
         end_s: End of that part in seconds, exclusive; None: the end of the video.
-        backend: `auto` prefers decord and falls back to PyAV.
+        backend: `auto` is PyAV; `decord` refuses files that it cannot be trusted with.
         min_decoded: Share of the chosen frames that must be intact in a damaged video, 0..1; the others are
             left out.
     """

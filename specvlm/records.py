@@ -27,7 +27,7 @@ class VideoSource(NamedTuple):
     fps: float  # mean frame rate of the whole video
     width: int  # upright, as shown: after rotation, before scaling
     height: int
-    backend: str  # reader and version, e.g. "decord 0.6.0"
+    backend: str  # reader and version, e.g. "pyav 18.1.0"
     decode_s: float  # wall time of opening, choosing and decoding
     flags: tuple[str, ...] = ()  # in this order, each at most once; empty for a sound file
     size_bytes: int = 0  # of the file, as it was opened

@@ -1,35 +1,34 @@
-"""The default reader: decord, where nothing in the packet index speaks against it.
+"""A reader by choice: decord 0.6.0, for files on which it can be trusted.
 
-decord 0.6.0 believes headers, counts frames instead of reading their times, and on some files hangs, aborts
-or returns other frames than asked for. `refusal` names the files where that is known, where its pixels are not
-PyAV's, or where its FFmpeg 4.1 does not notice damage: they go to the other reader. So does a file that its FFmpeg
-complains of. A hostile file can still hang or abort the process that reads it.
+It believes headers and key flags, counts frames instead of reading their times, and on some files hangs, aborts or
+returns other frames than asked for. A hostile file can still hang or abort the process that reads it.
 """
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.util
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 from av.video.frame import VideoFrame
 from numpy.typing import NDArray
 
 from specvlm.errors import VideoError
-from specvlm.video import decord_log
-from specvlm.video.index import PacketIndex
-from specvlm.video.opening import VideoFile
-from specvlm.video.pixels import Decoded, FrameStore, Memory, own_memory
+from specvlm.video.demuxing import DISCARD, HIDDEN, KEY, UNKNOWN, Packets, Source
+from specvlm.video.pixels import Decoded, FrameStore, orientation_of
+from specvlm.video.plan import Plan
 
-_CONTAINERS = frozenset({"mov", "matroska", "avi", "flv"})
-_CODECS = frozenset({"h264", "mpeg4"})
-_BLIND = frozenset({"hevc", "vp8", "vp9"})  # decoded well, but damaged ones without a complaint
 # Formats that decord's FFmpeg 4.1 and PyAV's turn into the same RGB; others differ in their chroma.
 _SAME_PIXELS = frozenset({"yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p"})
 _NO_STAND_INS = 1e-9  # share of frames that decord may replace by another one; its default is any, 0 is off
-_CHUNK_BYTES = 64 << 20  # of frames held at their full size at a time, or one frame
 _TIME_TOLERANCE_S = 1e-3
+_ERROR = 16  # AV_LOG_ERROR; what is graver has smaller numbers
 _FLOAT32_STEP = 1.2e-7  # decord reports times as float32
 
 
@@ -42,69 +41,111 @@ def is_installed() -> bool:
     return importlib.util.find_spec("decord") is not None
 
 
-def refusal(index: PacketIndex) -> str | None:
+def name() -> str:
+    """Its name and version."""
+    return f"decord {load().__version__}"
+
+
+def refusal(source: Source, packets: Packets, plan: Plan) -> str | None:
     """Why this file should not be given to decord; None if it may."""
-    if index.container not in _CONTAINERS:
-        return f"it misreads {index.container} files"
-    if index.codec in _BLIND:
-        return f"it does not notice damage in {index.codec}"
-    if index.codec not in _CODECS:
-        return f"it does not read {index.codec} well"
-    if index.pixel_format not in _SAME_PIXELS or ("420" in index.pixel_format and index.height % 2):
-        return f"it converts {index.pixel_format} pixels of {index.width}x{index.height} frames inexactly"
-    return index.doubts[0] if index.doubts else None
+    context, pixels = source.stream.codec_context, source.pixel_format
+    pts, dts, flags, _ = packets.columns()
+    keys = flags & KEY > 0
+    known = {*pts[keys].tolist(), *dts[keys].tolist()}
+    entries = source.stream.index_entries
+    try:
+        frames = [*context.decode(packets.held[0]), *context.decode(None)] if packets.held else []
+    except (av.error.FFmpegError, ValueError):
+        frames = []
+    size, odd = f"{context.width}x{context.height}", "420" in pixels and context.height % 2
+    checks = (
+        (source.codec != "h264", f"it reads {source.codec} wrongly, or does not notice damage in it"),
+        (pixels not in _SAME_PIXELS or odd, f"it converts {pixels} pixels of {size} frames inexactly"),
+        (not plan.trusted, f"packets of a {source.format} file do not tell its frames"),
+        (plan.truncated or len(plan.losses), "it is cut short or damaged"),
+        (len(source.container.streams.video) > 1, "it has several video streams"),
+        ((flags & (DISCARD | HIDDEN)).any(), "it has packets that are not shown"),
+        ((pts < np.maximum.accumulate(np.where(keys, pts, UNKNOWN))).any(), "it has open groups of pictures"),
+        (any(e.is_keyframe and e.timestamp not in known for e in entries), "its index has false key frames"),
+        (not frames, "it is too large to be checked"),
+        (frames and frames[0].interlaced_frame, "it is interlaced"),
+        (frames and sum(orientation_of(frames[0])) % 2, "it is mirrored"),
+    )
+    return next((reason for wrong, reason in checks if wrong), None)
 
 
 def decode(
-    file: VideoFile,
-    index: PacketIndex,
-    chosen: NDArray[np.int64],
-    limit: int | None,
-    memory: Memory = own_memory,
-) -> tuple[Decoded, str]:
+    source: Source, times_s: NDArray[np.float64], chosen: NDArray[np.int64], store: FrameStore
+) -> Decoded:
     """Decode the chosen frames, all of them.
 
     Args:
-        file: The open file.
-        index: Its packet index.
-        chosen: [F] indices into the index, increasing.
-        limit: Most pixels of a frame; None for no scaling.
-        memory: Where frames are put.
-
-    Returns:
-        The frames, and the reader's name with its version.
+        source: The open file.
+        times_s: [T] times of all its frames.
+        chosen: [F] indices into them, increasing.
+        store: Room for the chosen frames.
 
     Raises:
-        DecordFailedError: decord failed, complained, or its frame times are not the index's.
-        VideoError: `memory` has none for this video.
+        DecordFailedError: decord failed, complained, or its frame times are others.
+        VideoError: `store` has no memory for this video.
     """
     try:
         decord = load()
-        with decord_log.listening() as complaints:
-            reader = decord.VideoReader(
-                file.location, ctx=decord.cpu(0), num_threads=1, fault_tol=_NO_STAND_INS
-            )
-            _require_same_times(reader, index, chosen)
-            decoded = _read(reader, index, chosen, FrameStore(len(chosen), limit, memory))
-            _require_no_complaint(complaints)
-        return decoded, f"decord {decord.__version__}"
+        before = _complaints()
+        reader = decord.VideoReader(
+            source.file.location, ctx=decord.cpu(0), num_threads=1, fault_tol=_NO_STAND_INS
+        )
+        _require_same_times(reader, times_s, chosen)
+        for place, number in enumerate(chosen.tolist()):
+            store.put(place, VideoFrame.from_ndarray(_to_numpy(reader[number]), format="rgb24"))
+        if complaints := _complaints() - before:
+            raise DecordFailedError(f"it complained {complaints} times")
+        return store.result(range(len(chosen)))
     except (DecordFailedError, VideoError):
         raise
     except Exception as error:  # its own errors, AssertionError, IndexError, RuntimeError, OSError, ...
         raise DecordFailedError(f"it failed ({type(error).__name__})") from None
 
 
+@cache
 def load() -> Any:
-    """Import decord, and keep it quiet."""
+    """Import decord, keep it quiet, and listen to its FFmpeg, which passes off as sound what it has concealed.
+
+    Its FFmpeg is a library beside PyAV's, with a log of its own, which is ours from now on.
+    """
     decord: Any = importlib.import_module("decord")  # untyped
     decord.logging.set_level(decord.logging.QUIET)
+    with suppress(OSError):
+        mapped = Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape")
+        paths = {line.split(maxsplit=5)[5] for line in mapped.splitlines() if "/libavutil" in line}
+        for path in paths:
+            if "decord" in Path(path).parent.name:
+                ctypes.CDLL(path).av_log_set_callback(_CALLBACK)
+                _heard.append(0)
     return decord
 
 
-def _require_same_times(reader: Any, index: PacketIndex, chosen: NDArray[np.int64]) -> None:
-    if len(reader) <= chosen[-1]:
-        raise DecordFailedError(f"it sees {len(reader)} of {len(index.times_s)} frames")
-    expected_s = index.times_s[chosen]
+_heard: list[int] = []  # the number of errors, once they are listened to
+
+
+def _hear(_: int | None, level: int, __: bytes | None, ___: int | None) -> None:
+    _heard[0] += level <= _ERROR
+
+
+_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(_hear)
+
+
+def _complaints() -> int:
+    """Errors of decord's FFmpeg until now. Those of other threads that read with decord count too."""
+    if not _heard:
+        raise DecordFailedError("its messages cannot be heard here, so damage would go unnoticed")
+    return _heard[0]
+
+
+def _require_same_times(reader: Any, times_s: NDArray[np.float64], chosen: NDArray[np.int64]) -> None:
+    if len(reader) != len(times_s):
+        raise DecordFailedError(f"it sees {len(reader)} of {len(times_s)} frames")
+    expected_s = times_s[chosen]
     # decord's times begin at the file's clock, not at the first frame.
     stamps_s = np.asarray(reader.get_frame_timestamp([0, *chosen.tolist()]))[:, 0].astype(np.float64)
     allowed_s = _TIME_TOLERANCE_S + 2 * _FLOAT32_STEP * np.abs(stamps_s).max()
@@ -112,30 +153,6 @@ def _require_same_times(reader: Any, index: PacketIndex, chosen: NDArray[np.int6
         raise DecordFailedError("its frame times are not those of the packets")
 
 
-def _require_no_complaint(complaints: decord_log.Complaints | None) -> None:
-    if complaints is None:
-        raise DecordFailedError("its messages cannot be heard here, so damage would go unnoticed")
-    if complaints:
-        raise DecordFailedError(f"it complained {len(complaints)} times")
-
-
-def _read(reader: Any, index: PacketIndex, chosen: NDArray[np.int64], store: FrameStore) -> Decoded:
-    step = max(1, _CHUNK_BYTES // (3 * index.width * index.height))
-    for place in range(0, len(chosen), step):
-        batch = _to_numpy(reader.get_batch(chosen[place : place + step].tolist()))
-        _require_shape(batch, index)
-        for offset, pixels in enumerate(batch):
-            store.put(place + offset, VideoFrame.from_ndarray(pixels, format="rgb24"))
-    return store.result(range(len(chosen)))
-
-
-def _to_numpy(batch: Any) -> NDArray[np.uint8]:
+def _to_numpy(frame: Any) -> NDArray[np.uint8]:
     """Its own array, or that of the bridge that the caller has set (`decord.bridge`)."""
-    return np.asarray(batch.asnumpy() if hasattr(batch, "asnumpy") else batch)
-
-
-def _require_shape(batch: NDArray[np.uint8], index: PacketIndex) -> None:
-    """Frames come upright, so sides may be swapped; at some sizes they come with four channels."""
-    height, width, channels = batch.shape[1:]
-    if channels != 3 or sorted((height, width)) != sorted((index.height, index.width)):
-        raise DecordFailedError(f"it returned frames of {width}x{height}x{channels}")
+    return np.asarray(frame.asnumpy() if hasattr(frame, "asnumpy") else frame)

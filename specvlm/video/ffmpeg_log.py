@@ -15,46 +15,34 @@ import av
 Line = tuple[int, str, str]  # level, who, what
 
 
-class _Log:
-    """Whether the log is ours, for how many threads, and how it was before."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._readers = 0
-        self._before: tuple[int | None, bool] = (None, True)
-        # Where lines of threads that do not read go meanwhile; else they would be printed.
-        self._others = av.logging.Capture(local=False)
-
-    def take(self) -> None:
-        with self._lock:
-            if self._readers == 0:
-                self._before = av.logging.get_level(), av.logging.get_skip_repeated()
-                self._others.__enter__()
-                av.logging.set_level(av.logging.ERROR)
-                # Or the second read of a damaged file would hear less than the first.
-                av.logging.set_skip_repeated(False)
-            self._readers += 1
-            self._others.logs.clear()
-
-    def give_back(self) -> None:
-        with self._lock:
-            self._readers -= 1
-            self._others.logs.clear()
-            if self._readers == 0:
-                av.logging.set_level(self._before[0])
-                av.logging.set_skip_repeated(self._before[1])
-                self._others.__exit__(None, None, None)
-
-
-_log = _Log()
+_lock = threading.Lock()
+_readers = 0
+_before: tuple[int | None, bool] = (None, True)
+# Where lines of threads that do not read go meanwhile; else they would be printed.
+_others = av.logging.Capture(local=False)
 
 
 @contextmanager
 def listening() -> Iterator[list[Line]]:
     """Have FFmpeg's errors in this thread put into a list, which may be emptied on the way, and nowhere else."""
-    _log.take()
+    global _readers, _before
+    with _lock:
+        if _readers == 0:
+            _before = av.logging.get_level(), av.logging.get_skip_repeated()
+            _others.__enter__()
+            av.logging.set_level(av.logging.ERROR)
+            # Or the second read of a damaged file would hear less than the first.
+            av.logging.set_skip_repeated(False)
+        _readers += 1
+        _others.logs.clear()
     try:
         with av.logging.Capture() as heard:
             yield heard
     finally:
-        _log.give_back()
+        with _lock:
+            _readers -= 1
+            _others.logs.clear()
+            if _readers == 0:
+                av.logging.set_level(_before[0])
+                av.logging.set_skip_repeated(_before[1])
+                _others.__exit__(None, None, None)

@@ -1,8 +1,7 @@
-"""From a path to an open, regular file that looks like a video.
+"""From a path to an open, regular file. It knows no container and no decoder.
 
-It knows files and the first bytes of containers; it knows no decoder. Everything is judged on the opened
-descriptor, and decoders are given that descriptor: no pipe can block them, no path can be taken for a URL, a
-playlist or an option, and no link leads out of the root folder.
+Everything is judged on the opened descriptor, and decoders are given that descriptor: no pipe can block them, no path
+can be taken for a URL, a playlist or an option, and no link leads out of the root folder.
 """
 
 from __future__ import annotations
@@ -25,21 +24,8 @@ from specvlm.errors import (
     VideoUnavailableError,
 )
 
-_HEAD_BYTES = 512
-_TS_PACKET_BYTES = 188
-_TS_SYNC = 0x47
 _OPEN_FLAGS = (
     os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-)
-_MOV_BOXES = frozenset({b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot", b"styp"})
-_MAGIC = (
-    (b"\x1a\x45\xdf\xa3", "matroska"),
-    (b"\x00\x00\x01\xba", "mpeg"),
-    (b"FLV\x01", "flv"),
-    (b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", "asf"),
-    (b"OggS", "ogg"),
-    (b"GIF87a", "gif"),
-    (b"GIF89a", "gif"),
 )
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 # What network file systems, full tables and failing disks answer; not all systems have all names.
@@ -68,7 +54,6 @@ class VideoFile(NamedTuple):
     label: str  # the path as the caller named it, for messages
     descriptor: int
     location: str  # for decoders that want a name: the descriptor's own where the system has one
-    container: str  # FFmpeg's name of the container, from the first bytes
     identity: Identity  # as it was opened
 
 
@@ -85,7 +70,7 @@ def open_video(
     Raises:
         VideoNotFoundError: There is no such file, or it is a URL.
         PathDeniedError: The opened file is not below `root`.
-        NotAVideoError: A folder, a pipe, a device, an empty file, or one that begins like no known container.
+        NotAVideoError: A folder, a pipe, a device, or an empty file.
         VideoUnavailableError: The system cannot open or read it now.
         VideoChangedError: It was changed, replaced or deleted before the end.
         VideoError: The system refuses to open it.
@@ -96,9 +81,10 @@ def open_video(
         if root is not None:
             _require_below(root, descriptor, label)
         identity = _identity(_require_content(descriptor, label))
-        container = _container(descriptor, label)
+        own_name = f"/proc/self/fd/{descriptor}"
+        location = own_name if os.path.exists(own_name) else os.path.abspath(label)
         try:
-            yield VideoFile(label, descriptor, _location(descriptor, label), container, identity)
+            yield VideoFile(label, descriptor, location, identity)
         except VideoError:
             _require_unchanged(descriptor, label, identity)  # says more than what it made the decoder say
             raise
@@ -111,9 +97,8 @@ def _open(label: str) -> int:
     try:
         return os.open(os.fsencode(label), _OPEN_FLAGS)
     except ValueError:
-        raise VideoNotFoundError(
-            label, "is no possible file name (NUL byte or broken text); check the path"
-        ) from None
+        reason = "is no possible file name (NUL byte or broken text); check the path"
+        raise VideoNotFoundError(label, reason) from None
     except OSError as error:
         raise _open_error(label, error) from None
 
@@ -125,8 +110,6 @@ def _open_error(label: str, error: OSError) -> VideoError:
         return VideoNotFoundError(label, "no such file; check the path")
     if error.errno in (errno.EACCES, errno.EPERM):
         return VideoError(label, "permission denied; give this user the right to read it")
-    if error.errno == errno.EISDIR:
-        return _folder(label)
     reason = f"cannot be opened ({error.strerror}); check the path and its file system"
     return (VideoUnavailableError if error.errno in _MAY_PASS else VideoError)(label, reason)
 
@@ -134,10 +117,6 @@ def _open_error(label: str, error: OSError) -> VideoError:
 def unreadable(label: str, error: OSError) -> VideoUnavailableError:
     """The error for a file that opened, but does not give its bytes."""
     return VideoUnavailableError(label, f"cannot be read ({error.strerror}); check its file system")
-
-
-def _folder(label: str) -> NotAVideoError:
-    return NotAVideoError(label, "is a folder, not a video; name a file in it")
 
 
 def _require_below(root: str | os.PathLike[str] | bytes, descriptor: int, label: str) -> None:
@@ -177,7 +156,7 @@ def _require_content(descriptor: int, label: str) -> os.stat_result:
     except OSError as error:
         raise unreadable(label, error) from None
     if stat.S_ISDIR(status.st_mode):
-        raise _folder(label)
+        raise NotAVideoError(label, "is a folder, not a video; name a file in it")
     if not stat.S_ISREG(status.st_mode):
         raise NotAVideoError(label, "is a pipe or device, not a video; copy it to a regular file first")
     if status.st_size == 0:
@@ -202,45 +181,7 @@ def _require_unchanged(descriptor: int, label: str, before: Identity) -> None:
         raise VideoChangedError(label, "was replaced while it was read; try again")
 
 
-def _location(descriptor: int, label: str) -> str:
-    own_name = f"/proc/self/fd/{descriptor}"
-    if sys.platform == "linux" and os.path.exists(own_name):
-        return own_name
-    return os.path.abspath(label)
-
-
-def _container(descriptor: int, label: str) -> str:
-    try:
-        head = read_at(descriptor, _HEAD_BYTES, 0)
-    except OSError as error:
-        raise unreadable(label, error) from None
-    container = sniff(head)
-    if container is None:
-        raise NotAVideoError(
-            label, "does not begin like a video file; give mp4, mov, webm, mkv, avi, ts or the like"
-        )
-    return container
-
-
 def read_at(descriptor: int, size: int, position: int) -> bytes:
     """Up to `size` bytes from `position` on. `os.pread` does not exist on all systems."""
     os.lseek(descriptor, position, os.SEEK_SET)
     return os.read(descriptor, size)
-
-
-def sniff(head: bytes) -> str | None:
-    """FFmpeg's name of the container that starts with `head`, or None."""
-    if head[4:8] in _MOV_BOXES:
-        return "mov"
-    if head[:4] == b"RIFF" and head[8:11] == b"AVI":
-        return "avi"
-    for magic, container in _MAGIC:
-        if head.startswith(magic):
-            return container
-    return "mpegts" if _is_transport_stream(head, 0) or _is_transport_stream(head, 4) else None
-
-
-def _is_transport_stream(head: bytes, offset: int) -> bool:
-    """Two sync bytes one packet apart; Blu-ray's m2ts puts 4 bytes before each packet."""
-    second = offset + _TS_PACKET_BYTES + offset
-    return len(head) > second and head[offset] == head[second] == _TS_SYNC

@@ -1,8 +1,4 @@
-"""The reader that trusts packets only: PyAV, each frame known by the packet it came from.
-
-It never seeks. Packets before the key frame that the next chosen frame needs are read and dropped without
-decoding: it always lands where the index says, also in containers that cannot seek, and next to decoding the
-cost is small.
+"""The default reader: PyAV. What comes out of the decoder is the truth; docs/reading.md says how.
 
 A frame is given only if it is intact: every packet from its key frame to its own was there, decoded without a
 complaint and gave its picture. What a decoder conceals without saying so cannot be seen.
@@ -10,24 +6,47 @@ complaint and gave its picture. What a decoder conceals without saying so cannot
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple, cast
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from itertools import islice, pairwise
+from typing import Any, NamedTuple, cast
 
 import av
 import numpy as np
 from av.codec.context import CodecContext
-from av.container import InputContainer
 from av.packet import Packet
 from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
-from specvlm.errors import VideoDecodeError
-from specvlm.video import ffmpeg_log
-from specvlm.video.index import PacketIndex, demux, open_container
+from specvlm.config import FrameSettings
+from specvlm.errors import VideoDecodeError, VideoRangeError
+from specvlm.video.demuxing import (
+    CORRUPT,
+    DISCARD,
+    HIDDEN,
+    UNKNOWN,
+    Packets,
+    Source,
+    demux,
+    open_source,
+    rate_of,
+)
 from specvlm.video.opening import VideoFile
-from specvlm.video.pixels import Decoded, FrameStore, Memory, own_memory
+from specvlm.video.pixels import (
+    UPRIGHT,
+    Decoded,
+    FrameStore,
+    Memory,
+    Orientation,
+    orientation_of,
+    pixel_limit,
+)
+from specvlm.video.plan import BROADCAST, Plan, length_of
+from specvlm.video.sampling import select_frames
+from specvlm.video.timing import Stamp, frame_times
 
 NAME = f"pyav {av.__version__}"
 # FFmpeg's own decoder gives whatever a damaged VP9 packet says; libvpx, as fast, sees most of the damage.
@@ -36,37 +55,116 @@ _STRICTER = {"vp9": "libvpx-vp9"}
 _EXPLODE = frozenset({"hevc"})
 # Here a packet may say "as before", and give no picture of its own.
 _MAY_GIVE_NONE = frozenset("mpeg4 h263 flv1 theora msmpeg4v1 msmpeg4v2 msmpeg4v3 wmv1 wmv2 wmv3 vc1".split())
-_FEW_PACKETS = 4000  # of which all may be decoded to get at one frame
+_SLICES = range(1, 6)  # parts of a packet of H.264 that are of a picture
+_CLOCK_MAY_JUMP = frozenset({"mpegts", "mpeg", "ogg"})
 
 
-def decode(
-    file: VideoFile,
-    index: PacketIndex,
-    chosen: NDArray[np.int64],
-    limit: int | None,
-    memory: Memory = own_memory,
-) -> Decoded:
+class Request(NamedTuple):
+    """What is asked of a video."""
+
+    settings: FrameSettings
+    frame_multiple: int
+    memory: Memory
+
+    def choose(self, times_s: NDArray[np.float64]) -> NDArray[np.int64]:
+        """[F] which of frames at these times are wanted; none, if the part asked for is past the end."""
+        return select_frames(times_s, self.settings, self.frame_multiple)
+
+    def room_for(self, frames: int) -> FrameStore:
+        return FrameStore(frames, pixel_limit(self.settings, max(1, frames)), self.memory)
+
+
+class Reading(NamedTuple):
+    """What one read found."""
+
+    decoded: Decoded  # `places` among the chosen frames
+    plan: Plan  # as the decoder confirmed or corrected it
+    chosen: NDArray[np.int64]  # [F] of the plan's frames, never empty
+
+
+def decode(source: Source, packets: Packets, plan: Plan, request: Request) -> Reading:
     """Decode those of the chosen frames that are intact. There are no stand-ins.
 
     Args:
-        file: The open file.
-        index: Its packet index.
-        chosen: [F] indices into the index, increasing.
-        limit: Most pixels of a frame; None for no scaling.
-        memory: Where frames are put.
+        source: The open file.
+        packets: All its packets.
+        plan: Made from them.
+        request: What is wanted.
 
     Raises:
-        VideoDecodeError: Not one of them is intact.
+        VideoDecodeError: Not one of the frames is intact.
+        VideoRangeError: The part begins after the end of the video.
         VideoUnavailableError: The system failed to read the file.
     """
-    store = FrameStore(len(chosen), limit, memory)
-    places = np.arange(len(chosen))
-    intact = _attempt(file, index, _Wanted(index, chosen, places, index.starts[chosen]), store)
-    for place in _retry(file, index, chosen, np.setdiff1d(places, intact), store):
-        intact.append(place)
+    reading = decode_by_plan(source, packets, plan, request) if plan.trusted else None
+    return reading or _decode_straight(source, packets, plan, request)
+
+
+def decode_by_plan(source: Source, packets: Packets, plan: Plan, request: Request) -> Reading | None:
+    """Decode what the chosen frames need, and no more; None at the first disagreement of decoder and plan.
+
+    `packets` may be those of a part. For the rest see `decode`.
+    """
+    chosen = request.choose(plan.times_s)
+    if not len(chosen):
+        raise past_the_end(source.file, plan, request.settings.start_s)
+    places = {int(number): place for place, number in enumerate(plan.numbers[chosen])}
+    store, losses = request.room_for(len(chosen)), plan.losses
+    for run in _decode_runs(source, packets, _spans(plan, chosen), places, store):
+        silent, damaged = run.silent(packets), _any_between(plan.losses, run.start, run.last)
+        as_planned = not silent and not run.untimely(packets)
+        if not damaged and not (run.begins_well() and (as_planned or run.failed)):
+            return None
+        losses = np.union1d(losses, np.array([*run.failed, *silent], np.int64))
+    return _without_lost(source, plan, chosen, store, losses)
+
+
+def _decode_straight(source: Source, packets: Packets, plan: Plan, request: Request) -> Reading:
+    """Decode everything, and once more where other frames are chosen than the plan let expect."""
+    expected, chosen = None, request.choose(plan.times_s)
+    while expected is None or not np.array_equal(chosen, expected):
+        store, expected = request.room_for(len(chosen)), chosen
+        places = {int(count): place for place, count in enumerate(chosen)}
+        (run,) = _decode_runs(source, packets, [(0, len(packets))], places, store, by_count=True)
+        if not run.frames:
+            raise too_few(source.file, 0, max(1, len(chosen)))
+        stamps = [frame.stamp for frame in run.frames]
+        # Where two packets make a picture, its decoder speaks of one.
+        step_s = stamps[0].duration * source.tick_s or float(1 / rate_of(source))
+        step_s *= max(1, round(len(packets) / len(stamps)))
+        times_s = frame_times(stamps, source.tick_s, step_s, jumps=source.format in _CLOCK_MAY_JUMP)
+        chosen = request.choose(times_s)
+    numbers = np.array([frame.number for frame in run.frames])
+    keys = np.maximum.accumulate([frame.number * frame.is_key for frame in run.frames])
+    duration_s, fps = length_of(source, times_s, packets.last_duration)
+    headless = [number for number in run.failed if number < numbers[0] and source.format not in BROADCAST]
+    seen = replace(plan, times_s=times_s, numbers=numbers, duration_s=duration_s, fps=fps)
+    seen = replace(seen, starts=np.minimum(keys, numbers), losses=np.union1d(plan.losses, headless))
+    if not len(chosen):
+        raise past_the_end(source.file, seen, request.settings.start_s)
+    # Second fields give no picture of their own, nor do packets that say "as before".
+    second = {frame.number + 1 for frame in run.frames if frame.is_interlaced}
+    silent = set() if source.codec in _MAY_GIVE_NONE else {*run.silent(packets)} - second
+    lost = run.failed | silent | run.untimely(packets)
+    losses = np.union1d(seen.losses, np.array([*lost], np.int64))
+    return _without_lost(source, seen, chosen, store, losses)
+
+
+def _without_lost(
+    source: Source, plan: Plan, chosen: NDArray[np.int64], store: FrameStore, losses: NDArray[np.int64]
+) -> Reading:
+    """Keep the frames that no loss has reached."""
+    lost = _any_between(losses, plan.starts[chosen], plan.numbers[chosen])
+    intact = [place for place in range(len(chosen)) if place in store.filled and not lost[place]]
     if not intact:
-        raise too_few(file, 0, len(chosen))
-    return store.result(sorted(intact))
+        raise too_few(source.file, 0, len(chosen))
+    return Reading(store.result(intact), plan, chosen)
+
+
+def past_the_end(file: VideoFile, plan: Plan, start_s: float) -> VideoRangeError:
+    """The error for a part that begins after the end."""
+    reason = f"start_s={start_s:g} is past the video's {plan.duration_s:.3f} s; start earlier"
+    return VideoRangeError(file.label, reason)
 
 
 def too_few(file: VideoFile, intact: int, chosen: int) -> VideoDecodeError:
@@ -75,228 +173,189 @@ def too_few(file: VideoFile, intact: int, chosen: int) -> VideoDecodeError:
     return VideoDecodeError(file.label, reason)
 
 
-def _retry(
-    file: VideoFile,
-    index: PacketIndex,
-    chosen: NDArray[np.int64],
-    places: NDArray[np.int64],
-    store: FrameStore,
-) -> list[int]:
-    """Go for the frames at `places` from an earlier packet on.
-
-    A packet may be marked as a key frame and be none, or be one from which the picture only builds up.
-    """
-    again = chosen[places]
-    healable = ~_any_between(index.losses, index.starts[again], index.numbers[again])
-    places, again = places[healable], again[healable]
-    starts = _earlier(index, again)
-    if not len(again) or (starts == index.starts[again]).all():
-        return []
-    return _attempt(file, index, _Wanted(index, again, places, starts), store)
-
-
-def _earlier(index: PacketIndex, chosen: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The first packet of all, or, where that would be too much to decode, one more group of pictures."""
-    starts = index.starts[chosen]
-    if len(chosen) and index.numbers[chosen].max() > _FEW_PACKETS:
-        known = np.unique(index.starts)
-        return known[np.maximum(np.searchsorted(known, starts) - 1, 0)]
-    return np.zeros_like(starts)
-
-
-def _any_between(
-    losses: NDArray[np.int64], first: NDArray[np.int64], last: NDArray[np.int64]
-) -> NDArray[np.bool_]:
-    """For each span of packets whether a loss lies in it."""
+def _any_between(losses: NDArray[np.int64], first: Any, last: Any) -> Any:
+    """For each span of packets whether a loss is in it."""
     return np.searchsorted(losses, first, side="left") < np.searchsorted(losses, last, side="right")
 
 
-class _Wanted:
-    """Which frames one pass through the file is to give, and which are still to come."""
-
-    def __init__(
-        self,
-        index: PacketIndex,
-        chosen: NDArray[np.int64],
-        places: NDArray[np.int64],
-        starts: NDArray[np.int64],
-    ) -> None:
-        """`places` are those of the chosen frames in the result, `starts` the packets to decode from."""
-        self.places = places
-        self.starts = starts
-        self.numbers = index.numbers[chosen]
-        self._labels: list[int] = index.labels[chosen].tolist()
-        self._starts: list[int] = starts.tolist()
-        self._next = 0
-
-    def is_over(self) -> bool:
-        return self._next == len(self._labels)
-
-    def next_start(self) -> int:
-        """Number of the packet from which the next wanted frame can be decoded."""
-        return self._starts[self._next]
-
-    def take(self, label: int) -> int | None:
-        """Which of the wanted frames has this label, None if none. Those due before it will never come."""
-        while not self.is_over() and self._labels[self._next] < label:
-            self._next += 1
-        if self.is_over() or self._labels[self._next] != label:
-            return None
-        self._next += 1
-        return self._next - 1
+def _spans(plan: Plan, chosen: NDArray[np.int64]) -> list[tuple[int, int]]:
+    """First and last packet of what the chosen frames need, in the order of the file, without overlap."""
+    spans: list[tuple[int, int]] = []
+    for start, number in sorted(np.stack([plan.starts[chosen], plan.numbers[chosen]], 1).tolist()):
+        if spans and start <= spans[-1][1] + 1:
+            spans[-1] = spans[-1][0], max(spans[-1][1], number)
+        else:
+            spans.append((start, number))
+    return spans
 
 
-class _Fed(NamedTuple):
-    """A packet that was given to the decoder."""
+class _Frame(NamedTuple):
+    """What is remembered of a frame that came out of a decoder."""
 
-    number: int
-    run: int  # the first packet of the unbroken run it belongs to
-
-
-class _Record:
-    """What became of each packet that a pass decoded."""
-
-    def __init__(self) -> None:
-        self.fed: list[_Fed] = []
-        self.shown: set[int] = set()
-        self.failed: set[int] = set()
-
-    def losses(self, index: PacketIndex) -> NDArray[np.int64]:
-        """All of the index, packets that failed, and packets that silently gave no picture; increasing."""
-        return np.union1d(index.losses, np.array([*self.failed, *self._silent(index)], np.int64))
-
-    def _silent(self, index: PacketIndex) -> set[int]:
-        if not self.fed or (index.codec in _MAY_GIVE_NONE and index.clock != "count"):
-            return set()
-        numbers, runs = np.array(self.fed, np.int64).T
-        in_order = np.argsort(index.numbers)
-        place = np.minimum(np.searchsorted(index.numbers[in_order], numbers), len(in_order) - 1)
-        rank = in_order[place]
-        # Frames that lean on an earlier group than the run began with do not come, and should not.
-        due = (index.numbers[rank] == numbers) & (index.starts[rank] >= runs)
-        silent = set(numbers[due].tolist()) - self.shown - self.failed
-        # Two fields in two packets give one picture: then this says nothing.
-        return silent if 3 * len(silent) <= len(self.fed) or index.clock == "count" else set()
+    number: int  # of its packet
+    stamp: Stamp
+    is_key: bool
+    is_interlaced: bool
 
 
-def _attempt(file: VideoFile, index: PacketIndex, wanted: _Wanted, store: FrameStore) -> list[int]:
-    """Store the wanted frames; return the places of those that turned out to be intact."""
-    record, stored = _Record(), []
-    with ffmpeg_log.listening() as heard, open_container(file) as (container, stream):
-        decoder = _Decoder(stream, index)
-        packets = _packets(container, stream, heard)
-        for label, frame in _decoded_frames(packets, decoder, wanted, record):
-            which = wanted.take(label)
-            if which is not None and not frame.is_corrupt:
-                store.put(int(wanted.places[which]), frame, decoder.rotation(frame))
-                stored.append(which)
-    kept = np.array(stored, np.int64)
-    lost = _any_between(record.losses(index), wanted.starts[kept], wanted.numbers[kept])
-    return [int(place) for place in wanted.places[kept[~lost]]]
+@dataclass
+class _Run:
+    """Packets that were decoded in one go, and what became of them."""
+
+    start: int
+    last: int
+    knows_keys: bool
+    due: list[int] = field(default_factory=list)  # packets that were not skipped
+    failed: set[int] = field(default_factory=set)
+    frames: list[_Frame] = field(default_factory=list)
+
+    def begins_well(self) -> bool:
+        """Whether its first packet is what it is marked as: a key frame."""
+        return any(one.number == self.start and (one.is_key or not self.knows_keys) for one in self.frames)
+
+    def untimely(self, packets: Packets) -> set[int]:
+        """Packets whose frames came with the time of another one, or too late."""
+        pts = packets.columns()[0].tolist()
+        frames = [frame for frame in self.frames if frame.stamp.pts is not None]
+        others = {frame.number for frame in frames if pts[frame.number] not in (frame.stamp.pts, UNKNOWN)}
+        pairs = ((before.stamp.pts or 0, frame.stamp.pts or 0, frame) for before, frame in pairwise(frames))
+        return others | {frame.number for last, now, frame in pairs if now < last and not frame.is_key}
+
+    def silent(self, packets: Packets) -> list[int]:
+        """Packets that should have given a picture, and gave none without a word.
+
+        Leading frames, whose reference was never there, should not.
+        """
+        if not self.frames:
+            return self.due
+        shown = {frame.number for frame in self.frames} | self.failed
+        first, (pts, _, flags, _) = self.frames[0].number, packets.columns()
+        due = (pts > pts[first]) & (flags & (DISCARD | HIDDEN | CORRUPT) == 0)
+        return [number for number in self.due if number > first and due[number] and number not in shown]
+
+
+def _decode_runs(
+    source: Source,
+    packets: Packets,
+    spans: Sequence[tuple[int, int]],
+    places: dict[int, int],
+    store: FrameStore,
+    *,
+    by_count: bool = False,
+) -> Iterator[_Run]:
+    """Decode spans of packets, and store the frames whose packets, or whose count, are in `places`."""
+    with _from_start(source, packets) as (again, all_packets):
+        decoder = _Decoder(again)
+
+        def take(frames: Sequence[VideoFrame], run: _Run) -> None:
+            for frame in frames:
+                number = cast("tuple[int]", frame.opaque)[0]
+                place = places.get(len(run.frames) if by_count else number)
+                stamp = Stamp(frame.pts, frame.dts, frame.duration or 0)
+                run.frames.append(_Frame(number, stamp, frame.key_frame, frame.interlaced_frame))
+                if frame.is_corrupt:
+                    run.failed.add(number)
+                elif place is not None:
+                    store.put(place, frame, decoder.orientation or orientation_of(frame))
+
+        numbered = enumerate(all_packets)
+        for start, last in spans:
+            run = _Run(start, last, decoder.knows_keys)
+            for number, packet in numbered:
+                if number < start:
+                    continue
+                # The packet behind the last one shows whether that was a whole picture.
+                near = by_count or {number, number - 1} & places.keys()
+                skips = (
+                    not near and decoder.length_bytes > 0 and _is_unreferenced(packet, decoder.length_bytes)
+                )
+                take(decoder.decode(number, packet, run, skips=skips), run)
+                if number > last:
+                    break
+            take(decoder.drain(), run)
+            yield run
 
 
 class _Decoder:
-    """The decoder of a stream, which tells for each frame the packet that it came from."""
+    """The decoder of a stream, whose frames bring the number of the packet that they came from.
 
-    def __init__(self, stream: VideoStream, index: PacketIndex) -> None:
-        self._native: VideoCodecContext = stream.codec_context
+    Attributes:
+        knows_keys: It says of frames whether they are key frames; libvpx does not.
+        orientation: That of all frames; None: each frame tells.
+        length_bytes: Size of the lengths between parts of a packet of H.264; 0: there are none.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self._native: VideoCodecContext = source.stream.codec_context
         self._context = self._native
-        self._clock = index.clock
-        self._count = 0
-        self._native_rotation: int | None = None
-        if index.codec in _STRICTER and index.pixel_format == "yuv420p":
-            self._context = _other_decoder(_STRICTER[index.codec], self._native)
-        if index.codec in _EXPLODE:
+        self.knows_keys = True
+        self.orientation: Orientation | None = None
+        head = (self._native.extradata or b"")[:5]
+        self.length_bytes = (head[4] & 3) + 1 if source.codec == "h264" and head[:1] == b"\1" else 0
+        self._skips = False
+        self._heard = source.heard
+        if source.codec in _STRICTER and source.pixel_format == "yuv420p":
+            with suppress(av.codec.codec.UnknownCodecError):  # not part of this build
+                self._context = cast("VideoCodecContext", CodecContext.create(_STRICTER[source.codec], "r"))
+                self._context.thread_count = self._native.thread_count
+                self._context.options = dict(self._native.options)
+                self.knows_keys = False
+        if source.codec in _EXPLODE:
             self._context.options = {**self._context.options, "err_detect": "explode"}
         self._context.copy_opaque = True
-
-    def decode(
-        self, number: int, packet: Packet[VideoStream], record: _Record
-    ) -> Iterator[tuple[int, VideoFrame]]:
-        """(label, frame) of the frames that come out when packet `number` goes in."""
-        time = packet.pts if self._clock == "pts" else packet.dts
-        packet.opaque = (number, time)
-        if self._context is not self._native and self._native_rotation is None:
-            self._native_rotation = _rotation_of(self._native, packet)
-        try:
-            frames = self._context.decode(packet)
-        except (av.error.FFmpegError, OSError, ValueError):
-            record.failed.add(number)
-            return
-        yield from self._labelled(frames, record)
-
-    def drain(self, record: _Record) -> Iterator[tuple[int, VideoFrame]]:
-        """(label, frame) of all that is still to come. After this the decoder begins anew."""
-        try:
-            frames = self._context.decode(None)
-        except (av.error.FFmpegError, OSError, ValueError):
-            frames = []
-        yield from self._labelled(frames, record)
         self._context.flush_buffers()
 
-    def rotation(self, frame: VideoFrame) -> int:
-        """Degrees, counter-clockwise, by which a frame is to be turned: a multiple of 90."""
-        degrees = frame.rotation if self._context is self._native else self._native_rotation or 0
-        return degrees if degrees % 90 == 0 else 0
+    def decode(
+        self, number: int, packet: Packet[VideoStream], run: _Run, *, skips: bool
+    ) -> Sequence[VideoFrame]:
+        """What comes out when packet `number` goes in; `skips`: nothing of it, if no other packet leans on it."""
+        packet.opaque = (number,)  # PyAV knows it by its identity: no two may share a small integer
+        if not self.knows_keys and self.orientation is None:
+            # Only the container's own decoder is told.
+            self.orientation = next(map(orientation_of, _decoded(self._native, packet) or ()), UPRIGHT)
+        if skips is not self._skips:
+            self._context.skip_frame = "NONREF" if skips else "DEFAULT"
+            self._skips = skips
+        if not skips:
+            run.due.append(number)
+        frames = _decoded(self._context, packet)
+        self._heard.clear()  # a damaged file has its decoder say more than memory should hold
+        if frames is None:
+            run.failed.add(number)
+        return frames or ()
 
-    def _labelled(self, frames: list[VideoFrame], record: _Record) -> Iterator[tuple[int, VideoFrame]]:
-        for frame in frames:
-            number, time = cast("tuple[int, int | None]", frame.opaque)
-            label = self._count if self._clock == "count" else time
-            self._count += 1
-            record.shown.add(number)
-            if frame.is_corrupt or (self._clock == "pts" and frame.pts != time):
-                record.failed.add(number)
-            if label is not None:
-                yield label, frame
+    def drain(self) -> Sequence[VideoFrame]:
+        """All that is still to come. After this the decoder begins anew."""
+        frames = _decoded(self._context, None)
+        self._context.flush_buffers()
+        return frames or ()
 
 
-def _other_decoder(name: str, native: VideoCodecContext) -> VideoCodecContext:
+def _decoded(context: VideoCodecContext, packet: Packet[VideoStream] | None) -> list[VideoFrame] | None:
+    """What comes out when a packet goes in, or the last one has; None: the decoder refuses it."""
     try:
-        context = CodecContext.create(name, "r")
-    except av.codec.codec.UnknownCodecError:  # not part of this build
-        return native
-    assert isinstance(context, VideoCodecContext)
-    context.thread_count = native.thread_count
-    context.options = dict(native.options)
-    return context
-
-
-def _rotation_of(native: VideoCodecContext, packet: Packet[VideoStream]) -> int | None:
-    """What the container says of the first frame; only the container's own decoder is told."""
-    try:
-        return next((frame.rotation for frame in native.decode(packet)), None)
+        return context.decode(packet)
     except (av.error.FFmpegError, OSError, ValueError):
         return None
 
 
-def _decoded_frames(
-    packets: Iterator[Packet[VideoStream]], decoder: _Decoder, wanted: _Wanted, record: _Record
-) -> Iterator[tuple[int, VideoFrame]]:
-    """(label, frame) of all frames that come out while decoding what is wanted next."""
-    run: int | None = None
-    for number, packet in enumerate(packets):
-        if wanted.is_over():
-            break
-        if number < wanted.next_start():
-            if run is not None:
-                yield from decoder.drain(record)
-                run = None
-            continue
-        run = number if run is None else run
-        record.fed.append(_Fed(number, run))
-        yield from decoder.decode(number, packet, record)
-    if run is not None:
-        yield from decoder.drain(record)  # also for what it tells of the packets that came before
+def _is_unreferenced(packet: Packet[VideoStream], length_bytes: int) -> bool:
+    """Whether a packet of H.264 is a whole picture that no other one leans on (ITU-T H.264, 7.3.1)."""
+    data, place, slices = memoryview(packet), 0, 0
+    while place + length_bytes < len(data):
+        head = data[place + length_bytes]
+        if head & 0x1F in _SLICES and head & 0x60:
+            return False
+        slices += head & 0x1F == 1
+        place += length_bytes + int.from_bytes(data[place : place + length_bytes], "big")
+    return slices > 0 and place == len(data)
 
 
-def _packets(
-    container: InputContainer, stream: VideoStream, heard: list[ffmpeg_log.Line]
-) -> Iterator[Packet[VideoStream]]:
-    """As the index counted them: up to the end or the first one that cannot be read."""
-    try:
-        for packet in demux(container, stream):
-            heard.clear()  # a damaged file has its decoder say more than memory should hold
-            yield packet
-    except (av.error.FFmpegError, OSError):
-        return
+@contextmanager
+def _from_start(source: Source, packets: Packets) -> Iterator[tuple[Source, Iterable[Packet[VideoStream]]]]:
+    """The packets once more: from memory, or by reading the file again, up to where that failed before."""
+    if packets.held is not None:
+        yield source, packets.held
+    else:
+        with open_source(source.file, source.heard) as again:
+            yield again, islice(demux(again), len(packets))

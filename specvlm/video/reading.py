@@ -1,4 +1,4 @@
-"""One read: open, index, choose, decode by the right reader. What `specvlm.video.read_video` calls."""
+"""One read: open, demux, choose, decode. What `specvlm.video.read_video` calls."""
 
 from __future__ import annotations
 
@@ -11,24 +11,22 @@ from dataclasses import dataclass
 from typing import Literal
 
 import av
-import numpy as np
 from av.video.frame import VideoFrame
-from numpy.typing import NDArray
 
 from specvlm.config import FrameSettings
-from specvlm.errors import ConfigError, VideoDecodeError, VideoRangeError
+from specvlm.errors import ConfigError, VideoDecodeError
 from specvlm.records import Frames, VideoSource
-from specvlm.video import decord_log, decord_reader, ffmpeg_log, pyav_reader
-from specvlm.video.index import PacketIndex, read_index
+from specvlm.video import decord_reader, ffmpeg_log, pyav_reader
+from specvlm.video.demuxing import open_source, read_packets, read_part
+from specvlm.video.ffmpeg_log import Line
 from specvlm.video.opening import VideoFile, open_video
-from specvlm.video.pixels import Decoded, Memory, own_memory, pixel_limit
-from specvlm.video.sampling import select_frames
+from specvlm.video.pixels import Decoded, Memory, own_memory
+from specvlm.video.plan import plan_of
+from specvlm.video.pyav_reader import Reading, Request
+
+_LONG_BYTES = 16 << 20  # files from which a part is worth seeking for
 
 Step = Literal["open", "index", "decord", "pyav"]
-
-
-def _unheard(_: Step) -> None:
-    """Nobody listens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +35,11 @@ class Hooks:
 
     Attributes:
         memory: Gives the memory that frames are put into.
-        began: Told each step as it begins.
+        began: Called with each step as it begins.
     """
 
     memory: Memory = own_memory
-    began: Callable[[Step], None] = _unheard
+    began: Callable[[Step], object] = lambda _: None
 
 
 _NO_HOOKS = Hooks()
@@ -58,25 +56,24 @@ def read(
     began = time.perf_counter()
     _check(settings, frame_multiple)
     hooks.began("open")
-    with ffmpeg_log.listening(), open_video(path, root) as file:
+    request = Request(settings, frame_multiple, hooks.memory)
+    with ffmpeg_log.listening() as heard, open_video(path, root) as file:
         hooks.began("index")
-        index = read_index(file)
-        chosen = _choose(file, index, settings, frame_multiple)
-        decoded, backend, fell_back = _decode(file, index, chosen, settings, hooks)
-        decoded = _require_enough(file, decoded, len(chosen), settings, frame_multiple)
-    flags = _flags(index, chosen, decoded, fell_back)
+        reading = _read_part(file, heard, request, hooks) or _read_whole(file, heard, request, hooks)
+        decoded = _require_enough(file, reading, request)
+    plan = reading.plan
     source = VideoSource(
-        duration_s=index.duration_s,
-        fps=index.fps,
+        duration_s=plan.duration_s,
+        fps=plan.fps,
         width=decoded.width,
         height=decoded.height,
-        backend=backend,
+        backend=decord_reader.name() if settings.backend == "decord" else pyav_reader.NAME,
         decode_s=time.perf_counter() - began,
-        flags=tuple(flags),
+        flags=tuple(_flags(reading, decoded)),
         size_bytes=file.identity.size_bytes,
         mtime_ns=file.identity.mtime_ns,
     )
-    return Frames(decoded.pixels, index.times_s[chosen[decoded.places]], source)
+    return Frames(decoded.pixels, plan.times_s[reading.chosen[decoded.places]], source)
 
 
 def _check(settings: FrameSettings, frame_multiple: int) -> None:
@@ -88,64 +85,65 @@ def _check(settings: FrameSettings, frame_multiple: int) -> None:
         )
 
 
-def _choose(
-    file: VideoFile, index: PacketIndex, settings: FrameSettings, frame_multiple: int
-) -> NDArray[np.int64]:
-    chosen = select_frames(index.times_s, settings, frame_multiple)
-    if not len(chosen):
-        reason = f"start_s={settings.start_s:g} is past the video's {index.duration_s:.3f} s; start earlier"
-        raise VideoRangeError(file.label, reason)
-    return chosen
+def _read_part(file: VideoFile, heard: list[Line], request: Request, hooks: Hooks) -> Reading | None:
+    """Read what a part of a long film needs; None where the whole has to be read."""
+    start_s, end_s, backend = request.settings.start_s, request.settings.end_s, request.settings.backend
+    is_part = start_s > 0.0 or end_s is not None
+    if not is_part or file.identity.size_bytes < _LONG_BYTES or backend == "decord":
+        return None
+    with open_source(file, heard) as source:
+        packets = read_part(source, start_s, end_s)
+        if packets is None:
+            return None
+        plan = plan_of(source, packets)
+        if not plan.trusted or not len(request.choose(plan.times_s)):
+            return None
+        hooks.began("pyav")
+        return pyav_reader.decode_by_plan(source, packets, plan, request)
 
 
-def _decode(
-    file: VideoFile, index: PacketIndex, chosen: NDArray[np.int64], settings: FrameSettings, hooks: Hooks
-) -> tuple[Decoded, str, bool]:
-    """The frames, the name of the reader that gave them, and whether another one had failed before."""
-    limit = pixel_limit(settings, len(chosen))
-    reason = _against_decord(index, settings)
-    tried = reason is None
-    if tried:
-        hooks.began("decord")
-        try:
-            return *decord_reader.decode(file, index, chosen, limit, hooks.memory), False
-        except decord_reader.DecordFailedError as error:
-            reason = str(error)
-    if settings.backend == "decord":
+def _read_whole(file: VideoFile, heard: list[Line], request: Request, hooks: Hooks) -> Reading:
+    """Read the file from its beginning to its end."""
+    with open_source(file, heard) as source:
+        packets = read_packets(source)
+        plan = plan_of(source, packets)
+        if request.settings.backend != "decord":
+            hooks.began("pyav")
+            return pyav_reader.decode(source, packets, plan, request)
+        chosen = request.choose(plan.times_s)
+        if not len(chosen):
+            raise pyav_reader.past_the_end(file, plan, request.settings.start_s)
+        reason = decord_reader.refusal(source, packets, plan)
+        if reason is None:
+            hooks.began("decord")
+            try:
+                decoded = decord_reader.decode(source, plan.times_s, chosen, request.room_for(len(chosen)))
+                return Reading(decoded, plan, chosen)
+            except decord_reader.DecordFailedError as error:
+                reason = str(error)
         advice = f"decord cannot be trusted with it: {reason}; use --video-backend auto or pyav"
         raise VideoDecodeError(file.label, advice)
-    hooks.began("pyav")
-    return pyav_reader.decode(file, index, chosen, limit, hooks.memory), pyav_reader.NAME, tried
 
 
-def _against_decord(index: PacketIndex, settings: FrameSettings) -> str | None:
-    if settings.backend == "pyav" or not decord_reader.is_installed():
-        return "it is not wanted, or not there"
-    return decord_reader.refusal(index)
-
-
-def _require_enough(
-    file: VideoFile, decoded: Decoded, chosen: int, settings: FrameSettings, frame_multiple: int
-) -> Decoded:
+def _require_enough(file: VideoFile, reading: Reading, request: Request) -> Decoded:
     """Refuse a video of which too little is left; keep the multiple where the rest holds one."""
+    decoded, chosen = reading.decoded, len(reading.chosen)
     intact = len(decoded.places)
-    if intact < chosen * settings.min_decoded:
+    if intact < chosen * request.settings.min_decoded:
         raise pyav_reader.too_few(file, intact, chosen)
-    kept = intact if intact == chosen else intact - intact % frame_multiple or intact
+    kept = intact if intact == chosen else intact - intact % request.frame_multiple or intact
     return decoded._replace(pixels=decoded.pixels[:kept], places=decoded.places[:kept])
 
 
-def _flags(index: PacketIndex, chosen: NDArray[np.int64], decoded: Decoded, fell_back: bool) -> Iterator[str]:
+def _flags(reading: Reading, decoded: Decoded) -> Iterator[str]:
     """What was unusual. Damage behind the last frame that was needed does not count."""
-    partial = len(decoded.places) < len(chosen)
-    if index.truncated:
+    partial = len(decoded.places) < len(reading.chosen)
+    if reading.plan.truncated:
         yield "truncated"
-    if partial or (index.losses <= index.numbers[chosen].max()).any():
+    if partial or (reading.plan.losses <= reading.plan.numbers[reading.chosen].max()).any():
         yield "damaged"
     if partial:
         yield "partial"
-    if fell_back:
-        yield "fallback"
 
 
 def preload() -> None:
@@ -153,8 +151,6 @@ def preload() -> None:
     with suppress(Exception):  # each read will say what is wrong with it
         if decord_reader.is_installed():
             decord_reader.load()
-            with decord_log.listening():
-                pass
         _read_something()
 
 

@@ -297,9 +297,9 @@ class FrameFlags:
     total_pixels: Annotated[
         int | None, flag(_READING, "--total-pixels", "Most pixels of all frames of a video.", metavar="N")
     ] = None
-    video_backend: Annotated[BackendName, flag(_READING, "--video-backend", "Which reader to use.")] = (
-        _FRAMES.backend
-    )
+    video_backend: Annotated[
+        BackendName, flag(_READING, "--video-backend", "Which reader to use; auto is PyAV.")
+    ] = _FRAMES.backend
     min_decoded: Annotated[
         float,
         flag(

@@ -18,7 +18,7 @@ _LIMIT_S = 20.0
 
 
 def pyav() -> Verdict:
-    """Read with PyAV, which every file falls back to."""
+    """Read with PyAV, the default reader."""
     version = metadata.version("av")
     return _read("pyav", f"PyAV {version}", "pip install --force-reinstall av: without it nothing is read")
 
@@ -27,7 +27,8 @@ def decord() -> Verdict:
     """Read with decord, where it is there."""
     if importlib.util.find_spec("decord") is None:
         return warn(
-            "not installed; PyAV reads everything", "pip install decord (Linux on x86-64 only), or leave it"
+            "not installed; PyAV, the default, reads everything",
+            "pip install decord (Linux on x86-64 only), or ignore this",
         )
     fix = "pip install --force-reinstall decord==0.6.0, or use --video-backend pyav"
     return _read("decord", f"decord {metadata.version('decord')}", fix)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from specvlm.config import FrameSettings
 from specvlm.errors import ConfigError, VideoDecodeError
 from specvlm.records import Frames
-from specvlm.video import decord_log, decord_reader, read_video
+from specvlm.video import decord_reader, read_video
 from specvlm.video.reading import Hooks, read
 from tests import video_files
 from tests.video_files import KINDS, RATE, numbers_of, write_video
@@ -107,8 +107,7 @@ def test_frames_that_damage_has_reached_are_left_out(tmp_path: Path, make: Make,
     shown = numbers_of(frames.pixels)
     assert 40 < len(shown) < 46
     assert not {*range(24, 36)} & {*shown}
-    assert [flag for flag in flags_of(frames) if flag != "fallback"] == ["damaged", "partial"]
-    assert ("fallback" in flags_of(frames)) is (backend == "auto" and decord_reader.is_installed())
+    assert flags_of(frames) == ("damaged", "partial")
     even = read_video(damaged, settings, frame_multiple=8)
     assert numbers_of(even.pixels) == shown[: len(shown) // 8 * 8]
 
@@ -118,9 +117,7 @@ def test_damage_that_no_chosen_frame_needs_is_no_damage(tmp_path: Path, make: Ma
     damaged = video_files.blank_packets(make("h264"), tmp_path / "damaged.mp4", 24, 24)
     before = read_video(damaged, FrameSettings(num_frames=12, end_s=0.6, backend=backend))
     assert len(before.pixels) == 12
-    assert not {*flags_of(before)} - {"fallback"}, (
-        "decord reads ahead, and may complain of what is not needed"
-    )
+    assert flags_of(before) == ()
     behind = read_video(damaged, FrameSettings(num_frames=12, start_s=1.3, backend="pyav"))
     assert (len(behind.pixels), flags_of(behind)) == (12, ())
     assert_true_times(behind)
@@ -210,7 +207,7 @@ def test_decord_is_not_believed_when_its_decoder_complains(noisy: Make, tmp_path
     path = tmp_path / "flipped.mp4"
     path.write_bytes(data)
     frames = read_video(path, FrameSettings(num_frames=30))
-    assert flags_of(frames) == ("damaged", "partial", "fallback")
+    assert flags_of(frames) == ("damaged", "partial")
     assert_true_times(frames)
     with pytest.raises(VideoDecodeError, match=r"it complained \d+ times"):
         read_video(path, FrameSettings(num_frames=30, backend="decord"))
@@ -218,10 +215,9 @@ def test_decord_is_not_believed_when_its_decoder_complains(noisy: Make, tmp_path
 
 @needs_decord
 def test_where_decord_cannot_be_heard_it_is_not_used(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decord_log, "_library", lambda: None)
-    source = read_video(make("h264")).source
-    assert source is not None
-    assert (source.backend[:4], source.flags) == ("pyav", ("fallback",))
+    monkeypatch.setattr(decord_reader, "_heard", [])
+    with pytest.raises(VideoDecodeError, match="its messages cannot be heard here"):
+        read_video(make("h264"), FrameSettings(backend="decord"))
 
 
 @both
