@@ -20,7 +20,7 @@ class VideoSource(NamedTuple):
 
     `flags` say what was unusual about reading it: `truncated` (the file ends before its container says),
     `damaged` (data missing or undecodable near what was read), `partial` (fewer frames than were chosen, because
-    of damage), `fallback` (the first reader failed, another one gave the frames).
+    of damage).
     """
 
     duration_s: float  # length of the whole video

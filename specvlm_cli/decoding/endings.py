@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 
-from specvlm import errors
 from specvlm_cli.decoding.jobs import Limits
 from specvlm_cli.decoding.messages import NOT_STARTED, Report, Said
 from specvlm_cli.decoding.shared import MisreportError
@@ -62,8 +61,3 @@ def of_misreport(error: MisreportError) -> Said:
     """Return the reason for a child that said what makes no sense."""
     reason = f"its reading process reported nonsense ({error}); the file may be hostile, convert it anew"
     return Said("decode", _MISREPORTED, reason, transient=False)
-
-
-def is_readers_fault(said: Said) -> bool:
-    """Say whether it was no ordinary answer about the file: another reader may give frames."""
-    return said.error_type not in errors.__all__

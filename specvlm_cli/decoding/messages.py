@@ -30,7 +30,7 @@ _LONGEST_PATH = 1 << 13  # no system opens longer ones; these fail in the same w
 _MOST_FRAMES, _LARGEST_SIDE = 100_000, 1 << 16
 _WORD = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
 _BACKEND = re.compile(r"[A-Za-z0-9_.+ -]{1,64}")
-_FLAGS = ("truncated", "damaged", "partial", "fallback")
+_FLAGS = ("truncated", "damaged", "partial")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +67,11 @@ class Report:
     source: VideoSource | None = None
 
 
-def job_line(job: ReadJob, settings: FrameSettings) -> bytes:
+def job_line(job: ReadJob) -> bytes:
     """Return the line that tells a child what to read."""
     wanted = {
         "path": _text(job.path),
-        "settings": asdict(settings),
+        "settings": asdict(job.settings),
         "frame_multiple": job.frame_multiple,
         "root": None if job.root is None else _text(job.root),
     }

@@ -9,12 +9,11 @@ from __future__ import annotations
 import socket
 import time
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import count
 from types import TracebackType
 from typing import Self
 
-from specvlm.config import FrameSettings
 from specvlm_cli.decoding import endings, shared
 from specvlm_cli.decoding.jobs import DEFAULT_READER, Limits, ReadFailure, ReadJob
 from specvlm_cli.decoding.keeper import Keeper, NurseryLostError
@@ -24,7 +23,6 @@ from specvlm_cli.exits import FatalError
 
 _GIVE_UP_S = 2.0  # after killing: a process that hangs in the kernel does not die
 _START_S = 60.0  # a nursery that has not forked by then is stuck
-_FALLBACK = "fallback"
 _ROOM_BYTES = 1 << 17  # in a socket for what is asked of a child: paths can be long
 
 Outcome = ReadVideo | ReadFailure
@@ -36,23 +34,19 @@ class _Attempt:
 
     Attributes:
         job: What was asked for.
-        settings: The job's, but for the reader.
         connection: Our end of the child's socket.
         due_s: When its time is over, on the monotonic clock; before it runs, when that must have begun.
         runs: It is known to run.
         killed: Its time was over, and it was killed.
         again: An earlier child of this video was lost without a fault of the video's.
-        second: The first reader has failed.
     """
 
     job: ReadJob
-    settings: FrameSettings
     connection: socket.socket
     due_s: float
     runs: bool = False
     killed: bool = False
     again: bool = False
-    second: bool = False
 
 
 class DecodingPool:
@@ -74,7 +68,7 @@ class DecodingPool:
     def submit(self, job: ReadJob) -> None:
         """Begin to read a video. There must be room: `len(pool) < workers`."""
         assert len(self) < self._workers, "the pool is full"
-        self._begin(job, job.settings)
+        self._begin(job)
 
     def __len__(self) -> int:
         """Return how many videos are being read, or were and are not collected yet."""
@@ -133,9 +127,7 @@ class DecodingPool:
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self.close()
 
-    def _begin(
-        self, job: ReadJob, settings: FrameSettings, *, again: bool = False, second: bool = False
-    ) -> None:
+    def _begin(self, job: ReadJob, *, again: bool = False) -> None:
         try:
             ours, theirs = socket.socketpair()
         except OSError as error:
@@ -144,9 +136,9 @@ class DecodingPool:
         ours.setblocking(False)
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _ROOM_BYTES)
         number, due_s = next(self._numbers), time.monotonic() + _START_S
-        self._attempts[number] = _Attempt(job, settings, ours, due_s, again=again, second=second)
+        self._attempts[number] = _Attempt(job, ours, due_s, again=again)
         with theirs:
-            ours.sendall(job_line(job, settings))
+            ours.sendall(job_line(job))
             try:
                 self._keeper.fork(number, theirs)
             except NurseryLostError:
@@ -189,7 +181,7 @@ class DecodingPool:
             if attempt.again:
                 self._fail(attempt.job, endings.of_lost_process())
             else:
-                self._begin(attempt.job, attempt.settings, again=True, second=attempt.second)
+                self._begin(attempt.job, again=True)
 
     def _on_end(self, attempt: _Attempt, status: int) -> None:
         with attempt.connection:
@@ -204,25 +196,14 @@ class DecodingPool:
             report, said = Report(), endings.of_misreport(error)
         finally:
             shared.close_all(descriptors)
-        if self._may_try_other(attempt, report, said):
-            self._begin(attempt.job, replace(attempt.settings, backend="pyav"), second=True)
-        else:
-            self._fail(attempt.job, said)
+        self._fail(attempt.job, said)
 
     def _succeed(self, attempt: _Attempt, report: Report, descriptors: list[int]) -> None:
         """Take the frames over, and their descriptor out of the list."""
         if report.shape is None or report.source is None or len(descriptors) != 1:
             raise MisreportError("frames without their memory")
-        source = report.source
-        if attempt.second:
-            source = source._replace(flags=(*(flag for flag in source.flags if flag != _FALLBACK), _FALLBACK))
-        owned, frames = shared.accept(descriptors.pop(), report.shape, source)
+        owned, frames = shared.accept(descriptors.pop(), report.shape, report.source)
         self._outcomes.append(ReadVideo(attempt.job.key, owned, frames))
-
-    def _may_try_other(self, attempt: _Attempt, report: Report, said: Said) -> bool:
-        """Whether the first of two readers is to blame. Before its own turn it cannot be."""
-        first = attempt.job.settings.backend == "auto" and not attempt.second
-        return first and report.began in (None, "decord") and endings.is_readers_fault(said)
 
     def _fail(self, job: ReadJob, said: Said) -> None:
         self._outcomes.append(

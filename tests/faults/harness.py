@@ -179,13 +179,12 @@ class Trial:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def exported(out: Path, work: Path, without: Sequence[str] = ()) -> dict[str, str]:
+def exported(out: Path, work: Path) -> dict[str, str]:
     """Return the sha256 of each file of exports as Parquet and as JSON lines.
 
-    All columns are in them but those that differ between two runs of the same videos, and those that are to be
-    left out. Failures come as lines.
+    All columns are in them but those that differ between two runs of the same videos. Failures come as lines.
     """
-    columns = ",".join(name for name in CAPTION_SCHEMA.names if name not in (*VOLATILE, *without))
+    columns = ",".join(name for name in CAPTION_SCHEMA.names if name not in VOLATILE)
     work.mkdir()
     _export(out, work / "parquet", "--columns", columns, "--failures", "without")
     _export(out, work / "captions.jsonl", "--columns", columns)

@@ -45,7 +45,6 @@ from tests.faults.harness import (
 When = Literal["before", "after"]
 Scene = Literal["first", "resume", "overwrite", "rebuild", "reshard", "export"]
 SHARDS = 3
-FLAGS = ("flags",)  # they say "fallback" where the first reader was killed
 _KILLED = -signal.SIGKILL
 _DELAY_S = 0.04  # of a step, for each video in flight
 _HITS_OF_CHILDREN = 4  # whether a point was passed shows only where the coordinator dies
@@ -137,7 +136,6 @@ class Ground:
         shutil.rmtree(self._uninterrupted())  # the first one takes longer than all others
         self.done = self._uninterrupted()
         self.expected = exported(self.done / "out", folder / "work")
-        self.expected_without_flags = exported(self.done / "out", folder / "work", FLAGS)
         self.expected_rows = invariants.known(self.done / "out").captions
 
     def trial(self, name: str = "trial") -> Trial:
@@ -235,7 +233,7 @@ def _one_named(ground: Ground, scene: Scene, kill: Kill) -> Tally:
         tally.counts.update({f"reached {kill.point}": 1, "children": 1})
         after = invariants.Known({}, {}, {}, {})
     finish(trial, scene)
-    _check_end(ground, trial, scene, after, reader=kill.victim == "reader")
+    _check_end(ground, trial, scene, after)
     _note_redone(ground, trial.redone() - before, 1, tally)
     trial.remove()
     return tally
@@ -260,9 +258,7 @@ def _look(trial: Trial, code: int) -> invariants.Known:
     return invariants.known(trial.out)
 
 
-def _check_end(
-    ground: Ground, trial: Trial, scene: Scene, after: invariants.Known, *, reader: bool = False
-) -> None:
+def _check_end(ground: Ground, trial: Trial, scene: Scene, after: invariants.Known) -> None:
     invariants.check(trial.out, ground.videos, failed=len(BAD))
     invariants.check_readers(trial.out)
     end = invariants.known(trial.out)
@@ -272,8 +268,7 @@ def _check_end(
     if scene in ("rebuild", "reshard"):
         assert end.captions == ground.expected_rows, "captions changed"
         assert not trial.captioned(), "videos were captioned again"
-    found = exported(trial.out, trial.folder / "work", FLAGS if reader else ())
-    assert found == (ground.expected_without_flags if reader else ground.expected), "exports differ"
+    assert exported(trial.out, trial.folder / "work") == ground.expected, "exports differ"
 
 
 def _note_redone(ground: Ground, redone: int, kills: int, tally: Tally) -> None:
@@ -324,7 +319,7 @@ def run_at_random(ground: Ground, what: AtRandom) -> Tally:
         _check_kept(after, now := _look(trial, code))
         after = now
     finish(trial, "first")
-    _check_end(ground, trial, "first", after, reader=any(victim == "reader" for victim, _ in what.kills))
+    _check_end(ground, trial, "first", after)
     _note_redone(ground, trial.redone(), max(kills, 1), tally)
     trial.remove()
     return tally

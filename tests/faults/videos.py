@@ -256,8 +256,7 @@ class _Bench:
         count.frames += len(frames.pixels)
         count.flags.update(frames.source.flags)
         wrong = case.wrong(frames)
-        flagged = set(frames.source.flags) - {"fallback"}
-        if flagged:
+        if frames.source.flags:
             count.flagged_wrong += wrong
         else:
             count.unflagged += 1
@@ -339,7 +338,7 @@ def damaged_totals(report: Report) -> tuple[int, int, int]:
     )
 
 
-_COLUMNS = ("files", "read", "failed", "truncated", "damaged", "partial", "fallback", "unflagged")
+_COLUMNS = ("files", "read", "failed", "truncated", "damaged", "partial", "unflagged")
 
 
 def table(report: Report) -> Iterator[str]:

@@ -25,7 +25,7 @@ _SOURCE = VideoSource(2.5, 29.97, 640, 480, "pyav 18.1.0", 0.25, ("truncated", "
 def test_a_job_arrives_as_it_was_sent(path: bytes, root: bytes | None) -> None:
     settings = FrameSettings(fps=0.1 + 0.2, start_s=1 / 3, end_s=1e9, backend="pyav", min_decoded=0.25)
     job = ReadJob(0, path, settings, 2, root)
-    line = messages.job_line(job, settings)
+    line = messages.job_line(job)
     assert messages.job_of(line) == job
     assert line.count(b"\n") == 1
 
