@@ -8,7 +8,7 @@ from pathlib import Path
 
 def sync(path: Path) -> None:
     """Wait until a file's content, or a folder's list of names, is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # so that a FIFO is not waited for
     try:
         os.fsync(descriptor)
     finally:

@@ -12,7 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self, TextIO
 
-from specvlm_cli.exits import BusyError
+from specvlm_cli.exits import BusyError, FatalError
+from specvlm_cli.safe_files import open_lock, read_whole
 from specvlm_cli.text import clean
 
 
@@ -46,8 +47,9 @@ def take(path: Path, run_id: str) -> Lock:
     Raises:
         BusyError: Another process holds it; the message names that process.
         OSError: The file cannot be made or written.
+        UnsafeFileError: It is a link or not a regular file of its own.
     """
-    file = path.open("a", encoding="utf-8")
+    file = open_lock(path)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         after_crash = os.fstat(file.fileno()).st_size > 0
@@ -72,8 +74,9 @@ def share(path: Path, *, alone: bool = False, patient: bool = False) -> TextIO:
     Raises:
         BusyError: Others hold it in a way that excludes ours, and we are not patient.
         OSError: The file cannot be made or written.
+        UnsafeFileError: It is a link or not a regular file of its own.
     """
-    file = path.open("a", encoding="utf-8")
+    file = open_lock(path)
     kind = fcntl.LOCK_EX if alone else fcntl.LOCK_SH
     try:
         fcntl.flock(file, kind if patient else kind | fcntl.LOCK_NB)
@@ -94,7 +97,14 @@ def _identity(run_id: str) -> dict[str, str | int]:
 
 def _holder(path: Path) -> str:
     try:
-        who = json.loads(path.read_text(encoding="utf-8"))
+        who = json.loads(read_whole(path))
         return clean(f"process {who['pid']} on {who['host']} since {who['since']}")
-    except (OSError, ValueError, KeyError, TypeError):  # it holds the lock, but has not written its name yet
+    except (
+        OSError,
+        FatalError,
+        ValueError,
+        LookupError,
+        TypeError,
+        RecursionError,
+    ):  # it holds the lock, but has not written its name yet
         return "another process"
