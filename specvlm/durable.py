@@ -29,5 +29,7 @@ def write_whole(path: Path, data: bytes) -> None:
         OSError: It cannot be written.
     """
     part = path.with_name(f".{path.name}.part")
-    part.write_bytes(data)
+    part.unlink(missing_ok=True)  # a link there would be written through
+    with part.open("xb") as file:
+        file.write(data)
     publish(part, path)

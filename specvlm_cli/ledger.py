@@ -619,10 +619,14 @@ class Ledger:
     def _outdate(self, name: str) -> None:
         self._db.execute("UPDATE part SET outdated = 1 WHERE name = ?", (name,))
 
-    def free_unlisted(self) -> None:
-        """Have captions that are said to be in a part that is not listed written into another one."""
+    def match_parts(self) -> None:
+        """Have captions of unlisted parts written into another one, and parts of other captions written again."""
         with self.writing():
             self._db.execute("UPDATE caption SET part = NULL WHERE part NOT IN (SELECT name FROM part)")
+            self._db.execute(
+                """UPDATE part SET outdated = 1 WHERE name LIKE 'captions/%' AND NOT outdated
+                   AND rows != (SELECT count(*) FROM caption WHERE part = name)"""
+            )
 
     def renew_part(self, part: Part) -> None:
         """Record that a part was written anew under its old name."""

@@ -7,6 +7,7 @@ never guessed at. It knows rows and states; it shows nothing and decides nothing
 
 from __future__ import annotations
 
+import math
 import sqlite3
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -253,7 +254,7 @@ class LedgerView:
 
     def pages(self) -> Iterator[Page]:
         """Yield all videos in the ledger's order, each page with the captions of its videos."""
-        after = -1
+        after = -(1 << 63)
         while (page := self._page(after)).items:
             yield page
             after = page.items[-1].ordinal
@@ -357,7 +358,7 @@ class LedgerView:
         """Return what was read as it is declared, where its values have the types that are declared."""
         for name, (kinds, least) in _declared(cast(type, record.__class__)).items():
             value = getattr(record, name)
-            if type(value) not in kinds or (type(value) is int and value < least):
+            if type(value) not in kinds or (type(value) in (int, float) and not least <= value < math.inf):
                 raise self._odd(f"a {name} that is {str(value)[:60]!r}")
         return record
 
@@ -391,7 +392,7 @@ class LedgerView:
 
 @cache
 def _declared(kind: type) -> Mapping[str, tuple[tuple[type, ...], int]]:
-    """Return (types, least whole number) of the fields of a record; only a time may be before 1970."""
+    """Return (types, least number) of the fields of a record; only the time of a file may be before 1970."""
     return {
         name: (get_args(hint) or (hint,), -(1 << 63) if name == "mtime_ns" else 0)
         for name, hint in get_type_hints(kind).items()
@@ -420,7 +421,7 @@ def _problem(path: Path, error: sqlite3.Error) -> LedgerProblemError:
     name = clean(str(path))
     if code == sqlite3.SQLITE_READONLY_ROLLBACK:
         reason = "a crash left it in the middle of a write; the next start of specvlm caption repairs it"
-    elif code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+    elif code & 0xFF in (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
         reason = f"the ledger is damaged ({error}); delete it to have it rebuilt from captions/"
     elif code & 0xFF == sqlite3.SQLITE_BUSY:
         reason = "it has been locked by another program for a minute; try again"

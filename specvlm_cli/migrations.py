@@ -116,8 +116,8 @@ def require_schema(connection: sqlite3.Connection, version: int) -> None:
         FatalError: It has others, as only another program can have made them.
     """
     wanted, found = _schema(version), schema_of(connection)
-    if odd := sorted(wanted.items() ^ found.items()):
-        (kind, name), _ = odd[0]
+    if odd := wanted.items() ^ found.items():
+        kind, name = min((one for one, _ in odd), key=lambda one: (one[0] == "index", one))
         raise FatalError(
             f"its {kind} {name[:60]!r} is not as specvlm makes it; delete the ledger to have it rebuilt from "
             "captions/"

@@ -28,6 +28,7 @@ from specvlm.durable import publish
 from specvlm_cli.exits import FatalError
 from specvlm_cli.ledger import Ledger, Part, Row, refused
 from specvlm_cli.safe_files import UnsafeFileError, new_file, open_regular, require_folder
+from specvlm_cli.stopping import NotBegunError, is_asked
 from specvlm_cli.stored_rows import OddRowError
 from specvlm_cli.text import clean, path_bytes, path_text
 
@@ -128,6 +129,9 @@ _NUMBER = "[0-9]{5,15}"
 _ANY_PART = re.compile(rf"part-([0-9]{{5}})-{_NUMBER}\.parquet")
 _LISTED = re.compile(rf"(?:{CAPTIONS}/part-([0-9]{{5}})-{_NUMBER}|{FAILURES}/part-([0-9]{{5}}))\.parquet")
 _SOME_ROWS = 100
+_PIECE = 1 << 20  # bytes that are read at once
+_MOST_ROWS = {CAPTIONS: 1_000_000, FAILURES: 50_000_000}  # of a file; of captions there are some thousands
+_MOST_UNPACKED = 16 << 30  # bytes
 _NEEDED = ("id", "path", "prompt_index", "caption", "created_at")  # without these columns a file is no part
 
 
@@ -230,7 +234,7 @@ class Parts:
         Raises:
             FatalError: A file with a part's name is none of ours.
         """
-        ledger.free_unlisted()
+        ledger.match_parts()
         strays = list(self._strays(ledger))
         for path in strays:
             self._refuse_foreign(path, ledger)
@@ -258,7 +262,7 @@ class Parts:
             found = path.lstat()
             if not stat.S_ISREG(found.st_mode) or found.st_size != part.size_bytes:
                 return False
-            return not content or _described(self._root, part.name, part.rows) == part
+            return not content or _described(self._root, part.name, part.rows, interruptible=True) == part
         except (FileNotFoundError, UnsafeFileError):
             return False
 
@@ -321,10 +325,21 @@ class Parts:
                 ledger.adopt_failures(rows, [path_bytes(row["path"]) for row in rows])
 
 
-def names_part(name: str, shard: int) -> bool:
+def names_part(name: object, shard: int) -> bool:
     """Say whether a path inside the run folder is one that a shard gives to its files."""
-    found = _LISTED.fullmatch(name)
+    found = _LISTED.fullmatch(name) if isinstance(name, str) else None
     return found is not None and int(found.group(1) or found.group(2)) == shard
+
+
+def require_size(file: pq.ParquetFile, folder: str) -> None:
+    """Check that a file can be one of a folder of ours before it is read: a small one may unpack to terabytes.
+
+    Raises:
+        ValueError: It has more rows, or more bytes when they are unpacked.
+    """
+    unpacked = sum(file.metadata.row_group(index).total_byte_size for index in range(file.num_row_groups))
+    if file.metadata.num_rows > _MOST_ROWS[folder] or unpacked > _MOST_UNPACKED:
+        raise ValueError(f"{file.metadata.num_rows} rows of {unpacked} bytes are more than a run writes")
 
 
 def ids_in_parts(root: Path) -> Iterator[tuple[int, list[str]]]:
@@ -424,17 +439,27 @@ def _check(path: Path, rows: int, schema: pa.Schema) -> None:
             raise FatalError(f"{path}: what was written does not read back; check the disk, then start again")
 
 
-def _described(root: Path, name: str, rows: int) -> Part:
+def _described(root: Path, name: str, rows: int, *, interruptible: bool = False) -> Part:
+    """Describe a file as it is.
+
+    Raises:
+        NotBegunError: A signal came meanwhile, and that is to end it.
+    """
+    digest = hashlib.sha256()
     with open_regular(root / name) as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return Part(name, digest, rows, file.tell())
+        while piece := file.read(_PIECE):
+            digest.update(piece)
+            if interruptible and is_asked():
+                raise NotBegunError("a signal")
+        return Part(name, digest.hexdigest(), rows, file.tell())
 
 
 def _read(path: Path, schema: pa.Schema) -> list[Row]:
     """Return a file's rows; columns of `schema` that an earlier version did not write yet are null."""
     try:
-        with open_regular(path) as file:
-            table = pq.read_table(file, page_checksum_verification=True)
+        with open_regular(path) as opened, pq.ParquetFile(opened, page_checksum_verification=True) as file:
+            require_size(file, CAPTIONS if "caption" in schema.names else FAILURES)
+            table = file.read()
         table = table.cast(_like(table.schema, schema))
         for name in _NEEDED:
             if name in schema.names and table.column(name).null_count:

@@ -73,7 +73,7 @@ class RunFile:
                 raise TypeError(f"its {name} is no {kind.__name__}")
         if not 1 <= known["shards"] <= MOST_SHARDS:
             raise ValueError(f"its shards are {str(known['shards'])[:20]}, not 1 to {MOST_SHARDS}")
-        if unknown := [name for name, kind in known["kept"].items() if kind not in KEPT_KINDS]:
+        if unknown := [name for name, kind in known["kept"].items() if str(kind) not in KEPT_KINDS]:
             raise ValueError(
                 f"its kept column {unknown[0][:60]!r} has none of the kinds {', '.join(KEPT_KINDS)}"
             )

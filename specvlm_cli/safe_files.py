@@ -1,8 +1,8 @@
 """Files in folders that somebody else may write into: opened, made and checked without harm outside of them.
 
 Links are not followed, nothing that could block (a FIFO, a device) is waited for, and what is opened is checked
-once it is open. This concerns the last name of a path: folders above it are those of the user, except the
-folders of a run, see `require_folder`. Knows no ledger and no part.
+once it is open. This concerns the last name of a path: folders above it are those of the user, except
+those that specvlm makes, see `require_folder`. Knows no ledger and no part.
 """
 
 from __future__ import annotations
@@ -90,15 +90,14 @@ def require_file(path: Path, *, to_write: bool = False) -> None:
 
 
 def require_folder(path: Path) -> None:
-    """Check a folder of a run; where there is none, that is right too.
+    """Check a folder that specvlm makes; where there is none, that is right too.
 
     Raises:
-        UnsafeFileError: It is a link. What it leads to is not known to belong to the run.
+        UnsafeFileError: It is a link: what it leads to may be any folder of the user.
     """
     if path.is_symlink():
         raise UnsafeFileError(
-            f"{clean(str(path))}: a link to another folder, which specvlm does not follow; put the folder itself "
-            "there, or link the whole run folder"
+            f"{clean(str(path))}: a link, which specvlm does not follow here; move it away, then start again"
         )
 
 

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from specvlm_cli.holder import holder_of
 from specvlm_cli.ledger_view import LedgerProblemError, LedgerView, Page, PartView
-from specvlm_cli.parts import names_part
+from specvlm_cli.parts import CAPTIONS, FAILURES, names_part, require_size
 from specvlm_cli.run_view import RunView, shard_of_part
 from specvlm_cli.safe_files import UnsafeFileError, open_regular
 from specvlm_cli.text import clean
@@ -193,7 +193,7 @@ class _Shard:
             return [Finding(f"{name}: is gone; the next start writes it anew")]
         except UnsafeFileError as error:
             return [Finding(str(error))]
-        except (OSError, pa.ArrowException, KeyError) as error:
+        except (OSError, pa.ArrowException, KeyError, ValueError) as error:
             reason = clean(" ".join(str(error).split()))
             return [Finding(f"{name}: not readable ({reason}); the next start writes it anew")]
 
@@ -216,6 +216,7 @@ def _read(path: Path, *, captions: bool) -> tuple[int, Content]:
     """Return a file's number of rows, and what stands in it, every page of it checked."""
     found: Content = {}
     with open_regular(path) as opened, pq.ParquetFile(opened, page_checksum_verification=True) as file:
+        require_size(file, CAPTIONS if captions else FAILURES)
         for batch in file.iter_batches(_BATCH):
             ids = batch.column("id").to_pylist()
             indexes = batch.column("prompt_index").to_pylist() if captions else [0] * len(ids)

@@ -161,6 +161,8 @@ def _sources(run: RunView, work: Path) -> tuple[dict[int, Path], list[str]]:
     found: dict[int, Path] = {}
     notes: list[str] = []
     absent = 0
+    if run.problem is not None:  # of run.json, which also names the columns of a manifest
+        notes.append(run.problem)
     for shard in range(run.shards):
         if lexists(run.ledger(shard)):
             found[shard] = run.ledger(shard)
