@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import socket
+import time
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,7 +15,10 @@ from typing import Self, TextIO
 
 from specvlm_cli.exits import BusyError, FatalError
 from specvlm_cli.safe_files import open_lock, read_whole
+from specvlm_cli.stopping import NotBegunError, is_asked
 from specvlm_cli.text import clean
+
+_LOOK_EVERY_S = 0.02
 
 
 class Lock:
@@ -73,13 +77,17 @@ def share(path: Path, *, alone: bool = False, patient: bool = False) -> TextIO:
 
     Raises:
         BusyError: Others hold it in a way that excludes ours, and we are not patient.
+        NotBegunError: We are patient, and a signal has asked to stop.
         OSError: The file cannot be made or written.
         UnsafeFileError: It is a link or not a regular file of its own.
     """
     file = open_lock(path)
     kind = fcntl.LOCK_EX if alone else fcntl.LOCK_SH
     try:
-        fcntl.flock(file, kind if patient else kind | fcntl.LOCK_NB)
+        while not _is_locked(file, kind, patient):
+            time.sleep(_LOOK_EVERY_S)
+            if is_asked():  # waiting in the kernel would go on after a signal
+                raise NotBegunError("a signal")
     except BlockingIOError:
         file.close()
         what = "a start of it is at work" if alone else "its shard count is being changed"
@@ -88,6 +96,16 @@ def share(path: Path, *, alone: bool = False, patient: bool = False) -> TextIO:
         file.close()
         raise
     return file
+
+
+def _is_locked(file: TextIO, kind: int, patient: bool) -> bool:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if not patient:
+            raise
+        return False
+    return True
 
 
 def _identity(run_id: str) -> dict[str, str | int]:

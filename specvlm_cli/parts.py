@@ -272,6 +272,8 @@ class Parts:
             return
         try:
             rows = _read(path, caption_schema(self.kept))
+        except _TooLargeError:
+            raise
         except FatalError:  # nobody can read it, so nothing is lost with it
             return
         if not all(ledger.holds(row) for row in rows):
@@ -329,6 +331,17 @@ def names_part(name: object, shard: int) -> bool:
     """Say whether a path inside the run folder is one that a shard gives to its files."""
     found = _LISTED.fullmatch(name) if isinstance(name, str) else None
     return found is not None and int(found.group(1) or found.group(2)) == shard
+
+
+class _TooLargeError(FatalError):
+    """A file may be readable, but cannot be one of ours."""
+
+
+def _refuse_size(path: Path, file: pq.ParquetFile, folder: str) -> None:
+    try:
+        require_size(file, folder)
+    except ValueError as error:
+        raise _TooLargeError(f"{clean(str(path))}: {error}; move it out of this folder") from error
 
 
 def require_size(file: pq.ParquetFile, folder: str) -> None:
@@ -458,7 +471,7 @@ def _read(path: Path, schema: pa.Schema) -> list[Row]:
     """Return a file's rows; columns of `schema` that an earlier version did not write yet are null."""
     try:
         with open_regular(path) as opened, pq.ParquetFile(opened, page_checksum_verification=True) as file:
-            require_size(file, CAPTIONS if "caption" in schema.names else FAILURES)
+            _refuse_size(path, file, CAPTIONS if "caption" in schema.names else FAILURES)
             table = file.read()
         table = table.cast(_like(table.schema, schema))
         for name in _NEEDED:

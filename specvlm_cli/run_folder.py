@@ -39,6 +39,7 @@ from specvlm_cli.text import clean
 
 LEDGER_NAME = re.compile(r"state-([0-9]{5})\.db")
 _FORMAT = 1
+_MOST_DEPTH = 20
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # what was asked for is not to blame
 
 
@@ -67,6 +68,8 @@ class RunFile:
     def from_json(cls, found: dict[str, Any]) -> RunFile:
         """Return what was read; TypeError, KeyError or ValueError where it is no such thing."""
         kinds = {"settings": dict, "config_hash": str, "resolved": dict, "shards": int, "format": int}
+        if _is_deeper(found, _MOST_DEPTH):
+            raise ValueError(f"nested more than {_MOST_DEPTH} deep")
         known = {name: found[name] for name in kinds} | {"kept": found.get("kept", {})}
         for name, kind in (kinds | {"kept": dict}).items():
             if type(known[name]) is not kind:
@@ -248,6 +251,12 @@ class RunFolder:
             self.parts.rebuild(ledger)
         publish(temporary, self._ledger)
         self.was_rebuilt = True
+
+
+def _is_deeper(value: Any, depth: int) -> bool:
+    """Say whether JSON is nested more than `depth` levels deep."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return any(depth == 0 or _is_deeper(one, depth - 1) for one in inner)
 
 
 def _journal(ledger: Path) -> Path:

@@ -15,13 +15,16 @@ from pathlib import Path
 
 import pytest
 
+from specvlm_cli import lock, parts
 from specvlm_cli.inputs.item import item_id
 from specvlm_cli.ledger import Ledger
+from specvlm_cli.stopping import NotBegunError
 from specvlm_cli.talk import Talk
 from specvlm_cli.text import escaped
 from tests.cli.conftest import Result, Specvlm, rows
 from tests.cli.made import Video, fill, make_run
 
+DEEP = '{"a":' + 400 * "[" + 400 * "]" + "}"
 REUSE = ("--on-config-change", "reuse")
 
 
@@ -265,7 +268,12 @@ def test_settings_that_are_none(specvlm: Specvlm, ground: Ground, text: str) -> 
 
 
 @pytest.mark.parametrize(
-    ("was", "now"), [('"shards": 1', '"shards": 9999999'), ('"kept": {}', '"kept": {"a": []}')]
+    ("was", "now"),
+    [
+        ('"shards": 1', '"shards": 9999999'),
+        ('"kept": {}', '"kept": {"a": []}'),
+        ('"resolved": {}', f'"resolved": {DEEP}'),
+    ],
 )
 def test_absurd_settings(specvlm: Specvlm, ground: Ground, was: str, now: str) -> None:
     path = ground.state / "run.json"
@@ -445,3 +453,21 @@ def test_what_libraries_print_is_escaped(
 def test_a_finished_run_is_still_finished(specvlm: Specvlm, ground: Ground) -> None:
     assert specvlm("caption", ground.videos, "-o", ground.out, *REUSE).code == 0
     assert not specvlm.loads
+
+
+def test_a_lock_that_somebody_never_gives_back(ground: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
+    with lock.share(ground.state / "run.json.lock", alone=True):
+        monkeypatch.setattr(lock, "is_asked", lambda: True)
+        with pytest.raises(NotBegunError):
+            lock.share(ground.state / "run.json.lock", alone=True, patient=True)
+
+
+def test_a_part_that_would_unpack_to_too_much(
+    specvlm: Specvlm, ground: Ground, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(parts._MOST_ROWS, "captions", 2)
+    stray = ground.part.with_name("part-00000-00004.parquet")
+    stray.write_bytes(ground.part.read_bytes())
+    assert refused(start(specvlm, ground), stray)
+    assert stray.exists()
+    assert "more than a run writes" in specvlm("status", ground.out, "--verify").out
