@@ -78,9 +78,11 @@ def undefended(connection: sqlite3.Connection) -> Iterator[None]:
 
 def was_interrupted(error: BaseException | None) -> bool:
     """Say whether an error, or what led to it, is a query that a signal ended."""
-    while error is not None:
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:  # an error may be its own cause
         if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_INTERRUPT:
             return True
+        seen.append(error)
         error = error.__cause__ or error.__context__
     return False
 

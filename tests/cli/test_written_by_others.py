@@ -471,3 +471,13 @@ def test_a_part_that_would_unpack_to_too_much(
     assert refused(start(specvlm, ground), stray)
     assert stray.exists()
     assert "more than a run writes" in specvlm("status", ground.out, "--verify").out
+
+
+def test_a_ledger_that_somebody_holds(
+    specvlm: Specvlm, ground: Ground, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("specvlm_cli.ledger.BUSY_TIMEOUT_S", 0.1)
+    with closing(sqlite3.connect(ground.ledger, isolation_level=None)) as database:
+        database.execute("BEGIN EXCLUSIVE")
+        found = start(specvlm, ground)
+    assert (found.code, "in use by another program" in found.err) == (75, True)
