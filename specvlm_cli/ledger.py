@@ -151,7 +151,7 @@ class Ledger:
             except (FatalError, *UNREADABLE):
                 pass
             connection.close()
-        except (FatalError, FileNotFoundError, sqlite3.OperationalError):
+        except (FatalError, OSError, sqlite3.OperationalError):
             pass
         return None
 

@@ -144,6 +144,8 @@ class LedgerView:
             raise _problem(path, error) from error
         except FatalError as error:
             raise LedgerProblemError(str(error)) from error
+        except PermissionError as error:
+            raise LedgerProblemError(f"{clean(str(path))}: cannot be read ({error.strerror})") from error
         try:
             connection.execute("PRAGMA query_only = ON")
             return cls(connection, path, _version(connection, path), kept or {})

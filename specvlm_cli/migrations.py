@@ -90,6 +90,7 @@ _FIFTH = (
     "UPDATE part SET outdated = 1 WHERE name LIKE 'captions/%'",
 )
 
+# Steps are added, never edited: ledgers that exist are compared with what the steps make.
 STEPS: tuple[tuple[str, ...], ...] = (_FIRST, _SECOND, _THIRD, _FOURTH, _FIFTH)
 READABLE = 3  # steps that made the tables what they are; a ledger that has seen so many is read as it is
 

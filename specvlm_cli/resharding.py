@@ -187,10 +187,12 @@ def _require_complete(complete: Path, before: int, count: int) -> None:
         raise _planted(complete, f"{odd[0]!r} does not belong there")
     news = [one if lexists(one) else complete.with_name(one.name) for one in map(complete.joinpath, names)]
     for new in news:
-        ledger = Ledger.peek(new)
-        if ledger is None:
-            raise _planted(complete, f"{new.name} is not there, or not a ledger")
-        ledger.close()
+        try:
+            Ledger.open(
+                new
+            ).close()  # one that has its place already may have been left in the middle of a write
+        except (FatalError, FileNotFoundError) as error:
+            raise _planted(complete, f"{new.name} is not there, or not a ledger") from error
     for old in filter(lexists, (complete.with_name(_name(index)) for index in range(before))):
         Ledger.open(old).close()  # refuses what is not a ledger
         for index, new in enumerate(news):

@@ -481,3 +481,22 @@ def test_a_ledger_that_somebody_holds(
         database.execute("BEGIN EXCLUSIVE")
         found = start(specvlm, ground)
     assert (found.code, "in use by another program" in found.err) == (75, True)
+
+
+def test_a_division_that_a_crash_left_in_the_middle_of_a_write_is_finished(
+    specvlm: Specvlm, ground: Ground
+) -> None:
+    journal = ground.state / "state-00000.db-journal"
+    with closing(sqlite3.connect(ground.ledger, isolation_level=None)) as database:
+        database.execute("PRAGMA cache_size = 1")
+        database.execute("BEGIN IMMEDIATE")
+        database.execute("UPDATE caption SET part = NULL, row = row || hex(zeroblob(9000))")
+        left = {path: path.read_bytes() for path in (ground.ledger, journal)}
+        database.execute("ROLLBACK")
+    for path, content in left.items():
+        path.write_bytes(content)
+    (ground.state / "resharded").mkdir()
+    (ground.state / "resharded/shards").write_text("1")
+    assert specvlm("caption", ground.videos, "-o", ground.out, *REUSE).code == 0
+    assert not (ground.state / "resharded").exists()
+    assert len(rows(ground.out)) == 3
