@@ -83,9 +83,11 @@ def until_listening() -> Iterator[None]:
         _asked.append(signal.Signals(number).name)
         raise NotBegunError(signal.Signals(number).name)
 
-    _asked.clear()
-    with _handled(end):
-        yield
+    try:
+        with _handled(end):
+            yield
+    finally:
+        _asked.clear()
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from specvlm_cli.screen.overheard import Lines, Overheard
 from specvlm_cli.screen.report import ending, summary
 from specvlm_cli.screen.voice import LOG_EVERY_S, STDERR, ProgressName, Voice
 from specvlm_cli.screen.words import counted
+from specvlm_cli.streams import escaping
 from specvlm_cli.text import MOST_CHARACTERS, caption_line, escaped, short
 
 __all__ = ["STDERR", "LiveStatus", "ProgressName", "Talk", "counted", "error_line", "error_trace"]
@@ -119,7 +120,7 @@ class Talk(Voice):
         with Display(self._console, self._meter) as display:
             self._display = display
             try:
-                with every(REFRESH_S, display.refresh):
+                with escaping(), every(REFRESH_S, display.refresh):  # rich would read escape sequences
                     yield
             finally:
                 self._display = None
