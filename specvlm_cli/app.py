@@ -31,6 +31,7 @@ from specvlm_cli.commands.train_flags import TrainFlags
 from specvlm_cli.commands.vocab import VocabFlags, vocab
 from specvlm_cli.database import was_interrupted
 from specvlm_cli.exits import CommandError, ExitCode
+from specvlm_cli.process import keep_torch_out_of_foreign_folders
 from specvlm_cli.stopping import NotBegunError, until_listening
 from specvlm_cli.talk import error_line, error_trace
 from specvlm_cli.text import short
@@ -76,6 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
     streams.prepare()
     try:
+        if given[0] in ("caption", "train", "bench", "inspect", "doctor"):
+            keep_torch_out_of_foreign_folders()
         listening = until_listening() if given[0] in ("caption", "train") else nullcontext()
         with streams.escaping(), listening:
             code = int(app(args=given, prog_name="specvlm", standalone_mode=False) or 0)
