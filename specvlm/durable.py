@@ -8,7 +8,7 @@ from pathlib import Path
 
 def sync(path: Path) -> None:
     """Wait until a file's content, or a folder's list of names, is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # so that a FIFO is not waited for
     try:
         os.fsync(descriptor)
     finally:
@@ -29,5 +29,7 @@ def write_whole(path: Path, data: bytes) -> None:
         OSError: It cannot be written.
     """
     part = path.with_name(f".{path.name}.part")
-    part.write_bytes(data)
+    part.unlink(missing_ok=True)  # a link there would be written through
+    with part.open("xb") as file:
+        file.write(data)
     publish(part, path)

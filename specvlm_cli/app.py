@@ -29,7 +29,9 @@ from specvlm_cli.commands.status import status
 from specvlm_cli.commands.train import train
 from specvlm_cli.commands.train_flags import TrainFlags
 from specvlm_cli.commands.vocab import VocabFlags, vocab
+from specvlm_cli.database import was_interrupted
 from specvlm_cli.exits import CommandError, ExitCode
+from specvlm_cli.process import keep_torch_out_of_foreign_folders
 from specvlm_cli.stopping import NotBegunError, until_listening
 from specvlm_cli.talk import error_line, error_trace
 from specvlm_cli.text import short
@@ -75,7 +77,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
     streams.prepare()
     try:
-        with until_listening() if given[0] in ("caption", "train") else nullcontext():
+        if given[0] in ("caption", "train", "bench", "inspect", "doctor"):
+            keep_torch_out_of_foreign_folders()
+        listening = until_listening() if given[0] in ("caption", "train") else nullcontext()
+        with streams.escaping(), listening:
             code = int(app(args=given, prog_name="specvlm", standalone_mode=False) or 0)
         sys.stdout.flush()  # here, where a reader that has gone can still be dealt with
         return code
@@ -88,6 +93,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ExitCode.FATAL
     except Exception as error:
+        if was_interrupted(error):  # by a signal, while a ledger was read
+            if given[0] not in ("caption", "train"):
+                return ExitCode.INTERRUPTED
+            error_line("stopped by a signal; start again to go on")
+            return ExitCode.STOPPED
         if _verbose(given):
             error_trace(traceback.format_exc())
         message, code = _explained(error)

@@ -17,6 +17,7 @@ from specvlm.bench.page import PageSheet, write_page
 from specvlm.bench.records import STAGES, Report, rows_of
 from specvlm.durable import publish
 from specvlm_cli.exits import FatalError, UsageError
+from specvlm_cli.safe_files import new_file
 from specvlm_cli.text import clean, storable
 
 ROWS, PAGE = "bench.parquet", "bench.html"
@@ -115,6 +116,7 @@ def _whole(path: Path) -> Iterator[Path]:
     """Give the name under which to write a file, which gets its own once it is whole."""
     temporary = path.with_name(f".{path.name}-{os.getpid()}")
     try:
+        new_file(temporary).close()
         yield temporary
         publish(temporary, path)
     finally:

@@ -10,7 +10,10 @@ import json
 import os
 import socket
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
+
+from specvlm_cli.safe_files import UnsafeFileError, read_whole
 
 _KERNEL_LIST = Path("/proc/locks")
 
@@ -36,9 +39,9 @@ class Holder:
 def holder_of(lock: Path) -> Holder | None:
     """Return who holds a lock, or died holding it; None: nobody."""
     try:
-        named = _named(lock.read_text(encoding="utf-8"))
+        named = _named(read_whole(lock))
         locked_by = _locked_by(lock, 0 if named is None else named[1])
-    except OSError:
+    except (OSError, UnsafeFileError):  # no lock of ours: a start says what is wrong with it
         return None
     here = socket.gethostname()
     if named is None:
@@ -53,11 +56,13 @@ def _alive(ours: bool, named: int, locked_by: int | None) -> bool | None:
     return False if ours and not _exists(named) else None
 
 
-def _named(text: str) -> tuple[str, int, str] | None:
+def _named(text: bytes) -> tuple[str, int, str] | None:
     try:
         found = json.loads(text)
-        return str(found["host"]), int(found["pid"]), str(found["since"])
-    except (ValueError, KeyError, TypeError):
+        host, pid, since = str(found["host"]), int(found["pid"]), str(found["since"])
+        datetime.fromisoformat(since)
+        return host, pid, since
+    except (ArithmeticError, ValueError, LookupError, TypeError, RecursionError):
         return None
 
 
@@ -70,7 +75,7 @@ def _locked_by(lock: Path, named: int) -> int | None:
         lines = _KERNEL_LIST.read_text().splitlines()
     except OSError:
         return None
-    status = lock.stat()
+    status = lock.lstat()
     device = (os.major(status.st_dev), os.minor(status.st_dev))
     found = (
         pid

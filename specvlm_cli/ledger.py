@@ -21,14 +21,20 @@ from typing import Any, NamedTuple, Self
 
 from sqlite_utils import Database
 
+from specvlm_cli import database as sqlite_file
 from specvlm_cli.exits import FatalError
 from specvlm_cli.failure import Failure as Failure
 from specvlm_cli.inputs.item import Item
-from specvlm_cli.migrations import READABLE, STEPS, migrate, schema_version, sign
+from specvlm_cli.migrations import READABLE, STEPS, migrate, require_schema, schema_version, sign
+from specvlm_cli.safe_files import new_file
+from specvlm_cli.stored_rows import OddRowError, read_row
+from specvlm_cli.stored_rows import Row as Row
+from specvlm_cli.text import clean
 from specvlm_cli.wanted import Wanted
 
-Row = dict[str, Any]
-
+STATES = ("pending", "running", "done", "failed")
+MOST_PARTS = 10**15  # a part number has at most fifteen digits
+_MOST_ATTEMPTS = 1 << 31
 MOST_CRASHES = 3  # a video that was running at so many crashes, alone at the last, is not tried again
 SUSPECT_CRASHES = MOST_CRASHES - 1  # one that was running at so many runs with nothing else
 BUSY_TIMEOUT_S = 60.0
@@ -86,8 +92,9 @@ class Part:
 class Ledger:
     """One open ledger. Only the holder of the run folder's lock may open it for writing."""
 
-    def __init__(self, connection: sqlite3.Connection) -> None:
+    def __init__(self, connection: sqlite3.Connection, path: Path = Path(":memory:")) -> None:
         self._db = Database(connection, execute_plugins=False)
+        self._path = path
         self._all_wanted = False  # what is wanted is all there is, which makes counting cheap
 
     @classmethod
@@ -95,36 +102,41 @@ class Ledger:
         """Open an existing ledger for writing; a journal that a crash left is rolled back by SQLite.
 
         Raises:
-            FatalError: The file is damaged, is no ledger, or is one of a newer version.
+            FatalError: The file is damaged, is no ledger, is one of a newer version, or has other tables than a
+                ledger.
         """
         connection = _connect(path, "rw")
         try:
+            require_schema(connection, schema_version(Database(connection, execute_plugins=False)))
             _set_up(connection)
             _check(connection)
             migrate(Database(connection, execute_plugins=False))
+            sqlite_file.never_interrupt(connection)
         except (FatalError, *UNREADABLE) as error:
             connection.close()
             raise refused(path, error) from error
-        return cls(connection)
+        return cls(connection, path)
 
     @classmethod
     def create(cls, path: Path) -> Self:
         """Make an empty ledger in a new file."""
-        connection = _connect(path, "rwc")
+        new_file(path).close()
+        connection = _connect(path, "rw")
         _set_up(connection)
-        return cls._new(connection)
+        sqlite_file.never_interrupt(connection)
+        return cls._new(connection, path)
 
     @classmethod
     def in_memory(cls) -> Self:
         """Make an empty ledger that is gone when it is closed."""
-        return cls._new(sqlite3.connect(":memory:", isolation_level=None))
+        return cls._new(sqlite3.connect(":memory:", isolation_level=None), Path(":memory:"))
 
     @classmethod
-    def _new(cls, connection: sqlite3.Connection) -> Self:
+    def _new(cls, connection: sqlite3.Connection, path: Path) -> Self:
         database = Database(connection, execute_plugins=False)
         sign(database)
         migrate(database)
-        return cls(connection)
+        return cls(connection, path)
 
     @classmethod
     def peek(cls, path: Path) -> Self | None:
@@ -132,12 +144,14 @@ class Ledger:
         try:
             connection = _connect(path, "ro")
             try:
-                if schema_version(Database(connection, execute_plugins=False)) >= READABLE:
-                    return cls(connection)
+                version = schema_version(Database(connection, execute_plugins=False))
+                require_schema(connection, version)
+                if version >= READABLE:
+                    return cls(connection, path)
             except (FatalError, *UNREADABLE):
                 pass
             connection.close()
-        except sqlite3.OperationalError:
+        except (FatalError, OSError, sqlite3.OperationalError):
             pass
         return None
 
@@ -176,6 +190,21 @@ class Ledger:
     def _one(self, sql: str, *values: object) -> Any:
         return self._db.execute(sql, values).fetchone()[0]
 
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Name the file where the block reads something that no run writes.
+
+        Raises:
+            FatalError: It does.
+        """
+        try:
+            yield
+        except (sqlite3.Error, UnicodeDecodeError, OddRowError) as error:
+            known = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
+            if known == sqlite3.SQLITE_ERROR or is_damage(error):  # e.g. malformed JSON
+                raise refused(self._path, error) from error
+            raise
+
     # What is wanted by this run
 
     def want(self, wanted: Wanted) -> None:
@@ -185,8 +214,9 @@ class Ledger:
         the input root, and so its id, would be another one, and it would be captioned twice.
         """
         self._db.execute("ATTACH DATABASE ? AS wanted", (str(wanted.path),))
-        for setting in ("journal_mode = OFF", "synchronous = OFF", "cache_size = -65536"):
-            self._db.execute(f"PRAGMA wanted.{setting}")
+        with sqlite_file.undefended(self._db.conn):
+            for setting in ("journal_mode = OFF", "synchronous = OFF", "cache_size = -65536"):
+                self._db.execute(f"PRAGMA wanted.{setting}")
         new = self._count_new()
         if new and self._keep_known_ids():
             new = self._count_new()
@@ -223,8 +253,9 @@ class Ledger:
         sql = """SELECT video.id, video.own_id, item.path, video.path FROM wanted.differing
                  JOIN item USING (ordinal) JOIN wanted.video AS video USING (place)
                  WHERE item.path != video.path AND video.problem IS NULL"""
-        rows = self._db.execute(sql)
-        return (Moved(identity, bool(own), bytes(then), bytes(now)) for identity, own, then, now in rows)
+        with self._reading():
+            for identity, own, then, now in self._db.execute(sql):
+                yield Moved(str(identity), bool(own), _path(then), _path(now))
 
     def asked_differently(self) -> bytes | None:
         """Return the path of a video whose captions are for other prompts of its own than it has now.
@@ -237,9 +268,10 @@ class Ledger:
                       WHERE caption.item = ordinal ORDER BY prompt_index))
                  FROM wanted.differing JOIN item USING (ordinal) JOIN wanted.video AS video USING (place)
                  WHERE item.prompts IS NOT video.prompts AND item.state = 'done'"""
-        for path, now, then in self._db.execute(sql):
-            if now is None or json.loads(now) != json.loads(then):
-                return bytes(path)
+        with self._reading():
+            for path, now, then in self._db.execute(sql):
+                if now is None or json.loads(now) != json.loads(then):
+                    return _path(path)
         return None
 
     def cut_differently(self) -> str | None:
@@ -253,7 +285,7 @@ class Ledger:
 
     def some_ids(self) -> list[str]:
         """Return a hundred ids, or all."""
-        return [identity for (identity,) in self._db.execute("SELECT id FROM item LIMIT 100")]
+        return [str(identity) for (identity,) in self._db.execute("SELECT id FROM item LIMIT 100")]
 
     def counts(self) -> dict[str, int]:
         """Return how many wanted videos are pending (new ones included), running, done, failed."""
@@ -262,13 +294,20 @@ class Ledger:
         else:
             sql = """SELECT coalesce(item.state, iif(video.problem IS NULL, 'pending', 'failed')), count(*)
                      FROM wanted.video AS video LEFT JOIN item USING (id) GROUP BY 1"""
-        return {"pending": 0, "running": 0, "done": 0, "failed": 0} | dict(self._db.execute(sql).fetchall())
+        counts = dict.fromkeys(STATES, 0)
+        with self._reading():
+            for state, number in self._db.execute(sql):
+                if state not in counts:
+                    raise OddRowError(f"a video whose state is {str(state)[:60]!r}")
+                counts[state] = number
+        return counts
 
     def to_do(self, overwrite: bool, retry_failed: bool, limit: int | None) -> Iterator[Planned]:
         """Yield the wanted videos that a start would work on, in order."""
         sql, values = _to_do("path, video.start_s, video.end_s", overwrite, retry_failed, limit)
-        rows = self._db.execute(sql, values)
-        return (Planned(bytes(path), start_s, end_s) for path, start_s, end_s in rows)
+        with self._reading():
+            for path, start_s, end_s in self._db.execute(sql, values):
+                yield Planned(_path(path), start_s, end_s)
 
     def count_to_do(self, overwrite: bool, retry_failed: bool, limit: int | None) -> int:
         """Return how many wanted videos a start would work on."""
@@ -347,8 +386,9 @@ class Ledger:
         """Return rows of a manifest that failed because they name no video, and stand in no failures file yet."""
         sql = """SELECT ordinal, id, path, start_s, end_s, prompts, kept, attempts, stage, error_type, error
                  FROM item WHERE error_type = ? AND state = 'failed' AND NOT reported ORDER BY ordinal LIMIT ?"""
-        found = self._db.execute(sql, (BAD_INPUT, limit)).fetchall()
-        return [(_claim(*row[:8]), Failure(*row[8:])) for row in found]
+        with self._reading():
+            found = self._db.execute(sql, (BAD_INPUT, limit)).fetchall()
+            return [(_claim(*row[:8]), Failure(*row[8:])) for row in found]
 
     def problems(self, limit: int) -> tuple[int, list[str]]:
         """Return how many wanted rows name no video, and what is wrong with the first of them."""
@@ -368,7 +408,8 @@ class Ledger:
     def config_hashes(self) -> set[str]:
         """Return the settings, by their hash, with which the captions were made."""
         sql = "SELECT DISTINCT json_extract(row, '$.config_hash') FROM caption"
-        return {digest for (digest,) in self._db.execute(sql)}
+        with self._reading():
+            return {digest for (digest,) in self._db.execute(sql)}
 
     # What videos are claimed, and what becomes of them
 
@@ -384,7 +425,8 @@ class Ledger:
         sql = f"""SELECT ordinal, item.id, item.path, item.start_s, item.end_s, item.prompts, item.kept, attempts
                   FROM item JOIN wanted.video AS video USING (id)
                   WHERE state = 'pending' AND {condition} ORDER BY ordinal LIMIT ?"""
-        return [_claim(*row) for row in self._db.execute(sql, values).fetchall()]
+        with self._reading():
+            return [_claim(*row) for row in self._db.execute(sql, values).fetchall()]
 
     def claim(self, claim: Claim) -> None:
         """Mark a pending video as running: whatever kills this process now may be its doing."""
@@ -527,13 +569,15 @@ class Ledger:
     def rows_of_part(self, name: str) -> list[Row]:
         """Return the captions that belong in a part, in order."""
         sql = "SELECT row FROM caption WHERE part = ? ORDER BY item, prompt_index"
-        return [json.loads(row) for (row,) in self._db.execute(sql, (name,)).fetchall()]
+        with self._reading():
+            return [read_row(row) for (row,) in self._db.execute(sql, (name,)).fetchall()]
 
     def holds(self, row: Row) -> bool:
         """Say whether a row read from a part is one of these captions."""
         sql = """SELECT count(*) FROM caption JOIN item ON item.ordinal = caption.item
                  WHERE id = ? AND prompt_index = ? AND json_extract(row, '$.created_at') = ?"""
-        return bool(self._one(sql, row["id"], row["prompt_index"], row["created_at"]))
+        with self._reading():
+            return bool(self._one(sql, row["id"], row["prompt_index"], row["created_at"]))
 
     def rows_without_part(self, limit: int) -> list[tuple[int, int, Row]]:
         """Return (item, prompt index, row) of the oldest captions that stand in no part yet.
@@ -543,16 +587,21 @@ class Ledger:
         last = """SELECT item FROM caption WHERE part IS NULL ORDER BY item, prompt_index LIMIT 1 OFFSET ?"""
         sql = f"""SELECT item, prompt_index, row FROM caption
                   WHERE part IS NULL AND item <= coalesce(({last}), item) ORDER BY item, prompt_index"""
-        found = self._db.execute(sql, (limit - 1,)).fetchall()
-        return [(item, index, json.loads(row)) for item, index, row in found]
+        with self._reading():
+            found = self._db.execute(sql, (limit - 1,)).fetchall()
+            return [(item, index, read_row(row)) for item, index, row in found]
 
     def count_without_part(self) -> int:
         return int(self._one("SELECT count(*) FROM caption WHERE part IS NULL"))
 
     def take_part_number(self) -> int:
         """Return a part number that was never given out before."""
-        with self.writing():
-            number = int(self._one("SELECT value FROM counter WHERE name = 'next_part'"))
+        with self._reading(), self.writing():
+            number = int(
+                self._one("SELECT coalesce((SELECT value FROM counter WHERE name = 'next_part'), -1)")
+            )
+            if not 0 <= number < MOST_PARTS:
+                raise OddRowError(f"{number} as the number of the next part")
             self._db.execute("UPDATE counter SET value = ? WHERE name = 'next_part'", (number + 1,))
         return number
 
@@ -579,6 +628,15 @@ class Ledger:
     def _outdate(self, name: str) -> None:
         self._db.execute("UPDATE part SET outdated = 1 WHERE name = ?", (name,))
 
+    def match_parts(self) -> None:
+        """Have captions of unlisted parts written into another one, and parts of other captions written again."""
+        with self.writing():
+            self._db.execute("UPDATE caption SET part = NULL WHERE part NOT IN (SELECT name FROM part)")
+            self._db.execute(
+                """UPDATE part SET outdated = 1 WHERE name LIKE 'captions/%' AND NOT outdated
+                   AND rows != (SELECT count(*) FROM caption WHERE part = name)"""
+            )
+
     def renew_part(self, part: Part) -> None:
         """Record that a part was written anew under its old name."""
         with self.writing():
@@ -596,7 +654,8 @@ class Ledger:
         """Return every failed video, in order."""
         sql = """SELECT id, path, start_s AS start, end_s AS "end", stage, error_type, error, attempts, at
                  FROM item WHERE state = 'failed' ORDER BY ordinal"""
-        return list(self._db.query(sql))
+        with self._reading():
+            return [row | {"path": _path(row["path"])} for row in self._db.query(sql)]
 
     def failures_stale(self, name: str) -> bool:
         """Say whether the failures file `name` differs from the failures in the ledger."""
@@ -663,8 +722,32 @@ def _claim(
     kept: str | None,
     attempts: int,
 ) -> Claim:
-    own = None if prompts is None else tuple(json.loads(prompts))
-    return Claim(ordinal, Item(identity, bytes(path), start_s, end_s, own, kept), attempts + 1)
+    own = None if prompts is None else _json(prompts, list)
+    if own is not None and not (own and all(isinstance(one, str) for one in own)):
+        raise OddRowError(f"a video whose prompts are {str(prompts)[:60]}")
+    if kept is not None:
+        _json(kept, dict)
+    if type(attempts) is not int or not 0 <= attempts < _MOST_ATTEMPTS:
+        raise OddRowError(f"a video with {str(attempts)[:60]} attempts")
+    item = Item(str(identity), _path(path), start_s, end_s, None if own is None else tuple(own), kept)
+    return Claim(ordinal, item, attempts + 1)
+
+
+def _path(value: object) -> bytes:
+    """Return a stored path; another program may have stored something else."""
+    if type(value) is not bytes:
+        raise OddRowError(f"a video whose path is {str(value)[:60]!r}")
+    return value
+
+
+def _json(text: str, kind: type) -> Any:
+    try:
+        found = json.loads(text)
+    except (TypeError, ValueError, RecursionError):
+        found = None
+    if type(found) is not kind:
+        raise OddRowError(f"a video with {str(text)[:60]!r} where JSON belongs")
+    return found
 
 
 def _to_do(
@@ -679,8 +762,7 @@ def _to_do(
 
 
 def _connect(path: Path, mode: str) -> sqlite3.Connection:
-    address = f"{path.absolute().as_uri()}?mode={mode}"
-    return sqlite3.connect(address, uri=True, timeout=BUSY_TIMEOUT_S, isolation_level=None)
+    return sqlite_file.connect(path, mode, BUSY_TIMEOUT_S)
 
 
 def _set_up(connection: sqlite3.Connection) -> None:
@@ -711,9 +793,10 @@ def refused(path: Path, error: Exception) -> Exception:
     """Return the error to raise for a ledger that cannot be used."""
     if isinstance(error, sqlite3.Error) and getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_BUSY:
         return error
+    name = clean(str(path))
     if isinstance(error, FatalError):
-        return FatalError(f"{path}: {error}")
-    return FatalError(f"{path}: the ledger is damaged ({error}); {_REBUILD}")
+        return FatalError(f"{name}: {error}")
+    return FatalError(f"{name}: the ledger is damaged ({error}); {_REBUILD}")
 
 
 def _now() -> str:

@@ -7,24 +7,29 @@ never guessed at. It knows rows and states; it shows nothing and decides nothing
 
 from __future__ import annotations
 
-import json
+import math
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
+from functools import cache
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar, cast, get_args, get_type_hints
 
+from specvlm_cli import database
 from specvlm_cli.exits import FatalError
-from specvlm_cli.migrations import APPLICATION_ID, STEPS
+from specvlm_cli.ledger import STATES
+from specvlm_cli.migrations import APPLICATION_ID, STEPS, require_schema
+from specvlm_cli.stored_rows import OddRowError, check_types, checks, read_row
+from specvlm_cli.stored_rows import Row as Row
 from specvlm_cli.text import clean
 
-Row = dict[str, Any]
+R = TypeVar("R")
 
 PAGE = 1000  # rows of one query
 BUSY_TIMEOUT_S = 60.0
-_STATES = ("pending", "running", "done", "failed")
 
 
 class LedgerProblemError(FatalError):
@@ -45,7 +50,7 @@ class Counts:
         return self.pending + self.running + self.done + self.failed
 
     def __add__(self, other: Counts) -> Counts:
-        return Counts(*(getattr(self, name) + getattr(other, name) for name in _STATES))
+        return Counts(*(getattr(self, name) + getattr(other, name) for name in STATES))
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +80,8 @@ class ItemView:
     error: str | None
     at: str | None
     prompts: int | None  # how many of its own it has; None: those of the run
+    size_bytes: int | None = None  # of the file that was captioned; None: not known
+    mtime_ns: int | None = None  # when that was last changed; None: not known
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,30 +116,39 @@ class Page:
 class LedgerView:
     """One ledger, open for reading."""
 
-    def __init__(self, connection: sqlite3.Connection, path: Path, version: int) -> None:
+    def __init__(
+        self, connection: sqlite3.Connection, path: Path, version: int, kept: Mapping[str, str]
+    ) -> None:
         self._db = connection
         self._path = path
+        self._checks = checks(kept)
+        self._stamp = "size_bytes, mtime_ns" if version >= 3 else "NULL, NULL"
         self._prompts = "json_array_length(prompts)" if version >= 3 else "NULL"
         self._outdated = "outdated" if version >= 2 else "0"
 
     @classmethod
-    def open(cls, path: Path) -> Self:
+    def open(cls, path: Path, kept: Mapping[str, str] | None = None) -> Self:
         """Open a ledger, touching no file.
+
+        Args:
+            path: The ledger.
+            kept: Columns that a manifest brought along, and their kinds; None: there are none.
 
         Raises:
             FileNotFoundError: There is none.
             LedgerProblemError: It is there, but cannot be read as it is; the message says why.
         """
-        path.stat()
         try:
-            connection = sqlite3.connect(
-                f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=BUSY_TIMEOUT_S, isolation_level=None
-            )
+            connection = database.connect(path, "ro", BUSY_TIMEOUT_S)
         except sqlite3.Error as error:
             raise _problem(path, error) from error
+        except FatalError as error:
+            raise LedgerProblemError(str(error)) from error
+        except PermissionError as error:
+            raise LedgerProblemError(f"{clean(str(path))}: cannot be read ({error.strerror})") from error
         try:
             connection.execute("PRAGMA query_only = ON")
-            return cls(connection, path, _version(connection, path))
+            return cls(connection, path, _version(connection, path), kept or {})
         except sqlite3.Error as error:
             connection.close()
             raise _problem(path, error) from error
@@ -164,7 +180,9 @@ class LedgerView:
     def counts(self) -> Counts:
         """Return how many videos are in each state."""
         found: dict[str, int] = dict(self._all("SELECT state, count(*) FROM item GROUP BY state"))
-        return Counts(**{state: found.get(state, 0) for state in _STATES})
+        if odd := found.keys() - set(STATES):
+            raise self._odd(f"a video whose state is {str(min(odd, key=str))[:60]!r}")
+        return Counts(**{state: found.get(state, 0) for state in STATES})
 
     def captions(self) -> int:
         """Return how many captions there are."""
@@ -192,7 +210,7 @@ class LedgerView:
                      FROM item WHERE state = 'failed' GROUP BY stage, error_type
                  ) AS kind JOIN item ON ordinal = first ORDER BY number DESC, 1, 2 LIMIT ?"""
         return [
-            ErrorKind(stage or "", kind or "", number, bytes(path), error or "")
+            self._checked(ErrorKind(stage or "", kind or "", number, path, error or ""))
             for stage, kind, number, path, error in self._all(sql, (most,))
         ]
 
@@ -229,7 +247,7 @@ class LedgerView:
         while most > 0:
             sql = "SELECT rowid, row FROM caption WHERE rowid < ? ORDER BY rowid DESC LIMIT ?"
             found = self._all(sql, (before, min(PAGE, most)))
-            yield from (json.loads(row) for _, row in found)
+            yield from (self._row(row) for _, row in found)
             if len(found) < PAGE:
                 return
             before, most = found[-1][0], most - len(found)
@@ -238,30 +256,34 @@ class LedgerView:
 
     def pages(self) -> Iterator[Page]:
         """Yield all videos in the ledger's order, each page with the captions of its videos."""
-        after = -1
+        after = -(1 << 63)
         while (page := self._page(after)).items:
             yield page
             after = page.items[-1].ordinal
 
     def _page(self, after: int) -> Page:
         sql = f"""SELECT ordinal, id, path, start_s, end_s, state, attempts, stage, error_type, error, at,
-                  {self._prompts} FROM item WHERE ordinal > ? ORDER BY ordinal LIMIT ?"""
+                  {self._prompts}, {self._stamp} FROM item WHERE ordinal > ? ORDER BY ordinal LIMIT ?"""
         keys = """SELECT item, prompt_index, coalesce(json_extract(row, '$.created_at'), ''),
                   coalesce(json_extract(row, '$.config_hash'), '') FROM caption
                   WHERE item > ? AND item <= ? ORDER BY item, prompt_index"""
         with self.moment():
             found = self._all(sql, (after, PAGE))
-            items = tuple(ItemView(ordinal, name, bytes(path), *rest) for ordinal, name, path, *rest in found)
+            items = tuple(self._checked(ItemView(*values)) for values in found)
+            with self.reading():
+                for item in items:
+                    if item.at is not None:
+                        datetime.fromisoformat(item.at)
             last = items[-1].ordinal if items else after
             captions = self._all(keys, (after, last))
-        return Page(items, tuple(CaptionKey(*key) for key in captions))
+        return Page(items, tuple(self._checked(CaptionKey(*key)) for key in captions))
 
     def rows(self, ordinals: Sequence[int]) -> dict[tuple[int, int], Row]:
         """Return the caption rows of some videos, by (ordinal, prompt index)."""
         marks = ",".join("?" * len(ordinals))
         sql = f"SELECT item, prompt_index, row FROM caption WHERE item IN ({marks})"
         found = self._all(sql, tuple(ordinals))
-        return {(item, index): json.loads(row) for item, index, row in found}
+        return {(item, index): self._row(row) for item, index, row in found}
 
     # Parts
 
@@ -269,7 +291,10 @@ class LedgerView:
         """Return every finished file that the ledger knows."""
         sql = f"SELECT name, sha256, rows, bytes, {self._outdated} FROM part ORDER BY name"
         found = self._all(sql)
-        return [PartView(name, digest, rows, size, bool(old)) for name, digest, rows, size, old in found]
+        return [
+            self._checked(PartView(name, sha256, rows, size, bool(old)))
+            for name, sha256, rows, size, old in found
+        ]
 
     def part(self, name: str) -> PartView | None:
         """Return one finished file as the ledger has it now."""
@@ -279,7 +304,7 @@ class LedgerView:
         """Return the text of the captions that belong in a part, by (id of the video, prompt index)."""
         sql = "SELECT id, prompt_index, row FROM caption JOIN item ON ordinal = caption.item WHERE part = ?"
         found = self._all(sql, (name,))
-        return {(identity, index): json.loads(row)["caption"] for identity, index, row in found}
+        return {(identity, index): self._row(row)["caption"] for identity, index, row in found}
 
     def reported_ids(self) -> list[str]:
         """Return the ids of the failures that stand in the failures file."""
@@ -296,19 +321,66 @@ class LedgerView:
         """Return how many captions belong to no video of this ledger."""
         return int(self._one("SELECT count(*) FROM caption WHERE item NOT IN (SELECT ordinal FROM item)"))
 
+    def require_videos(self) -> None:
+        """Check that every caption belongs to a video.
+
+        Raises:
+            LedgerProblemError: One does not.
+        """
+        if orphans := self.captions_without_video():
+            raise self._odd(f"{orphans} captions of no video")
+
     def damage(self, limit_s: float | None) -> list[str] | None:
         """Return what SQLite finds wrong with the file; None: the check was ended at its time limit."""
         end = None if limit_s is None else time.monotonic() + limit_s
-        self._db.set_progress_handler(lambda: end is not None and time.monotonic() > end, 100_000)
+
+        def is_over() -> bool:
+            return end is not None and time.monotonic() > end
+
+        self._db.set_progress_handler(is_over, 100_000)
         try:
             found = self._all("PRAGMA integrity_check(20)")
         except LedgerProblemError as error:
-            if getattr(error.__cause__, "sqlite_errorcode", None) == sqlite3.SQLITE_INTERRUPT:
+            if database.was_interrupted(error) and is_over():
                 return None
             raise
         finally:
-            self._db.set_progress_handler(None, 0)
+            database.interruptible(self._db)
         return [] if found == [("ok",)] else [" ".join(str(line).split()) for (line,) in found]
+
+    def _row(self, text: object) -> Row:
+        try:
+            row = read_row(text)
+            check_types(row, self._checks)
+        except OddRowError as error:
+            raise self._odd(str(error)) from error
+        return row
+
+    def _checked(self, record: R) -> R:
+        """Return what was read as it is declared, where its values have the types that are declared."""
+        for name, (kinds, least) in _declared(cast(type, record.__class__)).items():
+            value = getattr(record, name)
+            if type(value) not in kinds or (type(value) in (int, float) and not least <= value < math.inf):
+                raise self._odd(f"a {name} that is {str(value)[:60]!r}")
+        return record
+
+    def _odd(self, what: str) -> LedgerProblemError:
+        return LedgerProblemError(
+            f"{clean(str(self._path))}: the ledger is damaged ({clean(what)}); delete it to have it rebuilt from "
+            "captions/"
+        )
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Name the ledger where what a block works out from it is nothing that a run has written.
+
+        Raises:
+            LedgerProblemError: It is such.
+        """
+        try:
+            yield
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise self._odd(f"{type(error).__name__}: {error}") from error
 
     def _one(self, sql: str) -> Any:
         return self._all(sql)[0][0]
@@ -320,13 +392,27 @@ class LedgerView:
             raise _problem(self._path, error) from error
 
 
+@cache
+def _declared(kind: type) -> Mapping[str, tuple[tuple[type, ...], int]]:
+    """Return (types, least number) of the fields of a record; only the time of a file may be before 1970."""
+    return {
+        name: (get_args(hint) or (hint,), -(1 << 63) if name == "mtime_ns" else 0)
+        for name, hint in get_type_hints(kind).items()
+    }
+
+
 def _version(connection: sqlite3.Connection, path: Path) -> int:
     application = connection.execute("PRAGMA application_id").fetchone()[0]
     version = int(connection.execute("PRAGMA user_version").fetchone()[0])
     name = clean(str(path))
     if application != APPLICATION_ID:
         raise LedgerProblemError(f"{name}: not a specvlm ledger; delete it to have it rebuilt from captions/")
-    if version > len(STEPS):
+    if version <= len(STEPS):
+        try:
+            require_schema(connection, version)
+        except FatalError as error:
+            raise LedgerProblemError(f"{name}: {clean(str(error))}") from error
+    else:
         known = f"schema {version} is newer than this specvlm knows ({len(STEPS)})"
         raise LedgerProblemError(f"{name}: {known}; upgrade specvlm")
     return version
@@ -337,7 +423,7 @@ def _problem(path: Path, error: sqlite3.Error) -> LedgerProblemError:
     name = clean(str(path))
     if code == sqlite3.SQLITE_READONLY_ROLLBACK:
         reason = "a crash left it in the middle of a write; the next start of specvlm caption repairs it"
-    elif code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+    elif code & 0xFF in (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
         reason = f"the ledger is damaged ({error}); delete it to have it rebuilt from captions/"
     elif code & 0xFF == sqlite3.SQLITE_BUSY:
         reason = "it has been locked by another program for a minute; try again"

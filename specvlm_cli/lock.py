@@ -6,14 +6,19 @@ import fcntl
 import json
 import os
 import socket
+import time
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TextIO
 
-from specvlm_cli.exits import BusyError
+from specvlm_cli.exits import BusyError, FatalError
+from specvlm_cli.safe_files import open_lock, read_whole
+from specvlm_cli.stopping import NotBegunError, is_asked
 from specvlm_cli.text import clean
+
+_LOOK_EVERY_S = 0.02
 
 
 class Lock:
@@ -46,8 +51,9 @@ def take(path: Path, run_id: str) -> Lock:
     Raises:
         BusyError: Another process holds it; the message names that process.
         OSError: The file cannot be made or written.
+        UnsafeFileError: It is a link or not a regular file of its own.
     """
-    file = path.open("a", encoding="utf-8")
+    file = open_lock(path)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         after_crash = os.fstat(file.fileno()).st_size > 0
@@ -71,12 +77,17 @@ def share(path: Path, *, alone: bool = False, patient: bool = False) -> TextIO:
 
     Raises:
         BusyError: Others hold it in a way that excludes ours, and we are not patient.
+        NotBegunError: We are patient, and a signal has asked to stop.
         OSError: The file cannot be made or written.
+        UnsafeFileError: It is a link or not a regular file of its own.
     """
-    file = path.open("a", encoding="utf-8")
+    file = open_lock(path)
     kind = fcntl.LOCK_EX if alone else fcntl.LOCK_SH
     try:
-        fcntl.flock(file, kind if patient else kind | fcntl.LOCK_NB)
+        while not _is_locked(file, kind, patient):
+            time.sleep(_LOOK_EVERY_S)
+            if is_asked():  # waiting in the kernel would go on after a signal
+                raise NotBegunError("a signal")
     except BlockingIOError:
         file.close()
         what = "a start of it is at work" if alone else "its shard count is being changed"
@@ -87,6 +98,16 @@ def share(path: Path, *, alone: bool = False, patient: bool = False) -> TextIO:
     return file
 
 
+def _is_locked(file: TextIO, kind: int, patient: bool) -> bool:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if not patient:
+            raise
+        return False
+    return True
+
+
 def _identity(run_id: str) -> dict[str, str | int]:
     now = datetime.now(UTC).isoformat(timespec="seconds")
     return {"host": socket.gethostname(), "pid": os.getpid(), "run_id": run_id, "since": now}
@@ -94,7 +115,14 @@ def _identity(run_id: str) -> dict[str, str | int]:
 
 def _holder(path: Path) -> str:
     try:
-        who = json.loads(path.read_text(encoding="utf-8"))
+        who = json.loads(read_whole(path))
         return clean(f"process {who['pid']} on {who['host']} since {who['since']}")
-    except (OSError, ValueError, KeyError, TypeError):  # it holds the lock, but has not written its name yet
+    except (
+        OSError,
+        FatalError,
+        ValueError,
+        LookupError,
+        TypeError,
+        RecursionError,
+    ):  # it holds the lock, but has not written its name yet
         return "another process"

@@ -6,8 +6,14 @@ A file from a newer version is refused, never guessed at.
 
 from __future__ import annotations
 
+import sqlite3
+from collections.abc import Mapping
+from contextlib import closing
+from functools import cache
+
 from sqlite_utils import Database
 
+from specvlm_cli.database import schema_of
 from specvlm_cli.exits import FatalError
 
 APPLICATION_ID = 0x5350564C  # "SPVL", so that `file` and we can tell a ledger from any other SQLite file
@@ -84,6 +90,7 @@ _FIFTH = (
     "UPDATE part SET outdated = 1 WHERE name LIKE 'captions/%'",
 )
 
+# Steps are added, never edited: ledgers that exist are compared with what the steps make.
 STEPS: tuple[tuple[str, ...], ...] = (_FIRST, _SECOND, _THIRD, _FOURTH, _FIFTH)
 READABLE = 3  # steps that made the tables what they are; a ledger that has seen so many is read as it is
 
@@ -101,6 +108,30 @@ def schema_version(database: Database) -> int:
     if version > len(STEPS):
         raise FatalError(f"schema {version} is newer than this specvlm knows ({len(STEPS)}); upgrade specvlm")
     return version
+
+
+def require_schema(connection: sqlite3.Connection, version: int) -> None:
+    """Check that a ledger that has seen so many steps has their tables and indexes, and nothing else.
+
+    Raises:
+        FatalError: It has others, as only another program can have made them.
+    """
+    wanted, found = _schema(version), schema_of(connection)
+    if odd := wanted.items() ^ found.items():
+        kind, name = min((one for one, _ in odd), key=lambda one: (one[0] == "index", one))
+        raise FatalError(
+            f"its {kind} {name[:60]!r} is not as specvlm makes it; delete the ledger to have it rebuilt from "
+            "captions/"
+        )
+
+
+@cache
+def _schema(version: int) -> Mapping[tuple[str, str], tuple[str, str]]:
+    with closing(sqlite3.connect(":memory:", isolation_level=None)) as connection:
+        for step in STEPS[:version]:
+            for statement in step:
+                connection.execute(statement)
+        return schema_of(connection)
 
 
 def sign(database: Database) -> None:

@@ -12,9 +12,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sqlite3
+import stat
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import datetime
+from os.path import lexists
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +26,11 @@ import pyarrow.parquet as pq
 
 from specvlm.durable import publish
 from specvlm_cli.exits import FatalError
-from specvlm_cli.ledger import Ledger, Part, Row
-from specvlm_cli.text import path_bytes, path_text
+from specvlm_cli.ledger import Ledger, Part, Row, refused
+from specvlm_cli.safe_files import UnsafeFileError, new_file, open_regular, require_folder
+from specvlm_cli.stopping import NotBegunError, is_asked
+from specvlm_cli.stored_rows import OddRowError
+from specvlm_cli.text import clean, path_bytes, path_text
 
 CAPTIONS = "captions"
 FAILURES = "failures"
@@ -118,10 +124,15 @@ FAILURE_SCHEMA = _declared(
 )
 
 
-_KEPT = {"bool": pa.bool_(), "int64": pa.int64(), "float64": pa.float64(), "string": pa.string()}
-_ANY_PART = re.compile(r"part-(\d{5})-\d{5,}\.parquet")
+KEPT_KINDS = {"bool": pa.bool_(), "int64": pa.int64(), "float64": pa.float64(), "string": pa.string()}
+_NUMBER = "[0-9]{5,15}"
+_ANY_PART = re.compile(rf"part-([0-9]{{5}})-{_NUMBER}\.parquet")
+_LISTED = re.compile(rf"(?:{CAPTIONS}/part-([0-9]{{5}})-{_NUMBER}|{FAILURES}/part-([0-9]{{5}}))\.parquet")
 _SOME_ROWS = 100
-_NEEDED = ("id", "path", "prompt_index", "caption")  # without these columns a file is no part
+_PIECE = 1 << 20  # bytes that are read at once
+_MOST_ROWS = {CAPTIONS: 1_000_000, FAILURES: 50_000_000}  # of a file; of captions there are some thousands
+_MOST_UNPACKED = 16 << 30  # bytes
+_NEEDED = ("id", "path", "prompt_index", "caption", "created_at")  # without these columns a file is no part
 
 
 def caption_schema(kept: Mapping[str, str]) -> pa.Schema:
@@ -132,7 +143,9 @@ def caption_schema(kept: Mapping[str, str]) -> pa.Schema:
     """
     ours = {field.name: field.type for field in CAPTION_SCHEMA}
     return (
-        _declared(**(ours | {name: _KEPT[kind] for name, kind in kept.items()})) if kept else CAPTION_SCHEMA
+        _declared(**(ours | {name: KEPT_KINDS[kind] for name, kind in kept.items()}))
+        if kept
+        else CAPTION_SCHEMA
     )
 
 
@@ -146,23 +159,48 @@ class Parts:
     def __init__(self, root: Path, shard: int) -> None:
         self.kept: Mapping[str, str] = {}
         self._root = root
-        self._name = re.compile(rf"part-{shard:05d}-(\d{{5,}})\.parquet")
+        self._name = re.compile(rf"part-{shard:05d}-({_NUMBER})\.parquet")
         self._temporary = re.compile(rf"\.part-{shard:05d}\b.*\.parquet")
         self._shard = shard
         self.failures_name = f"{FAILURES}/part-{shard:05d}.parquet"
+
+    def _listed(self, ledger: Ledger) -> list[Part]:
+        """Return the parts that the ledger lists, all of them files of this shard.
+
+        Raises:
+            FatalError: It lists another name, which only another program can have written.
+        """
+        parts = ledger.parts()
+        for part in parts:
+            if not names_part(part.name, self._shard):
+                raise self._refused(OddRowError(f"a part of the name {str(part.name)[:200]!r}"))
+        return parts
+
+    def _refused(self, error: Exception) -> Exception:
+        """Return the error to raise where this one shows that the ledger is not as we write it."""
+        return refused(self._root / ".specvlm" / f"state-{self._shard:05d}.db", error)
+
+    def _write(self, name: str, rows: Sequence[Row], schema: pa.Schema) -> Part:
+        """Write one file so that its name exists only when all of it is on disk."""
+        try:
+            table = pa.Table.from_pylist([_typed(row, schema) for row in rows], schema=schema)
+        except (pa.ArrowException, ArithmeticError, LookupError, TypeError, ValueError) as error:
+            raise self._refused(error) from error
+        return _write(self._root, name, table)
 
     def close_part(self, ledger: Ledger, most_rows: int) -> None:
         """Write the captions that stand in no part yet, at most `most_rows` to a part, and renew old parts."""
         self._renew(ledger)
         while rows := ledger.rows_without_part(most_rows):
             name = f"{CAPTIONS}/part-{self._shard:05d}-{ledger.take_part_number():05d}.parquet"
-            part = _write(self._root, name, [row for *_, row in rows], caption_schema(self.kept))
+            part = self._write(name, [row for *_, row in rows], caption_schema(self.kept))
             ledger.add_part(part, ((item, index) for item, index, _ in rows))
 
     def _renew(self, ledger: Ledger) -> None:
+        self._listed(ledger)
         for name in ledger.outdated_parts():
             if rows := ledger.rows_of_part(name):
-                ledger.renew_part(_write(self._root, name, rows, caption_schema(self.kept)))
+                ledger.renew_part(self._write(name, rows, caption_schema(self.kept)))
             else:
                 (self._root / name).unlink(missing_ok=True)
                 ledger.drop_part(name)
@@ -174,7 +212,7 @@ class Parts:
             return
         rows = [row | {"path": path_text(row["path"])} for row in ledger.failures()]
         if rows:
-            ledger.mark_failures(name, _write(self._root, name, rows, FAILURE_SCHEMA))
+            ledger.mark_failures(name, self._write(name, rows, FAILURE_SCHEMA))
         else:
             (self._root / name).unlink(missing_ok=True)
             ledger.mark_failures(name, None)
@@ -188,7 +226,7 @@ class Parts:
             or ledger.failures_stale(self.failures_name)
         ):
             return False
-        return not any(self._strays(ledger)) and all(self._whole(part) for part in ledger.parts())
+        return not any(self._strays(ledger)) and all(self._whole(part) for part in self._listed(ledger))
 
     def repair(self, ledger: Ledger) -> list[str]:
         """Remove what a crash left behind, and write parts again that are gone or damaged; say what was done.
@@ -196,6 +234,7 @@ class Parts:
         Raises:
             FatalError: A file with a part's name is none of ours.
         """
+        ledger.match_parts()
         strays = list(self._strays(ledger))
         for path in strays:
             self._refuse_foreign(path, ledger)
@@ -203,7 +242,7 @@ class Parts:
             path.unlink(missing_ok=True)
         done = [f"removed {path}, left by a crash" for path in strays if not path.name.startswith(".")]
         outdated = set(ledger.outdated_parts())  # written anew in any case
-        for part in ledger.parts():
+        for part in self._listed(ledger):
             if part.name not in outdated and not self._whole(part, content=True):
                 done.append(f"{self._root / part.name} was missing or damaged, written again from the ledger")
                 self._forget(part.name, ledger)
@@ -220,10 +259,11 @@ class Parts:
         """Say whether a recorded file is there with its size, and, where asked, with its content."""
         path = self._root / part.name
         try:
-            if path.stat().st_size != part.size_bytes:
+            found = path.lstat()
+            if not stat.S_ISREG(found.st_mode) or found.st_size != part.size_bytes:
                 return False
-            return not content or _described(self._root, part.name, part.rows) == part
-        except FileNotFoundError:
+            return not content or _described(self._root, part.name, part.rows, interruptible=True) == part
+        except (FileNotFoundError, UnsafeFileError):
             return False
 
     def _refuse_foreign(self, path: Path, ledger: Ledger) -> None:
@@ -232,6 +272,8 @@ class Parts:
             return
         try:
             rows = _read(path, caption_schema(self.kept))
+        except _TooLargeError:
+            raise
         except FatalError:  # nobody can read it, so nothing is lost with it
             return
         if not all(ledger.holds(row) for row in rows):
@@ -242,13 +284,13 @@ class Parts:
 
     def _strays(self, ledger: Ledger) -> Iterator[Path]:
         """Yield unfinished and unrecorded files of this shard; a file with any other name is not ours."""
-        known = {part.name for part in ledger.parts()}
+        known = {part.name for part in self._listed(ledger)}
         for folder in (CAPTIONS, FAILURES):
             for path in listed(self._root / folder):
                 name = f"{folder}/{path.name}"
                 ours = self._name.fullmatch(path.name) or name == self.failures_name
                 unfinished = self._temporary.fullmatch(path.name)
-                if (ours or unfinished) and path.is_dir():
+                if (ours or unfinished) and path.is_dir() and not path.is_symlink():
                     raise FatalError(f"{path}: a folder where a part belongs; move it away, then start again")
                 if unfinished or (ours and name not in known):
                     yield path
@@ -260,7 +302,7 @@ class Parts:
     def _numbered(self) -> Iterator[tuple[int, Path]]:
         for path in listed(self._root / CAPTIONS):
             if found := self._name.fullmatch(path.name):
-                if path.is_dir():
+                if path.is_dir() and not path.is_symlink():
                     raise FatalError(f"{path}: a folder where a part belongs; move it away, then start again")
                 yield int(found.group(1)), path
 
@@ -273,15 +315,44 @@ class Parts:
         for number, path in self._numbered():
             rows = _read(path, caption_schema(self.kept))
             part = _described(self._root, f"{CAPTIONS}/{path.name}", len(rows))
-            ledger.adopt(part, number, rows, [path_bytes(row["path"]) for row in rows])
-            if not set(CAPTION_SCHEMA.names) <= set(
-                pq.read_schema(path.absolute()).names
-            ):  # an earlier version wrote it
+            with _adopted(path):
+                ledger.adopt(part, number, rows, [path_bytes(row["path"]) for row in rows])
+            if not set(CAPTION_SCHEMA.names) <= set(_schema_of(path).names):  # an earlier version wrote it
                 ledger.outdate(part.name)
+        require_folder(self._root / FAILURES)
         failures = self._root / self.failures_name
-        if failures.exists():
+        if lexists(failures):
             rows = _read(failures, FAILURE_SCHEMA)
-            ledger.adopt_failures(rows, [path_bytes(row["path"]) for row in rows])
+            with _adopted(failures):
+                ledger.adopt_failures(rows, [path_bytes(row["path"]) for row in rows])
+
+
+def names_part(name: object, shard: int) -> bool:
+    """Say whether a path inside the run folder is one that a shard gives to its files."""
+    found = _LISTED.fullmatch(name) if isinstance(name, str) else None
+    return found is not None and int(found.group(1) or found.group(2)) == shard
+
+
+class _TooLargeError(FatalError):
+    """A file may be readable, but cannot be one of ours."""
+
+
+def _refuse_size(path: Path, file: pq.ParquetFile, folder: str) -> None:
+    try:
+        require_size(file, folder)
+    except ValueError as error:
+        raise _TooLargeError(f"{clean(str(path))}: {error}; move it out of this folder") from error
+
+
+def require_size(file: pq.ParquetFile, folder: str) -> None:
+    """Check that a file can be one of a folder of ours before it is read: a small one may unpack to terabytes.
+
+    Raises:
+        ValueError: It has more rows, or more bytes when they are unpacked.
+    """
+    unpacked = sum(file.metadata.row_group(index).total_byte_size for index in range(file.num_row_groups))
+    if file.metadata.num_rows > _MOST_ROWS[folder] or unpacked > _MOST_UNPACKED:
+        raise ValueError(f"{file.metadata.num_rows} rows of {unpacked} bytes are more than a run writes")
 
 
 def ids_in_parts(root: Path) -> Iterator[tuple[int, list[str]]]:
@@ -290,19 +361,23 @@ def ids_in_parts(root: Path) -> Iterator[tuple[int, list[str]]]:
     for path in listed(root / CAPTIONS):
         found = _ANY_PART.fullmatch(path.name)
         if found and int(found.group(1)) not in told:
-            with suppress(pa.ArrowException, OSError, StopIteration), pq.ParquetFile(path.absolute()) as file:
+            with (
+                suppress(pa.ArrowException, OSError, KeyError, StopIteration, UnsafeFileError),
+                open_regular(path) as opened,
+                pq.ParquetFile(opened) as file,
+            ):
                 batch = next(file.iter_batches(batch_size=_SOME_ROWS, columns=["id"]))
                 told.add(int(found.group(1)))
-                yield int(found.group(1)), batch.column(0).to_pylist()
+                yield int(found.group(1)), [str(identity) for identity in batch.column("id").to_pylist()]
 
 
 def kept_in_parts(root: Path) -> dict[str, str]:
     """Return the columns that pass through, and their kinds, as a readable part has them."""
-    kinds = {kind: name for name, kind in _KEPT.items()}
+    kinds = {kind: name for name, kind in KEPT_KINDS.items()}
     for path in listed(root / CAPTIONS):
         if _ANY_PART.fullmatch(path.name):
-            with suppress(pa.ArrowException, OSError):
-                schema = pq.read_schema(path.absolute())
+            with suppress(pa.ArrowException, OSError, UnsafeFileError):
+                schema = _schema_of(path)
                 ours = set(CAPTION_SCHEMA.names)
                 return {
                     one.name: kinds[one.type] for one in schema if one.name not in ours and one.type in kinds
@@ -311,56 +386,99 @@ def kept_in_parts(root: Path) -> dict[str, str]:
 
 
 def listed(folder: Path) -> list[Path]:
-    """Return what lies in a folder, by name; nothing where there is no such folder."""
+    """Return what lies in a folder of a run, by name; nothing where there is no such folder.
+
+    Raises:
+        UnsafeFileError: The folder is a link.
+    """
+    require_folder(folder)
     try:
         return sorted(folder.iterdir())
     except (FileNotFoundError, NotADirectoryError):
         return []
 
 
-def _write(root: Path, name: str, rows: Sequence[Row], schema: pa.Schema) -> Part:
-    """Write one file so that its name exists only when all of it is on disk."""
+def _write(root: Path, name: str, table: pa.Table) -> Part:
     final = root / name
+    require_folder(final.parent)
     final.parent.mkdir(parents=True, exist_ok=True)
     temporary = final.with_name(f".{final.name}")
-    table = pa.Table.from_pylist([_typed(row, schema) for row in rows], schema=schema)
-    # Paths are absolute for pyarrow, which takes `run-12:30/a` for the address of something remote.
-    pq.write_table(table, temporary.absolute(), compression="zstd", write_page_checksum=True)
-    _check(temporary, len(rows), schema)
+    with new_file(temporary) as file:
+        pq.write_table(table, file, compression="zstd", write_page_checksum=True)
+    _check(temporary, table.num_rows, table.schema)
     publish(temporary, final)
-    return _described(root, name, len(rows))
+    return _described(root, name, table.num_rows)
 
 
 def _typed(row: Mapping[str, Any], schema: pa.Schema) -> Row:
     return {
-        field.name: datetime.fromisoformat(row[field.name]) if field.type == _TIME else row.get(field.name)
+        field.name: _time(row.get(field.name)) if field.type == _TIME else row.get(field.name)
         for field in schema
     }
 
 
+def _time(text: str | None) -> datetime | None:
+    return None if text is None else datetime.fromisoformat(text)
+
+
+def _schema_of(path: Path) -> pa.Schema:
+    with open_regular(path) as file:
+        return pq.read_schema(file)
+
+
+@contextmanager
+def _adopted(path: Path) -> Iterator[None]:
+    """Name the part whose rows no run has written.
+
+    Raises:
+        FatalError: The block found that they are such.
+    """
+    try:
+        yield
+    except (sqlite3.IntegrityError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> FatalError:
+    reason = clean(" ".join(str(error).split()))
+    return FatalError(
+        f"{clean(str(path))}: not a readable part ({reason}); delete it to have its videos captioned again"
+    )
+
+
 def _check(path: Path, rows: int, schema: pa.Schema) -> None:
-    with pq.ParquetFile(path.absolute()) as file:
+    with open_regular(path) as opened, pq.ParquetFile(opened) as file:
         if file.metadata.num_rows != rows or not file.schema_arrow.equals(schema, check_metadata=True):
             raise FatalError(f"{path}: what was written does not read back; check the disk, then start again")
 
 
-def _described(root: Path, name: str, rows: int) -> Part:
-    with (root / name).open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return Part(name, digest, rows, file.tell())
+def _described(root: Path, name: str, rows: int, *, interruptible: bool = False) -> Part:
+    """Describe a file as it is.
+
+    Raises:
+        NotBegunError: A signal came meanwhile, and that is to end it.
+    """
+    digest = hashlib.sha256()
+    with open_regular(root / name) as file:
+        while piece := file.read(_PIECE):
+            digest.update(piece)
+            if interruptible and is_asked():
+                raise NotBegunError("a signal")
+        return Part(name, digest.hexdigest(), rows, file.tell())
 
 
 def _read(path: Path, schema: pa.Schema) -> list[Row]:
     """Return a file's rows; columns of `schema` that an earlier version did not write yet are null."""
     try:
-        table = pq.read_table(path.absolute(), page_checksum_verification=True)
+        with open_regular(path) as opened, pq.ParquetFile(opened, page_checksum_verification=True) as file:
+            _refuse_size(path, file, CAPTIONS if "caption" in schema.names else FAILURES)
+            table = file.read()
         table = table.cast(_like(table.schema, schema))
-        table.select([name for name in _NEEDED if name in schema.names])
+        for name in _NEEDED:
+            if name in schema.names and table.column(name).null_count:
+                raise ValueError(f"a row without {name}")
     except (pa.ArrowException, KeyError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise FatalError(
-            f"{path}: not a readable part ({reason}); delete it to have its videos captioned again"
-        ) from error
+        raise _unreadable(path, error) from error
     missing = dict.fromkeys(set(schema.names) - set(table.schema.names))
     return [_plain(row) | missing for row in table.to_pylist()]
 

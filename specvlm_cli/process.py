@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import getpass
 import os
 import signal
+import stat
 import sys
+import tempfile
 import threading
 import time
+from contextlib import suppress
+from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
 
@@ -16,6 +21,19 @@ def python_command(statement: str) -> list[str]:
     """Return the command line that runs a statement in a fresh interpreter with our module search path."""
     path = f"import sys; sys.path[:] = {sys.path!r}"
     return [sys.executable, "-c", f"{path}; {statement}"]
+
+
+def keep_torch_out_of_foreign_folders() -> None:
+    """Have torch keep compiled code in the user's cache folder where another user has its place in the temp folder.
+
+    Torch makes a folder of a known name there as it is loaded: another file of that name would end the start, and
+    what lies in the folder of another user could be run.
+    """
+    with suppress(KeyError, OSError, RuntimeError):  # a user without a name or a home: torch does what it can
+        usual = Path(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}")
+        found = usual.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path.home() / ".cache/torch/inductor"))
 
 
 def die_with_parent(parent: int) -> None:

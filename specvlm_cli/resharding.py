@@ -13,21 +13,25 @@ import re
 import shutil
 import sqlite3
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import replace
+from os.path import lexists
 from pathlib import Path
 
 from specvlm.durable import publish, sync
+from specvlm_cli.database import connect
 from specvlm_cli.exits import FatalError
-from specvlm_cli.ledger import Ledger
+from specvlm_cli.ledger import BUSY_TIMEOUT_S, Ledger
+from specvlm_cli.parts import listed
 from specvlm_cli.run_folder import RunFile, RunFolder
-from specvlm_cli.shard import Shard, shard_of
+from specvlm_cli.safe_files import new_file, read_whole, require_file, require_folder
+from specvlm_cli.shard import MOST_SHARDS, Shard, shard_of
 from specvlm_cli.text import clean
 
 _BUILDING, _COMPLETE = ".resharding", "resharded"
 _NOTE = "shards"  # in that folder: their new number
 _PART_ROWS = 1000
-_PART = re.compile(r"\.?part-(\d{5})(?:-\d{5,})?\.parquet")
+_PART = re.compile(r"\.?part-([0-9]{5})(?:-[0-9]{5,})?\.parquet")
 _COLUMNS = (
     "id, path, start_s, end_s, state, attempts, crashes, stage, error_type, error, at, prompts, kept, size_bytes, "
     "mtime_ns"
@@ -36,7 +40,7 @@ _COLUMNS = (
 
 def is_unfinished(root: Path) -> bool:
     """Say whether a division of this run folder was cut short when it could only be finished."""
-    return (root / ".specvlm" / _COMPLETE).is_dir()
+    return lexists(root / ".specvlm" / _COMPLETE)
 
 
 def finish(root: Path) -> None:
@@ -48,7 +52,7 @@ def finish(root: Path) -> None:
     if is_unfinished(root):
         with RunFolder(root).alone():
             if is_unfinished(root):
-                _take_over(root)
+                _take_over(root, made_now=False)
 
 
 def reshard(root: Path, count: int) -> bool:
@@ -65,7 +69,7 @@ def reshard(root: Path, count: int) -> bool:
         if known is None or known.shards == count:
             return False
         _divide(root, known, count)
-        _take_over(root)
+        _take_over(root, made_now=True)
     return True
 
 
@@ -73,7 +77,9 @@ def _divide(root: Path, known: RunFile, count: int) -> None:
     """Write the new ledgers, and say in one step that they are complete."""
     state = root / ".specvlm"
     building = state / _BUILDING
-    shutil.rmtree(building, ignore_errors=True)
+    if lexists(building) and not building.is_symlink():
+        shutil.rmtree(building)
+    building.unlink(missing_ok=True)
     building.mkdir()
     for index in range(count):
         Ledger.create(building / _name(index)).close()
@@ -87,7 +93,8 @@ def _divide(root: Path, known: RunFile, count: int) -> None:
                     ledger
                 )  # refuses parts that are none of ours, which would be deleted below
             _deal_out(folder.ledger_path(index), building, count)
-    (building / _NOTE).write_text(str(count))
+    with new_file(building / _NOTE) as note:
+        note.write(str(count).encode())
     for path in (*building.iterdir(), building):
         sync(path)
     building.rename(state / _COMPLETE)
@@ -98,14 +105,22 @@ def _name(index: int) -> str:
     return f"state-{index:05d}.db"
 
 
+@contextmanager
+def _beside(new: Path, old: Path, count: int) -> Iterator[sqlite3.Connection]:
+    """Open a new ledger with an old one attached as `old`; both were checked. SQL can ask `shard_of(id)`."""
+    require_file(old)
+    with closing(connect(new, "rw", BUSY_TIMEOUT_S)) as database:
+        database.create_function(
+            "shard_of", 1, lambda identity: shard_of(str(identity), count), deterministic=True
+        )
+        database.execute("ATTACH DATABASE ? AS old", (str(old),))
+        yield database
+
+
 def _deal_out(old: Path, building: Path, count: int) -> None:
     """Give each video of an old ledger, with its captions, to the new ledger of its id."""
     for index in range(count):
-        with closing(sqlite3.connect(building / _name(index), isolation_level=None)) as database:
-            database.create_function(
-                "shard_of", 1, lambda identity: shard_of(identity, count), deterministic=True
-            )
-            database.execute("ATTACH DATABASE ? AS old", (str(old),))
+        with _beside(building / _name(index), old, count) as database:
             database.execute("BEGIN")
             database.execute(
                 f"""INSERT INTO main.item ({_COLUMNS})
@@ -121,7 +136,7 @@ def _deal_out(old: Path, building: Path, count: int) -> None:
             database.execute("COMMIT")
 
 
-def _take_over(root: Path) -> None:
+def _take_over(root: Path, *, made_now: bool) -> None:
     """Put the new ledgers in the place of the old ones and write their parts; it may be cut short and begun again."""
     complete = root / ".specvlm" / _COMPLETE
     known = RunFolder(root).read()
@@ -129,11 +144,15 @@ def _take_over(root: Path) -> None:
         raise FatalError(
             f"{clean(str(root))}: its run.json is gone while it was divided; put it back from a copy"
         )
+    require_folder(complete)
     count = _count(complete, known)
+    if not made_now:
+        _require_complete(complete, known.shards, count)
     for path in _parts(root, max(known.shards, count)):
         path.unlink()
-    for path in sorted(complete.glob("state-*.db")):
-        publish(path, complete.with_name(path.name))
+    for index in range(count):
+        if (complete / _name(index)).exists():
+            publish(complete / _name(index), complete.with_name(_name(index)))
     for index in range(count, max(known.shards, count)):
         complete.with_name(_name(index)).unlink(missing_ok=True)
     RunFolder(root).write(replace(known, shards=count))
@@ -145,14 +164,63 @@ def _take_over(root: Path) -> None:
 
 def _count(complete: Path, known: RunFile) -> int:
     """Return the new number of shards, which stands in a file as long as anything is left to do."""
-    note = complete / _NOTE
-    return int(note.read_text()) if note.exists() else known.shards
+    try:
+        count = int(read_whole(complete / _NOTE)[:20])
+        if 1 <= count <= MOST_SHARDS:
+            return count
+    except FileNotFoundError:
+        if not any(complete.iterdir()):
+            return known.shards
+    except ValueError:
+        pass
+    raise _planted(complete, f"{_NOTE} is not a number of shards")
+
+
+def _require_complete(complete: Path, before: int, count: int) -> None:
+    """Check, before anything is removed, that the new ledgers are ours and hold every caption of the old ones.
+
+    Raises:
+        FatalError: They do not.
+    """
+    names = [_name(index) for index in range(count)]
+    if odd := sorted({path.name for path in complete.iterdir()} - {_NOTE, *names}):
+        raise _planted(complete, f"{odd[0]!r} does not belong there")
+    news = [one if lexists(one) else complete.with_name(one.name) for one in map(complete.joinpath, names)]
+    for new in news:
+        try:
+            Ledger.open(
+                new
+            ).close()  # one that has its place already may have been left in the middle of a write
+        except (FatalError, FileNotFoundError) as error:
+            raise _planted(complete, f"{new.name} is not there, or not a ledger") from error
+    for old in filter(lexists, (complete.with_name(_name(index)) for index in range(before))):
+        Ledger.open(old).close()  # refuses what is not a ledger
+        for index, new in enumerate(news):
+            if new != old and (lost := _captions_lost(old, new, index, count)):
+                raise _planted(complete, f"{new.name} lacks {lost} captions of {old.name}")
+
+
+def _captions_lost(old: Path, new: Path, index: int, count: int) -> int:
+    """Return how many captions of videos of a new shard stand in an old ledger and not in the new one."""
+    with _beside(new, old, count) as database:
+        sql = """SELECT count(*) FROM old.caption AS theirs JOIN old.item AS held ON held.ordinal = theirs.item
+                 LEFT JOIN main.item AS ours ON ours.id = held.id
+                 LEFT JOIN main.caption AS kept
+                   ON kept.item = ours.ordinal AND kept.prompt_index = theirs.prompt_index
+                 WHERE shard_of(held.id) = ? AND kept.item IS NULL"""
+        return int(database.execute(sql, (index,)).fetchone()[0])
+
+
+def _planted(complete: Path, what: str) -> FatalError:
+    return FatalError(
+        f"{clean(str(complete))}: {clean(what)}, so specvlm did not make this folder; move it away, then start again"
+    )
 
 
 def _parts(root: Path, shards: int) -> Iterator[Path]:
     """Yield the parts and failures files, finished or not, of so many shards."""
     for folder in ("captions", "failures"):
-        for path in (root / folder).glob("*.parquet"):
+        for path in listed(root / folder):
             found = _PART.fullmatch(path.name)
             if found and int(found.group(1)) < shards:
                 yield path

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from os.path import lexists
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +24,22 @@ from specvlm.durable import publish
 from specvlm_cli import lock
 from specvlm_cli.exits import FatalError, UsageError
 from specvlm_cli.ledger import Ledger, refused
-from specvlm_cli.parts import Parts, ids_in_parts, kept_in_parts
-from specvlm_cli.shard import Shard, shard_of
+from specvlm_cli.parts import (
+    CAPTIONS,
+    FAILURES,
+    KEPT_KINDS,
+    Parts,
+    ids_in_parts,
+    kept_in_parts,
+    listed,
+)
+from specvlm_cli.safe_files import new_file, read_whole, require_folder
+from specvlm_cli.shard import MOST_SHARDS, Shard, shard_of
 from specvlm_cli.text import clean
 
+LEDGER_NAME = re.compile(r"state-([0-9]{5})\.db")
 _FORMAT = 1
+_MOST_DEPTH = 20
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # what was asked for is not to blame
 
 
@@ -53,12 +66,20 @@ class RunFile:
 
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> RunFile:
-        """Return what was read; TypeError or KeyError where it is no such thing."""
+        """Return what was read; TypeError, KeyError or ValueError where it is no such thing."""
         kinds = {"settings": dict, "config_hash": str, "resolved": dict, "shards": int, "format": int}
+        if _is_deeper(found, _MOST_DEPTH):
+            raise ValueError(f"nested more than {_MOST_DEPTH} deep")
         known = {name: found[name] for name in kinds} | {"kept": found.get("kept", {})}
         for name, kind in (kinds | {"kept": dict}).items():
             if type(known[name]) is not kind:
                 raise TypeError(f"its {name} is no {kind.__name__}")
+        if not 1 <= known["shards"] <= MOST_SHARDS:
+            raise ValueError(f"its shards are {str(known['shards'])[:20]}, not 1 to {MOST_SHARDS}")
+        if unknown := [name for name, kind in known["kept"].items() if str(kind) not in KEPT_KINDS]:
+            raise ValueError(
+                f"its kept column {unknown[0][:60]!r} has none of the kinds {', '.join(KEPT_KINDS)}"
+            )
         return cls(**known)
 
 
@@ -93,6 +114,7 @@ class RunFolder:
         """
         with ExitStack() as held:
             try:
+                self._require_own_folders()
                 self._state.mkdir(parents=True, exist_ok=True)
                 held.enter_context(lock.share(self._state / "run.lock"))
                 ours = held.enter_context(lock.take(self._ledger.with_suffix(".lock"), run_id))
@@ -110,8 +132,18 @@ class RunFolder:
         Raises:
             BusyError: A run holds a part of it.
         """
+        self._require_own_folders()
         with lock.share(self._state / "run.lock", alone=True):
             yield
+
+    def _require_own_folders(self) -> None:
+        """Refuse folders of the run that are links: files outside of the run folder would be written or removed.
+
+        Raises:
+            FatalError: One is.
+        """
+        for folder in (self._state, self.root / CAPTIONS, self.root / FAILURES):
+            require_folder(folder)
 
     def read(self) -> RunFile | None:
         """Return the run's settings; None where there is no run yet.
@@ -120,10 +152,11 @@ class RunFolder:
             FatalError: `run.json` is there, but not readable.
         """
         try:
-            known = RunFile.from_json(json.loads(self._run_file.read_text(encoding="utf-8")))
+            require_folder(self._state)
+            known = RunFile.from_json(json.loads(read_whole(self._run_file)))
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise FatalError(
                 f"{clean(str(self._run_file))}: not readable ({error}); delete it, it will be written again"
             ) from error
@@ -153,18 +186,19 @@ class RunFolder:
 
     def _peeked(self) -> Iterator[tuple[int, Ledger]]:
         """Yield (shard, its ledger) where that can be read as it is; each is open until the next."""
-        for path in sorted(self._state.glob("state-[0-9]*.db")):
-            if (ledger := Ledger.peek(path)) is not None:
+        for path in listed(self._state):
+            found = LEDGER_NAME.fullmatch(path.name)
+            if found and (ledger := Ledger.peek(path)) is not None:
                 with ledger:
-                    yield int(path.stem.removeprefix("state-")), ledger
+                    yield int(found.group(1)), ledger
 
     def write(self, run: RunFile) -> None:
         """Replace `run.json`, all of it or nothing."""
         if self.read() == run:
             return
         temporary = self._run_file.with_name(f".run-{self.shard.index:05d}.json")
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(asdict(run), file, indent=2)
+        with new_file(temporary) as file:
+            file.write(json.dumps(asdict(run), indent=2).encode())
         publish(temporary, self._run_file)
 
     @contextmanager
@@ -179,11 +213,11 @@ class RunFolder:
 
     def peek(self) -> Ledger | None:
         """Open the ledger for reading, touching nothing; None: there is none, or it needs repair."""
-        return Ledger.peek(self._ledger) if self._ledger.exists() else None
+        return Ledger.peek(self._ledger) if lexists(self._ledger) else None
 
     def preview(self) -> Ledger:
         """Open the ledger for reading, touching nothing; where it is gone, one made of what the parts say."""
-        if self._ledger.exists():
+        if lexists(self._ledger):
             ledger = self.peek()
             if ledger is None:
                 raise FatalError(
@@ -197,11 +231,11 @@ class RunFolder:
 
     def damaged(self, error: Exception) -> Exception:
         """Return the error to raise where reading the ledger raised this one."""
-        return refused(Path(clean(str(self._ledger))), error)
+        return refused(self._ledger, error)
 
     def open(self) -> Ledger:
         """Open the ledger for writing, rebuilding it from the parts where it is gone. Needs the lock."""
-        if not self._ledger.exists():
+        if not lexists(self._ledger):
             self._make_ledger()
         return Ledger.open(self._ledger)
 
@@ -217,6 +251,12 @@ class RunFolder:
             self.parts.rebuild(ledger)
         publish(temporary, self._ledger)
         self.was_rebuilt = True
+
+
+def _is_deeper(value: Any, depth: int) -> bool:
+    """Say whether JSON is nested more than `depth` levels deep."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return any(depth == 0 or _is_deeper(one, depth - 1) for one in inner)
 
 
 def _journal(ledger: Path) -> Path:

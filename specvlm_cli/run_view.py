@@ -14,14 +14,13 @@ from specvlm_cli.exits import FatalError, UsageError
 from specvlm_cli.ledger_view import LedgerView
 from specvlm_cli.parts import listed
 from specvlm_cli.resharding import is_unfinished
-from specvlm_cli.run_folder import RunFile, RunFolder
+from specvlm_cli.run_folder import LEDGER_NAME, RunFile, RunFolder
 from specvlm_cli.text import clean
 
-_LEDGER = re.compile(r"state-(\d{5})\.db")
 _DIVIDING = (
     "its shard count is being changed, or that was cut short; the next start of specvlm caption finishes it"
 )
-_PART = re.compile(r"part-(\d{5})(?:-\d{5,})?\.parquet")
+_PART = re.compile(r"part-([0-9]{5})(?:-[0-9]{5,})?\.parquet")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +55,7 @@ class RunView:
 
     def open(self, shard: int) -> LedgerView:
         """Open the ledger of a shard; see `LedgerView.open`."""
-        return LedgerView.open(self.ledger(shard))
+        return LedgerView.open(self.ledger(shard), self.kept)
 
     def files(self, folder: str) -> list[Path]:
         """Return what lies in `captions` or `failures`, by name."""
@@ -80,7 +79,7 @@ def view(root: Path) -> RunView:
         UsageError: It is none, or one of a newer version.
     """
     names = {path.name for path in listed(root / ".specvlm")}
-    ledgers = {int(found.group(1)) for name in names if (found := _LEDGER.fullmatch(name))}
+    ledgers = {int(found.group(1)) for name in names if (found := LEDGER_NAME.fullmatch(name))}
     parts = {shard_of_part(path.name) for path in listed(root / "captions")}
     shards = ledgers | {shard for shard in parts if shard is not None}
     if "run.json" not in names and not shards:

@@ -6,6 +6,7 @@ Text from outside is cleaned here, and never read as markup. Colours are rich's 
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Collection, Sequence
 from typing import Any, Literal
@@ -31,7 +32,16 @@ def line(text: str, style: str = "") -> None:
 
 def as_json(value: dict[str, Any]) -> None:
     """Print one JSON object."""
-    print(json.dumps(value, indent=2, allow_nan=False))
+    print(json.dumps(_plain(value), indent=2, allow_nan=False))
+
+
+def _plain(value: Any) -> Any:
+    """Return a value with null for the numbers that JSON does not have."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _plain(one) for name, one in value.items()}
+    return [_plain(one) for one in value] if isinstance(value, (list, tuple)) else value
 
 
 def pairs(lines: Sequence[tuple[str, str]]) -> None:

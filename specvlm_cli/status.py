@@ -216,7 +216,7 @@ def missing_shards(run: RunView) -> tuple[int, ...]:
 def _shard(run: RunView, shard: int, now: datetime, sums: _Sums | None) -> ShardStatus:
     holder = holder_of(run.lock(shard))
     try:
-        with run.open(shard) as ledger:
+        with run.open(shard) as ledger, ledger.reading():
             with ledger.moment():
                 found = _read(ledger, shard, holder, now, dividing=run.dividing)
             return found if sums is None else replace(found, tokens_per_s=sums.add(ledger, found.pace))

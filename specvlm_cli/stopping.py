@@ -12,7 +12,13 @@ from contextlib import contextmanager
 from types import FrameType
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+_asked: list[str] = []  # the signals that have come since a block began to handle them
 MAX_RUNTIME = "max-runtime"
+
+
+def is_asked() -> bool:
+    """Say whether a signal has asked the present command to stop."""
+    return bool(_asked)
 
 
 class NotBegunError(BaseException):
@@ -62,6 +68,7 @@ class Stop:
         """Ask to stop; after another signal asked, raise KeyboardInterrupt at once."""
         if self._reason not in (None, MAX_RUNTIME):
             raise KeyboardInterrupt
+        _asked.append(signal.Signals(number).name)
         self.ask(signal.Signals(number).name)
 
 
@@ -73,10 +80,14 @@ def until_listening() -> Iterator[None]:
     """
 
     def end(number: int, _: FrameType | None) -> None:
+        _asked.append(signal.Signals(number).name)
         raise NotBegunError(signal.Signals(number).name)
 
-    with _handled(end):
-        yield
+    try:
+        with _handled(end):
+            yield
+    finally:
+        _asked.clear()
 
 
 @contextmanager

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from io import TextIOWrapper
-from typing import TextIO, cast
+from typing import Any, TextIO, cast
+
+from specvlm_cli.text import escaped
 
 
 def prepare() -> None:
@@ -26,6 +28,35 @@ def prepare() -> None:
     sys.stderr = sys.stderr or open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
+
+
+@contextmanager
+def escaping() -> Iterator[None]:
+    """Escape what libraries write to stderr during a block; what we write through `Stderr` is escaped already."""
+    before = sys.stderr
+    sys.stderr = cast(TextIO, _Escaping(before))
+    try:
+        yield
+    finally:
+        sys.stderr = before
+
+
+class _Escaping:
+    """A stderr that escapes. Whoever may write as it is finds the stream itself, where rich's proxy has its own."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.rich_proxied_file = stream
+
+    def write(self, text: str) -> int:
+        self.rich_proxied_file.write(escaped(text))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.rich_proxied_file, name)
 
 
 # What we draw with, for terminals whose encoding lacks it; each takes as much room as before.
@@ -68,5 +99,8 @@ def _dropping() -> Iterator[None]:
 
 
 def _current() -> TextIO:
-    """Return stderr itself, also while rich stands in front of it to keep a progress bar in one piece."""
-    return cast(TextIO, getattr(sys.stderr, "rich_proxied_file", sys.stderr))
+    """Return stderr itself, also while rich stands in front of it to keep a progress bar in one piece, or we do."""
+    stream = sys.stderr
+    while (below := getattr(stream, "rich_proxied_file", None)) is not None:
+        stream = below
+    return stream

@@ -23,7 +23,8 @@ from specvlm_cli.screen.overheard import Lines, Overheard
 from specvlm_cli.screen.report import ending, summary
 from specvlm_cli.screen.voice import LOG_EVERY_S, STDERR, ProgressName, Voice
 from specvlm_cli.screen.words import counted
-from specvlm_cli.text import MOST_CHARACTERS, caption_line, short
+from specvlm_cli.streams import escaping
+from specvlm_cli.text import MOST_CHARACTERS, caption_line, escaped, short
 
 __all__ = ["STDERR", "LiveStatus", "ProgressName", "Talk", "counted", "error_line", "error_trace"]
 
@@ -90,7 +91,7 @@ class Talk(Voice):
 
     def _overhear(self, text: str) -> None:
         if self._console.is_terminal and not (self._quiet or self._is_working):
-            STDERR.write(text)
+            STDERR.write(escaped(text))
             STDERR.flush()
         else:
             self._tell_overheard(text)
@@ -119,7 +120,7 @@ class Talk(Voice):
         with Display(self._console, self._meter) as display:
             self._display = display
             try:
-                with every(REFRESH_S, display.refresh):
+                with escaping(), every(REFRESH_S, display.refresh):  # rich would read escape sequences
                     yield
             finally:
                 self._display = None

@@ -31,6 +31,7 @@ _INVISIBLE = (
 )
 _HOSTILE = re.compile(f"[{_CONTROLS}{_INVISIBLE}]")
 _UNSEEN = re.compile(f"[{_INVISIBLE}]")
+_DRAWING = re.compile("\x1b\\[(?:[0-9;]*m|A)")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -57,6 +58,16 @@ def clean(text: str) -> str:
     if text.isascii() and text.isprintable():
         return text
     return _without_floods(_HOSTILE.sub(lambda found: _escape(found.group()), text))
+
+
+def escaped(text: str) -> str:
+    """Return lines, also ones that are drawn over and over as a progress bar is, that are safe on a terminal.
+
+    Ends of lines and returns to the beginning of a line are kept. Colours, and moves to the line above, which
+    several bars at once make, are left out.
+    """
+    pieces = re.split(r"([\r\n])", _DRAWING.sub("", text))
+    return "".join(piece if piece in ("\r", "\n") else clean(piece) for piece in pieces)
 
 
 def _without_floods(text: str) -> str:

@@ -18,7 +18,9 @@ import pyarrow.parquet as pq
 
 from specvlm_cli.holder import holder_of
 from specvlm_cli.ledger_view import LedgerProblemError, LedgerView, Page, PartView
+from specvlm_cli.parts import CAPTIONS, FAILURES, names_part, require_size
 from specvlm_cli.run_view import RunView, shard_of_part
+from specvlm_cli.safe_files import UnsafeFileError, open_regular
 from specvlm_cli.text import clean
 
 LIVE_CHECK_S = 20.0  # a longer check of a ledger would hold up the run that writes to it
@@ -91,8 +93,12 @@ class _Shard:
                 yield from self._ledger(ledger)
                 yield from self._videos(ledger, ids)
                 for part in ledger.parts():
-                    listed.add(part.name)
-                    yield from self._part(ledger, part)
+                    if names_part(part.name, self._shard):
+                        listed.add(part.name)
+                        yield from self._part(ledger, part)
+                    else:
+                        text = f"lists {clean(part.name)}, which is not the name of a part of shard {self._shard}"
+                        yield Finding(f"{self._name}: {text}; delete it to have it rebuilt from captions/")
         except FileNotFoundError:
             parts = self._take_for_listed(listed)
             gone = f"is gone, {parts} of its parts are there; the next start rebuilds it from them"
@@ -185,7 +191,9 @@ class _Shard:
             return self._content(ledger, part, path)
         except FileNotFoundError:
             return [Finding(f"{name}: is gone; the next start writes it anew")]
-        except (OSError, pa.ArrowException, KeyError) as error:
+        except UnsafeFileError as error:
+            return [Finding(str(error))]
+        except (OSError, pa.ArrowException, KeyError, ValueError) as error:
             reason = clean(" ".join(str(error).split()))
             return [Finding(f"{name}: not readable ({reason}); the next start writes it anew")]
 
@@ -207,7 +215,8 @@ def _failures(ledger: LedgerView) -> Content:
 def _read(path: Path, *, captions: bool) -> tuple[int, Content]:
     """Return a file's number of rows, and what stands in it, every page of it checked."""
     found: Content = {}
-    with pq.ParquetFile(path.absolute(), page_checksum_verification=True) as file:
+    with open_regular(path) as opened, pq.ParquetFile(opened, page_checksum_verification=True) as file:
+        require_size(file, CAPTIONS if captions else FAILURES)
         for batch in file.iter_batches(_BATCH):
             ids = batch.column("id").to_pylist()
             indexes = batch.column("prompt_index").to_pylist() if captions else [0] * len(ids)
@@ -230,7 +239,7 @@ def _differences(rows: int, recorded: int, found: Content, wanted: Content) -> I
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -29,6 +29,7 @@ from specvlm.drafts.kept_tokens import (
 from specvlm.errors import ConfigError
 from specvlm_cli.exits import CommandError, UsageError
 from specvlm_cli.run_view import RunView, view
+from specvlm_cli.safe_files import new_file
 from specvlm_cli.text import clean, storable
 
 # Captions that `--draft-vocab N` is counted in, the latest ones: two million tokens or so, within a second.
@@ -207,7 +208,8 @@ def write(kept: KeptTokens, path: Path, version: str) -> None:
     text = "{\n" + ",\n".join(f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in plain.items())
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(text + "\n}\n", encoding="utf-8")
+        with new_file(temporary) as file:
+            file.write(f"{text}\n}}\n".encode())
         durable.publish(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import shutil
 import sqlite3
+import stat
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -22,6 +24,7 @@ from typing import Any, BinaryIO, Self
 
 from specvlm_cli.exits import UsageError
 from specvlm_cli.inputs import MOST_PROMPTS, Item
+from specvlm_cli.safe_files import UnsafeFileError, open_regular
 from specvlm_cli.text import clean, short
 
 _BATCH = 10_000
@@ -84,10 +87,14 @@ class Wanted:
 def _sweep(place: Path) -> None:
     """Remove what starts left behind that were killed: folders of ours that nobody holds."""
     for folder in place.glob(f"{_PREFIX}*"):
-        with suppress(OSError), (folder / _ALIVE).open("rb") as alive:
-            fcntl.flock(alive, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if time.time() - folder.stat().st_mtime > _YOUNG_S:
-                shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError, UnsafeFileError):
+            found = folder.lstat()
+            if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+                continue
+            with open_regular(folder / _ALIVE) as alive:
+                fcntl.flock(alive, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if time.time() - found.st_mtime > _YOUNG_S:
+                    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _fill(path: Path, items: Iterable[Item], overlapping: bool) -> tuple[int, int]:

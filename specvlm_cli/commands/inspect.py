@@ -36,6 +36,7 @@ from specvlm_cli.decoding import Limits, ReadJob
 from specvlm_cli.decoding.single import read_one
 from specvlm_cli.durations import positive_seconds
 from specvlm_cli.exits import ExitCode, FatalError, UsageError
+from specvlm_cli.safe_files import new_file
 from specvlm_cli.settings import ModelChoice
 from specvlm_cli.talk import STDERR
 from specvlm_cli.text import clean, storable
@@ -247,7 +248,8 @@ def _write(sheet: Path, png: bytes) -> None:
     """
     temporary = sheet.with_name(f".specvlm-inspect-{os.getpid()}.png")
     try:
-        temporary.write_bytes(png)
+        with new_file(temporary) as file:
+            file.write(png)
         temporary.replace(sheet)
     except OSError as error:
         shown = clean(str(sheet))

@@ -7,6 +7,7 @@ import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from os.path import lexists
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,9 @@ def export(
     _require_whole(run)
     with _explained(request.destination), staged(request.destination, _refusal(run, request)) as staging:
         sources, notes = _sources(run, staging.work)
-        with Index(staging.work / "index.db", lambda shard: LedgerView.open(sources[shard])) as index:
+        with Index(
+            staging.work / "index.db", lambda shard: LedgerView.open(sources[shard], run.kept)
+        ) as index:
             for shard in sources:
                 index.add(shard)
             _require_whole(run)
@@ -158,8 +161,10 @@ def _sources(run: RunView, work: Path) -> tuple[dict[int, Path], list[str]]:
     found: dict[int, Path] = {}
     notes: list[str] = []
     absent = 0
+    if run.problem is not None:  # of run.json, which also names the columns of a manifest
+        notes.append(run.problem)
     for shard in range(run.shards):
-        if run.ledger(shard).exists():
+        if lexists(run.ledger(shard)):
             found[shard] = run.ledger(shard)
         elif run.parts(shard):
             found[shard] = _rebuilt(run, shard, work / f"state-{shard:05d}.db")
@@ -210,7 +215,7 @@ class _Export:
             files, size = manifest.files, manifest.size_bytes
             if missing:
                 gone = counted(missing, "video")
-                notes.append(f"{gone} left out, not where captioned any more, e.g. {example}")
+                notes.append(f"{gone} left out, gone or changed since captioned, e.g. {example}")
         return self._exported(captions, failures, files, size, missing, notes)
 
     def _exported(

@@ -13,9 +13,12 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from io import TextIOWrapper
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+
+from specvlm_cli.safe_files import UnsafeFileError, open_regular
 
 NAME = "_manifest.json"
 CARD = "README.md"
@@ -42,7 +45,7 @@ class Entry:
 
 def described(root: Path, name: str, rows: int | None = None) -> Entry:
     """Return the entry of a file that is finished."""
-    with (root / name).open("rb") as file:
+    with open_regular(root / name) as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return Entry(name, file.tell(), digest, rows)
 
@@ -83,7 +86,7 @@ def _entries(folder: Path) -> Iterator[Entry]:
     Raises:
         ValueError: There is no manifest of ours.
     """
-    with (folder / NAME).open(encoding="ascii") as file:
+    with open_regular(folder / NAME) as opened, TextIOWrapper(opened, encoding="ascii") as file:
         head = [file.readline() for _ in range(_HEAD.count("\n"))]
         if head[1] != _MARK or head[-1] != _FILES:
             raise ValueError("it was not written by specvlm export")
@@ -111,7 +114,7 @@ def foreign(folder: Path) -> str | None:
             listed += state == "same"
     except (FileNotFoundError, NotADirectoryError):
         return "it has no manifest of an export"
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError, UnsafeFileError) as error:
         return f"its manifest is not readable ({error})"
     present = sum(len(files) + _links(Path(root), folders) for root, folders, files in os.walk(folder))
     return None if present == listed else f"{_first_unlisted(folder)} is not part of the export"
@@ -155,7 +158,7 @@ def foreign_file(path: Path, kind: str, known: Sequence[str]) -> str | None:
     if path.stat().st_size == 0:
         return None
     columns: list[str] = []
-    with suppress(ValueError, OSError, UnicodeDecodeError, csv.Error):
+    with suppress(ValueError, OSError, RecursionError, UnsafeFileError, csv.Error):
         columns = _columns(path, kind)
     return None if columns and set(columns) <= set(known) else "it is not what specvlm export writes"
 
@@ -164,7 +167,7 @@ def _columns(path: Path, kind: str) -> list[str]:
     """Return the columns of a file, where it may be one of ours."""
     if kind == "parquet":
         return _parquet_columns(path)
-    with path.open(encoding="utf-8", newline="") as file:
+    with open_regular(path) as opened, TextIOWrapper(opened, encoding="utf-8", newline="") as file:
         if kind == "csv":
             header = next(csv.reader([file.readline(100_000)]), [])
             return [name.removeprefix("'") for name in header]

@@ -16,6 +16,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Self
 
+from specvlm_cli.ledger import FileStamp
 from specvlm_cli.ledger_view import ItemView, LedgerView, Page, Row
 from specvlm_cli.text import path_text
 
@@ -25,7 +26,8 @@ _MOST_OPEN = 128  # ledgers
 _TABLES = """
 CREATE TABLE video (
     number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, path BLOB NOT NULL, start REAL, "end" REAL,
-    rank INTEGER NOT NULL, stage TEXT, error_type TEXT, error TEXT, attempts INTEGER, at TEXT, shard INTEGER
+    rank INTEGER NOT NULL, stage TEXT, error_type TEXT, error TEXT, attempts INTEGER, at TEXT, size_bytes INTEGER,
+    mtime_ns INTEGER, shard INTEGER
 );
 CREATE INDEX in_order ON video (path, start, "end", id);
 CREATE TABLE caption (
@@ -47,6 +49,8 @@ class Place:
     prompt_index: int
     shard: int
     ordinal: int  # of the video, in that shard's ledger
+    file: FileStamp  # of the video when it was captioned
+    ended_at: str | None  # when that was; ISO 8601
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +94,7 @@ class Index:
 
     def add(self, shard: int) -> None:
         """Take in one shard."""
+        self._ledger(shard).require_videos()
         for page in self._ledger(shard).pages():
             self.db.execute("BEGIN")
             self._add_videos(shard, page)
@@ -99,12 +104,12 @@ class Index:
     def _add_videos(self, shard: int, page: Page) -> None:
         captioned = {caption.ordinal for caption in page.captions}
         self.db.executemany(
-            """INSERT INTO video VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+            """INSERT INTO video VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
                ON CONFLICT (id) DO UPDATE SET
                    path = excluded.path, start = excluded.start, "end" = excluded."end",
                    rank = excluded.rank, stage = excluded.stage, error_type = excluded.error_type,
                    error = excluded.error, attempts = excluded.attempts, at = excluded.at,
-                   shard = excluded.shard
+                   size_bytes = excluded.size_bytes, mtime_ns = excluded.mtime_ns, shard = excluded.shard
                WHERE (excluded.rank, coalesce(excluded.at, ''), excluded.shard)
                    < (rank, coalesce(at, ''), shard)""",
             ((*_video(one, one.ordinal in captioned), shard) for one in page.items),
@@ -140,12 +145,12 @@ class Index:
     def captions(self) -> Iterator[tuple[Place, Row]]:
         """Yield every caption with its row, in order. One that has gone from its ledger since is left out."""
         cursor = self.db.execute(
-            """SELECT path, start, "end", id, prompt_index, caption.shard, ordinal
+            """SELECT path, start, "end", id, prompt_index, caption.shard, ordinal, size_bytes, mtime_ns, at
                FROM video JOIN caption ON caption.video = video.number
                ORDER BY path, start, "end", id, prompt_index"""
         )
         while found := cursor.fetchmany(_BATCH):
-            places = [Place(bytes(path), *rest) for path, *rest in found]
+            places = [_place(values) for values in found]
             rows = self._rows(places)
             for place in places:
                 row = rows.get((place.shard, place.ordinal, place.prompt_index))
@@ -186,7 +191,13 @@ class Index:
 def _video(item: ItemView, captioned: bool) -> tuple[Any, ...]:
     rank = _CAPTIONED if captioned else _FAILED if item.state == "failed" else _PENDING
     why = (item.stage, item.error_type, item.error, item.attempts, item.at)
-    return item.id, item.path, item.start_s, item.end_s, rank, *why
+    return item.id, item.path, item.start_s, item.end_s, rank, *why, item.size_bytes, item.mtime_ns
+
+
+def _place(values: tuple[Any, ...]) -> Place:
+    path, start_s, end_s, identity, index, shard, ordinal, size_bytes, mtime_ns, at = values
+    file = FileStamp(size_bytes, mtime_ns)
+    return Place(bytes(path), start_s, end_s, identity, index, shard, ordinal, file, at)
 
 
 def _private(file: Path) -> sqlite3.Connection:

@@ -8,6 +8,7 @@ NAME.prompt-1.txt and so on.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -84,7 +85,7 @@ def _span(piece: Piece, point: str, between: str) -> str:
     """Return start and end of a piece; an end that is not known is the video's, else the latest that fits."""
     start_ms = max(round((piece.start_s or 0.0) * 1000), 0)
     end_s = piece.duration_s if piece.end_s is None else piece.end_s
-    end_ms = _LONGEST_MS if end_s is None else round(end_s * 1000)
+    end_ms = _LONGEST_MS if end_s is None or not math.isfinite(end_s) else round(end_s * 1000)
     return f"{_clock(start_ms, point)}{between}{_clock(max(end_ms, start_ms + 1), point)}"
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from specvlm.durable import sync
 from specvlm_cli.exits import BusyError, UsageError
+from specvlm_cli.safe_files import UnsafeFileError, require_folder
 from specvlm_cli.text import clean
 
 _MOST_SYNCED = 200  # files that are synced one by one; more are left to one sync of everything
@@ -85,9 +86,12 @@ def _check(destination: Path, refusal: Refusal | None) -> None:
 @contextmanager
 def _held(folder: Path) -> Iterator[None]:
     """Hold the hidden folder, empty; what a process that died left in it is removed."""
+    require_folder(folder)
     folder.mkdir(exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
+        if os.fstat(descriptor).st_uid != os.geteuid():
+            raise UnsafeFileError(f"{clean(str(folder))}: of another user; have that user remove it")
         _lock(descriptor, folder)
         for name in os.listdir(descriptor):
             _remove(folder / name)

@@ -47,6 +47,7 @@ from specvlm.bench.words import (
 )
 from specvlm_cli import show
 from specvlm_cli.screen.voice import LOG_EVERY_S, STDERR
+from specvlm_cli.streams import escaping
 from specvlm_cli.text import MOST_CHARACTERS, cells, clean, short
 
 if TYPE_CHECKING:
@@ -83,7 +84,8 @@ class BenchTalk:
         with Progress(*columns, words, console=self._console, transient=True, auto_refresh=False) as bar:
             self._bar, self._task = bar, bar.add_task("", total=None)
             try:
-                yield
+                with escaping():  # rich would read escape sequences of libraries
+                    yield
             finally:
                 self._bar = None
 

@@ -12,16 +12,19 @@ import hashlib
 import json
 import sqlite3
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from enum import Enum, auto
+from os.path import lexists
 from pathlib import Path
 from typing import ClassVar, NamedTuple, Self
 
 import numpy as np
 
 from specvlm.records import Frames
+from specvlm_cli.database import connect, never_interrupt, schema_of
 from specvlm_cli.exits import FatalError
 from specvlm_cli.failure import Failure
+from specvlm_cli.safe_files import new_file
 from specvlm_cli.settings import Plain
 from specvlm_cli.text import clean
 
@@ -84,13 +87,16 @@ class _File:
         Raises:
             FatalError: It is damaged, or another file.
         """
-        connection = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None)
+        if not lexists(path):
+            new_file(path).close()
+        connection = connect(path, "rw", _BUSY_S)
         file = cls(path, connection)
         try:
             with file._guarded():
                 connection.execute("PRAGMA journal_mode = DELETE")
                 connection.execute("PRAGMA synchronous = FULL")
                 file._set_up()
+            never_interrupt(connection)
         except BaseException:
             connection.close()
             raise
@@ -106,12 +112,17 @@ class _File:
                 f"BEGIN IMMEDIATE; {self.tables} PRAGMA application_id = {self.application};"
                 f"PRAGMA user_version = {_VERSION}; COMMIT;"
             )
-        elif known != (self.application, _VERSION):
+        elif known != (self.application, _VERSION) or not self._has_own_tables():
             raise FatalError(
                 f"{clean(str(self._path))} is no file of this version's {self.holds}; move it away"
             )
         elif (verdict := self._connection.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
             raise sqlite3.DatabaseError(verdict)
+
+    def _has_own_tables(self) -> bool:
+        with closing(sqlite3.connect(":memory:")) as made:
+            made.executescript(self.tables)
+            return schema_of(made) == schema_of(self._connection)
 
     def _number(self, pragma: str) -> int:
         return int(self._connection.execute(f"PRAGMA {pragma}").fetchone()[0])

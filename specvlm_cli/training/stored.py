@@ -16,6 +16,7 @@ from specvlm.training.checkpoint import Checkpoints
 from specvlm.training.folder import STATE
 from specvlm.training.progress import Progress
 from specvlm_cli.exits import FatalError, UsageError
+from specvlm_cli.safe_files import read_whole
 from specvlm_cli.settings import Plain, differences
 from specvlm_cli.text import clean
 
@@ -51,7 +52,7 @@ def read(root: Path) -> Stored | None:
         raise UsageError(f"{shown} is a file; give a folder for the head with -o")
     path = root / STATE / _FILE
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
+        told = json.loads(read_whole(path))
         return Stored(_plain(told, "settings"), _plain(told, "resolved"))
     except FileNotFoundError:
         if (root / STATE / _RUN_FILE).exists() or any(one.name != STATE for one in root.iterdir()):
@@ -59,7 +60,7 @@ def read(root: Path) -> Stored | None:
                 f"{shown} is not empty, and no head was trained in it; give another folder with -o"
             ) from None
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise FatalError(
             f"{clean(str(path))} cannot be read ({clean(' '.join(str(error).split()))}); train in another folder"
         ) from error

@@ -20,6 +20,7 @@ from specvlm.training.progress import Progress as Standing
 from specvlm_cli.screen.live import every
 from specvlm_cli.screen.voice import LOG_EVERY_S, ProgressName, Voice
 from specvlm_cli.screen.words import counted, duration, rate
+from specvlm_cli.streams import escaping
 from specvlm_cli.text import caption_line, short
 from specvlm_cli.training.captions import LeftOut
 
@@ -76,6 +77,7 @@ class Speaker(Voice):
                 )
                 self._task = self._bar.add_task("", total=None)
                 stack.callback(self._end_bar)
+                stack.enter_context(escaping())  # rich would read escape sequences of libraries
             if self._progress == "log" or self._log is not None:
                 stack.enter_context(every(LOG_EVERY_S, self._tell_line))
             yield
