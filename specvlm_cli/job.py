@@ -68,6 +68,7 @@ class Request:
         max_failures_share: Stop once this share of the videos to do has failed; None: see
             `policy.max_failures`.
         exit_zero: Failed videos do not change the exit code.
+        before_loading: Called where there is something to do, before models are loaded.
     """
 
     wanted: Wanted
@@ -86,6 +87,7 @@ class Request:
     max_runtime_s: float | None = None
     max_failures_share: float | None = None
     exit_zero: bool = False
+    before_loading: Callable[[], None] = lambda: None
 
 
 class Display(Reporter, Protocol):
@@ -367,6 +369,7 @@ class _Start:
         return ExitCode.SOME_FAILED if failed and not self.request.exit_zero else outcome.exit_code
 
     def _caption(self, runner: Runner, todo: int) -> None:
+        self.request.before_loading()
         self.display.note(f"loading {clean(self.request.settings.models.name)}")
         try:
             _refuse_changed_files(self.request, self.folder, self.ledger)

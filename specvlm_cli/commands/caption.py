@@ -6,6 +6,7 @@ import json
 import os
 import re
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import specvlm
@@ -66,13 +67,14 @@ def caption(flags: CaptionFlags) -> int:
     with _talk(flags) as talk:
         _tell_unknown_variables(talk)
         inputs = Inputs(flags.inputs, _input_options(flags, shard))
-        if about_preset:
-            (talk.warn if flags.preset == DEFAULT_PRESET else talk.note)(about_preset)
         with Wanted.gather(inputs, overlapping=len(flags.inputs) > 1) as wanted:
             _tell_what_was_left_out(inputs, wanted, talk)
             if not flags.allow_empty:
                 refuse_empty(inputs, "check the path and what is mounted there, or give --allow-empty")
             request = _request(flags, inputs, wanted, settings, policy, shard)
+            if about_preset:
+                say = talk.warn if flags.preset == DEFAULT_PRESET else talk.note
+                request = replace(request, before_loading=partial(say, about_preset))
             return _show_plan(request, talk, flags) if flags.dry_run else _run(request, talk, flags)
 
 
@@ -243,6 +245,7 @@ def _counted_in_captions(request: Request, talk: Talk) -> CaptionSettings:
 
 
 def _show_plan(request: Request, talk: Talk, flags: CaptionFlags) -> int:
+    request.before_loading()
     lines: list[str] = []
     planned = job.plan(
         request, lambda one: lines.append(_planned(one)) if flags.json_output else print(_planned(one))

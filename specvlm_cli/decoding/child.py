@@ -24,7 +24,7 @@ from specvlm.errors import ConfigError, VideoDecodeError, VideoError, VideoUnava
 from specvlm.records import Frames
 from specvlm.video.reading import Hooks
 from specvlm_cli.decoding import shared
-from specvlm_cli.decoding.jobs import Limits, ReadJob
+from specvlm_cli.decoding.jobs import MOST_EXTRA_S, Limits, ReadJob
 from specvlm_cli.decoding.messages import Said, began_line, failed_line, job_of, read_line
 from specvlm_cli.failure import failure_of
 from specvlm_cli.process import die_with_parent
@@ -101,18 +101,44 @@ def _limit(limits: Limits) -> None:
     for which, most in wanted.items():
         hard = resource.getrlimit(which)[1]
         most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-        kill = (
-            most + 1 if which == resource.RLIMIT_CPU and hard != most else most
-        )  # first a signal that tells
+        kill = most
+        if which == resource.RLIMIT_CPU:  # first a signal that tells; and a large file may have more
+            kill = limits.whole_cpu_s(MOST_EXTRA_S) + 1
+            kill = kill if hard == resource.RLIM_INFINITY else min(kill, hard)
         with suppress(ValueError, OSError):  # not every system has all of them
             resource.setrlimit(which, (most, kill))
+
+
+class _Progress:
+    """Tells the coordinator of each step, and takes the time that the file's size allows once it is open."""
+
+    def __init__(self, connection: socket.socket, job: ReadJob, limits: Limits) -> None:
+        self._connection, self._job, self._limits = connection, job, limits
+        self._size_bytes = 0
+
+    def began(self, step: str) -> None:
+        if step != "open" and not self._size_bytes:
+            with suppress(OSError):
+                self._size_bytes = os.stat(self._job.path).st_size
+            self._extend()
+        self._connection.sendall(began_line(step, self._size_bytes))
+
+    def _extend(self) -> None:
+        extra_s = self._limits.extra_s(self._size_bytes)
+        signal.setitimer(signal.ITIMER_REAL, self._limits.timeout_s + extra_s + _LAST_RESORT_S)
+        hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+        most = self._limits.whole_cpu_s(extra_s)
+        with suppress(ValueError, OSError):
+            resource.setrlimit(
+                resource.RLIMIT_CPU, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard)
+            )
 
 
 def _serve(connection: socket.socket, reader: Reader, limits: Limits) -> None:
     job = job_of(_line(connection))
     memory = FrameMemory(os.fsdecode(job.path), limits.frames_bytes)
     try:
-        line = _read(reader, job, memory, connection)
+        line = _read(reader, job, memory, _Progress(connection, job, limits))
     except BaseException as error:
         said = _said(error.with_traceback(None), limits)  # which holds what may have taken all memory
         memory.close()
@@ -131,10 +157,10 @@ def _line(connection: socket.socket) -> bytes:
     return data
 
 
-def _read(reader: Reader, job: ReadJob, memory: FrameMemory, connection: socket.socket) -> bytes:
+def _read(reader: Reader, job: ReadJob, memory: FrameMemory, progress: _Progress) -> bytes:
     options: dict[str, Any] = {"frame_multiple": job.frame_multiple, "root": job.root}
     if reader.takes_hooks:
-        options["hooks"] = Hooks(memory.allocate, lambda step: connection.sendall(began_line(step)))
+        options["hooks"] = Hooks(memory.allocate, progress.began)
     frames = reader.read(job.path, job.settings, **options)
     assert frames.source is not None
     line = read_line(frames.pixels.shape, frames.source)

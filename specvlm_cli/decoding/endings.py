@@ -35,7 +35,8 @@ def _of_timeout(report: Report, limits: Limits) -> Said:
     if report.began == "open":
         reason = f"not opened within {limits.timeout_s:g} s; check its disk or network mount"
         return Said("open", _TIMEOUT, reason, transient=True)
-    reason = f"not read within {limits.timeout_s:g} s; give it more time (--decode-timeout) or fewer frames"
+    limit_s = limits.timeout_s + limits.extra_s(report.size_bytes)
+    reason = f"not read within {limit_s:.3g} s; give it more time (--decode-timeout) or fewer frames"
     return Said("decode", _TIMEOUT, reason, transient=False)
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from specvlm.config import FrameSettings
 
+_BYTES_PER_S = 5e6  # of a file that is decoded whole; slow machines reach as much
+MOST_EXTRA_S = 3600.0
 DEFAULT_READER = "specvlm.video.reading:read"
 
 
@@ -15,8 +17,8 @@ class Limits:
     """What reading one video may take.
 
     Attributes:
-        timeout_s: Wall time of one attempt: of one reader.
-        cpu_s: Processor time of one attempt, in all its threads; None: twice `timeout_s`.
+        timeout_s: Wall time of one attempt, for a small file; see `extra_s`.
+        cpu_s: Processor time of one attempt, in all its threads; None: twice its wall time.
         address_space_bytes: Memory that its process may map, the frames and the libraries included.
         frames_bytes: Frames of one video; no file that its process writes can be larger either.
     """
@@ -26,9 +28,13 @@ class Limits:
     address_space_bytes: int = 4 << 30
     frames_bytes: int = 2 << 30
 
-    def whole_cpu_s(self) -> int:
+    def extra_s(self, size_bytes: int) -> float:
+        """Return the wall time that a file of this size may take beyond `timeout_s`."""
+        return min(size_bytes / _BYTES_PER_S, MOST_EXTRA_S)
+
+    def whole_cpu_s(self, extra_s: float = 0.0) -> int:
         """Return the limit on processor time as the kernel takes it."""
-        return max(1, math.ceil(2 * self.timeout_s if self.cpu_s is None else self.cpu_s))
+        return max(1, math.ceil(2 * (self.timeout_s + extra_s) if self.cpu_s is None else self.cpu_s))
 
 
 @dataclass(frozen=True, slots=True)

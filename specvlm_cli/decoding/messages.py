@@ -11,7 +11,7 @@ import math
 import re
 import struct
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from specvlm.config import FrameSettings
@@ -56,12 +56,14 @@ class Report:
 
     Attributes:
         began: The last step that it began; None: it did not say.
+        size_bytes: The file's size, for its time limit; 0: it is not open yet.
         failed: Why there are no frames.
         shape: [F, height, width, 3] of the frames that it sent.
         source: The file's own facts.
     """
 
     began: str | None = None
+    size_bytes: int = 0
     failed: Said | None = None
     shape: tuple[int, int, int, int] | None = None
     source: VideoSource | None = None
@@ -93,9 +95,9 @@ def _bytes(text: str) -> bytes:
     return text.encode("utf-8", "surrogateescape")
 
 
-def began_line(step: str) -> bytes:
-    """Return the line by which a child says that it begins a step."""
-    return json.dumps({"began": step}).encode("ascii") + b"\n"
+def began_line(step: str, size_bytes: int) -> bytes:
+    """Return the line by which a child says that it begins a step, and how large the file is; 0: not known yet."""
+    return json.dumps({"began": step, "size_bytes": size_bytes}).encode("ascii") + b"\n"
 
 
 def failed_line(said: Said) -> bytes:
@@ -130,12 +132,14 @@ def _with_line(report: Report, line: bytes) -> Report:
     if report.failed is not None or report.shape is not None:
         raise MisreportError("something after the end")
     match said:
-        case {"began": str(step), **rest} if not rest and _WORD.fullmatch(step):
-            return Report(began=step)
+        case {"began": str(step), "size_bytes": size, **rest} if (
+            not rest and _WORD.fullmatch(step) and _is_count(size)
+        ):
+            return Report(step, size)
         case {"failed": dict(failed), **rest} if not rest:
-            return Report(report.began, failed=_said(failed))
+            return replace(report, failed=_said(failed))
         case {"shape": list(shape), "source": dict(source), **rest} if not rest:
-            return Report(report.began, shape=_shape(shape), source=_source(source))
+            return replace(report, shape=_shape(shape), source=_source(source))
     raise MisreportError("unknown words")
 
 

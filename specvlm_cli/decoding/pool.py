@@ -37,6 +37,7 @@ class _Attempt:
         connection: Our end of the child's socket.
         due_s: When its time is over, on the monotonic clock; before it runs, when that must have begun.
         runs: It is known to run.
+        extended: It was looked whether its file is so large that it may take longer.
         killed: Its time was over, and it was killed.
         again: An earlier child of this video was lost without a fault of the video's.
     """
@@ -45,6 +46,7 @@ class _Attempt:
     connection: socket.socket
     due_s: float
     runs: bool = False
+    extended: bool = False
     killed: bool = False
     again: bool = False
 
@@ -163,6 +165,9 @@ class DecodingPool:
                 raise NurseryLostError
             if attempt.killed:
                 self._give_up(self._attempts.pop(number))
+            elif not attempt.extended:
+                attempt.extended = True
+                attempt.due_s += self._limits.extra_s(_size_bytes(attempt.connection))
             else:
                 self._keeper.kill(number)
                 attempt.killed, attempt.due_s = True, now_s + _GIVE_UP_S
@@ -209,3 +214,12 @@ class DecodingPool:
         self._outcomes.append(
             ReadFailure(job.key, said.stage, said.error_type, said.error, transient=said.transient)
         )
+
+
+def _size_bytes(connection: socket.socket) -> int:
+    """Return how large a child said that its file is, leaving what it said to be received; 0: it did not."""
+    try:
+        said = connection.recv(shared.MOST_BYTES, socket.MSG_PEEK)
+        return report_of(said[: said.rfind(b"\n") + 1]).size_bytes
+    except (OSError, MisreportError):
+        return 0

@@ -68,7 +68,7 @@ def write_clip(path: Path) -> None:
     import numpy as np
 
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=_RATE)
+        stream = container.add_stream("libx264", rate=_RATE)  # decord takes nothing else
         stream.width, stream.height, stream.pix_fmt = _WIDTH, _HEIGHT, "yuv420p"
         for number in range(_FRAMES):
             picture = np.full((_HEIGHT, _WIDTH, 3), number * _STEP, np.uint8)

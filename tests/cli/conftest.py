@@ -15,10 +15,9 @@ import pytest
 
 from specvlm_cli import app, engine, runner
 from specvlm_cli.commands import caption
-from specvlm_cli.commands.caption_flags import CaptionFlags
 from specvlm_cli.decoding import DecodingPool
 from specvlm_cli.settings import CaptionSettings
-from tests.cli.fake import FakeFactory, Log
+from tests.cli.fake import FakeFactory, Log, with_demo
 
 
 @dataclass
@@ -93,13 +92,8 @@ def specvlm(
     monkeypatch.setattr(runner, "DecodingPool", partial(DecodingPool, reader=READER))
     monkeypatch.setattr(caption, "_decode_workers", lambda: 1)  # so that videos come in their order
     monkeypatch.setattr(caption, "_cpu_workers", lambda *_: 1)
-    monkeypatch.setattr(caption, "_with_preset", _with_demo)
+    monkeypatch.setattr(caption, "_with_preset", with_demo)
     return command
-
-
-def _with_demo(flags: CaptionFlags) -> tuple[CaptionFlags, str]:
-    """Return the flags with the demo pair where no model is named, as if it were."""
-    return flags if flags.preset or flags.target else replace(flags, preset="demo"), ""
 
 
 @pytest.fixture

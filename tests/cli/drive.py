@@ -44,7 +44,7 @@ from specvlm_cli.generating import worker
 from specvlm_cli.policy import Policy
 from tests.cli import family
 from tests.cli.conftest import READER
-from tests.cli.fake import FakeFactory
+from tests.cli.fake import FakeFactory, with_demo
 
 Victim = Literal["parent", "group", "worker", "nursery", "reader"]
 
@@ -248,6 +248,7 @@ def prepare() -> None:
     rows = int(os.environ.get("DRIVE_PART_ROWS", "3"))
     ledger.BUSY_TIMEOUT_S = float(os.environ.get("DRIVE_BUSY_S", "60"))
     _put(engine, "Factory", lambda settings, *, batch_size, **_: replace(factory, batch_size=batch_size))
+    _put(caption, "_with_preset", with_demo)
     _put(caption, "Policy", functools.partial(Policy, part_rows=rows))
     _put(runner, "DecodingPool", functools.partial(DecodingPool, reader=READER))
     if "DRIVE_FORK" in os.environ:

@@ -27,6 +27,7 @@ from specvlm.errors import (
     VideoUnavailableError,
 )
 from specvlm.records import Caption, CaptionStats, Frames, VideoSource
+from specvlm_cli.commands.caption_flags import CaptionFlags
 from specvlm_cli.engine import Finished, Models
 
 ROUNDS = 4
@@ -370,3 +371,8 @@ class Log:
     @property
     def warm_ups(self) -> int:
         return len(self._lines("warm_up"))
+
+
+def with_demo(flags: CaptionFlags) -> tuple[CaptionFlags, str]:
+    """Return the flags with the demo pair where no model is named, as if it were."""
+    return flags if flags.preset or flags.target else replace(flags, preset="demo"), ""

@@ -210,3 +210,19 @@ def read_in_steps(
     hooks.began(step)  # type: ignore[arg-type]
     ACTS[act]()
     return frames()
+
+
+def read_slowly(
+    path: bytes,
+    settings: FrameSettings,
+    *,
+    frame_multiple: int = 1,
+    root: bytes | None = None,
+    hooks: Hooks,
+) -> Frames:
+    """Take longer than a small file may."""
+    hooks.began("open")
+    hooks.began("index")
+    time.sleep(1.2)
+    hooks.began("pyav")
+    return frames()

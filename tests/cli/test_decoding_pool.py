@@ -368,6 +368,29 @@ def test_a_reader_that_fails_is_asked_once(step: str, act: str, tmp_path: Path) 
         assert (found.stage == "open", found.transient) == (step == "open", step == "open")
 
 
+@pytest.mark.parametrize(("size_bytes", "enough"), [(1000, False), (2_000_000, False), (20_000_000, True)])
+def test_a_large_file_may_take_longer(size_bytes: int, enough: bool, tmp_path: Path) -> None:
+    film = tmp_path / "film.ts"
+    with film.open("wb") as file:
+        file.truncate(size_bytes)
+    with DecodingPool(1, SHORT, reader="tests.cli.readers:read_slowly") as reading:
+        found = outcome(reading, job(str(film)))
+    if enough:
+        assert_good(found)
+        return
+    assert isinstance(found, ReadFailure)
+    limit_s = SHORT.timeout_s + size_bytes / 5e6
+    assert (
+        found.error
+        == f"not read within {limit_s:.3g} s; give it more time (--decode-timeout) or fewer frames"
+    )
+
+
+def test_no_file_is_so_large_that_it_may_take_for_ever() -> None:
+    assert Limits().extra_s(1 << 62) == 3600.0
+    assert Limits(timeout_s=10).whole_cpu_s(Limits().extra_s(50_000_000)) == 40
+
+
 def test_more_frames_than_allowed_are_refused(tmp_path: Path) -> None:
     clip = video_files.write_video(tmp_path / "clip.mp4", frames=60)
     limits = Limits(frames_bytes=60 * 96 * 64 * 3)

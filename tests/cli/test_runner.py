@@ -387,7 +387,7 @@ def test_a_division_that_was_cut_short_is_finished_but_not_by_looking(
     for index in range(2):
         specvlm("caption", folder, "-o", out, "--shard", f"{index}/2")
     with monkeypatch.context() as patch:
-        patch.setattr(resharding, "_take_over", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(resharding, "_take_over", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             reshard(out, 4)
     before = snapshot(out)

@@ -61,7 +61,17 @@ def run(path: Path, out: Path, options: InputOptions) -> tuple[int, str]:
     Raises:
         AssertionError: The code is none of 0, 2 and 3, or an error is not one line.
     """
-    arguments = ["caption", str(path), "-n", "-q", "-o", str(out), *manifest_cases.flags(options)]
+    arguments = [
+        "caption",
+        str(path),
+        "-n",
+        "-q",
+        "--preset",
+        "demo",
+        "-o",
+        str(out),
+        *manifest_cases.flags(options),
+    ]
     stdout, stderr = io.StringIO(), io.StringIO()
     with redirect_stdout(stdout), redirect_stderr(stderr):
         code = int(app.main(arguments))

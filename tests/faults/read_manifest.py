@@ -48,7 +48,7 @@ def start(path: Path) -> dict[str, Any]:
     from specvlm_cli import app
 
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-        code = app.main(["caption", str(path), "-n", "-q", "-o", f"{folder}/out"])
+        code = app.main(["caption", str(path), "-n", "-q", "--preset", "demo", "-o", f"{folder}/out"])
     return {"items": None, "problems": 0, "error": None if code == 0 else f"exit {code}"}
 
 

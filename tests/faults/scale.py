@@ -56,7 +56,18 @@ def write_manifest(path: Path, rows: int) -> None:
 
 def measure_ready(manifest: Path, out: Path) -> tuple[float, int]:
     """Return the seconds until a first start is ready to work, and its peak memory in MB."""
-    command = [sys.executable, "-c", _WATCHED, "caption", str(manifest), "-o", str(out), "-q"]
+    command = [
+        sys.executable,
+        "-c",
+        _WATCHED,
+        "caption",
+        str(manifest),
+        "-o",
+        str(out),
+        "-q",
+        "--preset",
+        "demo",
+    ]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 75, done.returncode
     seconds, peak_mb = done.stdout.split()
@@ -78,7 +89,7 @@ def finish(manifest: Path, out: Path) -> None:
     before = Runner.load, Runner.run
     Runner.load, Runner.run = load, run  # type: ignore[method-assign]
     try:
-        assert app.main(["caption", str(manifest), "-o", str(out), "-q"]) == 0
+        assert app.main(["caption", str(manifest), "-o", str(out), "-q", "--preset", "demo"]) == 0
     finally:
         Runner.load, Runner.run = before  # type: ignore[method-assign]
 
@@ -103,7 +114,17 @@ def made_up_row(claim: Claim, config_hash: str) -> dict[str, Any]:
 def measure_finished(manifest: Path, out: Path, times: int) -> list[float]:
     """Return the seconds that a start on a finished run takes, each in a process of its own."""
     before = snapshot(out)
-    command = [sys.executable, "-m", "specvlm_cli", "caption", str(manifest), "-o", str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "specvlm_cli",
+        "caption",
+        str(manifest),
+        "-o",
+        str(out),
+        "--preset",
+        "demo",
+    ]
     taken_s = []
     for _ in range(times):
         began = time.perf_counter()

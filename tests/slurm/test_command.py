@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import Result, Specvlm, snapshot, specvlm
+from tests.cli.conftest import Result, Specvlm, forked, snapshot, specvlm
 from tests.test_docs import commands
 
-__all__ = ["specvlm"]  # the fixture
+__all__ = ["forked", "specvlm"]  # fixtures
 
 CAPTION = ("--", "caption", "videos", "--preset", "demo")
 

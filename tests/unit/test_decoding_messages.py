@@ -31,13 +31,13 @@ def test_a_job_arrives_as_it_was_sent(path: bytes, root: bytes | None) -> None:
 
 
 def test_a_report_arrives_as_it_was_sent() -> None:
-    began = messages.began_line("open") + messages.began_line("pyav")
-    assert report_of(began) == Report(began="pyav")
+    began = messages.began_line("open", 0) + messages.began_line("pyav", 1 << 33)
+    assert report_of(began) == Report("pyav", 1 << 33)
     assert report_of(b"") == Report()
     said = Said("open", "VideoNotFoundError", "no such file; check the path", transient=False)
-    assert report_of(began + messages.failed_line(said)) == Report(began="pyav", failed=said)
+    assert report_of(began + messages.failed_line(said)) == Report("pyav", 1 << 33, failed=said)
     read = messages.read_line((8, 4, 6, 3), _SOURCE)
-    assert report_of(began + read) == Report(began="pyav", shape=(8, 4, 6, 3), source=_SOURCE)
+    assert report_of(began + read) == Report("pyav", 1 << 33, shape=(8, 4, 6, 3), source=_SOURCE)
 
 
 def test_a_reason_is_one_harmless_line() -> None:
@@ -107,8 +107,8 @@ def test_mutated_reports_are_understood_or_refused() -> None:
     rng = random.Random(0)
     said = Said("decode", "VideoDecodeError", "damaged", transient=False)
     good = [
-        messages.began_line("decord") + messages.read_line((8, 4, 6, 3), _SOURCE),
-        messages.began_line("open") + messages.failed_line(said),
+        messages.began_line("decord", 9) + messages.read_line((8, 4, 6, 3), _SOURCE),
+        messages.began_line("open", 0) + messages.failed_line(said),
     ]
     refused = 0
     for _ in range(4000):
