@@ -51,8 +51,7 @@ class Assigner:
         ready = self._crew.ready()
         self._assign(ready)
         admissions = [found for worker in self._emptiest(ready) if (found := self._for(worker)) is not None]
-        for worker in ready:
-            self._lend_ahead(worker)
+        self._lend_ahead(ready)
         return admissions
 
     def size_queue(self) -> None:
@@ -62,7 +61,7 @@ class Assigner:
         self._queue.batch_size = max((worker.batch_size for worker in ready), default=1)
 
     def _emptiest(self, workers: list[Worker]) -> list[Worker]:
-        return sorted(workers, key=lambda worker: worker.sequences)
+        return sorted(workers, key=lambda worker: worker.sequences + self._lent(worker))
 
     # Groups
 
@@ -156,19 +155,24 @@ class Assigner:
 
     # Lending
 
-    def _lend_ahead(self, worker: Worker) -> None:
-        """Have a worker prepare what it will need next; not beside a suspect, nor before a group."""
-        if _is_alone(worker) or (worker.group is not None and not worker.group.unread):
-            return
-        while self._may_lend(worker) and self._lend(worker):
-            pass
+    def _lend_ahead(self, ready: list[Worker]) -> None:
+        """Have workers prepare what they will need next, so that all have about as much to do."""
+        while able := [worker for worker in ready if self._may_lend(worker)]:
+            if not self._lend(min(able, key=lambda worker: worker.sequences + self._lent(worker))):
+                return
 
     def _may_lend(self, worker: Worker) -> bool:
-        if self._queue.has_charged:
+        """Say whether a worker is to prepare one more; not beside a suspect, nor before a group."""
+        if self._queue.has_charged or _is_alone(worker):
             return False
-        sequences = sum(self._policy.sequences(claim.item) for claim in self._queue.lent(worker))
-        few = sequences < max(1, worker.batch_size // _PREPARED)
+        if worker.group is not None and not worker.group.unread:
+            return False
+        few = self._lent(worker) < max(1, worker.batch_size // _PREPARED)
         return few and self._queue.lent_bytes(worker) < self._policy.ahead_bytes // _PREPARED_BYTES
+
+    def _lent(self, worker: Worker) -> int:
+        """Return how many sequences a worker prepares ahead."""
+        return sum(self._policy.sequences(claim.item) for claim in self._queue.lent(worker))
 
     def _lend(self, worker: Worker) -> bool:
         """Have a worker prepare the next video that is read; False: there is none."""

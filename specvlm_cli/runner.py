@@ -16,7 +16,7 @@ from __future__ import annotations
 import sqlite3
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from functools import partial
 from multiprocessing.connection import wait
 from typing import Protocol
@@ -98,6 +98,8 @@ class Runner:
         self._reporter = reporter
         self._crew = Crew(factory, policy, reporter.child_stderr())
         self._queue = Queue(ledger, policy)
+        self._readers = ExitStack()
+        self._pool: DecodingPool | None = None  # in `_readers`
         self._scheduler = Assigner(self._queue, self._crew, policy)
         self._provenance: Provenance | None = None
         self._not_finite = 0
@@ -111,12 +113,15 @@ class Runner:
         self._part_started = time.monotonic()
 
     def load(self, stop: Stop) -> Models | None:
-        """Start the workers and return what the first one to be ready loaded; None: stopping was asked for.
+        """Start all processes and return what the first worker to be ready loaded; None: stopping was asked for.
 
         Raises:
             Exception: What kept the models from loading.
         """
         self._crew.start()
+        self._pool = self._readers.enter_context(
+            DecodingPool(self._policy.decode_workers, self._policy.limits)
+        )
         while not self._crew.models:
             if stop.reason is not None:
                 self.stopped = stop.reason
@@ -131,17 +136,18 @@ class Runner:
         """Caption what is pending. What was made stands in finished parts when this returns."""
         self._provenance, self._run_began_s = provenance, time.monotonic()
         assert self._crew.models is not None
-        with DecodingPool(self._policy.decode_workers, self._policy.limits) as pool:
-            self._queue.begin(pool, self._crew.models.frame_multiple)
-            while self._goes_on(stop):
-                self._scheduler.size_queue()
-                self._queue.read_ahead()
-                self._turn(stop)
-                if not self._queue and not self._crew.in_flight():
-                    break
-                self._wait(pool, stop)
-            self._queue.drop()
-            self._let_finish(stop)
+        assert self._pool is not None
+        self._queue.begin(self._pool, self._crew.models.frame_multiple)
+        while self._goes_on(stop):
+            self._scheduler.size_queue()
+            self._queue.read_ahead()
+            self._turn(stop)
+            if not self._queue and not self._crew.in_flight():
+                break
+            self._wait(self._pool, stop)
+        self._queue.drop()
+        self._let_finish(stop)
+        self._readers.close()
         self.close_parts()
 
     def close(self) -> None:
@@ -151,6 +157,7 @@ class Runner:
             self._release(claims)
         self._crew.close()
         self._queue.drop()
+        self._readers.close()
 
     def _release(self, claims: Sequence[Claim]) -> None:
         if claims:

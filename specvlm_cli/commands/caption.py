@@ -50,7 +50,7 @@ from specvlm_cli.talk import Talk, counted
 from specvlm_cli.text import clean, short
 from specvlm_cli.wanted import Wanted
 
-_FEWEST_DECODE_WORKERS, _MOST_DECODE_WORKERS = 2, 8  # where the flag does not say
+_FEWEST_DECODE_WORKERS, _MOST_DECODE_WORKERS = 4, 8  # where the flag does not say
 
 
 def caption(flags: CaptionFlags) -> int:
@@ -276,7 +276,7 @@ def _print_json(outcome: Outcome, **more: Any) -> None:
 def _decode_workers() -> int:
     """Leave most cores to what else is to be done: reading is cheaper than generating.
 
-    At least two, so that one video is read while the frames of another are taken over.
+    At least four: for small videos, most of the time is waiting for processes to begin and to be heard.
     """
     return max(_FEWEST_DECODE_WORKERS, min(_MOST_DECODE_WORKERS, usable_cores() // 2))
 
