@@ -15,10 +15,11 @@ demo: .venv/installed
 	$(BIN)/specvlm caption examples/videos --preset demo --baseline-sample 1.0 -o demo-out
 	$(BIN)/python examples/read_captions.py demo-out
 
-# worksteal: each process gets one stretch of the tests, so a module's fixtures are rarely built twice.
+# Three processes keep two cores busy, as many tests wait. worksteal: each process gets one stretch of the tests, so a
+# module's fixtures are rarely built twice.
 test-all: export PYTEST_ADDOPTS = -m "not gpu"
 test test-all: checks
-	$(BIN)/python -m pytest -W error -n 2 --dist worksteal
+	$(BIN)/python -m pytest -W error -n 3 --dist worksteal
 
 checks: .venv/installed-dev
 	$(BIN)/ruff format --check .

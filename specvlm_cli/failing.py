@@ -28,6 +28,11 @@ class SameFailure:
         self._claims.append(claim)
         return self._claims if len(self._claims) >= IN_A_ROW else []
 
+    @property
+    def claims(self) -> list[Claim]:
+        """The videos that failed in the same way as the last one."""
+        return self._claims
+
     @staticmethod
     def fatal(failure: Failure) -> FatalError:
         """Return the error that ends the run."""

@@ -466,17 +466,20 @@ class Runner:
             self._stop_if_all_fail(claim, failure)
 
     def _stop_if_all_fail(self, claim: Claim, failure: Failure) -> None:
-        blameless = self._same_failure.add(claim, failure)
-        if not blameless:
-            return
-        self._ledger.reopen_failed(blameless)
-        if self._fatal is None:
-            self._fatal = SameFailure.fatal(failure)
-            self._news.append(lambda: self._parts.write_failures(self._ledger))
+        if blameless := self._same_failure.add(claim, failure):
+            self._reopen(blameless)
+            self._fatal = self._fatal or SameFailure.fatal(failure)
+
+    def _reopen(self, claims: Sequence[Claim]) -> None:
+        """Make videos pending again whose failure is the model's."""
+        self._ledger.reopen_failed(claims)
+        self._news.append(lambda: self._parts.write_failures(self._ledger))
 
     def _stop_if_never_finite(self, failure: Failure) -> None:
         self._not_finite = self._not_finite + 1 if failure.error_type == _NOT_FINITE else 0
         if self._not_finite >= _NOT_FINITE_IN_A_ROW and self._fatal is None:
+            if self.captioning is None:
+                self._reopen(self._same_failure.claims)
             self._fatal = FatalError(
                 f"{self._not_finite} videos in a row gave NaN or infinite logits: the target does not work as it "
                 "is loaded; try another --dtype, or check its weights"

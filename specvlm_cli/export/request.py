@@ -46,12 +46,23 @@ class Request:
         return self.format in ("jsonl", "csv") or self.destination.suffix.lower() == ".parquet"
 
 
+# Names of files of other formats, of which nobody means a folder.
+_NOT_WRITTEN = frozenset(
+    ".arrow .db .feather .json .ndjson .ods .orc .sqlite .tar .tsv .xls .xlsx .xml .yaml .zip".split()
+)
+
+
 def format_of(destination: Path, wanted: FormatName | None) -> FormatName:
     """Return the format: what is wanted, else what the destination's name says, else Parquet.
 
     Raises:
-        UsageError: The destination's name says another one than is wanted.
+        UsageError: The destination's name says another one than is wanted, or one that there is not.
     """
+    if destination.suffix.lower() in _NOT_WRITTEN:
+        raise UsageError(
+            f"{clean(str(destination))}: {destination.suffix} files are not written; give a folder, or a name that "
+            "ends in .jsonl, .csv or .parquet"
+        )
     named = _SUFFIXES.get(destination.suffix.lower())
     if wanted is not None and named is not None and named != wanted:
         shown = clean(str(destination))

@@ -79,3 +79,14 @@ def test_a_file_of_the_future_is_young_for_a_while_only(videos: Path, ahead_s: i
             os.utime(path, (1, 1))
     inputs = Inputs([str(videos)], InputOptions(min_age_s=60.0))
     assert (b"a.mp4" not in [os.path.basename(item.path) for item in inputs]) == young
+
+
+@pytest.mark.parametrize("name", ["book.xlsx", "rows.JSON", "a.tsv", "b.arrow"])
+def test_formats_that_are_not_written_are_no_folders(
+    specvlm: Specvlm, videos: Path, tmp_path: Path, name: str
+) -> None:
+    assert specvlm("caption", videos, "-o", tmp_path / "out").code == 0
+    result = specvlm("export", tmp_path / "out", tmp_path / name)
+    assert result.code == 2
+    assert f"{Path(name).suffix} files are not written; give a folder, or a name that ends in" in result.err
+    assert not (tmp_path / name).exists()

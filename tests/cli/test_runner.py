@@ -161,6 +161,21 @@ def test_infinite_logits_are_no_caption_and_three_in_a_row_end_the_run(
     assert "3 videos in a row gave NaN or infinite logits" in result.err
 
 
+def test_videos_before_the_first_caption_are_not_to_blame_for_infinite_logits(
+    specvlm: Specvlm, tmp_path: Path, out: Path
+) -> None:
+    folder = many(tmp_path / "many", 5)
+    for path in folder.iterdir():
+        path.write_text("nan")
+    result = specvlm("caption", folder, "-o", out)
+    assert result.code == 1
+    assert "3 videos in a row gave NaN or infinite logits" in result.err
+    for path in folder.iterdir():
+        path.write_text(f"video {path.name}")
+    assert specvlm("caption", folder, "-o", out).code == 0, "all of them are pending"
+    invariants.check(out, folder)
+
+
 def test_memory_that_runs_out_costs_one_video(specvlm: Specvlm, videos: Path, out: Path) -> None:
     (videos / "b.webm").write_text("huge")
     assert specvlm("caption", videos, "-o", out).code == 3
