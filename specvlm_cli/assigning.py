@@ -61,7 +61,11 @@ class Assigner:
         self._queue.batch_size = max((worker.batch_size for worker in ready), default=1)
 
     def _emptiest(self, workers: list[Worker]) -> list[Worker]:
-        return sorted(workers, key=lambda worker: worker.sequences + self._lent(worker))
+        return sorted(workers, key=self._load)
+
+    def _load(self, worker: Worker) -> int:
+        """Return the sequences that a worker has in flight or prepares."""
+        return worker.sequences + self._lent(worker)
 
     # Groups
 
@@ -158,7 +162,7 @@ class Assigner:
     def _lend_ahead(self, ready: list[Worker]) -> None:
         """Have workers prepare what they will need next, so that all have about as much to do."""
         while able := [worker for worker in ready if self._may_lend(worker)]:
-            if not self._lend(min(able, key=lambda worker: worker.sequences + self._lent(worker))):
+            if not self._lend(min(able, key=self._load)):
                 return
 
     def _may_lend(self, worker: Worker) -> bool:

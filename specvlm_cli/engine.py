@@ -134,9 +134,11 @@ class EngineFactory(Protocol):
         """Return how many GPUs this process sees."""
 
     def load(self, device: str | None, sharing: int) -> Engine:
-        """Load the models onto a device; None: where the settings say.
+        """Load the models.
 
-        If that is the CPU, so many workers are `sharing` its cores.
+        Args:
+            device: Where to; None: where the settings say.
+            sharing: How many workers share the cores, if that is the CPU.
         """
 
 

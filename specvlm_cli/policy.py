@@ -26,7 +26,7 @@ class Policy:
         on_oom: Whether a video may be captioned from fewer frames where memory runs out.
         devices: Where workers load their models, one each; None: where the settings say, or all GPUs.
         all_gpus: One worker for each GPU that the first worker sees.
-        cpu_workers: Workers that share the CPU, where that is where the first of `devices` leads.
+        cpu_workers: Workers in place of the first of `devices`; more than one only on a CPU, whose cores they share.
         decode_workers: Videos that are read at the same time.
         limits: What reading one video may take.
         root: Nothing outside this folder is read; None: anything.

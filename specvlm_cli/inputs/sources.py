@@ -83,8 +83,7 @@ class Manifest:
 def _reader(path: bytes, options: InputOptions) -> RowReader:
     name = shown(path)
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise UsageError(f"{name} is no file; give a manifest that is one, or paths on standard input")
+        _require_file(path, name, "manifest")
         suffix = os.path.splitext(path)[1].lower()
         if suffix == b".csv":
             return CsvManifest(path, name, options)
@@ -100,11 +99,15 @@ def _reader(path: bytes, options: InputOptions) -> RowReader:
 def _path_list(path: bytes) -> PathList:
     name = shown(path)
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise UsageError(f"{name} is no file; give a list that is one, or paths on standard input")
+        _require_file(path, name, "list")
         return PathList(path, name)
     except OSError as error:
         raise _unreadable(name, error) from error
+
+
+def _require_file(path: bytes, name: str, what: str) -> None:
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise UsageError(f"{name} is no file; give a {what} that is one, or paths on standard input")
 
 
 def _unreadable(name: str, error: OSError) -> UsageError:
@@ -153,9 +156,9 @@ class Inputs:
         if given == STDIN:
             return [Lines(self._stdin or _standard_input())]
         if os.path.isdir(path):
-            parts = parts_in(path, self._suffixes)
-            folder = Folder(path, self._options.recursive, self._suffixes)
-            return [Manifest(part, self._options) for part in parts] or [folder]
+            if parts := parts_in(path, self._suffixes):
+                return [Manifest(part, self._options) for part in parts]
+            return [Folder(path, self._options.recursive, self._suffixes)]
         if os.path.lexists(path):
             return [self._file(path)]
         if is_address(path):
