@@ -439,7 +439,8 @@ def target_fingerprint(target: str, revision: str | None) -> str | None:
         revision: Its commit, where it is of the hub.
 
     Returns:
-        16 hex digits, the same for a hub model and a local copy of it; None: its files are not to be found.
+        See `checkpoint.model_fingerprint`; it is the same for a hub model and a local copy of it. None: its files are
+        not to be found.
     """
     folder = Path(local_name(target))
     if not folder.is_dir():

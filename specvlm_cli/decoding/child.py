@@ -100,13 +100,15 @@ def _limit(limits: Limits) -> None:
     }
     for which, most in wanted.items():
         hard = resource.getrlimit(which)[1]
-        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-        kill = most
+        most = kill = _within(most, hard)
         if which == resource.RLIMIT_CPU:  # first a signal that tells; and a large file may have more
-            kill = limits.whole_cpu_s(MOST_EXTRA_S) + 1
-            kill = kill if hard == resource.RLIM_INFINITY else min(kill, hard)
+            kill = _within(limits.whole_cpu_s(MOST_EXTRA_S) + 1, hard)
         with suppress(ValueError, OSError):  # not every system has all of them
             resource.setrlimit(which, (most, kill))
+
+
+def _within(most: int, hard: int) -> int:
+    return most if hard == resource.RLIM_INFINITY else min(most, hard)
 
 
 class _Progress:
@@ -127,11 +129,8 @@ class _Progress:
         extra_s = self._limits.extra_s(self._size_bytes)
         signal.setitimer(signal.ITIMER_REAL, self._limits.timeout_s + extra_s + _LAST_RESORT_S)
         hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
-        most = self._limits.whole_cpu_s(extra_s)
         with suppress(ValueError, OSError):
-            resource.setrlimit(
-                resource.RLIMIT_CPU, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard)
-            )
+            resource.setrlimit(resource.RLIMIT_CPU, (_within(self._limits.whole_cpu_s(extra_s), hard), hard))
 
 
 def _serve(connection: socket.socket, reader: Reader, limits: Limits) -> None:

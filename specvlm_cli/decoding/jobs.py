@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from specvlm.config import FrameSettings
 
-_BYTES_PER_S = 5e6  # of a file that is decoded whole; slow machines reach as much
+_BYTES_PER_S = 5e6  # of a file that is decoded whole
 MOST_EXTRA_S = 3600.0
 DEFAULT_READER = "specvlm.video.reading:read"
 
