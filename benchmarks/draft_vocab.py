@@ -25,7 +25,7 @@ from acceptance import PROMPT, conditions, drawn
 
 import specvlm
 from specvlm.bench.modelled import ModelledCaptioner, Pair, modelled_video
-from specvlm.bench.shapes import Shape, build, find_shape
+from specvlm.bench.shapes import build
 from specvlm.bench.words import counted
 from specvlm.captioner import Captioner, PreparedVideo
 from specvlm.choosing import TreeChooser
@@ -37,6 +37,7 @@ from specvlm.drafts.head_model import HeadConfig, HeadModel
 from specvlm.drafts.kept_tokens import Choosing, MostUsed, choose_ids
 from specvlm.drafts.small_model import SmallModelDraft
 from specvlm.preset import find_preset
+from specvlm.published import Shape, find_shape
 from specvlm.sampling import id_list
 
 TREES = ("chain", "static", "dynamic")

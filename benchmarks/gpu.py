@@ -54,20 +54,7 @@ from specvlm.bench.modelled import (
     refuse_without_memory,
 )
 from specvlm.bench.records import Configuration, Report, Summary
-from specvlm.bench.shapes import (
-    FRAME_SIZE,
-    LLAVA,
-    QWEN,
-    TEXT_AFTER,
-    TEXT_BEFORE,
-    Shape,
-    TextShape,
-    VisionShape,
-    build,
-    find_shape,
-    frame_size_of,
-    prompt_tokens,
-)
+from specvlm.bench.shapes import FRAME_SIZE, build, frame_size_of
 from specvlm.bench.stock import stock_attention
 from specvlm.bench.suite import Step
 from specvlm.captioner import Captioner, PreparedVideo
@@ -76,6 +63,17 @@ from specvlm.config import GenerationSettings, SpeculationSettings, TreeName
 from specvlm.costs import CostStore
 from specvlm.demo.clips import render, scene_for, seed_for
 from specvlm.drafts.small_model import SmallModelDraft
+from specvlm.published import (
+    LLAVA,
+    QWEN25,
+    TEXT_AFTER,
+    TEXT_BEFORE,
+    Shape,
+    TextShape,
+    VisionShape,
+    find_shape,
+    prompt_tokens,
+)
 from specvlm.records import Frames
 from specvlm.stats import device_words
 from specvlm.tree import ROOT, STATIC_PATHS, TreeShape
@@ -115,7 +113,7 @@ class Plan:
 
     def frame_size(self, shape: Shape) -> tuple[int, int]:
         """Of this shape's frames."""
-        return self.qwen_frame if shape.family == QWEN else frame_size_of(shape)
+        return frame_size_of(shape) if shape.family == LLAVA else self.qwen_frame
 
 
 def _tiny(family: str, layers: int, vocabulary: int) -> Shape:
@@ -123,7 +121,7 @@ def _tiny(family: str, layers: int, vocabulary: int) -> Shape:
     return Shape(f"tiny-{family}", "", family, text, VisionShape(2, 32, 64, 2), 0, 290)
 
 
-TINY = tuple((_tiny(family, 4, 320), _tiny(family, 1, 300)) for family in (QWEN, LLAVA))
+TINY = tuple((_tiny(family, 4, 320), _tiny(family, 1, 300)) for family in (QWEN25, LLAVA))
 
 
 def full_plan(budget_s: float) -> Plan:

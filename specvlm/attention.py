@@ -1,7 +1,7 @@
 """The attention function of text models: causal prefill with scores, and rounds, over a cache of slabs.
 
 It is registered with `transformers` under the name `specvlm` and is told what to do by an `AttentionPlan`, which
-travels where the attention mask would (`attention_mask={"full_attention": plan}`). Called without a plan, by stock
+text models hand through to it as they do with every keyword that they do not know. Called without a plan, by stock
 `generate()` say, it is stock sdpa. It knows nothing of videos, drafts or caches.
 """
 
@@ -115,9 +115,9 @@ def _moved(rows: Rows, device: Any) -> Rows:
     return replace(rows, where=where, mask=mask, lengths=lengths)
 
 
-def plan_for(mask: AttentionPlan) -> dict[str, AttentionPlan]:
-    """The mapping that text models hand to their layers untouched."""
-    return {"full_attention": mask, "sliding_attention": mask}
+def plan_arguments(plan: AttentionPlan) -> dict[str, Any]:
+    """Keywords that bring a plan through any text model; one that is given a mask of four dimensions makes none."""
+    return {"attention_mask": torch.empty(0, 0, 0, 0), "attention_plan": plan}
 
 
 def prefix_of(certain: int) -> int:
@@ -444,20 +444,21 @@ def _attend(
     query: torch.Tensor,
     key: Any,
     value: Any,
-    attention_mask: AttentionPlan | torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
     scaling: float | None = None,
+    attention_plan: AttentionPlan | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """The registered function; query [B, H, n, d] -> [B, n, H, d].
 
     With a plan, `key` and `value` are lists as this library's cache gives them, see `specvlm.cache`.
     """
-    if not isinstance(attention_mask, AttentionPlan):
+    if attention_plan is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if attention_mask.segments:
-        return _prefill(query, key, value, attention_mask.segments, scale), None
-    return _round(query, key, value, attention_mask.rows, scale), None
+    if attention_plan.segments:
+        return _prefill(query, key, value, attention_plan.segments, scale), None
+    return _round(query, key, value, attention_plan.rows, scale), None
 
 
 def register_attention() -> None:

@@ -234,7 +234,7 @@ def _check_tokenizers(target: _Loaded, draft: _Loaded, target_name: str, draft_n
 def _check_draft(target: _Loaded, draft: _Loaded, target_name: str, draft_name: str) -> None:
     """Refuse a draft that would guess other tokens or see other video tokens than the target."""
     ours, theirs = target.model.family, draft.model.family
-    if ours.name != theirs.name:
+    if ours.prompts_like != theirs.prompts_like:
         raise IncompatibleDraftError(
             f"{draft_name}: its family is {theirs.name}, that of {target_name} is {ours.name}; "
             "use a draft of the same family"

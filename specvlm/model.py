@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from operator import add
 from typing import Any, NamedTuple
 
@@ -15,14 +15,14 @@ from specvlm.attention import (
     Rows,
     has_flash,
     own_mask,
-    plan_for,
+    plan_arguments,
     prefix_of,
     ragged_mask,
     tail_mask,
 )
 from specvlm.cache import Group, KVCache, SlabShape, rounded
 from specvlm.errors import GenerationError
-from specvlm.families.base import Family, ModelInputs
+from specvlm.families.base import Family, ModelInputs, VideoFeatures
 from specvlm.graphs import can_capture
 
 # On a CPU, a pass whose hidden states stay in its caches is fastest; a GPU wants to be filled.
@@ -88,7 +88,8 @@ class TextModel:
         self.dtype = dtype
         self._slab_shape = SlabShape(int(config.num_key_value_heads), int(head_dim), dtype, devices)
         self._groups = heads // self._slab_shape.kv_heads
-        self._window = config.sliding_window if "sliding_attention" in config.layer_types else None
+        layer_types = getattr(config, "layer_types", None) or ()
+        self._window = config.sliding_window if "sliding_attention" in layer_types else None
         on_cuda = all(device.type == "cuda" for device in devices)
         self.round_attention: RoundAttention = "masked"
         if on_cuda:
@@ -156,7 +157,12 @@ class TextModel:
         return cache
 
     def forward(
-        self, embeds: torch.Tensor, positions: torch.Tensor, cache: KVCache, plan: AttentionPlan
+        self,
+        embeds: torch.Tensor,
+        positions: torch.Tensor,
+        cache: KVCache,
+        plan: AttentionPlan,
+        more: Mapping[str, Any] | None = None,
     ) -> torch.Tensor:
         """One pass of the decoder over what the cache was aimed at.
 
@@ -165,6 +171,7 @@ class TextModel:
             positions: int64 [P, B, n], or [1, B, n] where all rows of a position are the same.
             cache: Aimed at n slots per row; it also keeps the features, where it was made for them.
             plan: What to attend to.
+            more: Further arguments of the text model; see `Family.text_arguments`.
 
         Returns:
             Hidden states after the last norm, [B, n, hidden], on `device`.
@@ -174,8 +181,9 @@ class TextModel:
             inputs_embeds=embeds,
             position_ids=positions.expand(rows, -1, -1) if rows > 1 else positions[0],
             past_key_values=cache,
-            attention_mask=plan_for(plan),
             use_cache=True,
+            **plan_arguments(plan),
+            **(more or {}),
         )
         hidden: torch.Tensor = out.last_hidden_state.to(self.device)
         if self.keeps_features:
@@ -305,18 +313,16 @@ class VideoLM(TextModel):
         """The decoder."""
         return self._text
 
-    def see(self, videos: Sequence[ModelInputs]) -> list[torch.Tensor]:
-        """Run the vision tower: features of each one's video tokens, [V, hidden], where hidden states start."""
+    def see(self, videos: Sequence[ModelInputs]) -> list[VideoFeatures]:
+        """Run the vision tower over videos; what it makes of them is where hidden states start."""
         embeds = self._embed.weight
-        features = self.family.embed_videos(self.model, videos)
-        return [one.to(embeds.device, embeds.dtype) for one in features]
+        return [one.to(embeds.device, embeds.dtype) for one in self.family.see(self.model, videos)]
 
-    def embed_prompt(self, inputs: ModelInputs, features: torch.Tensor) -> torch.Tensor:
-        """Token embeddings with the video's features [V, hidden] in their places, [1, S, hidden]."""
+    def embed_prompt(self, inputs: ModelInputs, features: VideoFeatures) -> torch.Tensor:
+        """Token embeddings with those of the video's V tokens in their places, [1, S, hidden]."""
         device = self.embedding_device
         embeds = self._embed(inputs.token_ids.to(device))
-        where = inputs.is_video.to(device).nonzero().squeeze(1)
-        return embeds.index_copy(1, where, features[None])  # type: ignore[no-any-return]
+        return embeds.index_copy(1, inputs.video_at.to(device), features.embeds[None])  # type: ignore[no-any-return]
 
     def embed_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
         """Text tokens [B, n] -> [B, n, hidden]."""

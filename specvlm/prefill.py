@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from specvlm.attention import AttentionPlan, ScoreSum, Segment
 from specvlm.cache import KVCache, Part
-from specvlm.families.base import ModelInputs
+from specvlm.families.base import ModelInputs, VideoFeatures
 from specvlm.model import VideoLM
 
 
@@ -24,6 +24,8 @@ class Prompt(NamedTuple):
     inputs: ModelInputs
     embeds: torch.Tensor  # [1, S, hidden]
     positions: torch.Tensor  # int64 [P, S]
+    video_at: torch.Tensor  # int64 [V] on the CPU, where the video tokens are, or those that pruning left
+    deep: tuple[torch.Tensor, ...] = ()  # each [V, hidden], theirs; see VideoFeatures
 
     @property
     def length(self) -> int:
@@ -32,8 +34,8 @@ class Prompt(NamedTuple):
 
     @property
     def boundary(self) -> int:
-        """How much of an unpruned prompt ends with the last video token; what follows is scored text."""
-        return int(self.inputs.is_video.nonzero()[-1]) + 1
+        """How much of the prompt ends with the last video token; what follows is scored text."""
+        return int(self.video_at[-1]) + 1
 
     @property
     def next_position(self) -> int:
@@ -56,7 +58,7 @@ class Features:
 
     def __init__(self) -> None:
         """Nothing is seen yet."""
-        self.of: dict[VideoLM, torch.Tensor] = {}  # each [V, hidden]
+        self.of: dict[VideoLM, VideoFeatures] = {}
 
 
 class Begun:
@@ -81,7 +83,7 @@ class Begun:
         """Copy the keys and values of a prompt's first part, all up to the last video token, out of a row."""
         if self._prompt is None:
             self._kept = cache.copy_out(row, prompt.boundary)
-            self._prompt = prompt._replace(embeds=prompt.embeds[:, :0])
+            self._prompt = prompt._replace(embeds=prompt.embeds[:, :0], deep=())
 
     def give(self, prompt: Prompt, cache: KVCache, row: int) -> int:
         """Write what is kept into a row, where this prompt begins in the same way; -> tokens that need not be read."""
@@ -134,7 +136,7 @@ def embed(model: VideoLM, videos: Sequence[ToSee]) -> list[Prompt]:
             video.features is not None and one.features is video.features for one in new
         ):
             new.append(video)
-    seen: dict[int, torch.Tensor] = {}
+    seen: dict[int, VideoFeatures] = {}
     for pack in packs([video.inputs.video_tokens for video in new], model.packed_tokens):
         some = [new[index] for index in pack]
         for video, features in zip(some, model.see([video.inputs for video in some]), strict=True):
@@ -144,10 +146,12 @@ def embed(model: VideoLM, videos: Sequence[ToSee]) -> list[Prompt]:
     return [_prompt(model, video, seen) for video in videos]
 
 
-def _prompt(model: VideoLM, video: ToSee, seen: dict[int, torch.Tensor]) -> Prompt:
-    features = seen[id(video.inputs)] if video.features is None else video.features.of[model]
-    embeds = model.embed_prompt(video.inputs, features)
-    return Prompt(video.inputs, embeds, model.positions(video.inputs).to(embeds.device))
+def _prompt(model: VideoLM, video: ToSee, seen: dict[int, VideoFeatures]) -> Prompt:
+    inputs = video.inputs
+    features = seen[id(inputs)] if video.features is None else video.features.of[model]
+    embeds = model.embed_prompt(inputs, features)
+    positions = model.positions(inputs).to(embeds.device)
+    return Prompt(inputs, embeds, positions, inputs.video_at.cpu(), features.deep)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,8 +185,27 @@ def _pass(
         torch.cat([one.prompt.positions[:, one.known :] for one in readings], dim=1)[:, None],
         cache,
         AttentionPlan(tuple(segments)),
+        _deep_arguments(model, readings, segments),
     )
     return hidden[:, ends]
+
+
+def _deep_arguments(
+    model: VideoLM, readings: Sequence[Reading], segments: Sequence[Segment]
+) -> dict[str, Any]:
+    """What the text model is told of the video tokens of a pass besides their embeddings."""
+    if not any(one.prompt.deep for one in readings):
+        return {}
+    rows, places = list[tuple[torch.Tensor, ...]](), list[torch.Tensor]()
+    for reading, segment in zip(readings, segments, strict=True):
+        video_at = reading.prompt.video_at
+        known = int(torch.searchsorted(video_at, reading.known))
+        places.append(video_at[known:] - reading.known + segment.start)
+        rows.append(tuple(layer[known:] for layer in reading.prompt.deep))
+    deep = [torch.cat(parts) for parts in zip(*rows, strict=True)]
+    where = torch.zeros(1, segments[-1].start + segments[-1].count, dtype=torch.bool)
+    where[0, torch.cat(places)] = True
+    return model.family.text_arguments(where.to(deep[0].device), deep)
 
 
 def prefill_target(
@@ -210,7 +233,7 @@ def prefill_target(
 
 
 def _score_sum(prompt: Prompt) -> ScoreSum:
-    return ScoreSum(prompt.inputs.is_video.nonzero().squeeze(1), prompt.embeds.device)
+    return ScoreSum(prompt.video_at, prompt.embeds.device)
 
 
 def prefill_draft(model: VideoLM, cache: KVCache, readings: Sequence[Reading]) -> None:
@@ -225,10 +248,12 @@ def prune_prompt(prompt: Prompt, keep: torch.Tensor, *, compact: bool) -> Prompt
 
     What is left keeps its positions, or is renumbered 0, 1, 2, ... in every row (`compact`).
     """
-    seen = torch.ones_like(prompt.inputs.is_video)
-    seen[prompt.inputs.is_video.nonzero().squeeze(1)] = keep.to(seen.device)
+    seen, kept = torch.ones(prompt.length, dtype=torch.bool), keep.cpu()
+    seen[prompt.video_at] = kept
+    video_at = (seen.cumsum(0) - 1)[prompt.video_at[kept]]
     where = seen.nonzero().squeeze(1).to(prompt.embeds.device)
     positions = prompt.positions.index_select(1, where)
     if compact:
         positions = torch.arange(where.numel(), device=where.device).expand_as(positions)
-    return Prompt(prompt.inputs, prompt.embeds.index_select(1, where), positions)
+    deep = tuple(layer[keep.to(layer.device)] for layer in prompt.deep)
+    return Prompt(prompt.inputs, prompt.embeds.index_select(1, where), positions, video_at, deep)

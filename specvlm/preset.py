@@ -63,6 +63,24 @@ def _qwen(name: str, target: str, draft: str) -> Preset:
     )
 
 
+def _qwen2(name: str, target: str, draft: str) -> Preset:
+    return replace(
+        _qwen(name, "", ""),
+        target=f"Qwen/Qwen2-VL-{target}-Instruct",
+        draft=f"Qwen/Qwen2-VL-{draft}-Instruct",
+        family="qwen2_vl",
+    )
+
+
+def _qwen3(name: str, target: str, draft: str) -> Preset:
+    return replace(
+        _qwen(name, "", ""),
+        target=f"Qwen/Qwen3-VL-{target}-Instruct",
+        draft=f"Qwen/Qwen3-VL-{draft}-Instruct",
+        family="qwen3_vl_moe" if "-A" in target else "qwen3_vl",
+    )
+
+
 def _llava(name: str, target: str, draft: str) -> Preset:
     return Preset(
         name,
@@ -84,9 +102,14 @@ _PRESETS = (
     *(
         one for one in _HEADS if is_head(one.draft)
     ),  # a head is trained with this package, so it may not be there
+    _qwen3("qwen3-vl-8b", "8B", "2B"),
+    _qwen3("qwen3-vl-32b", "32B", "4B"),
+    _qwen3("qwen3-vl-30b-a3b", "30B-A3B", "2B"),
+    _qwen3("qwen3-vl-235b-a22b", "235B-A22B", "4B"),
     _qwen("qwen2.5-vl-7b", "7B", "3B"),
     _qwen("qwen2.5-vl-32b", "32B", "7B"),
     _qwen("qwen2.5-vl-72b", "72B", "7B"),
+    _qwen2("qwen2-vl-7b", "7B", "2B"),
     _llava("llava-onevision-7b", "7b", "0.5b"),
     _llava("llava-onevision-72b", "72b", "7b"),
 )

@@ -2,11 +2,11 @@
 
     weights = 2 bytes x (parameters of target + draft)
     cache of a token = 2 (key, value) x layers x key heads x head size x 2 bytes
-    caches = target's x (video tokens + 1024) + draft's x (video tokens it keeps + 1024)
+    caches = target's x (video tokens + text) + draft's x (video tokens it keeps + text)
 
-in bf16, for the longest video that the preset reads, 1024 tokens of prompt and caption, nine video tokens in ten
-pruned for the draft. Working memory of the vision towers and of the prefill comes on top and is not in here.
-Asks no network and imports no torch.
+in bf16, for the longest video that the preset reads, 1024 tokens of prompt and caption, with the times that some
+models are told, nine video tokens in ten pruned for the draft. Working memory of the vision towers and of the prefill
+comes on top and is not in here. Asks no network and imports no torch.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from specvlm.config import SpeculationSettings
 from specvlm.preset import Preset, presets
+from specvlm.published import shape_of, stamp_tokens, tokens_within
 from specvlm_cli.engine import public_name
 
 OnDisk = Literal["yes", "partly", "no"]
@@ -27,35 +28,6 @@ _BYTES = 2  # of one number in bf16
 _TEXT_TOKENS = 1024
 _ROOM = 1.2  # for working memory
 _INDEX, _WEIGHTS = "model.safetensors.index.json", "model.safetensors"
-
-
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """The sizes of one checkpoint that its memory depends on."""
-
-    parameters: int
-    layers: int
-    key_heads: int
-    head_size: int
-
-    @property
-    def cache_bytes(self) -> int:
-        """Bytes of the keys and values of one token."""
-        return 2 * self.layers * self.key_heads * self.head_size * _BYTES
-
-
-# Parameters as the architectures in transformers count them with these checkpoints' configurations.
-_KNOWN = {
-    "Qwen/Qwen2.5-VL-3B-Instruct": Checkpoint(3_754_622_976, 36, 2, 128),
-    "Qwen/Qwen2.5-VL-7B-Instruct": Checkpoint(8_292_166_656, 28, 4, 128),
-    "Qwen/Qwen2.5-VL-32B-Instruct": Checkpoint(33_452_718_336, 64, 8, 128),
-    "Qwen/Qwen2.5-VL-72B-Instruct": Checkpoint(73_410_777_344, 80, 8, 128),
-    "llava-hf/llava-onevision-qwen2-0.5b-ov-hf": Checkpoint(893_675_552, 24, 2, 64),
-    "llava-hf/llava-onevision-qwen2-7b-ov-hf": Checkpoint(8_029_890_080, 28, 4, 128),
-    "llava-hf/llava-onevision-qwen2-72b-ov-hf": Checkpoint(73_179_473_440, 80, 8, 128),
-}
-# Video tokens of one frame: (pixels of a token, frames that share it), or a fixed number.
-_QWEN_PIXELS, _QWEN_FRAMES, _LLAVA_TOKENS = 28 * 28, 2, 196
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +67,7 @@ class PresetView:
 
 def largest_that_fits(gpu_bytes: int) -> Preset | None:
     """Return the largest preset whose pair fits a GPU with so much memory; None: there is none."""
-    sizes = {one.name: sum(filter(None, _memory(one)[1:])) for one in presets() if one.target in _KNOWN}
+    sizes = {one.name: sum(filter(None, _memory(one)[1:])) for one in presets() if shape_of(one.target)}
     fitting = [one for one in presets() if one.name in sizes and sizes[one.name] * _ROOM <= gpu_bytes]
     return max(fitting, key=lambda one: sizes[one.name], default=None)
 
@@ -124,24 +96,18 @@ def _view(preset: Preset) -> PresetView:
 
 def _memory(preset: Preset) -> tuple[int | None, int, int | None]:
     """Return (video tokens, bytes of the weights, bytes of the caches)."""
-    if preset.target not in _KNOWN:
+    target, draft = shape_of(preset.target), shape_of(preset.draft)
+    if target is None or draft is None:
         files = [
             path for model in (preset.target, preset.draft) for path in Path(model).glob("*.safetensors")
         ]
         return None, sum(path.stat().st_size for path in files), None
-    target, draft = _KNOWN[preset.target], _KNOWN[preset.draft]
-    tokens = _video_tokens(preset)
-    kept = round(tokens * (1.0 - SpeculationSettings().prune_ratio))
-    caches = target.cache_bytes * (tokens + _TEXT_TOKENS) + draft.cache_bytes * (kept + _TEXT_TOKENS)
-    return tokens, _BYTES * (target.parameters + draft.parameters), caches
-
-
-def _video_tokens(preset: Preset) -> int:
     frames = preset.frames.num_frames or preset.frames.max_frames
-    if preset.family != "qwen2_5_vl":
-        return frames * _LLAVA_TOKENS + 1
-    pixels = preset.frames.max_pixels or _QWEN_PIXELS
-    return -(-frames // _QWEN_FRAMES) * (pixels // _QWEN_PIXELS)
+    seen = tokens_within(target, frames, preset.frames.max_pixels)
+    text = stamp_tokens(target, frames) + _TEXT_TOKENS
+    kept = round(seen * (1.0 - SpeculationSettings().prune_ratio))
+    caches = target.text.slot_bytes(_BYTES) * (seen + text) + draft.text.slot_bytes(_BYTES) * (kept + text)
+    return seen, _BYTES * (target.parameters + draft.parameters), caches
 
 
 def _frames(preset: Preset) -> str:

@@ -22,6 +22,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Options of the long randomised mode: `pytest -m fuzz --fuzz-cases 1000 --fuzz-seed 0`."""
     parser.addoption("--fuzz-cases", type=int, default=200, help="randomised parity cases")
     parser.addoption("--fuzz-seed", type=int, default=0, help="seed of the first case")
+    parser.addoption("--fuzz-family", default="", help="of tests.tiny, in all cases; empty: any")
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -15,6 +16,17 @@ from transformers import (
     LlavaOnevisionForConditionalGeneration,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLImageProcessor,
+    Qwen2VLProcessor,
+    Qwen2VLVideoProcessor,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
 )
 
 from specvlm.attention import ATTENTION, register_attention
@@ -28,7 +40,7 @@ from specvlm.families import family_of
 from specvlm.model import VideoLM
 from specvlm.records import Caption, Frames
 
-FamilyName = Literal["qwen", "llava"]
+FamilyName = Literal["qwen", "llava", "qwen2", "qwen3", "qwen3-moe"]
 _PROCESSORS: dict[str, Any] = {}
 
 
@@ -50,9 +62,24 @@ def processor_for(family: FamilyName) -> Any:
     """A real processor over a byte vocabulary; shared, since it has no state."""
     if family not in _PROCESSORS:
         alphabet = {symbol: i for i, symbol in enumerate(sorted(ByteLevel.alphabet()))}
-        tokenizer = tokenizer_from(alphabet, [], family)
-        _PROCESSORS[family] = qwen_processor(tokenizer) if family == "qwen" else llava_processor(tokenizer)
+        tokenizer = tokenizer_from(alphabet, [], "llava" if family == "llava" else "qwen")
+        kinds: dict[FamilyName, Any] = {"qwen": qwen_processor, "llava": llava_processor}
+        _PROCESSORS[family] = kinds.get(family, partial(_processor, family))(tokenizer)
     return _PROCESSORS[family]
+
+
+def _processor(family: FamilyName, tokenizer: Any) -> Any:
+    """Of the families that have no demo pair: any clip becomes about 96 x 96 pixels."""
+    options: dict[str, Any] = {"patch_size": 8, "merge_size": 2, "temporal_patch_size": 2}
+    options["size"] = {"shortest_edge": 8192, "longest_edge": 9800}
+    kind: Any = Qwen2VLProcessor if family == "qwen2" else Qwen3VLProcessor
+    video: Any = Qwen2VLVideoProcessor if family == "qwen2" else Qwen3VLVideoProcessor
+    return kind(
+        image_processor=Qwen2VLImageProcessor(**options),
+        tokenizer=tokenizer,
+        video_processor=video(**options, cap_pixels_per_frame=False),
+        chat_template=tokenizer.chat_template,
+    )
 
 
 def _text(size: Size, end: int) -> dict[str, Any]:
@@ -72,7 +99,24 @@ def _text(size: Size, end: int) -> dict[str, Any]:
     }
 
 
-def _qwen_config(size: Size, tokenizer: Any) -> Qwen2_5_VLConfig:
+_MODELS: dict[FamilyName, tuple[Any, Any]] = {
+    "qwen": (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration),
+    "qwen2": (Qwen2VLConfig, Qwen2VLForConditionalGeneration),
+    "qwen3": (Qwen3VLConfig, Qwen3VLForConditionalGeneration),
+    "qwen3-moe": (Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration),
+    "llava": (LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration),
+}
+_TOWERS: dict[FamilyName, dict[str, Any]] = {
+    "qwen": {"window_size": 48, "fullatt_block_indexes": [1], "hidden_size": 32, "intermediate_size": 64},
+    "qwen2": {"embed_dim": 32, "mlp_ratio": 2},
+    # More DeepStack layers than the smallest text model has layers, which adds those that it can.
+    "qwen3": {"hidden_size": 32, "intermediate_size": 64, "depth": 3, "deepstack_visual_indexes": [0, 1]},
+}
+_TOWERS["qwen3-moe"] = _TOWERS["qwen3"]
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 1}
+
+
+def _qwen_config(family: FamilyName, size: Size, tokenizer: Any) -> Any:
     pair = size.width // size.heads // 2
     sections = [pair - 2 * (pair // 3), pair // 3, pair // 3]
     ids = {f"{n}_token_id": tokenizer.convert_tokens_to_ids(f"<|{n}_pad|>") for n in ("image", "video")}
@@ -80,19 +124,14 @@ def _qwen_config(size: Size, tokenizer: Any) -> Qwen2_5_VLConfig:
         f"vision_{n}_token_id": tokenizer.convert_tokens_to_ids(f"<|vision_{n}|>") for n in ("start", "end")
     }
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": sections}
-    vision = {
-        "depth": 2,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_heads": 2,
-        "patch_size": 8,
-        "window_size": 48,
-        "fullatt_block_indexes": [1],
-        "out_hidden_size": size.width,
-        "initializer_range": 0.2,
-    }
+    vision = {"depth": 2, "num_heads": 2, "patch_size": 8, "initializer_range": 0.2} | _TOWERS[family]
+    vision["hidden_size" if family == "qwen2" else "out_hidden_size"] = size.width
     text = _text(size, tokenizer.convert_tokens_to_ids("<|im_end|>")) | {"rope_parameters": rope}
-    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=size.tied, **ids)
+    text["head_dim"] = size.width // size.heads
+    if family == "qwen3-moe":
+        text |= _EXPERTS
+    kind, _ = _MODELS[family]
+    return kind(text_config=text, vision_config=vision, tie_word_embeddings=size.tied, **ids)
 
 
 def _llava_config(size: Size, tokenizer: Any) -> LlavaOnevisionConfig:
@@ -123,8 +162,8 @@ def tiny_model(family: FamilyName, size: Size) -> Any:
     register_attention()
     tokenizer = processor_for(family).tokenizer
     torch.manual_seed(size.seed)
-    config = _qwen_config(size, tokenizer) if family == "qwen" else _llava_config(size, tokenizer)
-    kind = Qwen2_5_VLForConditionalGeneration if family == "qwen" else LlavaOnevisionForConditionalGeneration
+    config = _llava_config(size, tokenizer) if family == "llava" else _qwen_config(family, size, tokenizer)
+    _, kind = _MODELS[family]
     attention = {"": "sdpa", "text_config": ATTENTION, "vision_config": "sdpa"}
     model = kind._from_config(config, attn_implementation=attention)
     # Random biases and norms, so that no path through the model is trivially zero.

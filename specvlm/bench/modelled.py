@@ -19,18 +19,7 @@ from specvlm.bench.clips import Clip
 from specvlm.bench.grid import HEAD, WITH_DRAFT, Grid
 from specvlm.bench.measure import Asked, Measurer, facts_of
 from specvlm.bench.records import Report, StepBytes
-from specvlm.bench.shapes import (
-    Shape,
-    build,
-    check_frames,
-    frame_multiple,
-    parameter_count,
-    prompt_tokens,
-    random_inputs,
-    shrunk,
-    video_tokens,
-    vision_patches,
-)
+from specvlm.bench.shapes import build, check_frames, parameter_count, random_inputs, shrunk
 from specvlm.bench.suite import Found, Listener, SetSuite, Suite, conditions_of, reported
 from specvlm.bench.summing import summarise
 from specvlm.bench.words import counted
@@ -41,6 +30,7 @@ from specvlm.drafts.base import Draft
 from specvlm.drafts.small_model import SmallModelDraft
 from specvlm.errors import ConfigError
 from specvlm.model import VideoLM
+from specvlm.published import Shape, frame_multiple, prompt_tokens, video_tokens, vision_patches
 from specvlm.stats import device_words, free_memory_bytes
 from specvlm.tree import STATIC_PATHS, Guesses
 from specvlm.verify import Accepted, accept

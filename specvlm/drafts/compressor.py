@@ -2,12 +2,13 @@
 
 SpecVLM (the second of that name), arXiv 2509.11815, section 3.2: several operators, and a gate that reads the
 question's features and picks one of them per input (`select`), weighs them (`weighted`), or none: all are used one
-beside the other (`concat`). It knows neither models nor caches.
+beside the other (`concat`). Where text stands between video tokens, as timestamps do, each stretch of video tokens is
+compressed for itself. It knows neither models nor caches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -74,6 +75,14 @@ class CompressorConfig:
         return self.operators[0] if self.mode == "single" else self.mode
 
 
+def stretches(video_at: torch.Tensor) -> tuple[int, ...]:
+    """How many video tokens stand in each stretch without text in it; `video_at`: int64 [V], ascending."""
+    ends = (video_at.diff() != 1).nonzero().squeeze(1) + 1
+    return tuple(
+        torch.diff(ends.cpu(), prepend=torch.tensor([0]), append=torch.tensor([len(video_at)])).tolist()
+    )
+
+
 class VideoPairs(NamedTuple):
     """The pairs of one video's tokens, and what may help to choose among them."""
 
@@ -81,6 +90,7 @@ class VideoPairs(NamedTuple):
     positions: torch.Tensor  # int64 [P, V]
     scores: torch.Tensor  # float32 [V], the target's attention to each
     question: torch.Tensor  # [hidden], mean feature of the text behind the video
+    stretches: tuple[int, ...]  # see `stretches`; V in all
 
 
 class Compressed(NamedTuple):
@@ -88,15 +98,42 @@ class Compressed(NamedTuple):
 
     inputs: torch.Tensor  # [1, kept, hidden]
     positions: torch.Tensor  # int64 [P, kept]
+    stretches: tuple[int, ...]  # how many are left of each stretch; kept in all
     operator: str  # what was used; operators used together are joined by "+"
     # Zero, but with the gate's gradient: to be added to the attention logits of all kept pairs. None: no gate chose.
     log_weight: torch.Tensor | None = None
 
 
-class _Operator(nn.Module):
-    """Pairs [1, V, hidden] -> fewer, and their positions; `generator` is for those that draw lots."""
+class _Left(NamedTuple):
+    """What an operator leaves, as in `Compressed`."""
 
-    def forward(self, video: VideoPairs, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    inputs: torch.Tensor
+    positions: torch.Tensor
+    stretches: tuple[int, ...]
+
+
+def _by_stretch(found: _Left | VideoPairs) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Inputs and positions of each stretch."""
+    counts = list(found.stretches)
+    return list(
+        zip(torch.split(found.inputs, counts, 1), torch.split(found.positions, counts, 1), strict=True)
+    )
+
+
+def _joined(parts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> _Left:
+    inputs, positions = zip(*parts, strict=True)
+    return _Left(torch.cat(inputs, 1), torch.cat(positions, 1), tuple(one.shape[1] for one in inputs))
+
+
+class _Operator(nn.Module):
+    """Pairs -> fewer; `generator` is for those that draw lots."""
+
+    def forward(self, video: VideoPairs, generator: torch.Generator) -> _Left:
+        """Compress each stretch for itself."""
+        return _joined([self.of_stretch(*part) for part in _by_stretch(video)])
+
+    def of_stretch(self, inputs: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs [1, n, hidden] and positions [P, n] of one stretch -> fewer."""
         raise NotImplementedError
 
 
@@ -111,10 +148,15 @@ class _Prune(_Operator):
         super().__init__()
         self._ratio, self._guided = ratio, guided
 
-    def forward(self, video: VideoPairs, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, video: VideoPairs, generator: torch.Generator) -> _Left:
+        """Choose among all."""
         where = self.kept(video.scores, generator)
-        return video.inputs.index_select(1, where), video.positions.index_select(
-            1, where.to(video.positions.device)
+        ends = torch.tensor(video.stretches).cumsum(0)
+        before = torch.searchsorted(where.cpu(), ends)  # how many of a stretch and those before it
+        return _Left(
+            video.inputs.index_select(1, where),
+            video.positions.index_select(1, where.to(video.positions.device)),
+            tuple(before.diff(prepend=torch.tensor([0])).tolist()),
         )
 
     def kept(self, scores: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -133,11 +175,11 @@ class _Pool(_Operator):
         super().__init__()
         self._ratio = ratio
 
-    def forward(self, video: VideoPairs, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        count = video.inputs.shape[1]
+    def of_stretch(self, inputs: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        count = inputs.shape[1]
         left = _left(count, self._ratio)
-        pooled = functional.adaptive_avg_pool1d(video.inputs.transpose(1, 2), left).transpose(1, 2)
-        return pooled, video.positions[:, _middles(count, left)]
+        pooled = functional.adaptive_avg_pool1d(inputs.transpose(1, 2), left).transpose(1, 2)
+        return pooled, positions[:, _middles(count, left)]
 
 
 def _middles(count: int, left: int) -> list[int]:
@@ -156,14 +198,14 @@ class _Conv(_Operator):
         nn.init.constant_(self.depth.weight, 1.0 / self._stride)
         nn.init.eye_(self.across.weight)
 
-    def forward(self, video: VideoPairs, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        count = video.inputs.shape[1]
+    def of_stretch(self, inputs: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        count = inputs.shape[1]
         missing = -count % self._stride
-        last = video.inputs[:, -1:].expand(-1, missing, -1)
-        padded = torch.cat((video.inputs, last), dim=1).transpose(1, 2)
+        last = inputs[:, -1:].expand(-1, missing, -1)
+        padded = torch.cat((inputs, last), dim=1).transpose(1, 2)
         middles = range((self._stride - 1) // 2, padded.shape[2], self._stride)
         where = [min(middle, count - 1) for middle in middles]
-        return self.across(self.depth(padded).transpose(1, 2)), video.positions[:, where]
+        return self.across(self.depth(padded).transpose(1, 2)), positions[:, where]
 
 
 class _Resampler(_Operator):
@@ -176,17 +218,17 @@ class _Resampler(_Operator):
         self.norm = nn.RMSNorm(hidden, eps=1e-6)
         self.attention = nn.MultiheadAttention(hidden, heads, bias=False, batch_first=True)
 
-    def forward(self, video: VideoPairs, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        seen = self.norm(video.inputs)
+    def of_stretch(self, inputs: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        seen = self.norm(inputs)
         found, _ = self.attention(self.queries, seen, seen, need_weights=False)
-        return self.queries + found, video.positions[:, _middles(video.inputs.shape[1], found.shape[1])]
+        return self.queries + found, positions[:, _middles(inputs.shape[1], found.shape[1])]
 
 
 class _TextOnly(_Operator):
     """Nothing of the video."""
 
-    def forward(self, video: VideoPairs, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        return video.inputs[:, :0], video.positions[:, :0]
+    def of_stretch(self, inputs: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return inputs[:, :0], positions[:, :0]
 
 
 def _operator(name: OperatorName, hidden: int, config: CompressorConfig) -> _Operator:
@@ -221,14 +263,14 @@ class Compressor(nn.Module):
         """Compress. In training mode the gate's choice is drawn (Gumbel-softmax), else it is the likeliest."""
         mode = self.config.mode
         if mode == "none":
-            return Compressed(video.inputs, video.positions, "none")
+            return Compressed(video.inputs, video.positions, video.stretches, "none")
         if mode == "select":
             return self._select(video, generator)
         if mode == "weighted":
             return self._weigh(video, generator)
-        made = [operator(video, generator) for operator in self.operators]
-        inputs, positions = (torch.cat(parts, dim=1) for parts in zip(*made, strict=True))
-        return Compressed(inputs, positions, "+".join(self.config.operators))
+        made = [_by_stretch(operator(video, generator)) for operator in self.operators]
+        joined = _joined([_joined(parts)[:2] for parts in zip(*made, strict=True)])
+        return Compressed(*joined, "+".join(self.config.operators))
 
     def _shares(self, video: VideoPairs, generator: torch.Generator, *, draw: bool) -> torch.Tensor:
         """The gate's share of each operator, [operators]."""
@@ -247,22 +289,24 @@ class Compressor(nn.Module):
         """
         shares = self._shares(video, generator, draw=self.training)
         choice = int(shares.argmax())
-        inputs, positions = self.operators[choice](video, generator)
+        left: _Left = self.operators[choice](video, generator)
         log_weight = torch.log1p(shares[choice] - shares[choice].detach()) if self.training else None
-        return Compressed(inputs, positions, self.config.operators[choice], log_weight)
+        return Compressed(*left, self.config.operators[choice], log_weight)
 
     def _weigh(self, video: VideoPairs, generator: torch.Generator) -> Compressed:
         """The weighted sum on one grid; the resampler's few tokens are repeated, and `text-only` adds nothing."""
         shares = self._shares(video, generator, draw=False).to(video.inputs)
-        count = video.inputs.shape[1]
-        left = _left(count, self.config.ratio)
-        total = video.inputs.new_zeros(1, left, video.inputs.shape[2])
-        for share, operator in zip(shares, self.operators, strict=True):
-            inputs, _ = operator(video, generator)
-            if inputs.shape[1]:
-                spread = [i * inputs.shape[1] // left for i in range(left)]
-                total = total + share * inputs[:, spread]
-        return Compressed(total, video.positions[:, _middles(count, left)], "+".join(self.config.operators))
+        made = [_by_stretch(operator(video, generator)) for operator in self.operators]
+        summed = []
+        for (inputs, positions), *parts in zip(_by_stretch(video), *made, strict=True):
+            left = _left(inputs.shape[1], self.config.ratio)
+            total = inputs.new_zeros(1, left, inputs.shape[2])
+            for share, (some, _) in zip(shares, parts, strict=True):
+                if some.shape[1]:
+                    spread = [i * some.shape[1] // left for i in range(left)]
+                    total = total + share * some[:, spread]
+            summed.append((total, positions[:, _middles(inputs.shape[1], left)]))
+        return Compressed(*_joined(summed), "+".join(self.config.operators))
 
     def kept(
         self, video_scores: torch.Tensor, operator: str, generator: torch.Generator

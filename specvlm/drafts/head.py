@@ -112,7 +112,7 @@ class _HeadProposer(Proposer):
             self._kept.row_features(row.row, row.prompt.length),
             torch.cat((row.prompt.embeds[:, 1:], root), dim=1).to(device),
             row.prompt.positions.to(device),
-            row.prompt.inputs.is_video.nonzero().squeeze(1),
+            row.prompt.video_at,
             row.prompt.length,
             row.scores.to(device),
         )

@@ -8,6 +8,7 @@ what is trained is here and in a head's folder: embeddings and LM head stay the 
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -20,7 +21,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from specvlm.attention import ATTENTION
-from specvlm.drafts.compressor import Compressed, Compressor, CompressorConfig, VideoPairs
+from specvlm.drafts.compressor import Compressed, Compressor, CompressorConfig, VideoPairs, stretches
 from specvlm.drafts.kinds import HEAD_TYPE
 from specvlm.durable import write_whole
 from specvlm.errors import IncompatibleDraftError, ModelLoadError
@@ -91,7 +92,8 @@ def _one_layer(target: VideoLM) -> Any:
     """A fresh text model of the target's own class with one layer, no embeddings and no last norm."""
     config = copy.deepcopy(target.text.config)
     config.num_hidden_layers, config.vocab_size, config.pad_token_id = 1, 1, None
-    config.layer_types = config.layer_types[-1:]
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[-1:]
     config._attn_implementation = ATTENTION
     text = type(target.text)(config)
     text.embed_tokens, text.norm = None, nn.Identity()
@@ -104,7 +106,7 @@ class Shown(NamedTuple):
     features: torch.Tensor  # [1, n, hidden], the target's
     following: torch.Tensor  # [1, n, hidden], the embeddings of the tokens that follow
     positions: torch.Tensor  # int64 [P, n]
-    video: torch.Tensor  # int64 [V], where the video tokens stand, one behind the other
+    video: torch.Tensor  # int64 [V], where the video tokens stand, ascending
     prompt_tokens: int  # S, at most n
     scores: torch.Tensor  # float32 [V], the target's attention to each
 
@@ -115,7 +117,24 @@ class PairSequence(NamedTuple):
     pairs: torch.Tensor  # [1, m, hidden]
     positions: torch.Tensor  # int64 [P, m]
     video: Compressed
-    first: int  # where the compressed ones begin
+    video_at: torch.Tensor  # int64 [kept] on the CPU, where the compressed ones are
+
+
+def _in_place(
+    made: Compressed, pairs: torch.Tensor, positions: torch.Tensor, video_at: torch.Tensor
+) -> PairSequence:
+    """Put compressed pairs where the video's stretches begin; the text between them stays."""
+    is_text = torch.ones(pairs.shape[1], dtype=torch.bool)
+    is_text[video_at] = False
+    text_at = is_text.nonzero().squeeze(1)
+    firsts = video_at[[0, *itertools.accumulate(stretches(video_at)[:-1])]]
+    order = torch.cat((text_at, firsts.repeat_interleave(torch.tensor(made.stretches)))).argsort(stable=True)
+    return PairSequence(
+        torch.cat((pairs[:, text_at], made.inputs), dim=1)[:, order],
+        torch.cat((positions[:, text_at], made.positions), dim=1)[:, order],
+        made,
+        (order >= len(text_at)).nonzero().squeeze(1),
+    )
 
 
 class HeadModel(nn.Module):
@@ -183,17 +202,13 @@ class HeadModel(nn.Module):
     def sequence(self, shown: Shown, generator: torch.Generator) -> PairSequence:
         """Join pairs and compress those of the video; `generator`, on the CPU, is for what draws lots."""
         pairs = self.pairs(shown.features, shown.following)
-        first, end = int(shown.video[0]), int(shown.video[-1]) + 1
-        question = shown.features[0, end : shown.prompt_tokens].mean(dim=0)
-        made: Compressed = self.compressor(
-            VideoPairs(pairs[:, first:end], shown.positions[:, first:end], shown.scores, question), generator
+        video_at = shown.video.cpu()
+        question = shown.features[0, int(video_at[-1]) + 1 : shown.prompt_tokens].mean(dim=0)
+        video = VideoPairs(
+            pairs[:, video_at], shown.positions[:, video_at], shown.scores, question, stretches(video_at)
         )
-        return PairSequence(
-            torch.cat((pairs[:, :first], made.inputs, pairs[:, end:]), dim=1),
-            torch.cat((shown.positions[:, :first], made.positions, shown.positions[:, end:]), dim=1),
-            made,
-            first,
-        )
+        made: Compressed = self.compressor(video, generator)
+        return _in_place(made, pairs, shown.positions, video_at)
 
     def text_model(self, position_rows: int) -> TextModel:
         """Its layer over slabs."""

@@ -2,17 +2,20 @@
 
 A family turns frames and a prompt into token ids and pixel tensors with the model's own processor, and says where
 the video tokens are, what they look like inside the model, and which positions they have. It does not generate.
+`docs/families.md` walks through adding one.
 """
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from transformers import BatchFeature
 from transformers.video_utils import VideoMetadata
 
 from specvlm.errors import PreprocessError, PromptError
@@ -28,13 +31,15 @@ class ModelInputs:
 
     Attributes:
         token_ids: int64 [1, S].
-        is_video: bool [S], True at the V video tokens.
+        video_at: int64 [V], where the video tokens are, ascending; text may stand between them.
         tensors: What the processor made, by its own names; what stock `generate(**tensors)` takes.
+        video: What the video processor made, by its own names, for further prompts about the same video.
     """
 
     token_ids: torch.Tensor
-    is_video: torch.Tensor
+    video_at: torch.Tensor
     tensors: Mapping[str, torch.Tensor]
+    video: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def prompt_tokens(self) -> int:
@@ -44,7 +49,39 @@ class ModelInputs:
     @property
     def video_tokens(self) -> int:
         """V."""
-        return int(self.is_video.sum())
+        return self.video_at.numel()
+
+
+class VideoFeatures(NamedTuple):
+    """What a vision tower makes of one video.
+
+    Attributes:
+        embeds: [V, hidden], in place of the embeddings of its video tokens.
+        deep: Each [V, hidden], added to the hidden states of its video tokens behind the first layer of the text
+            model, the second, and so on (DeepStack, arXiv 2406.04334); most families have none.
+    """
+
+    embeds: torch.Tensor
+    deep: tuple[torch.Tensor, ...] = ()
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> VideoFeatures:
+        """The same on another device or in another format."""
+        return VideoFeatures(self.embeds.to(device, dtype), tuple(one.to(device, dtype) for one in self.deep))
+
+
+class _VideoOnce:
+    """A video processor that is run at most once; what it made is given again and again."""
+
+    def __init__(self, real: Any, made: Mapping[str, Any] | None = None) -> None:
+        self.real, self.made = real, made
+
+    def __call__(self, *videos: Any, **options: Any) -> BatchFeature:
+        if self.made is None:
+            self.made = dict(self.real(*videos, **options))
+        return BatchFeature(dict(self.made))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.real, name)
 
 
 class VideoGrid(NamedTuple):
@@ -70,6 +107,11 @@ class Family(ABC):
 
     name: str  # as `model_type` in config.json
     position_rows: int  # P: rows of a position, 3 for M-RoPE, else 1
+
+    @property
+    def prompts_like(self) -> str:
+        """Name of the family that prepares a prompt in the very same way: models of both can draft for each other."""
+        return self.name
 
     # --- the processor ---
 
@@ -107,12 +149,13 @@ class Family(ABC):
             0, 3, 1, 2
         )  # [F, 3, height, width]
         try:
-            made = processor(
-                text=[text],
-                videos=[pixels],
+            return self._inputs(
+                processor,
+                _VideoOnce(processor.video_processor),
+                text,
+                pixels,
                 video_metadata=[[self._metadata(frames)]],
                 do_sample_frames=False,
-                return_tensors="pt",
                 **self.processor_options(processor),
             )
         except ValueError as error:
@@ -121,32 +164,32 @@ class Family(ABC):
             raise PreprocessError(
                 f"frames of {shape}: the model's processor refuses them ({reason})"
             ) from error
-        tensors = {name: value for name, value in made.items() if isinstance(value, torch.Tensor)}
-        ids = tensors["input_ids"]
-        video_id = processor.tokenizer.convert_tokens_to_ids(self.video_token(processor))
-        return ModelInputs(ids, ids[0] == video_id, tensors)
 
     def prepare_again(
         self, processor: Any, inputs: ModelInputs, prompt: str, system: str | None = None
     ) -> ModelInputs:
         """What `prepare` gives for another prompt about the video of `inputs`, whose pixel tensors are shared.
 
-        Only the text is rendered and tokenised; its one video token becomes the V that this video has.
+        The processor runs as before, but for the pixels; so text that it writes for the video stands where it should.
 
         Raises:
             PromptError: The prompt holds special tokens, or more than one `<video>`.
         """
-        text = self._render(processor, prompt, system)
-        ids = processor.tokenizer([text], return_tensors="pt")["input_ids"]
+        video = _VideoOnce(processor.video_processor, inputs.video)
+        nothing = torch.zeros(1, 3, 1, 1, dtype=torch.uint8)
+        return self._inputs(processor, video, self._render(processor, prompt, system), nothing)
+
+    def _inputs(
+        self, processor: Any, video: _VideoOnce, text: str, pixels: torch.Tensor, **options: Any
+    ) -> ModelInputs:
+        with_video = copy.copy(processor)
+        with_video.video_processor = video
+        made = with_video(text=[text], videos=[pixels], return_tensors="pt", **options)
+        tensors = {name: value for name, value in made.items() if isinstance(value, torch.Tensor)}
+        ids = tensors["input_ids"]
         video_id = processor.tokenizer.convert_tokens_to_ids(self.video_token(processor))
-        at = int((ids[0] == video_id).nonzero())
-        ids = torch.cat(
-            (ids[:, :at], ids.new_full((1, inputs.video_tokens), video_id), ids[:, at + 1 :]), dim=1
-        )
-        tensors = dict(inputs.tensors) | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        if "mm_token_type_ids" in tensors:
-            tensors["mm_token_type_ids"] = torch.tensor(processor.create_mm_token_type_ids(ids.tolist()))
-        return ModelInputs(ids, ids[0] == video_id, tensors)
+        assert video.made is not None
+        return ModelInputs(ids, (ids[0] == video_id).nonzero().squeeze(1), tensors, video.made)
 
     def template_ids(self, processor: Any) -> list[int]:
         """Token ids of a short prompt about a video, whose one video token is not yet as many as a video has.
@@ -223,11 +266,17 @@ class Family(ABC):
         """The decoder: embeddings in, hidden states out."""
 
     @abstractmethod
-    def embed_videos(self, model: Any, videos: Sequence[ModelInputs]) -> list[torch.Tensor]:
-        """Run the vision tower once over several videos: features of each one's video tokens, [V, hidden].
+    def see(self, model: Any, videos: Sequence[ModelInputs]) -> list[VideoFeatures]:
+        """Run the vision tower once over several videos. What it makes of each is on the tower's device."""
 
-        They are on the tower's device.
+    def text_arguments(self, where: torch.Tensor, deep: Sequence[torch.Tensor]) -> dict[str, Any]:
+        """Further arguments of the text model in a prefill pass, for what `see` gives beside the embeddings.
+
+        Args:
+            where: bool [1, n], True at the pass's v video tokens.
+            deep: Their rows of `VideoFeatures.deep`, each [v, hidden].
         """
+        return {}
 
     @abstractmethod
     def positions(self, model: Any, inputs: ModelInputs) -> torch.Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from specvlm.families.base import Family, ModelInputs, VideoGrid
+from specvlm.families.base import Family, ModelInputs, VideoFeatures, VideoGrid
 
 
 class LlavaOnevision(Family):
@@ -45,8 +45,8 @@ class LlavaOnevision(Family):
         """The decoder."""
         return model.model.language_model
 
-    def embed_videos(self, model: Any, videos: Sequence[ModelInputs]) -> list[torch.Tensor]:
-        """Each [V, hidden]: F * ceil(side / 2)^2 pooled features and the newline. All frames are one batch."""
+    def see(self, model: Any, videos: Sequence[ModelInputs]) -> list[VideoFeatures]:
+        """F * ceil(side / 2)^2 pooled features and the newline for each video. All frames are one batch."""
         device = next(model.model.vision_tower.parameters()).device
         frames = [video.tensors["pixel_values_videos"].shape[1] for video in videos]
         features = model.model.get_video_features(
@@ -62,7 +62,7 @@ class LlavaOnevision(Family):
         per_frame = sum(video.video_tokens - 1 for video in videos) // sum(frames)
         by_frame = torch.as_tensor(features)[0][: per_frame * sum(frames)]
         return [
-            torch.cat((part, newline))
+            VideoFeatures(torch.cat((part, newline)))
             for part in torch.split(by_frame, [per_frame * count for count in frames])
         ]
 

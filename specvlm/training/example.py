@@ -78,7 +78,7 @@ def read_example(target: VideoLM, inputs: ModelInputs, token_ids: Sequence[int])
         embeds = torch.cat((prompt.embeds, written), dim=1)
         positions = torch.cat((prompt.positions, positions), dim=1)
     # Clones made outside of inference mode may take part in a graph of gradients.
-    video = inputs.is_video.nonzero().squeeze(1).to(target.device)
+    video = inputs.video_at.to(target.device)
     return Example(
         video,
         embeds.to(target.device).clone(),

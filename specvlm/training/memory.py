@@ -7,13 +7,14 @@ free, so they are not counted.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from specvlm.drafts.compressor import CompressorConfig
+from specvlm.drafts.compressor import CompressorConfig, stretches
 from specvlm.drafts.head_model import HeadModel
 from specvlm.families.base import ModelInputs
 from specvlm.model import VideoLM
@@ -135,7 +136,7 @@ def _layer(target: VideoLM, head: HeadModel, sample: Sample) -> int:
     config, size = target.text.config, _size(head.dtype)
     hidden = config.hidden_size
     pairs = sample.tokens * 9 * hidden * size
-    left = _left(head.config.compressor, sample.inputs.video_tokens)
+    left = _left(head.config.compressor, stretches(sample.inputs.video_at))
     first = sample.tokens - sample.inputs.video_tokens + left
     each = (14 * hidden + 4 * config.intermediate_size) * size
     masks = first * first * (1 + _FLOAT + 2 * size)
@@ -143,12 +144,12 @@ def _layer(target: VideoLM, head: HeadModel, sample: Sample) -> int:
     return int(pairs + first * each + masks + more)
 
 
-def _left(config: CompressorConfig, count: int) -> int:
-    """Video tokens that a compressor leaves, at most."""
+def _left(config: CompressorConfig, counts: Sequence[int]) -> int:
+    """Video tokens that a compressor leaves of stretches of so many, at most."""
     if config.mode == "none":
-        return count
-    few = -(-count // max(1, int(config.ratio)))
-    each = {"resampler": config.queries, "text-only": 0}
+        return sum(counts)
+    few = sum(-(-count // max(1, int(config.ratio))) for count in counts)
+    each = {"resampler": config.queries * len(counts), "text-only": 0}
     left = [each.get(name, few) for name in config.operators]
     return sum(left) if config.mode == "concat" else max(left)
 

@@ -124,7 +124,7 @@ def _sequence(head: HeadModel, example: Example, generator: torch.Generator) -> 
     length, kept = read.pairs.shape[1], read.video.inputs.shape[1]
     bias = read.pairs.new_zeros(length, dtype=torch.float32)
     if read.video.log_weight is not None and kept:
-        bias = functional.pad(read.video.log_weight.expand(kept), (read.first, length - read.first - kept))
+        bias = bias.index_copy(0, read.video_at.to(bias.device), read.video.log_weight.expand(kept).to(bias))
     return _Sequence(read.pairs, read.positions, bias, read.video.operator)
 
 
@@ -132,10 +132,13 @@ def _forward(
     head: HeadModel, pairs: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, cache: DynamicCache
 ) -> torch.Tensor:
     """One pass of the head's layer; `mask` is additive, [m, keys so far and these]."""
-    masks = dict.fromkeys(("full_attention", "sliding_attention"), mask.to(pairs.dtype)[None, None])
     at = positions[:, None] if positions.shape[0] > 1 else positions
     out = head.text(
-        inputs_embeds=pairs, position_ids=at, past_key_values=cache, attention_mask=masks, use_cache=True
+        inputs_embeds=pairs,
+        position_ids=at,
+        past_key_values=cache,
+        attention_mask=mask.to(pairs.dtype)[None, None],
+        use_cache=True,
     )
     return out.last_hidden_state  # type: ignore[no-any-return]
 

@@ -128,7 +128,7 @@ def _size(text: str) -> tuple[int, int]:
 
 def _pair(flags: BenchFlags) -> Pair:
     from specvlm.bench.modelled import make_pair
-    from specvlm.bench.shapes import find_shape
+    from specvlm.published import find_shape
 
     draft = None if flags.draft_shape is None else find_shape(flags.draft_shape)
     return make_pair(find_shape(str(flags.shape)), draft, flags.assume_accepted or 0.0, flags.layers)

@@ -24,6 +24,17 @@ def doctor(
     preset: Annotated[
         str, typer.Option("--preset", help="The pair to generate with; nothing is downloaded.")
     ] = "demo",
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--target",
+            metavar="ID",
+            help="A checkpoint on disk to look at: folder or hub id; no weights are loaded.",
+        ),
+    ] = None,
+    draft: Annotated[
+        str | None, typer.Option("--draft", metavar="ID", help="The draft that is meant for it.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     verbose: Annotated[  # the app looks for it, see app.py
         bool, typer.Option("--verbose", "-v", help="Show the traceback of an error.")
@@ -39,7 +50,10 @@ def doctor(
     if find_preset(preset) is None:
         known = ", ".join(one.name for one in presets())
         raise UsageError(f"--preset {clean(preset)}: there is no such preset; give one of {known}")
-    found = examination(out, preset, (lambda finding: None) if as_json else _tell)
+    if draft is not None and target is None:
+        raise UsageError(f"--draft {clean(draft)}: give the --target that it is meant for")
+    tell = (lambda finding: None) if as_json else _tell
+    found = examination(out, preset, tell, target=target, draft=draft)
     if as_json:
         show.as_json(found.as_json())
     return ExitCode.OK if found.ok else ExitCode.FATAL

@@ -11,7 +11,7 @@ from typing import Any
 
 from specvlm_cli.doctor import machine, reading, storage
 from specvlm_cli.doctor.checks import Check, Finding, examine
-from specvlm_cli.doctor.models import DEVICES_S, GENERATION_S, Probe
+from specvlm_cli.doctor.models import CHECKPOINT_S, DEVICES_S, GENERATION_S, Probe
 
 SCHEMA = 1
 
@@ -32,17 +32,24 @@ class Examined:
         return {"schema": SCHEMA, "ok": self.ok, "checks": [asdict(finding) for finding in self.findings]}
 
 
-def examination(out: Path, preset: str, tell: Callable[[Finding], None]) -> Examined:
-    """Do all checks, telling each finding as it comes."""
+def examination(
+    out: Path,
+    preset: str,
+    tell: Callable[[Finding], None],
+    *,
+    target: str | None = None,
+    draft: str | None = None,
+) -> Examined:
+    """Do all checks, telling each finding as it comes; with a target, its checkpoint is looked at too."""
     found = []
     with ExitStack() as stack:
-        for check in _checks(out, stack.enter_context(Probe(preset))):
+        for check in _checks(out, stack.enter_context(Probe(preset, target, draft)), target):
             found.append(examine(check))
             tell(found[-1])
     return Examined(tuple(found))
 
 
-def _checks(out: Path, probe: Probe) -> Iterator[Check]:
+def _checks(out: Path, probe: Probe, target: str | None) -> Iterator[Check]:
     yield Check("python", machine.python)
     yield Check("packages", machine.packages)
     yield Check("processors", machine.processors)
@@ -59,4 +66,6 @@ def _checks(out: Path, probe: Probe) -> Iterator[Check]:
     yield Check("reader pyav", reading.pyav, 60.0)
     yield Check("reader decord", reading.decord, 60.0)
     yield Check("devices", probe.devices, 2 * DEVICES_S)
+    if target is not None:
+        yield Check("checkpoint", probe.checkpoint, 2 * CHECKPOINT_S)
     yield Check("generation", probe.generation, 2 * GENERATION_S)

@@ -1,4 +1,4 @@
-"""Devices and a tiny generation, asked of a process of its own (`probe.py`), which may hang or crash."""
+"""Devices, a checkpoint and a tiny generation, asked of a process of its own (`probe.py`), which may hang or crash."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ from specvlm_cli.screen.words import amount
 from specvlm_cli.text import clean
 
 _NVIDIA, _AMD = Path("/proc/driver/nvidia/version"), Path("/dev/kfd")
-DEVICES_S, GENERATION_S, _FAREWELL_S = 120.0, 600.0, 2.0
+DEVICES_S, CHECKPOINT_S, GENERATION_S, _FAREWELL_S = 120.0, 1200.0, 600.0, 2.0
 _REPORT = "run it with the same arguments in a fresh environment; report it if it is the same there"
 
 
 class Probe:
     """The process that imports torch. Ended with the context, whatever it is doing."""
 
-    def __init__(self, preset: str) -> None:
-        self._preset = preset
-        self._command = [sys.executable, "-m", "specvlm_cli.doctor.probe", preset]
+    def __init__(self, preset: str, target: str | None = None, draft: str | None = None) -> None:
+        self._preset, self._target = preset, target
+        checkpoints = [name for name in (target, draft) if name is not None]
+        self._command = [sys.executable, "-m", "specvlm_cli.doctor.probe", preset, *checkpoints]
         self._process: subprocess.Popen[str] | None = None
         self._answers: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._words: list[str] = []
@@ -114,6 +115,21 @@ class Probe:
         if found["devices"]:
             return _usable(built, found["devices"])
         return _none(built, found)
+
+    def checkpoint(self) -> Verdict:
+        """Tell whether a target's family, weights, tokenizer and template are in order, and whether the draft fits."""
+        try:
+            found = self.answer(CHECKPOINT_S)
+        except RuntimeError as error:
+            problem, _, fix = str(error).partition(": ")[2].rpartition("; ")
+            return fail(problem or str(error), fix)
+        words = f"{self._target}: {found['family']}, {found['parameters'] / 1e9:.3g} billion parameters"
+        words += f", {found['context']:,} tokens of context" if found["context"] else ""
+        words += f"; {found['frames']} drawn frames are {found['video']} video tokens of {found['prompt']}"
+        words += f"; the draft {found['draft']} fits" if found["draft"] else ""
+        if found["warnings"]:
+            return warn(words, found["warnings"][0])
+        return ok(words)
 
     def generation(self) -> Verdict:
         """Tell whether both ways of decoding give the same tokens."""

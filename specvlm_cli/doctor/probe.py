@@ -1,6 +1,6 @@
-"""What is asked of torch, in a process of its own: devices, then a tiny generation. One JSON object a line.
+"""What is asked of torch, in a process of its own: devices, a checkpoint, a tiny generation. One JSON object a line.
 
-    python -m specvlm_cli.doctor.probe PRESET
+    python -m specvlm_cli.doctor.probe PRESET [TARGET [DRAFT]]
 
 A driver that hangs or crashes takes this process with it and not the one that tells of it (`models.py`).
 """
@@ -15,6 +15,8 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from specvlm.records import Frames
 
 TOKENS, _FIRST_TOKENS = 24, 4
@@ -80,6 +82,25 @@ def generation(preset: str) -> dict[str, Any]:
     }
 
 
+def checkpoint(target: str, draft: str | None = None) -> dict[str, Any]:
+    """Load a target and its draft without their weights, and prepare a clip; return what they are, or why it fails."""
+    import specvlm
+
+    captioner = specvlm.load(target, draft=draft or "none", device_map="meta", local_files_only=True)
+    inputs = captioner.prepare(drawn(), "Describe the video in detail.").inputs
+    model = captioner.target.model
+    return {
+        "family": captioner.info.family,
+        "parameters": sum(one.numel() for one in model.parameters()),
+        "context": captioner.target.context_tokens,
+        "prompt": inputs.prompt_tokens,
+        "video": inputs.video_tokens,
+        "frames": _FRAMES,
+        "draft": captioner.info.draft,
+        "warnings": list(captioner.info.warnings),
+    }
+
+
 def drawn() -> Frames:
     """Return a red square that moves to the right."""
     import numpy as np
@@ -93,18 +114,22 @@ def drawn() -> Frames:
     return Frames(pixels, np.arange(_FRAMES) / 2.0)
 
 
-def main(preset: str) -> int:
+def main(preset: str, *checkpoints: str) -> int:
     """Say everything, a line each, on what was stdout; nothing else may write there."""
     said = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    for what in (devices, lambda: generation(preset)):
+    asked: list[Callable[[], dict[str, Any]]] = [devices, lambda: generation(preset)]
+    if checkpoints:
+        asked.insert(1, lambda: checkpoint(*checkpoints))
+    for what in asked:
         try:
             answer = what()
         except Exception as error:
-            answer = {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]}
+            told = " ".join(str(error).split())
+            answer = {"error": f"{type(error).__name__}: {told}"[:600], "reason": told[:600]}
         print(json.dumps(answer), file=said, flush=True)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(*sys.argv[1:]))

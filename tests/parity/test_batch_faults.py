@@ -318,14 +318,16 @@ def test_10_positions_jump_backwards_at_the_border_of_video_and_text(
 
     def positions(self: VideoLM, inputs: Any) -> torch.Tensor:
         found = sound(self, inputs)
-        where = inputs.is_video.nonzero().squeeze(1)
+        where = inputs.video_at
         at = int(where[0]) if border == "into the video" else int(where[-1]) + 1
         found = found.clone()
         found[:, at:] -= 2
         return found
 
     for video in case.videos:  # the sound ones: no text is before any text that it follows
-        text = sound(case.captioner.target, video.inputs)[:, ~video.inputs.is_video]
+        is_text = torch.ones(video.inputs.prompt_tokens, dtype=torch.bool)
+        is_text[video.inputs.video_at] = False
+        text = sound(case.captioner.target, video.inputs)[:, is_text]
         assert (text.diff() > 0).all()
     monkeypatch.setattr(VideoLM, "positions", positions)
     assert not case.writes_stock()

@@ -64,9 +64,10 @@ def with_head(family: FamilyName) -> Captioner:
 class RandomCase:
     """Videos, prompts, rules and speculation, all drawn from one seed; and who comes and goes when."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, family: FamilyName | None = None) -> None:
         draw = self.draw = random.Random(seed)
-        self.family: FamilyName = draw.choice(FAMILIES)
+        drawn: FamilyName = draw.choice(FAMILIES)
+        self.family = family or drawn
         draft = draw.choice([*DRAFTS, "head"])
         self.captioner = with_head(self.family) if draft == "head" else captioner_for(self.family, draft)
         self.batch_size = draw.randint(1, 8)
@@ -181,10 +182,10 @@ def test_every_caption_of_a_batch_is_stock(seed: int, monkeypatch: pytest.Monkey
 @pytest.mark.filterwarnings("ignore:Both `min_new_tokens`", "ignore:Unfeasible length")
 def test_many_random_batches(request: pytest.FixtureRequest) -> None:
     first, cases = request.config.getoption("--fuzz-seed"), request.config.getoption("--fuzz-cases")
-    wrong = {}
+    wrong, family = {}, request.config.getoption("--fuzz-family") or None
     for seed in range(first + 1000, first + 1000 + cases):
         with pytest.MonkeyPatch.context() as monkeypatch:
-            case = RandomCase(seed)
+            case = RandomCase(seed, family)
             case.set_rules(monkeypatch)
             try:
                 case.check()

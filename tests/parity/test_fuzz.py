@@ -69,10 +69,11 @@ def random_head(dice: random.Random, target: VideoLM) -> HeadModel:
     return HeadModel.fresh(target, config_of(target, compressor), dice.randrange(99))
 
 
-def check_case(seed: int) -> None:
+def check_case(seed: int, family: FamilyName | None = None) -> None:
     """Speculative == plain == stock for one random pair, video, prompt and set of options."""
     dice = random.Random(seed)
-    family: FamilyName = dice.choice(["qwen", "llava"])
+    drawn: FamilyName = dice.choice(["qwen", "llava"])
+    family = family or drawn
     target = random_size(dice, dice.choice([280, 320]))
     same = dice.random() < 0.4
     draft = target if same else random_size(dice, dice.choice([270, 300, 340]))
@@ -119,5 +120,6 @@ def test_more_random_cases(seed: int) -> None:
 @pytest.mark.fuzz
 def test_many_random_cases(request: pytest.FixtureRequest) -> None:
     first, cases = request.config.getoption("--fuzz-seed"), request.config.getoption("--fuzz-cases")
+    named = request.config.getoption("--fuzz-family") or None
     for seed in range(first, first + cases):
-        check_case(seed)
+        check_case(seed, named)

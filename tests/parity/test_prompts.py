@@ -79,11 +79,12 @@ def test_only_the_text_is_prepared_anew(family: FamilyName, prompt: str, system:
     full = model.prepare(processor, FRAMES, prompt, system)
     assert again.tensors.keys() == full.tensors.keys()
     assert ("second_per_grid_ts" in again.tensors) == (family == "qwen")
+    assert ("video_grid_thw" in again.tensors) == (family != "llava")
     for name, tensor in full.tensors.items():
         assert again.tensors[name].dtype == tensor.dtype, name
         assert torch.equal(again.tensors[name], tensor), name
     assert torch.equal(again.token_ids, full.token_ids)
-    assert torch.equal(again.is_video, full.is_video)
+    assert torch.equal(again.video_at, full.video_at)
     assert again.tensors["pixel_values_videos"] is first.tensors["pixel_values_videos"]
 
 
@@ -309,7 +310,8 @@ def test_memory_goes_with_the_session() -> None:
         session.caption(0, **FEW)
         begun = session._begun[True]
         assert begun is not None
-        held = [weakref.ref(one) for one in (*begun._kept, *begun.features.of.values())]
+        seen = (one.embeds for one in begun.features.of.values())
+        held = [weakref.ref(one) for one in (*begun._kept, *seen)]
         assert len(held) == 3
         del begun
         session.caption(3, max_new_tokens=3)

@@ -274,7 +274,7 @@ def test_scores_are_the_mean_attention_of_the_text_to_the_video(family: FamilyNa
         model = tiny_lm(family, Size(layers=3)).model
         model.set_attn_implementation("eager")
         weights = model(**inputs.tensors, output_attentions=True).attentions
-    video = inputs.is_video.nonzero().flatten()
+    video = inputs.video_at
     rows = slice(int(video[-1]) + 1, None)
     expected = torch.stack([layer[0, :, rows][..., video].mean(dim=(0, 1)) for layer in weights]).mean(0)
     torch.testing.assert_close(read.scores, expected, rtol=1e-4, atol=1e-7)

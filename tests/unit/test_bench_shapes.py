@@ -29,26 +29,21 @@ from specvlm.bench.modelled import (
     survival,
 )
 from specvlm.bench.records import Configuration, Report
-from specvlm.bench.shapes import (
-    LLAVA,
-    QWEN,
-    SHAPES,
-    Shape,
-    TextShape,
-    VisionShape,
-    build,
-    empty_model,
-    find_shape,
-    frame_size_of,
-    parameter_count,
-    random_inputs,
-    shrunk,
-    video_tokens,
-)
+from specvlm.bench.shapes import build, empty_model, frame_size_of, parameter_count, random_inputs, shrunk
 from specvlm.bench.suite import Step
 from specvlm.config import TREES, SpeculationSettings, TreeName
 from specvlm.errors import ConfigError
 from specvlm.families import family_of
+from specvlm.published import (
+    LLAVA,
+    QWEN25,
+    SHAPES,
+    Shape,
+    TextShape,
+    VisionShape,
+    find_shape,
+    video_tokens,
+)
 from specvlm.tree import Guesses, make_shape
 from specvlm.verify import accept
 from tests.emulated_graphs import emulate
@@ -56,8 +51,17 @@ from tests.tiny import processor_for, random_frames
 
 CPU = torch.device("cpu")
 SIZE = (56, 84)
-SIZES = {QWEN: SIZE, LLAVA: (384, 384)}
-BILLIONS = {
+SIZES = {QWEN25: SIZE, LLAVA: (384, 384)}
+BILLIONS = {  # as the hub tells of the weights
+    "qwen3-vl-2b": 2.13,
+    "qwen3-vl-4b": 4.44,
+    "qwen3-vl-8b": 8.77,
+    "qwen3-vl-32b": 33.4,
+    "qwen3-vl-30b-a3b": 31.1,
+    "qwen3-vl-235b-a22b": 236.0,
+    "qwen2-vl-2b": 2.21,
+    "qwen2-vl-7b": 8.29,
+    "qwen2-vl-72b": 73.4,
     "qwen2.5-vl-3b": 3.75,
     "qwen2.5-vl-7b": 8.29,
     "qwen2.5-vl-32b": 33.45,
@@ -109,7 +113,7 @@ def test_an_unknown_shape_is_refused_with_those_known() -> None:
         find_shape("qwen2.5-vl-33b")
 
 
-@pytest.mark.parametrize("family", [QWEN, LLAVA])
+@pytest.mark.parametrize("family", [QWEN25, LLAVA])
 def test_a_built_model_has_the_buffers_of_an_ordinary_one(family: str, tmp_path: Any) -> None:
     """Rotary frequencies above all, in their own dtype; every parameter is real and finite."""
     ours = build(tiny_shape(family), CPU, torch.bfloat16).model
@@ -129,13 +133,13 @@ def test_a_built_model_has_the_buffers_of_an_ordinary_one(family: str, tmp_path:
 
 
 def test_tied_weights_stay_one() -> None:
-    shape = tiny_shape(QWEN)
+    shape = tiny_shape(QWEN25)
     model = build(replace(shape, text=replace(shape.text, tied=True)), CPU, torch.float32).model
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
 def test_weights_of_two_layers_differ() -> None:
-    layers = build(tiny_shape(QWEN), CPU, torch.float32).model.model.language_model.layers
+    layers = build(tiny_shape(QWEN25), CPU, torch.float32).model.model.language_model.layers
     first, second = (layer.self_attn.q_proj.weight for layer in layers)
     assert not torch.equal(first, second)
     assert not torch.equal(first[:32], layers[0].self_attn.k_proj.weight)
@@ -169,7 +173,7 @@ def test_a_draft_of_another_family_is_refused() -> None:
 
 def test_a_prompt_is_like_the_processors() -> None:
     """Same names, dtypes and ranks as the real processors give; video tokens in one run, as many as features."""
-    for family, name in ((QWEN, "qwen"), (LLAVA, "llava")):
+    for family, name in ((QWEN25, "qwen"), (LLAVA, "llava")):
         shape = tiny_shape(family)
         inputs = random_inputs(shape, 4, SIZES[family], CPU)
         lm = build(shape, CPU, torch.float32)
@@ -178,9 +182,9 @@ def test_a_prompt_is_like_the_processors() -> None:
             key: (value.dtype, value.ndim) for key, value in real.tensors.items()
         }
         with torch.inference_mode():
-            assert len(lm.family.embed_videos(lm.model, [inputs])[0]) == inputs.video_tokens
+            assert len(lm.family.see(lm.model, [inputs])[0].embeds) == inputs.video_tokens
         assert lm.positions(inputs).shape[1] == inputs.prompt_tokens
-        assert torch.equal(inputs.token_ids[0] == shape.video_token, inputs.is_video)
+        assert torch.equal((inputs.token_ids[0] == shape.video_token).nonzero().squeeze(1), inputs.video_at)
 
 
 @pytest.mark.parametrize(("frames", "tokens"), [(16, 2392), (128, 19136)])
@@ -196,7 +200,7 @@ def test_llava_has_196_tokens_a_frame_and_a_newline() -> None:
 @pytest.mark.parametrize(("frames", "size"), [(3, SIZE), (0, SIZE), (4, (20, 84))])
 def test_frames_that_do_not_fit_are_refused(frames: int, size: tuple[int, int]) -> None:
     with pytest.raises(ConfigError, match="give"):
-        random_inputs(tiny_shape(QWEN), frames, size, CPU)
+        random_inputs(tiny_shape(QWEN25), frames, size, CPU)
 
 
 def test_llavas_frames_have_one_size() -> None:
@@ -311,7 +315,7 @@ def modelled(family: str, **grid: Any) -> Report:
     return bench_modelled(captioner, setup, Nobody())
 
 
-@pytest.mark.parametrize("family", [QWEN, LLAVA])
+@pytest.mark.parametrize("family", [QWEN25, LLAVA])
 def test_the_bench_of_a_pair(family: str) -> None:
     """The real loop, vision, prefill and pruning; acceptance as told; labelled in every form."""
     fixed = tuple(tree for tree in TREES if tree != "auto")
@@ -339,7 +343,7 @@ def test_the_bench_of_a_pair(family: str) -> None:
 def test_batches_of_a_pair_have_the_same_caption_length_and_their_bytes() -> None:
     trees: tuple[TreeName, ...] = ("chain",)
     report = modelled(
-        QWEN, methods=("stock", "plain", "specvlm"), num_frames=(2,), trees=trees, batch_sizes=(1, 3)
+        QWEN25, methods=("stock", "plain", "specvlm"), num_frames=(2,), trees=trees, batch_sizes=(1, 3)
     )
     assert report.is_batched
     assert report.conditions.videos == ("random video",)
@@ -384,13 +388,13 @@ def test_a_step_reads_weights_once_and_the_keys_and_values_of_every_caption() ->
 def test_auto_runs_with_forced_acceptance() -> None:
     if "auto" not in TREES:
         pytest.skip("no such tree")
-    report = modelled(QWEN, methods=("plain", "specvlm"), num_frames=(2,), trees=("auto",))
+    report = modelled(QWEN25, methods=("plain", "specvlm"), num_frames=(2,), trees=("auto",))
     assert report.summaries[-1].error is None
     assert report.summaries[-1].completion_tokens == 40
 
 
 def test_what_cannot_be_modelled_is_refused() -> None:
-    pair = make_pair(tiny_shape(QWEN), tiny_shape(QWEN), 5.5)
+    pair = make_pair(tiny_shape(QWEN25), tiny_shape(QWEN25), 5.5)
     with pytest.raises(ConfigError, match="depth 5"):
         check_setup(pair, Grid(methods=("plain", "specvlm"), num_frames=(2,), trees=("static",)), SIZE)
     with pytest.raises(ConfigError, match="assisted"):
@@ -413,7 +417,7 @@ def test_what_does_not_fit_is_refused_before_it_is_made(monkeypatch: pytest.Monk
         refuse_without_memory(pair, load, torch.bfloat16, CPU)
     monkeypatch.setattr("specvlm.bench.modelled.free_memory_bytes", lambda device: None)
     refuse_without_memory(pair, load, torch.bfloat16, CPU)  # nobody knows: try
-    refuse_without_memory(make_pair(tiny_shape(QWEN), None, 0.0), load, torch.float32, CPU)
+    refuse_without_memory(make_pair(tiny_shape(QWEN25), None, 0.0), load, torch.float32, CPU)
 
 
 def test_bytes_of_a_pass_are_those_of_the_decoder() -> None:
@@ -430,7 +434,7 @@ def test_bytes_of_a_pass_are_those_of_the_decoder() -> None:
 
 
 def test_a_video_is_the_same_for_a_seed() -> None:
-    captioner = tiny_pair(QWEN)
+    captioner = tiny_pair(QWEN25)
     first, again, other = (modelled_video(captioner, 2, SIZE, seed) for seed in (1, 1, 2))
     key = "pixel_values_videos"
     assert torch.equal(first.inputs.tensors[key], again.inputs.tensors[key])
@@ -440,7 +444,7 @@ def test_a_video_is_the_same_for_a_seed() -> None:
 @pytest.mark.parametrize("tree", ["static", "dynamic"])
 def test_told_acceptance_moves_on_in_a_replayed_round(tree: TreeName) -> None:
     """Rounds as graphs ask nothing of the host and write what eager rounds write, caption after caption."""
-    captioner = tiny_pair(QWEN)
+    captioner = tiny_pair(QWEN25)
     video = modelled_video(captioner, 2, SIZE)
 
     def caption() -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -165,7 +165,7 @@ def test_frame_times_move_the_positions() -> None:
     steps = []
     for video in (frames, slow):
         inputs = captioner.prepare(video, "Hi.").inputs
-        times = captioner.target.positions(inputs)[0][inputs.is_video]
+        times = captioner.target.positions(inputs)[0][inputs.video_at]
         steps.append((times.unique()[1:] - times.unique()[:-1]).tolist())
     assert steps == [[4, 4], [8, 8]]  # 2 frames a step, half a second apart, 4 tokens a second
 

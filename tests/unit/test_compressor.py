@@ -36,6 +36,7 @@ def pairs(count: int, seed: int = 0) -> VideoPairs:
         positions,
         torch.rand(count, generator=generator),
         torch.randn(HIDDEN, generator=generator),
+        (count,),
     )
 
 
@@ -209,7 +210,7 @@ def test_the_gate_reads_the_question() -> None:
 def test_a_fresh_gate_has_hardly_a_preference() -> None:
     for hidden in (16, 256, 2048):
         compressor = Compressor(CompressorConfig("select", OPERATORS), hidden)
-        shares = compressor._shares(VideoPairs(*pairs(3)[:3], 40 * torch.randn(hidden)), lots(), draw=False)
+        shares = compressor._shares(pairs(3)._replace(question=40 * torch.randn(hidden)), lots(), draw=False)
         assert (shares - 1 / 6).abs().max() < 0.12, hidden
 
 

@@ -61,14 +61,14 @@ def test_a_token_is_the_cell_that_the_grid_says(family: FamilyName, count: int) 
     grid = captioner.target.family.video_grid(captioner.processor, inputs)
     assert grid.cells == inputs.video_tokens - (family == "llava")
     assert grid.steps == -(-count // grid.frames_per_step)
-    before = captioner.target.family.embed_videos(model, [inputs])[0]
+    before = captioner.target.family.see(model, [inputs])[0].embeds
     height, width = frames.pixels.shape[1] // grid.rows, frames.pixels.shape[2] // grid.columns
     for step, row, column in ((0, 0, 0), (grid.steps - 1, grid.rows - 1, 1), (0, 1, grid.columns - 1)):
         pixels = frames.pixels.copy()
         place = np.s_[row * height : (row + 1) * height, column * width : (column + 1) * width]
         pixels[step * grid.frames_per_step][place] ^= 255
         changed = captioner.prepare(Frames(pixels, frames.times_s), "What?").inputs
-        after = captioner.target.family.embed_videos(model, [changed])[0]
+        after = captioner.target.family.see(model, [changed])[0].embeds
         different = (before != after).any(dim=1).nonzero().flatten().tolist()
         assert different == [(step * grid.rows + row) * grid.columns + column]
 
