@@ -83,6 +83,8 @@ def _refuse_misspelt(name: str) -> None:
     checkpoint.refuse_gguf(name)
     if Path(name).is_file():
         raise ModelLoadError(f"{name}: a file; give the folder of the checkpoint that it belongs to")
+    if name.startswith(("/", "./", "../", "~")) and not Path(name).is_dir():
+        raise ModelLoadError(f"{name}: no such folder; give the folder of a checkpoint, a hub id or a preset")
     if "/" not in name and not Path(name).is_dir():
         known = ", ".join(preset.name for preset in presets())
         raise ModelLoadError(f"{name}: no such preset or folder; give one of {known}, a folder, or a hub id")

@@ -123,7 +123,7 @@ class Probe:
         except RuntimeError as error:
             problem, _, fix = str(error).partition(": ")[2].rpartition("; ")
             return fail(problem or str(error), fix)
-        words = f"{self._target}: {found['family']}, {found['parameters'] / 1e9:.3g} billion parameters"
+        words = f"{self._target}: {found['family']}, {_counted(found['parameters'])} parameters"
         words += f", {found['context']:,} tokens of context" if found["context"] else ""
         words += f"; {found['frames']} drawn frames are {found['video']} video tokens of {found['prompt']}"
         words += f"; the draft {found['draft']} fits" if found["draft"] else ""
@@ -149,6 +149,10 @@ class Probe:
         text = f"{words} differ between plain and speculative decoding ({times})"
         fix = "in bf16 a tie may fall either way; in float32 it is a fault, please report it"
         return warn(text, fix) if "cuda" in found["device"].lower() else fail(text, fix)
+
+
+def _counted(parameters: int) -> str:
+    return f"{parameters / 1e9:.1f} billion" if parameters >= 10**9 else f"{parameters / 1e6:.1f} million"
 
 
 def _missing(preset: str) -> str:
