@@ -125,8 +125,7 @@ def main(preset: str, *checkpoints: str) -> int:
         try:
             answer = what()
         except Exception as error:
-            told = " ".join(str(error).split())
-            answer = {"error": f"{type(error).__name__}: {told}"[:600], "reason": told[:600]}
+            answer = {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"[:600]}
         print(json.dumps(answer), file=said, flush=True)
     return 0
 

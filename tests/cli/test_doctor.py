@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -16,6 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from specvlm.demo import demo_folder
+from specvlm.errors import SpecvlmError
 from specvlm_cli.doctor import checks, machine, models, probe, reading, storage
 from specvlm_cli.doctor.checks import Check, Verdict
 from tests.cli.conftest import Specvlm, snapshot
@@ -396,6 +399,58 @@ def test_what_the_probe_draws_suits_a_model() -> None:
     assert probe.drawn().pixels.shape[-1] == 3
 
 
+LOOKED_AT: dict[str, Any] = {
+    "family": "qwen3_vl",
+    "parameters": 8_767_123_696,
+    "context": 262144,
+    "prompt": 211,
+    "video": 144,
+    "frames": 8,
+    "draft": "small",
+    "warnings": [],
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "words"),
+    [
+        (
+            {},
+            "ok",
+            "qwen3_vl, 8.8 billion parameters, 262,144 tokens of context; 8 drawn frames are 144 video",
+        ),
+        ({}, "ok", "the draft small fits"),
+        ({"draft": None, "context": None, "parameters": 1_900_000}, "ok", "1.9 million parameters; 8 drawn"),
+        ({"warnings": ["some captions differ"]}, "warn", "some captions differ"),
+    ],
+)
+def test_what_is_said_of_a_checkpoint(change: dict[str, Any], status: str, words: str) -> None:
+    with Acted(said(BUILT, LOOKED_AT | change)) as acted:
+        acted.devices()
+        found = acted.checkpoint()
+    assert found.status == status
+    assert words in f"{found.detail} {found.fix}"
+
+
+def test_a_checkpoint_is_looked_at_without_its_weights(tmp_path: Path) -> None:
+    target, draft = (demo_folder(name) for name in ("qwen-target", "qwen-draft"))
+    found = probe.checkpoint(str(target), str(draft))
+    assert (found["family"], found["draft"], found["warnings"]) == ("qwen2_5_vl", str(draft), [])
+    assert found["video"] < found["prompt"]
+    broken = tmp_path / "broken"
+    shutil.copytree(target, broken)
+    (broken / "chat_template.jinja").unlink()
+    for name, other in (("chat template cannot", None), ("its family is", demo_folder("llava-draft"))):
+        with pytest.raises(SpecvlmError, match=name):
+            probe.checkpoint(str(broken if other is None else target), other and str(other))
+
+
+def test_a_draft_alone_is_refused(specvlm: Specvlm) -> None:
+    done = specvlm("doctor", "--draft", "small")
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert "--target" in done.err
+
+
 # All of it
 
 
@@ -422,7 +477,7 @@ def test_this_machine(tmp_path: Path) -> None:
 def test_a_line_for_each_finding_with_its_fix(specvlm: Specvlm, monkeypatch: pytest.MonkeyPatch) -> None:
     from specvlm_cli.doctor import examination
 
-    def few(out: Path, probe: object) -> list[Check]:
+    def few(out: Path, probe: object, target: str | None) -> list[Check]:
         looks = (checks.ok("fine"), checks.warn("so \x1b[0m so", "turn it"), checks.fail("broken", "mend it"))
         return [
             Check(f"check {number}", lambda verdict=verdict: verdict) for number, verdict in enumerate(looks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -94,3 +95,14 @@ def test_memory_is_weights_and_caches() -> None:
     assert found.weights_bytes == 2 * (8_292_166_656 + 3_754_622_976)
     target, draft = 2 * 28 * 4 * 128 * 2, 2 * 36 * 2 * 128 * 2
     assert found.caches_bytes == target * (tokens + 1024) + draft * (round(tokens * 0.1) + 1024)
+
+
+def test_the_docs_say_how_many_gpus_a_preset_takes() -> None:
+    told = (Path(__file__).parents[2] / "docs" / "status.md").read_text()
+    for one in checkpoints.preset_views():
+        if one.caches_bytes is None:
+            continue
+        gpus = [math.ceil(1.2 * one.memory_bytes / (size * 10**9)) for size in (24, 48, 80, 141)]
+        sizes = f"{one.weights_bytes / 1e9:.1f} | {one.caches_bytes / 1e9:.1f}"
+        row = f"| `{one.name}` | {one.video_tokens:,} | {sizes} | {' | '.join(map(str, gpus))} |"
+        assert row in told, row
