@@ -114,7 +114,7 @@ def _passes(target: VideoLM, sample: Sample) -> int:
     """One layer's activations over all tokens, the scores' attention, and the example that is kept."""
     config, size = target.text.config, _size(target.dtype)
     kept = 4 * config.hidden_size  # embeddings and features, and the example's own of both
-    layer = 6 * config.hidden_size + 3 * config.intermediate_size
+    layer = 6 * config.hidden_size + 3 * _forward_width(config)
     video = sample.inputs.video_tokens
     scores = config.num_attention_heads * (sample.inputs.prompt_tokens - video) * video * _FLOAT
     return int(sample.tokens * (kept + layer) * size + scores)
@@ -126,9 +126,11 @@ def _tower(target: VideoLM, inputs: ModelInputs) -> int:
     pixels = max((value.numel() for value in inputs.tensors.values() if value.is_floating_point()), default=0)
     patch = 3 * config.patch_size**2 * getattr(config, "temporal_patch_size", 1)
     size = _size(target.dtype)
-    return int(
-        pixels * size + pixels // patch * (8 * config.hidden_size + 2 * config.intermediate_size) * size
-    )
+    hidden = getattr(
+        config, "embed_dim", config.hidden_size
+    )  # Qwen2-VL calls the decoder's width `hidden_size`
+    inner = int(hidden * config.mlp_ratio) if hasattr(config, "mlp_ratio") else config.intermediate_size
+    return int(pixels * size + pixels // patch * (8 * hidden + 2 * inner) * size)
 
 
 def _layer(target: VideoLM, head: HeadModel, sample: Sample) -> int:
@@ -138,10 +140,17 @@ def _layer(target: VideoLM, head: HeadModel, sample: Sample) -> int:
     pairs = sample.tokens * 9 * hidden * size
     left = _left(head.config.compressor, stretches(sample.inputs.video_at))
     first = sample.tokens - sample.inputs.video_tokens + left
-    each = (14 * hidden + 4 * config.intermediate_size) * size
+    each = (14 * hidden + 4 * _forward_width(config)) * size
     masks = first * first * (1 + _FLOAT + 2 * size)
     more = sample.unroll * sample.written * (each + (first + sample.unroll * sample.written) * (1 + 2 * size))
     return int(pairs + first * each + masks + more)
+
+
+def _forward_width(config: Any) -> int:
+    """Width of the feed-forward layer, or of those of the experts that are used for one token."""
+    if experts := getattr(config, "num_experts_per_tok", 0):
+        return int(experts * config.moe_intermediate_size)
+    return int(config.intermediate_size)
 
 
 def _left(config: CompressorConfig, counts: Sequence[int]) -> int:

@@ -11,11 +11,13 @@ from transformers.video_utils import VideoMetadata
 
 from specvlm.config import SpeculationSettings
 from specvlm.drafts.compressor import stretches
+from specvlm.drafts.head import HeadDraft
 from specvlm.families import FAMILIES, Qwen3VL, register
 from specvlm.families.base import ModelInputs
 from specvlm.prefill import Reading, ToSee, embed, prefill_target, prune_prompt
 from specvlm.pruning import prune
-from tests.heads import COMPRESSORS, head_captioner, videos_of
+from specvlm.training import memory
+from tests.heads import COMPRESSORS, fresh_captioner, head_captioner, videos_of
 from tests.parity.test_batches import RandomCase
 from tests.parity.test_fuzz import check_case
 from tests.parity.test_prompts import FRAMES, PROMPTS
@@ -167,6 +169,18 @@ def test_heads_guess_as_they_learned(name: str) -> None:
         assert made.token_ids == plain.token_ids
         if name == "none":
             assert made.stats.num_accepted_tokens / made.stats.num_drafts > 1.0
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_what_learning_takes_in_memory_is_estimated(family: FamilyName) -> None:
+    captioner = fresh_captioner(family)
+    assert isinstance(captioner.draft, HeadDraft)
+    few, many = (captioner.prepare(random_frames(0, count), "Hi.").inputs for count in (4, 40))
+    needs = [
+        memory.need(captioner.target, captioner.draft.head, memory.Sample(one, 64)) for one in (few, many)
+    ]
+    assert 0 < needs[0].target < needs[1].target
+    assert 0 < needs[0].head < needs[1].head
 
 
 class Renamed(Qwen3VL):

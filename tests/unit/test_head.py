@@ -46,6 +46,8 @@ CHAIN = make_shape(SpeculationSettings(tree="chain", depth=4), 320, CPU)
 SURE: dict[FamilyName, tuple[str, ...]] = {
     "qwen": ("none", "prune-guided", "conv", "text-only", "weighted"),
     "llava": ("none", "pool", "resampler", "concat"),
+    "qwen3": ("none", "prune", "pool", "concat"),  # DeepStack, and text between the video tokens
+    "qwen3-moe": ("none",),
 }
 
 
@@ -126,7 +128,7 @@ def check_equal(
             assert torch.allclose(level, found.own[step - 1][one.index], atol=1e-5), (one.index, step)
 
 
-@pytest.mark.parametrize(("family", "name"), [(family, name) for family in FAMILIES for name in SURE[family]])
+@pytest.mark.parametrize(("family", "name"), [(family, name) for family in SURE for name in SURE[family]])
 def test_drafting_reads_what_training_read(family: FamilyName, name: str, proposed: list[Propose]) -> None:
     """After the prefill, after rounds, and at each level below the root."""
     captioner = head_captioner(family, name)
