@@ -64,6 +64,11 @@ class _Read(NamedTuple):
     plan: Rows
 
 
+def cache_keyword(text: Any) -> str:
+    """What a text model calls its cache: `transformers` 5.24 has another name for it than those before."""
+    return "cache" if "cache" in inspect.signature(text.forward).parameters else "past_key_values"
+
+
 class TextModel:
     """A stock decoder over a cache of slabs: embeddings in, hidden states out.
 
@@ -81,6 +86,7 @@ class TextModel:
     def __init__(self, module: Any, text: Any, position_rows: int, dtype: torch.dtype) -> None:
         """Look at the decoder `text`, a part of `module`, loaded with the attention of this library."""
         self._module, self._text, self._position_rows = module, text, position_rows
+        self._cache_keyword = cache_keyword(text)
         config = text.config
         heads = int(config.num_attention_heads)
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -180,8 +186,8 @@ class TextModel:
         out = self._text(
             inputs_embeds=embeds,
             position_ids=positions.expand(rows, -1, -1) if rows > 1 else positions[0],
-            past_key_values=cache,
             use_cache=True,
+            **{self._cache_keyword: cache},
             **plan_arguments(plan),
             **(more or {}),
         )

@@ -16,7 +16,7 @@ from transformers import DynamicCache
 
 from specvlm.config import whole, within
 from specvlm.drafts.head_model import HeadModel, Shown
-from specvlm.model import VideoLM
+from specvlm.model import VideoLM, cache_keyword
 from specvlm.training.example import Example
 
 
@@ -136,9 +136,9 @@ def _forward(
     out = head.text(
         inputs_embeds=pairs,
         position_ids=at,
-        past_key_values=cache,
         attention_mask=mask.to(pairs.dtype)[None, None],
         use_cache=True,
+        **{cache_keyword(head.text): cache},
     )
     return out.last_hidden_state  # type: ignore[no-any-return]
 
