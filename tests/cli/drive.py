@@ -43,8 +43,8 @@ from specvlm_cli.export import job as export_job  # noqa: F401
 from specvlm_cli.generating import worker
 from specvlm_cli.policy import Policy
 from tests.cli import family
-from tests.cli.conftest import READER
 from tests.cli.fake import FakeFactory, with_demo
+from tests.cli.fake_reader import READER
 
 Victim = Literal["parent", "group", "worker", "nursery", "reader"]
 
@@ -255,11 +255,13 @@ def prepare() -> None:
         fork_children(_put, worker, keeper)
 
 
-def fork_children(put: Callable[[Any, str, object], None], *starters: ModuleType) -> None:
+def fork_children(
+    put: Callable[[Any, str, object], None], *starters: ModuleType, by: type[subprocess.Popen[bytes]] = Forked
+) -> None:
     """Have these modules fork their children instead of starting interpreters; `put` sets an attribute."""
     names = {name: getattr(subprocess, name) for name in ("DEVNULL", "TimeoutExpired")}
     for module in starters:
-        put(module, "subprocess", SimpleNamespace(Popen=Forked, **names))
+        put(module, "subprocess", SimpleNamespace(Popen=by, **names))
 
 
 def _put(module: ModuleType, name: str, value: object) -> None:

@@ -9,7 +9,6 @@ import json
 import os
 import random
 import signal
-import socket
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from safetensors.torch import load_file
 
 from tests.cli.test_real import save
 from tests.cli.train_drive import TrainDriver
+from tests.ports import free_ports
 from tests.tiny import Size
 from tests.video_files import write_video
 
@@ -220,9 +220,7 @@ def test_a_truncated_checkpoint_is_seen(ground: Ground, whole: State, tmp_path: 
 
 def launched(ground: Ground, out: Path, *more: object) -> list[int]:
     """Start two processes of one training, with the variables that torchrun sets, on the CPU."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     return [
         ground.driver.start(
             ground.arguments(out, *more),
