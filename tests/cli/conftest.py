@@ -69,7 +69,7 @@ class Specvlm:
 def forked_readers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fork the process that forks readers from a small one, see `tests.cli.forks`.
 
-    The tests of the examples, and those marked `fresh_workers`, start it and the workers as the product does.
+    Examples for the shell, and tests marked `fresh_workers`, start it and the workers as the product does.
     """
     if forks.can_fork():
         forks.server()
