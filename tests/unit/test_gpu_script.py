@@ -139,13 +139,13 @@ def test_a_choice_is_put_back(gpu: Any) -> None:
 def test_batches_of_the_demo_pair_are_stock(gpu: Any, found: Any) -> None:
     rows = found["batches"]["parity"]
     ways = ["stock", "plain", "chain", "static", "auto"]
-    assert [(one["batch_size"], one["way"]) for one in rows] == [(n, way) for n in (1, 2, 4) for way in ways]
-    assert all(one["exact"] == one["captions"] == 4 for one in rows)
+    assert [(one["batch_size"], one["way"]) for one in rows] == [(n, way) for n in (1, 2) for way in ways]
+    assert all(one["exact"] == one["captions"] == 2 for one in rows)
 
 
 def test_batches_are_timed_by_each_way_at_each_size(found: Any) -> None:
     rows = found["batches"]["speed"]
-    assert len(rows) == 3 * 5
+    assert len(rows) == 2 * 5
     for one in rows:
         assert one["modelled"] is True
         assert one["error"] is None
