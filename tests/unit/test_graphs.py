@@ -559,7 +559,7 @@ SHAPES = {
 }
 
 
-@pytest.mark.covering
+@pytest.mark.covering(strength=1)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("how", ["masked", "split", "varlen"])
 @pytest.mark.parametrize(
