@@ -32,6 +32,8 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, Literal
 
+import typer.main
+
 import specvlm_cli.decoding.nursery
 import specvlm_cli.generating.child
 import specvlm_cli.parts
@@ -45,6 +47,9 @@ from specvlm_cli.policy import Policy
 from tests.cli import family
 from tests.cli.fake import FakeFactory, with_demo
 from tests.cli.fake_reader import READER
+
+# A third of what a short start takes of the processor is making the commands of the functions, the same each time.
+typer.main.get_command = functools.cache(typer.main.get_command)
 
 Victim = Literal["parent", "group", "worker", "nursery", "reader"]
 
@@ -327,6 +332,7 @@ def _wait(process: int, most_s: float) -> int | None:
 
 
 def _serve() -> None:
+    typer.main.get_command(app.app)
     gc.collect()
     gc.freeze()  # so that collections in a fork neither look through all this nor copy it
     for line in sys.stdin:
