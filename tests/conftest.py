@@ -6,6 +6,8 @@ import gc
 import os
 import signal
 import sys
+import tempfile
+from collections.abc import Iterator
 
 import pytest
 
@@ -34,6 +36,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Options of the long randomised mode: `pytest -m fuzz --fuzz-cases 1000 --fuzz-seed 0`."""
     parser.addoption("--fuzz-cases", type=int, default=200, help="randomised parity cases")
     parser.addoption("--fuzz-seed", type=int, default=0, help="seed of the first case")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_cmdline_main() -> Iterator[None]:
+    """Have a folder in which the processes of this run keep what takes long to make."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return (yield)
+    with tempfile.TemporaryDirectory(prefix="specvlm-tests-") as folder:
+        os.environ["SPECVLM_TESTS_SHARE"] = folder
+        return (yield)
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects
