@@ -57,7 +57,7 @@ class Forked(subprocess.Popen[bytes]):
         assert stdin == subprocess.DEVNULL
         self.returncode: int | None = None
         self.stdin = self.stdout = self.stderr = None
-        self.args, self._child_created = command, True
+        self.args, self._child_created = command, False
         self._waitpid_lock = threading.Lock()
         streams = [1 if stdout is None else -1, stderr if isinstance(stderr, int) else stderr.fileno()]
         with open(os.devnull, "r+b", 0) as nowhere:
@@ -69,6 +69,7 @@ class Forked(subprocess.Popen[bytes]):
                 environment=dict(os.environ) if env is None else env,
                 session=start_new_session,
             )
+        self._child_created = True
 
 
 class _Server:

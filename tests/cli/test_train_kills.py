@@ -113,7 +113,7 @@ def checkpoints(out: Path) -> list[str]:
 
 
 def newest(out: Path) -> int:
-    """Return the step of the newest checkpoint; 0: there is none. Two are kept, and their names count up."""
+    """Return the number of the newest checkpoint; 0: there is none. Two are kept, and their names count up."""
     names = checkpoints(out)
     return int(names[-1][-8:]) if names else 0
 
@@ -168,20 +168,20 @@ def test_signals_stop_with_a_checkpoint(
     numbers: tuple[signal.Signals, ...], ground: Ground, whole: State, tmp_path: Path
 ) -> None:
     """One after the other in the life of a training, which ends as if there had been none."""
-    out, told = tmp_path / "head", tmp_path / "told"
+    out, told, step = tmp_path / "head", tmp_path / "told", 0
     for number in numbers:
         told.unlink(missing_ok=True)
         before, end_s = newest(out), time.monotonic() + 60
         process = ground.driver.start(ground.arguments(out), told)
-        while newest(out) == before:
+        while newest(out) < before + 2:  # the first may be of no whole step
             assert time.monotonic() < end_s, told.read_text()
             time.sleep(0.005)
         os.kill(process, number)
         assert ground.driver.wait(process) == STOPPED, told.read_text()
         assert f"stopped by {number.name}, start again to go on" in told.read_text()
-        assert before < newest(out) < 12
         state = json.loads((out / ".specvlm" / checkpoints(out)[-1] / "state.json").read_text())
-        assert state["step"] == newest(out)
+        assert step < state["step"] < 12
+        step = state["step"]
         assert (out / ".specvlm" / "lock").read_text() == ""
     assert ground.run(out) == 3
     assert_same(state_of(out), whole)
