@@ -136,17 +136,8 @@ def captioned(out: Path) -> list[str]:
 
 
 def test_cron(two_videos: Path, tmp_path: Path, environment: dict[str, str]) -> None:
-    """It says nothing, leaves a file that may still be on its way, and stands back where another start is at work.
-
-    Fakes stand in for models and videos, as in the tests of the command: it starts twice.
-    """
+    """It says nothing, leaves a file that may still be on its way, and stands back where another start is at work."""
     out = tmp_path / "captions of today"
-    (tmp_path / "bin" / "specvlm").write_text(
-        f'#!/bin/sh\nDRIVE_FORK=1 exec "{sys.executable}" -m tests.cli.drive run "$@"\n'
-    )
-    for video in two_videos.iterdir():
-        video.write_text(f"video {video.name}")
-        os.utime(video, (0, 0))
     (two_videos / "two-still-and-rising-vp9.webm").touch()
     done = shell("cron.sh", two_videos, out, environment=environment)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
