@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from specvlm.captioner import Captioner, PreparedVideo
 from specvlm.drafts.compressor import DEFAULT_OPERATORS, OPERATORS, CompressorConfig
@@ -86,7 +89,17 @@ def target_captioner(family: FamilyName, size: Size = TARGET) -> Captioner:
 
 @cache
 def _fitted_weights(family: FamilyName, name: str, unroll: int) -> Weights:
-    """Weights of a head that knows the captions of the test videos; the common part is fitted without a compressor."""
+    """Weights of a head that knows the captions of the test videos; fitted by one of the tests' processes."""
+    kept = Path(os.environ["SPECVLM_TESTS_SHARE"]) / f"head-{family}-{name}-{unroll}.safetensors"
+    if not kept.exists():
+        mine = kept.with_suffix(f".{os.getpid()}")
+        save_file(_fit(family, name, unroll), mine)
+        mine.rename(kept)
+    return load_file(kept)
+
+
+def _fit(family: FamilyName, name: str, unroll: int) -> Weights:
+    """The common part is fitted without a compressor."""
     captioner = target_captioner(family)
     target = captioner.target
     head = HeadModel.fresh(target, config_of(target, COMPRESSORS[name]), seed=7)
@@ -102,7 +115,7 @@ def _fitted_weights(family: FamilyName, name: str, unroll: int) -> Weights:
         steps,
         ObjectiveSettings(cross_entropy=1.0, unroll=unroll),
     )
-    return head.state_dict()
+    return {key: value.contiguous() for key, value in head.state_dict().items()}
 
 
 def fitted_head(target: VideoLM, family: FamilyName, name: str = "none", *, unroll: int = 1) -> HeadModel:

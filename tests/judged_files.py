@@ -6,6 +6,7 @@ set, `write_random` files of the same kinds with values from a random generator.
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
 import shutil
@@ -279,12 +280,17 @@ class Maker:
         return self.changed(kind, b"".join(parts))
 
 
-def write(folder: Path) -> Iterator[Judged]:
-    """The fixed set: containers x codecs x stamps x rotations x edits, and what real files have besides."""
-    make = Maker(folder)
+def write(folder: Path, *, whole: bool) -> Iterator[Judged]:
+    """The fixed set: containers x codecs x stamps x rotations x edits, and what real files have besides.
+
+    Not the whole: each codec in each container with one kind of stamps, and with two of the ways to join recordings,
+    in turn.
+    """
+    make, turn = Maker(folder), itertools.count()
     for codec, kinds in _CONTAINERS.items():
         for kind in kinds:
-            for timing in _TIMINGS if kind not in _UNTIMED else ("steady",):
+            timings = [*_TIMINGS] if kind not in _UNTIMED else ["steady"]
+            for timing in timings if whole else [timings[next(turn) % len(timings)]]:
                 yield Judged(f"{codec}, {kind}, {timing}", make.copied(kind, codec, timing))
     for name, (turn, (a, b, c, d)) in TURNS.items():
         source = encode(make.path("source"), "h264", _steady(10), 1, turn)
@@ -293,10 +299,10 @@ def write(folder: Path) -> Iterator[Judged]:
             name, make.changed("mp4", with_matrix(copy(source, make.path("mp4")).read_bytes(), matrix))
         )
     for codec in ("h264", "h264 open", "h264 plain", "hevc", "mpeg4"):
-        whole = make.copied("mp4", codec)
+        source = make.copied("mp4", codec)
         for first in (5, 11):
-            yield Judged(f"{codec} cut at {first}", video_files.copy_clip(whole, make.path("mp4"), first))
-    yield from _joined(make)
+            yield Judged(f"{codec} cut at {first}", video_files.copy_clip(source, make.path("mp4"), first))
+    yield from (one for number, one in enumerate(_joined(make)) if whole or (number + number // 6) % 3 == 0)
     yield from _without_stamps(make)
     yield from _key_flags(make)
     yield from _leading(make)

@@ -16,47 +16,50 @@ import pytest
 from specvlm_cli import app, lock
 from specvlm_cli.inputs.item import item_id
 from specvlm_cli.shard import shard_of
+from tests.cli.conftest import forked, forked_readers
+
+__all__ = ["forked", "forked_readers"]  # fixtures
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def run(name: str, *arguments: object) -> str:
-    command = [sys.executable, "-W", "error::SyntaxWarning", EXAMPLES / name, *arguments]
+def test_caption_one() -> None:
+    """As a program of its own; the others run in this process, which has torch imported."""
+    command = [sys.executable, "-W", "error::SyntaxWarning", EXAMPLES / "caption_one.py"]
     variables = os.environ | {"PYTHONPATH": str(EXAMPLES.parent)}
     done = subprocess.run(
         [*map(str, command)], capture_output=True, text=True, timeout=300, check=False, env=variables
     )
     assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_caption_one() -> None:
-    said = run("caption_one.py")
+    said = done.stdout
     assert "same tokens as plain decoding: True" in said
     assert len(said.splitlines()[0]) > 40
 
 
 @pytest.fixture
-def run_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[[str], str]:
-    """Run a program in this process, which has torch imported, as its own first lines say."""
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run a program in this process as its own first lines say; return what it prints."""
 
-    def run_it(name: str) -> str:
-        monkeypatch.setattr(sys, "argv", [name])
+    def run_it(name: str, *arguments: object) -> str:
+        capfd.readouterr()
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
         runpy.run_path(str(EXAMPLES / name), run_name="__main__")
-        return capsys.readouterr().out
+        return capfd.readouterr().out
 
     return run_it
 
 
-def test_stream_caption(run_here: Callable[[str], str]) -> None:
-    assert len(run_here("stream_caption.py").strip()) > 40
+def test_stream_caption(run: Callable[..., str]) -> None:
+    assert len(run("stream_caption.py").strip()) > 40
 
 
-def test_own_frames(run_here: Callable[[str], str]) -> None:
-    assert "video tokens" in run_here("own_frames.py")
+def test_own_frames(run: Callable[..., str]) -> None:
+    assert "video tokens" in run("own_frames.py")
 
 
-def test_demo_and_read_captions(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_demo_and_read_captions(
+    tmp_path: Path, forked: None, run: Callable[..., str], capfd: pytest.CaptureFixture[str]
+) -> None:
     """What `make demo` does: every row decoded twice, with the very same tokens."""
     out = tmp_path / "demo-out"
     videos = EXAMPLES / "videos"
@@ -71,7 +74,7 @@ def test_demo_and_read_captions(tmp_path: Path, capfd: pytest.CaptureFixture[str
     assert max(map(len, table.splitlines())) <= 80
 
 
-def test_caption_folder(two_videos: Path) -> None:
+def test_caption_folder(two_videos: Path, run: Callable[..., str]) -> None:
     """A line for each video; one that is broken says why, and costs the others nothing."""
     (two_videos / "broken.mp4").write_text("no video")
     (two_videos / "notes.txt").write_text("not looked at")

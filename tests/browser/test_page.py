@@ -160,10 +160,18 @@ def test_text_from_outside_is_text(browser: chromium.Browser, pages: Callable[[s
 # --- it is drawn ---
 
 
-def seen(picture: NDArray[np.uint8], colour: str) -> int:
-    """Count pixels of a colour."""
-    wanted = np.array([int(colour[place : place + 2], 16) for place in (1, 3, 5)], np.int16)
-    return int((np.abs(picture.astype(np.int16) - wanted).max(axis=-1) <= 3).sum())
+class Palette:
+    """How many pixels of a picture have each colour."""
+
+    def __init__(self, picture: NDArray[np.uint8]) -> None:
+        packed = picture.astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], np.int32)
+        colours, self._counts = np.unique(packed, return_counts=True)
+        self._colours = colours[:, None] >> np.array([16, 8, 0]) & 255
+
+    def seen(self, colour: str) -> int:
+        """Count pixels of a colour."""
+        wanted = np.array([int(colour[place : place + 2], 16) for place in (1, 3, 5)])
+        return int(self._counts[np.abs(self._colours - wanted).max(axis=-1) <= 3].sum())
 
 
 def areas(browser: chromium.Browser) -> dict[str, NDArray[np.uint8]]:
@@ -199,13 +207,14 @@ def test_plots_and_sheets_are_drawn(
     assert drawn.keys() == EXPECTED.keys()
     for name, colours in EXPECTED.items():
         assert drawn[name].shape[0] > 200
+        palette = Palette(drawn[name])
         for colour in colours:
-            assert seen(drawn[name], colour) > 40, (name, colour)
+            assert palette.seen(colour) > 40, (name, colour)
     browser.run(
         "document.querySelectorAll('.plot svg, .sheet img').forEach(one => one.style.visibility = 'hidden')"
     )
-    blank = areas(browser)
-    assert all(seen(blank[name], colour) == 0 for name, colours in EXPECTED.items() for colour in colours)
+    blank = {name: Palette(area) for name, area in areas(browser).items()}
+    assert all(blank[name].seen(colour) == 0 for name, colours in EXPECTED.items() for colour in colours)
 
 
 def test_lengths_of_bars_are_the_figures(browser: chromium.Browser, pages: Callable[[str], Path]) -> None:

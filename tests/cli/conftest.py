@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,9 +14,12 @@ import pytest
 
 from specvlm_cli import app, engine, runner
 from specvlm_cli.commands import caption
-from specvlm_cli.decoding import DecodingPool
+from specvlm_cli.decoding import DecodingPool, keeper
+from specvlm_cli.generating import worker
 from specvlm_cli.settings import CaptionSettings
+from tests.cli import drive, forks
 from tests.cli.fake import FakeFactory, Log, with_demo
+from tests.cli.fake_reader import READER
 
 
 @dataclass
@@ -31,9 +33,6 @@ class Result:
     @property
     def json(self) -> dict[str, Any]:
         return dict(json.loads(self.out))
-
-
-READER = "tests.cli.fake:read"
 
 
 class Specvlm:
@@ -67,15 +66,28 @@ class Specvlm:
 
 
 @pytest.fixture
-def forked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fork the command's workers from this process: importing torch takes seconds in each new interpreter.
+def forked_readers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fork the process that forks readers from a small one, see `tests.cli.forks`.
 
-    The tests of the examples, and those marked `fresh_workers`, start workers as the product does.
+    Examples for the shell, and tests marked `fresh_workers`, start it and the workers as the product does.
     """
-    if sys.platform == "linux":
-        from tests.cli import drive
+    if forks.can_fork():
+        forks.server()
+        drive.fork_children(monkeypatch.setattr, keeper, by=forks.Forked)
 
-        drive.fork_children(monkeypatch.setattr, drive.worker)
+
+@pytest.fixture
+def forked(forked_readers: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also fork workers from this process: importing torch takes seconds in each new interpreter."""
+    if forks.can_fork():
+        drive.fork_children(monkeypatch.setattr, worker)
+
+
+@pytest.fixture
+def forked_fakes(forked_readers: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also fork workers from the small process: those with fake engines need no torch."""
+    if forks.can_fork():
+        drive.fork_children(monkeypatch.setattr, worker, by=forks.Forked)
 
 
 @pytest.fixture
@@ -86,7 +98,7 @@ def specvlm(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Specvlm:
     if request.node.get_closest_marker("fresh_workers") is None:
-        request.getfixturevalue("forked")
+        request.getfixturevalue("forked_fakes")
     command = Specvlm(capfd, tmp_path_factory.mktemp("fake") / "journal")
     monkeypatch.setattr(engine, "Factory", command.factory)
     monkeypatch.setattr(runner, "DecodingPool", partial(DecodingPool, reader=READER))

@@ -32,6 +32,8 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, Literal
 
+import typer.main
+
 import specvlm_cli.decoding.nursery
 import specvlm_cli.generating.child
 import specvlm_cli.parts
@@ -43,8 +45,11 @@ from specvlm_cli.export import job as export_job  # noqa: F401
 from specvlm_cli.generating import worker
 from specvlm_cli.policy import Policy
 from tests.cli import family
-from tests.cli.conftest import READER
 from tests.cli.fake import FakeFactory, with_demo
+from tests.cli.fake_reader import READER
+
+# A third of what a short start takes of the processor is making the commands of the functions, the same each time.
+typer.main.get_command = functools.cache(typer.main.get_command)
 
 Victim = Literal["parent", "group", "worker", "nursery", "reader"]
 
@@ -255,11 +260,13 @@ def prepare() -> None:
         fork_children(_put, worker, keeper)
 
 
-def fork_children(put: Callable[[Any, str, object], None], *starters: ModuleType) -> None:
+def fork_children(
+    put: Callable[[Any, str, object], None], *starters: ModuleType, by: type[subprocess.Popen[bytes]] = Forked
+) -> None:
     """Have these modules fork their children instead of starting interpreters; `put` sets an attribute."""
     names = {name: getattr(subprocess, name) for name in ("DEVNULL", "TimeoutExpired")}
     for module in starters:
-        put(module, "subprocess", SimpleNamespace(Popen=Forked, **names))
+        put(module, "subprocess", SimpleNamespace(Popen=by, **names))
 
 
 def _put(module: ModuleType, name: str, value: object) -> None:
@@ -325,6 +332,7 @@ def _wait(process: int, most_s: float) -> int | None:
 
 
 def _serve() -> None:
+    typer.main.get_command(app.app)
     gc.collect()
     gc.freeze()  # so that collections in a fork neither look through all this nor copy it
     for line in sys.stdin:

@@ -13,22 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from specvlm.config import FrameSettings
-from specvlm.errors import (
-    GenerationError,
-    NonFiniteLogitsError,
-    NotAVideoError,
-    PreprocessError,
-    PromptError,
-    VideoDecodeError,
-    VideoNotFoundError,
-    VideoUnavailableError,
-)
-from specvlm.records import Caption, CaptionStats, Frames, VideoSource
+from specvlm.errors import GenerationError, NonFiniteLogitsError, PreprocessError, PromptError
+from specvlm.records import Caption, CaptionStats, Frames
 from specvlm_cli.commands.caption_flags import CaptionFlags
 from specvlm_cli.engine import Finished, Models
+from tests.cli.fake_reader import text_of
 
 ROUNDS = 4
 ACCEPTED = (0, 1, 2, 1)  # rounds that accepted 0, 1, 2, 3 tokens: 8 accepted in 4 rounds
@@ -67,32 +56,6 @@ def stats(*, plain: bool, tokens: int = 13, frames: int = 8, first: bool = True)
         peak_memory_bytes=1000,
         device="fake",
     )
-
-
-def read(
-    path: bytes, settings: FrameSettings, *, frame_multiple: int = 1, root: bytes | None = None
-) -> Frames:
-    """Read a video that is a text file: its text is the pixels. Runs in the reading child."""
-    name = os.fsdecode(path)
-    if not os.path.exists(path):
-        raise VideoNotFoundError(name, "no such file")
-    text = Path(name).read_text()
-    if text.startswith("text"):
-        raise NotAVideoError(name, "not a video")
-    if text.startswith("damaged"):
-        raise VideoDecodeError(name, "no frame can be decoded")
-    if text.startswith("stale"):
-        raise VideoUnavailableError(name, "stale file handle")
-    if text.startswith(("slow", "stuck")):
-        time.sleep(0.1 if text.startswith("slow") else 600.0)
-    pixels = np.frombuffer(text.encode(), np.uint8).repeat(3).reshape(1, 1, -1, 3)
-    source = VideoSource(2.0, 25.0, 64, 48, "fake 1", 0.1, size_bytes=len(text), mtime_ns=1)
-    return Frames(pixels.repeat(8, axis=0), np.arange(8.0), source)
-
-
-def text_of(frames: Frames) -> str:
-    """Return the text that `read` put into the pixels."""
-    return bytes(np.ascontiguousarray(frames.pixels[0, 0, :, 0])).decode()
 
 
 @dataclass(frozen=True)

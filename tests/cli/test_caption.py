@@ -701,7 +701,14 @@ def test_of_many_starts_at_once_one_runs(videos: Path, out: Path) -> None:
     ]
     root = Path(__file__).parents[2]
     starts = [
-        subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            command,
+            cwd=root,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"DRIVE_FORK": "1"},
+        )
         for _ in range(4)
     ]
     ended = [(*start.communicate(timeout=60), start.returncode) for start in starts]

@@ -26,7 +26,7 @@ from specvlm_cli.process import python_command
 from tests import video_files
 from tests.cli import readers
 
-LATEST_S = 2.0  # after its limit, a read is over
+LATEST_S = 10.0  # after its limit, a read is over, on a busy machine too
 SHORT = Limits(timeout_s=0.4, frames_bytes=1 << 20)
 PATIENT = Limits(timeout_s=30.0, address_space_bytes=512 << 20, frames_bytes=1 << 20)
 needs_decord = pytest.mark.skipif(not decord_reader.is_installed(), reason="decord has no wheel here")
@@ -91,7 +91,11 @@ def below(process: int) -> list[int]:
 
 
 def is_gone(process: int) -> bool:
-    return not os.path.exists(f"/proc/{process}")
+    """It has ended, though nobody may have waited for it: not every container's first process does."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except OSError:
+        return True
 
 
 def wait_until(condition: Any, within_s: float, what: str) -> None:
@@ -183,7 +187,7 @@ def test_what_a_child_says_is_not_believed(lie: str, patient: DecodingPool) -> N
 @needs_proc
 def test_processes_that_a_child_started_end_with_it(patient: DecodingPool) -> None:
     assert_good(outcome(patient, job("leave processes")))
-    wait_until(lambda: not children(nursery_of(patient)), 2.0, "they live on")
+    wait_until(lambda: not children(nursery_of(patient)), 20.0, "they live on")
 
 
 def test_what_decoders_print_is_not_seen(patient: DecodingPool, capfd: pytest.CaptureFixture[str]) -> None:
@@ -227,7 +231,7 @@ def test_nothing_is_left_after_many_reads(patient: DecodingPool) -> None:
     for found in outcomes(patient, [job("good", key) for key in range(200)], 4).values():
         assert_good(found)
     assert os.listdir("/proc/self/fd") == before
-    wait_until(lambda: not children(nursery_of(patient)), 2.0, "a child is left")
+    wait_until(lambda: not children(nursery_of(patient)), 20.0, "a child is left")
     inside = Path(f"/proc/{nursery_of(patient)}/fd")
     assert len(list(inside.iterdir())) <= 8
 
@@ -235,13 +239,13 @@ def test_nothing_is_left_after_many_reads(patient: DecodingPool) -> None:
 @needs_proc
 def test_signals_that_stop_a_run_stop_no_read(patient: DecodingPool) -> None:
     patient.submit(job("slow"))
-    wait_until(lambda: patient.collect() or children(nursery_of(patient)), 5.0, "no child")
+    wait_until(lambda: patient.collect() or children(nursery_of(patient)), 20.0, "no child")
     for process in (nursery_of(patient), *children(nursery_of(patient))):
         assert os.getsid(process) != os.getsid(0), "Ctrl-C reaches it"
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
             os.kill(process, number)
     found = list[ReadVideo | ReadFailure]()
-    wait_until(lambda: found.extend(patient.collect()) or found, 5.0, "no outcome")
+    wait_until(lambda: found.extend(patient.collect()) or found, 20.0, "no outcome")
     assert_good(found[0])
 
 
@@ -252,13 +256,13 @@ def test_a_lost_nursery_is_replaced_and_its_videos_are_read() -> None:
         lost = nursery_of(reading)
         for key in range(2):
             reading.submit(job("slow", key))
-        wait_until(lambda: len(children(lost)) == 2, 5.0, "no children")
+        wait_until(lambda: len(children(lost)) == 2, 20.0, "no children")
         orphans = children(lost)
         os.kill(lost, signal.SIGKILL)
         for found in collect_all(reading, 2):
             assert_good(found)
         assert nursery_of(reading) != lost
-        wait_until(lambda: all(map(is_gone, [lost, *orphans])), 2.0, "they live on")
+        wait_until(lambda: all(map(is_gone, [lost, *orphans])), 20.0, "they live on")
 
 
 def collect_all(reading: DecodingPool, count: int) -> list[ReadVideo | ReadFailure]:
@@ -283,9 +287,9 @@ def test_a_video_whose_nursery_is_lost_twice_fails_and_may_be_tried_again() -> N
 def kill_nursery(reading: DecodingPool) -> list[ReadVideo | ReadFailure]:
     """Once a child reads; return what comes of it while the pool takes note."""
     lost, found = nursery_of(reading), list[ReadVideo | ReadFailure]()
-    wait_until(lambda: found.extend(reading.collect()) or children(lost), 5.0, "no child")
+    wait_until(lambda: found.extend(reading.collect()) or children(lost), 20.0, "no child")
     os.kill(lost, signal.SIGKILL)
-    wait_until(lambda: found.extend(reading.collect()) or nursery_of(reading) != lost, 5.0, "not replaced")
+    wait_until(lambda: found.extend(reading.collect()) or nursery_of(reading) != lost, 20.0, "not replaced")
     return found
 
 
@@ -311,7 +315,7 @@ def test_a_process_that_does_not_die_is_given_up(monkeypatch: pytest.MonkeyPatch
         assert_good(outcome(reading, job("good")))
         left = [nursery_of(reading), *children(nursery_of(reading))]
         assert len(left) == 2, "it is still there"
-    wait_until(lambda: all(map(is_gone, left)), 3.0, "it lives on")
+    wait_until(lambda: all(map(is_gone, left)), 20.0, "it lives on")
 
 
 def test_cancelling_kills_and_the_pool_goes_on() -> None:
@@ -353,7 +357,7 @@ def test_no_process_outlives_a_coordinator_that_is_killed() -> None:
     assert (done.returncode, done.stderr) == (-signal.SIGKILL, "")
     processes = [int(number) for number in done.stdout.split()]
     assert len(processes) == 3
-    wait_until(lambda: all(map(is_gone, processes)), 5.0, "an orphan")
+    wait_until(lambda: all(map(is_gone, processes)), 20.0, "an orphan")
 
 
 @pytest.mark.parametrize("step", ["open", "pyav", "decord"])

@@ -283,9 +283,13 @@ def test_what_children_say_stands_above_the_display(forced: None, capsys: pytest
                 child,
                 rb"\033[33mUserWarning\033[0m: odd\n\n10%%\r20%%\r\nagain\nagain\n\033[2Jevil\377\nhalf",
             )
-            time.sleep(0.6)
+            shown, end_s = "", time.monotonic() + 20.0
+            while "evil" not in shown and time.monotonic() < end_s:
+                time.sleep(0.05)
+                shown += capsys.readouterr().err
+    shown += capsys.readouterr().err
     terminal = Terminal(80)
-    terminal.feed(capsys.readouterr().err.replace("\n", "\r\n"))
+    terminal.feed(shown.replace("\n", "\r\n"))
     said = [one for one in terminal.lines if one]
     assert said[:4] == [
         "worker: UserWarning: odd",

@@ -43,9 +43,9 @@ def test_a_check_that_raises_fails_alone() -> None:
 
 def test_a_check_that_hangs_is_left_behind() -> None:
     began = time.monotonic()
-    found = checks.examine(Check("hangs", lambda: time.sleep(5) or checks.ok(""), limit_s=0.1))
+    found = checks.examine(Check("hangs", lambda: time.sleep(20) or checks.ok(""), limit_s=0.1))
     assert (found.status, found.detail) == ("fail", "no answer within 0.1 s")
-    assert time.monotonic() - began < 2.0
+    assert time.monotonic() - began < 10.0
 
 
 # Packages

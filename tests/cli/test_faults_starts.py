@@ -14,7 +14,7 @@ from tests.faults.starts import Ground
 @pytest.fixture(scope="module")
 def ground() -> Iterator[Ground]:
     with place() as folder, Driver() as driver:
-        yield Ground(folder, driver, 8)
+        yield Ground(folder, driver, 5)
 
 
 @pytest.mark.parametrize("kind", starts.ROUNDS)

@@ -787,8 +787,8 @@ def test_any_manifest_gives_items_or_one_line(
 
 
 def test_any_manifest_ends_the_command_with_a_code_and_one_line(tmp_path: Path) -> None:
-    assert faults.made(60, tmp_path).violation == ""
-    assert faults.mutated(60, tmp_path).violation == ""
+    assert faults.made(40, tmp_path).violation == ""
+    assert faults.mutated(40, tmp_path).violation == ""
 
 
 def test_small_files_that_hold_many_rows_take_little_memory(tmp_path: Path) -> None:

@@ -44,10 +44,9 @@ def failure_of(out: Path, name: str) -> dict[str, object]:
     return row
 
 
-@pytest.mark.fresh_workers
 def test_all_gpus_share_one_queue(specvlm: Specvlm, tmp_path: Path, out: Path) -> None:
     folder = many(tmp_path / "many", 12)
-    specvlm.behave(seen_gpus=3, delay_s=0.15)
+    specvlm.behave(seen_gpus=3, delay_s=0.4)
     assert specvlm("caption", folder, "-o", out).code == 0
     assert specvlm.engine.devices == {"fake", "cuda:1", "cuda:2"}
     assert len(specvlm.engine.captioned) == 12

@@ -78,7 +78,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def train(models: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Train:
+def train(
+    models: Path, forked_readers: None, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Train:
     monkeypatch.setattr(job, "DecodingPool", partial(DecodingPool, reader=PLACE))
     monkeypatch.setattr(folder, "curve", lambda _: b"")  # it takes longer than all else
     return Train(models / "target", capfd)
@@ -473,7 +475,7 @@ class Outage:
 
 
 # Longer than the outages last, and with captions still to be written when they come.
-STRUCK: dict[str, Any] = {"epochs": 6, "evaluate_every": 100, "checkpoint_every": 1, "batch_size": 1}
+STRUCK: dict[str, Any] = {"epochs": 3, "evaluate_every": 100, "checkpoint_every": 1, "batch_size": 1}
 _SPARED: dict[Path, Path] = {}
 
 
@@ -510,7 +512,7 @@ def test_an_outage_costs_no_sample(
     assert re.search(told, said.err.splitlines()[-1]), said.err
     outage.mend()
     again = train(videos, "-o", tmp_path / "hit", **STRUCK)
-    assert (again.code, again.json["steps"], again.json["left_out"]) == (0, 12, 0), again.err
+    assert (again.code, again.json["steps"], again.json["left_out"]) == (0, 6, 0), again.err
     assert "going on from step " in again.err
     assert same(tmp_path / "hit", spared)
 

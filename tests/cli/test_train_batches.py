@@ -42,7 +42,9 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def train(target: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Train:
+def train(
+    target: Path, forked_readers: None, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Train:
     """All videos are read before the first step, and one more is admitted with each round."""
     monkeypatch.setattr(job, "DecodingPool", partial(DecodingPool, reader=PLACE))
     monkeypatch.setattr(folder, "curve", lambda _: b"")

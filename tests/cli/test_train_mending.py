@@ -31,7 +31,9 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def train(target: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Train:
+def train(
+    target: Path, forked_readers: None, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Train:
     monkeypatch.setattr(job, "DecodingPool", partial(DecodingPool, reader=PLACE))
     monkeypatch.setattr(folder, "curve", lambda _: b"")
     return Train(target, capfd)

@@ -145,9 +145,7 @@ def test_names_of_parts(specvlm: Specvlm, ground: Ground, name: str, outdated: i
     assert (ground.state / "run.json").exists()
 
 
-def test_captions_in_a_part_that_is_not_listed_get_another(
-    specvlm: Specvlm, forked: None, ground: Ground
-) -> None:
+def test_captions_in_a_part_that_is_not_listed_get_another(specvlm: Specvlm, ground: Ground) -> None:
     ground.sql("PRAGMA foreign_keys = OFF; UPDATE caption SET part = 'captions/part-00000-00042.parquet'")
     assert start(specvlm, ground).code == 0
     assert len(rows(ground.out)) == 4
@@ -156,9 +154,7 @@ def test_captions_in_a_part_that_is_not_listed_get_another(
 
 @pytest.mark.parametrize("name", [".part-00000-00001.parquet", "part-00000-00007.parquet"])
 @pytest.mark.parametrize("kind", ["link", "FIFO"])
-def test_what_lies_where_parts_are_written(
-    specvlm: Specvlm, forked: None, ground: Ground, name: str, kind: str
-) -> None:
+def test_what_lies_where_parts_are_written(specvlm: Specvlm, ground: Ground, name: str, kind: str) -> None:
     make = ground.link if kind == "link" else os.mkfifo
     make(ground.part.with_name(name))
     assert start(specvlm, ground).code == 0
@@ -250,7 +246,7 @@ def test_values_that_no_run_writes(specvlm: Specvlm, ground: Ground, script: str
         "DELETE FROM counter; UPDATE caption SET part = NULL; DELETE FROM part",
     ],
 )
-def test_absurd_numbers(specvlm: Specvlm, forked: None, ground: Ground, script: str) -> None:
+def test_absurd_numbers(specvlm: Specvlm, ground: Ground, script: str) -> None:
     ground.sql(script)
     assert refused(start(specvlm, ground), ground.ledger)
 
@@ -316,7 +312,7 @@ def test_a_planted_division_that_lacks_captions(specvlm: Specvlm, ground: Ground
 
 
 @pytest.mark.parametrize("name", ["resharded", ".resharding"])
-def test_a_division_that_is_a_link(specvlm: Specvlm, forked: None, ground: Ground, name: str) -> None:
+def test_a_division_that_is_a_link(specvlm: Specvlm, ground: Ground, name: str) -> None:
     (ground.state / name).symlink_to(ground.outside)
     found = start(specvlm, ground, "--shard", "1/3", "--reshard")
     assert refused(found, ground.state / name) if name == "resharded" else found.code in (0, 3)

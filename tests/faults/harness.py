@@ -29,7 +29,7 @@ from tests.cli import family
 from tests.cli.drive import Fault, Kill, Order
 
 ROOT = Path(__file__).parents[2]
-CHILDREN_END_S = 5.0  # after their parent was killed
+CHILDREN_END_S = 20.0  # after their parent was killed
 LONGEST_START_S = 90.0
 VOLATILE = (
     "created_at",

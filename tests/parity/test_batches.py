@@ -171,7 +171,9 @@ def failed(batch: CaptionBatch, error: Exception) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore:Both `min_new_tokens`", "ignore:Unfeasible length")
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize(
+    "seed", [*range(14), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(14, 40))]
+)
 def test_every_caption_of_a_batch_is_stock(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     case = RandomCase(seed)
     case.set_rules(monkeypatch)
@@ -213,6 +215,7 @@ def in_batch(
     return [tokens for _, tokens in sorted(finished(batch))]
 
 
+@pytest.mark.covering(strength=1)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tree", TREES)
 def test_prompts_of_several_videos_share_their_prefills_inside_a_batch(family: FamilyName, tree: str) -> None:

@@ -178,11 +178,11 @@ def test_several_prompts_of_one_video(family: FamilyName) -> None:
     ("family", "options", "seed", "catch_up"),
     [
         ("qwen", {}, 0, 2),
-        ("llava", {}, 1, 2),
-        ("qwen", {}, 2, 64),
-        ("llava", SAMPLINGS[0], 0, 2),
         ("qwen", SAMPLINGS[0], 1, 2),
         ("llava", SAMPLINGS[0], 2, 64),
+        pytest.param("llava", {}, 1, 2, marks=pytest.mark.slow),
+        pytest.param("qwen", {}, 2, 64, marks=pytest.mark.slow),
+        pytest.param("llava", SAMPLINGS[0], 0, 2, marks=pytest.mark.slow),
     ],
     ids=str,
 )

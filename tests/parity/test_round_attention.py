@@ -27,6 +27,7 @@ def captioner_for(family: FamilyName, how: RoundAttention) -> Captioner:
     return captioner
 
 
+@pytest.mark.covering(strength=1)
 @pytest.mark.parametrize("how", get_args(RoundAttention))
 @pytest.mark.parametrize("family", ["qwen", "llava"])
 def test_rounds_that_attend_otherwise_are_stock(
@@ -54,6 +55,7 @@ def videos_of(captioner: Captioner) -> list[PreparedVideo]:
     return [captioner.prepare(random_frames(seed, frames), prompt) for seed, frames, prompt in told]
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("how", ["split", "varlen"])
 @pytest.mark.parametrize("step", [1, 8])
 @pytest.mark.parametrize("tree", ["chain", "static", "dynamic"])

@@ -69,7 +69,7 @@ def test_speculative_is_stock(
     assert ids(captioner_for(family, draft), prepared, **options) == stock
 
 
-@pytest.mark.covering
+@pytest.mark.covering(strength=1)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("pruner", PRUNERS)
 @pytest.mark.parametrize("prune_ratio", [0.0, 0.5, 0.9, 1.0])
@@ -195,7 +195,7 @@ def spoilt(family: FamilyName, draft: str) -> tuple[Captioner, list[PreparedVide
     return captioner, videos, stocks
 
 
-@pytest.mark.covering
+@pytest.mark.covering(strength=1)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("draft", ["random", "same"])
 @pytest.mark.parametrize("tree", TREES)

@@ -19,6 +19,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.ports import free_ports
+
 DAEMONS = ("munged", "slurmctld", "slurmd")
 NODE_CPUS = 8
 START_S = 30.0  # for the daemons to answer
@@ -144,7 +146,7 @@ def _write_files(root: Path) -> None:
     for folder in ("state", "spool"):
         (root / folder).mkdir(parents=True)
     root.chmod(0o755)
-    controller_port, node_port = _free_ports(2)
+    controller_port, node_port = free_ports(2)
     config = _CONFIG.format(
         host=socket.gethostname().partition(".")[0],
         controller_port=controller_port,
@@ -160,17 +162,6 @@ def _write_files(root: Path) -> None:
     key = root / "munge.key"
     key.touch(mode=0o600)
     key.write_bytes(secrets.token_bytes(128))
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [int(one.getsockname()[1]) for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
 
 
 def _commands(root: Path) -> list[list[str]]:

@@ -1,17 +1,21 @@
-"""What `specvlm slurm` prints, run by a real Slurm with the demo pair: stopped, cancelled and killed on the way."""
+"""What `specvlm slurm` prints, run by a real Slurm: stopped, cancelled and killed on the way.
+
+With fakes for models and videos, and, among the slow tests, with the demo pair and the example clips.
+"""
 
 from __future__ import annotations
 
 import itertools
 import os
 import re
+import shlex
 import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -31,7 +35,10 @@ CLIPS_OF_SHARD = 12
 END_S = 150.0  # no task takes nearly as long; one that hangs must not hang the tests
 REASON = cluster.why_not()
 
-pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no Slurm here: {REASON}")
+pytestmark = [
+    pytest.mark.early,
+    pytest.mark.skipif(REASON is not None, reason=f"no Slurm here: {REASON}"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -41,13 +48,24 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield one
 
 
+@pytest.fixture(scope="module", params=["fakes", pytest.param("demo pair", marks=pytest.mark.slow)])
+def program(request: pytest.FixtureRequest, slurm: Cluster) -> Iterator[list[str]]:
+    """What jobs run instead of specvlm; nothing: specvlm itself. Either way a caption takes a moment."""
+    before = dict(slurm.environment)
+    slurm.environment["DRIVE_DELAY_S"] = "0.4"
+    yield [sys.executable, "-m", "tests.cli.drive", "run"] if request.param == "fakes" else []
+    slurm.environment.clear()
+    slurm.environment.update(before)
+
+
 @pytest.fixture(scope="module")
-def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Copies of the example clips, as many in each shard, below a name that is hard on scripts."""
-    folder = tmp_path_factory.mktemp('it\'s a "$HOME"; 100% *')
-    clips = itertools.cycle(
-        sorted(path for path in (ROOT / "examples" / "videos").iterdir() if path.suffix != ".md")
-    )
+def videos(program: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Copies of the example clips, or texts, as many in each shard, below a name that is hard on scripts."""
+    folder, texts = tmp_path_factory.mktemp('it\'s a "$HOME"; 100% *'), tmp_path_factory.mktemp("texts")
+    for number in range(8):
+        (texts / f"{number}.mp4").write_text(f"video {number}")
+    source = texts if program else ROOT / "examples" / "videos"
+    clips = itertools.cycle(sorted(path for path in source.iterdir() if path.suffix != ".md"))
     left = dict.fromkeys(range(SHARDS), CLIPS_OF_SHARD)
     for number in itertools.count():
         clip = next(clips)
@@ -72,11 +90,11 @@ def wait_for(true: Callable[[], bool], problem: str) -> None:
 class Run:
     """One run folder, and the arrays that work on it."""
 
-    def __init__(self, slurm: Cluster, videos: Path, out: Path) -> None:
-        self.slurm, self.videos, self.out = slurm, videos, out
+    def __init__(self, slurm: Cluster, videos: Path, out: Path, program: Sequence[str] = ()) -> None:
+        self.slurm, self.videos, self.out, self._program = slurm, videos, out, program
 
     def script(self, *flags: object) -> str:
-        """Return what `specvlm slurm` prints."""
+        """Return what `specvlm slurm` prints; another program stands in it where one is to be run."""
         needs = ("--gpus-per-task", 0, "--cpus-per-task", 1, "--time", 5, "--stop-before", "60s")
         # Without a draft and one at a time, so that there is time to disturb a task.
         slow = ("--draft", "none", "--batch-size", 1)
@@ -91,7 +109,12 @@ class Run:
             check=False,
         )
         assert done.returncode == 0, done.stderr
-        return done.stdout
+        if not self._program or not done.stdout:
+            return done.stdout
+        ours = f"\nspecvlm=({shlex.join(self._program)})\n"
+        text, found = re.subn(r"\nspecvlm=\(.*\)\n", lambda _: ours, done.stdout)
+        assert found == 1
+        return text
 
     def wait_for_a_caption(self, shard: int) -> None:
         """Wait until a task is in the middle of its work."""
@@ -138,9 +161,9 @@ class Run:
 
 
 def test_an_array_that_is_stopped_cancelled_and_killed_is_complete_in_the_end(
-    slurm: Cluster, videos: Path, tmp_path: Path
+    slurm: Cluster, program: list[str], videos: Path, tmp_path: Path
 ) -> None:
-    run = Run(slurm, videos, tmp_path / 'out "5%"')
+    run = Run(slurm, videos, tmp_path / 'out "5%"', program)
     stopped, cancelled, killed, left_alone = range(SHARDS)
     job = slurm.submit(run.script("--shards", SHARDS))
     run.wait_for_a_caption(stopped)
@@ -170,8 +193,8 @@ def test_an_array_that_is_stopped_cancelled_and_killed_is_complete_in_the_end(
 
 
 @pytest.mark.parametrize("gpus", ["0", "1", "2"])
-def test_slurm_accepts_what_is_asked_for(slurm: Cluster, videos: Path, tmp_path: Path, gpus: str) -> None:
-    run = Run(slurm, videos, tmp_path / "out")
+def test_slurm_accepts_what_is_asked_for(slurm: Cluster, tmp_path: Path, gpus: str) -> None:
+    run = Run(slurm, tmp_path, tmp_path / "out")
     flags = (
         "--shards",
         3,

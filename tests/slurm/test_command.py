@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import Result, Specvlm, forked, snapshot, specvlm
+from tests.cli.conftest import Result, Specvlm, forked_fakes, forked_readers, snapshot, specvlm
 from tests.test_docs import commands
 
-__all__ = ["forked", "specvlm"]  # fixtures
+__all__ = ["forked_fakes", "forked_readers", "specvlm"]  # fixtures
 
 CAPTION = ("--", "caption", "videos", "--preset", "demo")
 

@@ -15,6 +15,9 @@ import pytest
 import torch
 
 from specvlm_cli import runner
+from tests.cli.conftest import forked, forked_readers
+
+__all__ = ["forked", "forked_readers"]  # fixtures
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
@@ -56,7 +59,7 @@ def test_batches_compares_every_method_and_a_useless_draft(
 
 
 def test_the_command_and_the_loop_caption_the_same_files(
-    scripts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    scripts: Any, forked: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runner.Runner, "run", runner.Runner.run)  # put back afterwards
     for name in ("two-meet.mp4", "one-grows.mp4"):

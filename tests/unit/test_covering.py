@@ -61,7 +61,7 @@ def collected(folder: Path, *arguments: str) -> list[str]:
         text=True,
         check=True,
         cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
     )
     return [line for line in done.stdout.splitlines() if "::" in line]
 

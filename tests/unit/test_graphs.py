@@ -230,7 +230,7 @@ def test_one_graph_serves_many_rounds(family: FamilyName, how: attention.RoundAt
 HOW = ("masked", "split", "varlen")
 
 
-@pytest.mark.covering
+@pytest.mark.covering(strength=1)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tree", [tree for tree in TREES if tree != "auto"])
 @pytest.mark.parametrize("how", HOW)
@@ -355,7 +355,7 @@ def ending_at(captioner: Captioner, videos: list[PreparedVideo], **options: Any)
     return [text[3 + 5 * number % 23] for number, text in enumerate(texts)]
 
 
-@pytest.mark.covering
+@pytest.mark.covering(strength=1)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tree", [tree for tree in TREES if tree != "auto"])
 @pytest.mark.parametrize("how", HOW)
@@ -559,7 +559,7 @@ SHAPES = {
 }
 
 
-@pytest.mark.covering
+@pytest.mark.covering(strength=1)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("how", ["masked", "split", "varlen"])
 @pytest.mark.parametrize(

@@ -51,9 +51,10 @@ def _differences(file: Judged) -> list[str]:
     return found
 
 
-def test_frames_and_times_are_those_of_ffmpeg(tmp_path: Path) -> None:
-    files = list(judged_files.write(tmp_path))
-    assert len(files) >= 150
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_frames_and_times_are_those_of_ffmpeg(whole: bool, tmp_path: Path) -> None:
+    files = list(judged_files.write(tmp_path, whole=whole))
+    assert len(files) >= (200 if whole else 100)
     assert [difference for file in files for difference in _differences(file)] == []
 
 
