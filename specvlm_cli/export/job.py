@@ -294,16 +294,16 @@ class _Export:
         return [*COLUMNS, *parts, *(name for name in self._run.kept if name != FILE_NAME)]
 
     def _failures(self, manifest: Manifest) -> int:
-        if self._request.failures == "without" or not (
-            self._merged.failed or self._request.failures == "only"
-        ):
+        if self._request.failures == "without":
             return 0
         root = self._staging.data
         columns, rows = failure_columns(), self._index.failures()
-        if self._request.format == "parquet":
+        if self._request.format == "parquet":  # also without a row, so that the table can be loaded
             return parquet.write_split(root, "failures", columns, rows, 1, self._merged.failed, manifest)
         written = write_jsonl(root / FAILURES, columns.names, rows)
         manifest.add(described(root, FAILURES, written))
+        if not self._merged.failed:
+            return 0
         return written
 
     def _card(self, manifest: Manifest, captions: int, failures: int) -> None:
@@ -314,9 +314,9 @@ class _Export:
         if request.format == "videofolder":
             configs.append(Config("default", (METADATA, f"{VIDEOS}/**")))
         elif request.failures != "only":
-            configs.append(Config("default", ("data/train-*",)))
-        if request.format == "parquet" and (failures or request.failures == "only"):
-            configs.append(Config("failures", ("failures/train-*",)))
+            configs.append(Config("default", ("data/train-*",), is_empty=not captions))
+        if request.format == "parquet" and request.failures != "without":
+            configs.append(Config("failures", ("failures/train-*",), is_empty=not failures))
         counts = self._counts(captions, failures)
         text = card("Video captions", configs, self._facts, counts, self._run.settings)
         (self._staging.data / CARD).write_text(text, encoding="utf-8", newline="\n")

@@ -146,6 +146,25 @@ def test_parquet_is_a_dataset_of_the_hub(specvlm: Specvlm, made: Path, tmp_path:
         assert entry["bytes"] == len(content)
 
 
+def test_without_a_failure_there_is_a_table_of_them_without_a_row(
+    specvlm: Specvlm, videos: Path, out: Path, tmp_path: Path
+) -> None:
+    specvlm("caption", videos, "-o", out)
+    for which, tables in (("with", ["default", "failures"]), ("without", ["default"])):
+        target = tmp_path / which
+        found = specvlm("export", out, target, "--failures", which, "--json").json
+        assert (found["captions"], found["failures"]) == (4, 0)
+        card = (target / "README.md").read_text()
+        assert [one["config_name"] for one in yaml.safe_load(card.split("---\n")[1])["configs"]] == tables
+        assert (target / "failures").exists() == (which == "with")
+        assert ('load_dataset("PATH", "failures", split="train", streaming=True)' in card) == (which == "with")
+    table = pq.read_table(tmp_path / "with/failures/train-00000-of-00001.parquet")
+    assert (table.num_rows, table.schema.names) == (0, FAILURE_SCHEMA.names)
+    assert "huggingface" in str(table.schema.metadata)
+    assert specvlm("export", out, tmp_path / "texts", "--format", "txt").code == 0
+    assert not (tmp_path / "texts/_failures.jsonl").exists()
+
+
 def test_card_tells_datasets_where_the_tables_are(specvlm: Specvlm, made: Path, tmp_path: Path) -> None:
     target = tmp_path / "dest"
     specvlm("export", made, target)
