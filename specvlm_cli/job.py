@@ -93,8 +93,8 @@ class Request:
 class Display(Reporter, Protocol):
     """A reporter that is on show while a run works."""
 
-    def working(self, todo: int) -> AbstractContextManager[None]:
-        """Show progress while the block runs."""
+    def working(self, todo: int, before: tuple[int, int] = (0, 0)) -> AbstractContextManager[None]:
+        """Show progress while the block runs; `before`: videos that were done, and that had failed, already."""
 
     def note(self, message: str) -> None:
         """Say something that is worth a line."""
@@ -379,7 +379,8 @@ class _Start:
             self._begin(models)
             for warning in models.warnings:
                 self.display.warn(warning)
-            with self.display.working(todo):
+            before = self.ledger.counts()
+            with self.display.working(todo, (before["done"], before["failed"])):
                 runner.run(self.stop, _provenance(self.request, models, self.run_id))
         finally:
             runner.close()

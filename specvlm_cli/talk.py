@@ -101,9 +101,9 @@ class Talk(Voice):
             self.note(f"worker: {said}")
 
     @contextmanager
-    def working(self, todo: int) -> Iterator[None]:
-        """Show progress while the block runs."""
-        self._meter, self._is_working = Meter(todo), True
+    def working(self, todo: int, before: tuple[int, int] = (0, 0)) -> Iterator[None]:
+        """Show progress while the block runs; `before`: videos that were done, and that had failed, already."""
+        self._meter, self._is_working = Meter(todo, before=before), True
         try:
             with ExitStack() as stack:
                 if self._progress == "bar":

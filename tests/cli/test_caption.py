@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import sqlite3
 import subprocess
 import sys
@@ -725,3 +726,12 @@ def test_a_known_video_given_through_another_folder_is_not_captioned_again(
     for given in (videos, videos / "more", videos / "more" / "d.mkv"):
         assert specvlm("caption", given, "-o", out).code == 0
         assert snapshot(out) == before
+
+
+def test_progress_after_a_resume_counts_from_what_was_done(specvlm: Specvlm, videos: Path, out: Path) -> None:
+    (videos / "a.mp4").write_text("text")
+    specvlm("caption", videos, "-o", out, "--limit", 2)
+    said = specvlm("caption", videos, "-o", out, "--progress", "log").err
+    assert re.search(r"^4/4 · 1 failed · ", said, re.MULTILINE)
+    anew = specvlm("caption", videos, "-o", out, "--overwrite", "--progress", "log").err
+    assert re.search(r"^4/4 · 1 failed · ", anew, re.MULTILINE)
