@@ -65,7 +65,7 @@ class Talk(Voice):
         """Take note of one video that has its captions, one row for each prompt."""
         self._meter.captioned(claim, rows)
         for row in rows if self._verbose else ():
-            number = f" [{row['prompt_index']}]" if len(rows) > 1 else ""
+            number = f" [{row['prompt_index']}]" if len(rows) > 1 or row["prompt_index"] else ""
             self.note(f"{name_of(claim)}{number}: {caption_line(row['caption'])}")
 
     def failed(self, claim: Claim, failure: Failure, trace: str) -> None:

@@ -89,7 +89,9 @@ def export(
     with _explained(request.destination), staged(request.destination, _refusal(run, request)) as staging:
         sources, notes = _sources(run, staging.work)
         with Index(
-            staging.work / "index.db", lambda shard: LedgerView.open(sources[shard], run.kept)
+            staging.work / "index.db",
+            lambda shard: LedgerView.open(sources[shard], run.kept),
+            run.prompts or 1,
         ) as index:
             for shard in sources:
                 index.add(shard)
@@ -300,10 +302,10 @@ class _Export:
         columns, rows = failure_columns(), self._index.failures()
         if self._request.format == "parquet":  # also without a row, so that the table can be loaded
             return parquet.write_split(root, "failures", columns, rows, 1, self._merged.failed, manifest)
-        written = write_jsonl(root / FAILURES, columns.names, rows)
-        manifest.add(described(root, FAILURES, written))
         if not self._merged.failed:
             return 0
+        written = write_jsonl(root / FAILURES, columns.names, rows)
+        manifest.add(described(root, FAILURES, written))
         return written
 
     def _card(self, manifest: Manifest, captions: int, failures: int) -> None:

@@ -1,7 +1,7 @@
 """All shards of a run as one list: each caption once, in one order, whatever the history of the ledgers was.
 
 The order is (path, start, end, id, prompt index). Of captions with the same id and prompt index the first by
-`created_at` is taken; a video that has a caption anywhere has not failed. An index of the ledgers is kept in a
+`created_at` is taken; a video that has all its captions anywhere has not failed. An index of the ledgers is kept in a
 SQLite file of our own, so that a million rows take little memory, and rows are fetched from the ledgers in
 batches. It knows ledgers and rows, and no format.
 """
@@ -58,8 +58,8 @@ class Merged:
     """What all shards hold together.
 
     Attributes:
-        captioned: Videos with a caption.
-        failed: Videos without one that have failed.
+        captioned: Videos with all their captions.
+        failed: Videos without all of them that have failed.
         pending: Videos that are still to do.
         captions: Captions, one for each video and prompt.
         doubles: Captions left out because another one of the same video and prompt was made earlier.
@@ -75,10 +75,18 @@ class Merged:
 
 
 class Index:
-    """Where each caption stands. `open_ledger` gives the ledger of a shard, for reading."""
+    """Where each caption stands."""
 
-    def __init__(self, file: Path, open_ledger: Callable[[int], LedgerView]) -> None:
+    def __init__(self, file: Path, open_ledger: Callable[[int], LedgerView], prompts: int = 1) -> None:
+        """Make an empty one in a file of its own.
+
+        Args:
+            file: A new file.
+            open_ledger: Gives the ledger of a shard, for reading.
+            prompts: How many a video has that brings none of its own.
+        """
         self.db = _private(file)
+        self._prompts = prompts
         self._open_ledger = open_ledger
         self._ledgers: OrderedDict[int, LedgerView] = OrderedDict()
         self._seen = 0
@@ -102,7 +110,14 @@ class Index:
             self.db.execute("COMMIT")
 
     def _add_videos(self, shard: int, page: Page) -> None:
-        captioned = {caption.ordinal for caption in page.captions}
+        made: dict[int, set[int]] = {}
+        for caption in page.captions:
+            made.setdefault(caption.ordinal, set()).add(caption.prompt_index)
+        captioned = {
+            one.ordinal
+            for one in page.items
+            if made.get(one.ordinal, set()).issuperset(range(one.prompts or self._prompts))
+        }
         self.db.executemany(
             """INSERT INTO video VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
                ON CONFLICT (id) DO UPDATE SET
@@ -131,15 +146,15 @@ class Index:
         """Return what all shards hold together."""
         ranks = dict(self.db.execute("SELECT rank, count(*) FROM video GROUP BY rank"))
         captions = int(self.db.execute("SELECT count(*) FROM caption").fetchone()[0])
-        parts = """SELECT EXISTS (SELECT 1 FROM video WHERE rank = ? AND
-                   (start IS NOT NULL OR "end" IS NOT NULL))"""
+        parts = """SELECT EXISTS (SELECT 1 FROM video JOIN caption ON caption.video = video.number
+                   WHERE start IS NOT NULL OR "end" IS NOT NULL)"""
         return Merged(
             captioned=ranks.get(_CAPTIONED, 0),
             failed=ranks.get(_FAILED, 0),
             pending=ranks.get(_PENDING, 0),
             captions=captions,
             doubles=self._seen - captions,
-            segments=bool(self.db.execute(parts, (_CAPTIONED,)).fetchone()[0]),
+            segments=bool(self.db.execute(parts).fetchone()[0]),
         )
 
     def captions(self) -> Iterator[tuple[Place, Row]]:
@@ -167,7 +182,7 @@ class Index:
         return found
 
     def failures(self) -> Iterator[Row]:
-        """Yield every video that has failed and has no caption, as a row of the failures file, in order."""
+        """Yield every video that has failed and lacks a caption, as a row of the failures file, in order."""
         cursor = self.db.execute(
             """SELECT id, path, start, "end", stage, error_type, error, attempts, at
                FROM video WHERE rank = ? ORDER BY path, start, "end", id""",

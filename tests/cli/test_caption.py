@@ -265,7 +265,7 @@ def test_an_older_ledger_is_brought_up_to_date(specvlm: Specvlm, videos: Path, o
     specvlm("caption", videos, "-o", out)
     with sqlite3.connect(out / ".specvlm" / "state-00000.db") as database:
         database.execute("ALTER TABLE part DROP COLUMN outdated")
-        for column in ("prompts", "kept", "size_bytes", "mtime_ns"):
+        for column in ("prompts", "kept", "size_bytes", "mtime_ns", "partly"):
             database.execute(f"ALTER TABLE item DROP COLUMN {column}")
         database.execute("PRAGMA user_version = 1")
     database.close()

@@ -157,7 +157,9 @@ def test_without_a_failure_there_is_a_table_of_them_without_a_row(
         card = (target / "README.md").read_text()
         assert [one["config_name"] for one in yaml.safe_load(card.split("---\n")[1])["configs"]] == tables
         assert (target / "failures").exists() == (which == "with")
-        assert ('load_dataset("PATH", "failures", split="train", streaming=True)' in card) == (which == "with")
+        assert ('load_dataset("PATH", "failures", split="train", streaming=True)' in card) == (
+            which == "with"
+        )
     table = pq.read_table(tmp_path / "with/failures/train-00000-of-00001.parquet")
     assert (table.num_rows, table.schema.names) == (0, FAILURE_SCHEMA.names)
     assert "huggingface" in str(table.schema.metadata)
