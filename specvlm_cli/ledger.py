@@ -29,7 +29,7 @@ from specvlm_cli.migrations import READABLE, STEPS, migrate, require_schema, sch
 from specvlm_cli.safe_files import new_file
 from specvlm_cli.stored_rows import OddRowError, read_row
 from specvlm_cli.stored_rows import Row as Row
-from specvlm_cli.text import clean
+from specvlm_cli.text import clean, path_bytes, path_text
 from specvlm_cli.wanted import Wanted
 
 STATES = ("pending", "running", "done", "failed")
@@ -419,6 +419,10 @@ class Ledger:
                WHERE item.ordinal = differing.ordinal""",
             (reuse,),
         )
+        self._db.execute(
+            """UPDATE item SET input_path = video.input_path FROM wanted.video AS video
+               WHERE video.id = item.id AND item.input_path IS NOT video.input_path"""
+        )
 
     def _settle_complete(self) -> None:
         """Mark what was only to be asked further prompts done, where those are not wanted any more."""
@@ -433,8 +437,8 @@ class Ledger:
         if not self._one("SELECT EXISTS (SELECT 1 FROM item)"):
             self._all_wanted, unknown = True, ""
         self._db.execute(
-            f"""INSERT INTO item (id, path, start_s, end_s, prompts, kept)
-                SELECT id, path, start_s, end_s, prompts, kept FROM wanted.video AS video {unknown}
+            f"""INSERT INTO item (id, path, start_s, end_s, prompts, kept, input_path)
+                SELECT id, path, start_s, end_s, prompts, kept, input_path FROM wanted.video AS video {unknown}
                 ORDER BY place"""
         )
 
@@ -461,11 +465,12 @@ class Ledger:
 
     def bad_rows(self, limit: int) -> list[tuple[Claim, Failure]]:
         """Return rows of a manifest that failed because they name no video, and stand in no failures file yet."""
-        sql = """SELECT ordinal, id, path, start_s, end_s, prompts, kept, attempts, stage, error_type, error
-                 FROM item WHERE error_type = ? AND state = 'failed' AND NOT reported ORDER BY ordinal LIMIT ?"""
+        sql = """SELECT ordinal, id, path, start_s, end_s, prompts, kept, attempts, input_path,
+                 stage, error_type, error FROM item
+                 WHERE error_type = ? AND state = 'failed' AND NOT reported ORDER BY ordinal LIMIT ?"""
         with self._reading():
             found = self._db.execute(sql, (BAD_INPUT, limit)).fetchall()
-            return [(_claim(*row[:8]), Failure(*row[8:])) for row in found]
+            return [(_claim(*row[:9]), Failure(*row[9:])) for row in found]
 
     def problems(self, limit: int) -> tuple[int, list[str]]:
         """Return how many wanted rows name no video, and what is wrong with the first of them."""
@@ -501,7 +506,7 @@ class Ledger:
     def _pending(self, condition: str, *values: int) -> list[Claim]:
         indexes = "(SELECT json_group_array(prompt_index) FROM caption WHERE caption.item = item.ordinal)"
         sql = f"""SELECT ordinal, item.id, item.path, item.start_s, item.end_s, item.prompts, item.kept, attempts,
-                  iif(partly, {indexes}, NULL) FROM item JOIN wanted.video AS video USING (id)
+                  item.input_path, iif(partly, {indexes}, NULL) FROM item JOIN wanted.video AS video USING (id)
                   WHERE state = 'pending' AND {condition} ORDER BY ordinal LIMIT ?"""
         with self._reading():
             found = self._db.execute(sql, values).fetchall()
@@ -728,11 +733,11 @@ class Ledger:
             self._db.execute("DELETE FROM part WHERE name = ?", (name,))
 
     def failures(self) -> list[Row]:
-        """Return every failed video, in order."""
-        sql = """SELECT id, path, start_s AS start, end_s AS "end", stage, error_type, error, attempts, at
-                 FROM item WHERE state = 'failed' ORDER BY ordinal"""
+        """Return every failed video, in order, with its columns that pass through."""
+        sql = """SELECT id, path, input_path, start_s AS start, end_s AS "end", stage, error_type, error, attempts, at,
+                 kept FROM item WHERE state = 'failed' ORDER BY ordinal"""
         with self._reading():
-            return [row | {"path": _path(row["path"])} for row in self._db.query(sql)]
+            return [_failure_row(row) for row in self._db.query(sql)]
 
     def failures_stale(self, name: str) -> bool:
         """Say whether the failures file `name` differs from the failures in the ledger."""
@@ -776,15 +781,24 @@ class Ledger:
                 if not self._one("SELECT count(*) FROM item WHERE id = ?", row["id"]):
                     ordinal = self._adopt_item(row, path, "failed", row["at"])
                     self._db.execute(
-                        "UPDATE item SET stage = ?, error_type = ?, error = ? WHERE ordinal = ?",
-                        (row["stage"], row["error_type"], row["error"], ordinal),
+                        "UPDATE item SET stage = ?, error_type = ?, error = ?, kept = ? WHERE ordinal = ?",
+                        (row["stage"], row["error_type"], row["error"], row["kept"], ordinal),
                     )
 
     def _adopt_item(self, row: Row, path: bytes, state: str, at: str) -> int:
         self._db.execute(
-            """INSERT OR IGNORE INTO item (id, path, start_s, end_s, state, attempts, at)
-               VALUES (?, ?, ?, ?, ?, ?, ?)""",
-            (row["id"], path, row["start"], row["end"], state, row["attempts"], at),
+            """INSERT OR IGNORE INTO item (id, path, start_s, end_s, state, attempts, at, input_path)
+               VALUES (?, ?, ?, ?, ?, ?, ?, ?)""",
+            (
+                row["id"],
+                path,
+                row["start"],
+                row["end"],
+                state,
+                row["attempts"],
+                at,
+                _written(row["input_path"]),
+            ),
         )
         return int(self._one("SELECT ordinal FROM item WHERE id = ?", row["id"]))
 
@@ -798,6 +812,7 @@ def _claim(
     prompts: str | None,
     kept: str | None,
     attempts: int,
+    input_path: bytes | None,
 ) -> Claim:
     own = None if prompts is None else _json(prompts, list)
     if own is not None and not (own and all(isinstance(one, str) for one in own)):
@@ -806,8 +821,27 @@ def _claim(
         _json(kept, dict)
     if type(attempts) is not int or not 0 <= attempts < _MOST_ATTEMPTS:
         raise OddRowError(f"a video with {str(attempts)[:60]} attempts")
-    item = Item(str(identity), _path(path), start_s, end_s, None if own is None else tuple(own), kept)
+    item = Item(
+        str(identity),
+        _path(path),
+        start_s,
+        end_s,
+        None if own is None else tuple(own),
+        kept,
+        input_path=None if input_path is None else _path(input_path),
+    )
     return Claim(ordinal, item, attempts + 1)
+
+
+def _failure_row(row: Row) -> Row:
+    """Return a failed item as a row of the failures file."""
+    kept, written = row.pop("kept"), row["input_path"]
+    texts = {"path": path_text(_path(row["path"])), "input_path": written and path_text(_path(written))}
+    return row | texts | {"kept": {} if kept is None else _json(kept, dict)}
+
+
+def _written(text: str | None) -> bytes | None:
+    return None if text is None else path_bytes(text)
 
 
 def _path(value: object) -> bytes:

@@ -7,6 +7,7 @@ never guessed at. It knows rows and states; it shows nothing and decides nothing
 
 from __future__ import annotations
 
+import json
 import math
 import sqlite3
 import time
@@ -82,6 +83,10 @@ class ItemView:
     prompts: int | None  # how many of its own it has; None: those of the run
     size_bytes: int | None = None  # of the file that was captioned; None: not known
     mtime_ns: int | None = None  # when that was last changed; None: not known
+    input_path: bytes | None = (
+        None  # as it was written in the manifest or found below its folder; None: not known
+    )
+    kept: str | None = None  # columns that pass through, as JSON; None: none
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +130,8 @@ class LedgerView:
         self._checks = checks(kept)
         self._stamp = "size_bytes, mtime_ns" if version >= 3 else "NULL, NULL"
         self._prompts = "json_array_length(prompts)" if version >= 3 else "NULL"
+        self._written = "input_path" if version >= 7 else "NULL"
+        self._kept = "kept" if version >= 3 else "NULL"
         self._outdated = "outdated" if version >= 2 else "0"
 
     @classmethod
@@ -273,7 +280,8 @@ class LedgerView:
 
     def _page(self, after: int) -> Page:
         sql = f"""SELECT ordinal, id, path, start_s, end_s, state, attempts, stage, error_type, error, at,
-                  {self._prompts}, {self._stamp} FROM item WHERE ordinal > ? ORDER BY ordinal LIMIT ?"""
+                  {self._prompts}, {self._stamp}, {self._written}, {self._kept}
+                  FROM item WHERE ordinal > ? ORDER BY ordinal LIMIT ?"""
         keys = """SELECT item, prompt_index, coalesce(json_extract(row, '$.created_at'), ''),
                   coalesce(json_extract(row, '$.config_hash'), '') FROM caption
                   WHERE item > ? AND item <= ? ORDER BY item, prompt_index"""
@@ -365,6 +373,17 @@ class LedgerView:
         except OddRowError as error:
             raise self._odd(str(error)) from error
         return row
+
+    def kept(self, text: str) -> Row:
+        """Return the columns of an item that pass through; `text`: as it has them."""
+        try:
+            found = json.loads(text)
+            if not isinstance(found, dict):
+                raise OddRowError("kept columns that are not a JSON object")
+            check_types(found, self._checks)
+        except (ValueError, RecursionError) as error:
+            raise self._odd(str(error)[:200]) from error
+        return found
 
     def _checked(self, record: R) -> R:
         """Return what was read as it is declared, where its values have the types that are declared."""

@@ -8,6 +8,7 @@ batches. It knows ledgers and rows, and no format.
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +28,7 @@ _TABLES = """
 CREATE TABLE video (
     number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, path BLOB NOT NULL, start REAL, "end" REAL,
     rank INTEGER NOT NULL, stage TEXT, error_type TEXT, error TEXT, attempts INTEGER, at TEXT, size_bytes INTEGER,
-    mtime_ns INTEGER, shard INTEGER
+    mtime_ns INTEGER, input_path BLOB, kept TEXT, shard INTEGER
 );
 CREATE INDEX in_order ON video (path, start, "end", id);
 CREATE TABLE caption (
@@ -51,6 +52,11 @@ class Place:
     ordinal: int  # of the video, in that shard's ledger
     file: FileStamp  # of the video when it was captioned
     ended_at: str | None  # when that was; ISO 8601
+
+    @property
+    def times(self) -> tuple[float | None, float | None]:
+        """Start and end of the part."""
+        return self.start_s, self.end_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,18 +119,22 @@ class Index:
         made: dict[int, set[int]] = {}
         for caption in page.captions:
             made.setdefault(caption.ordinal, set()).add(caption.prompt_index)
+        for one in page.items:
+            if one.state == "failed" and one.kept is not None:
+                self._ledger(shard).kept(one.kept)  # refuses what no run has written
         captioned = {
             one.ordinal
             for one in page.items
             if made.get(one.ordinal, set()).issuperset(range(one.prompts or self._prompts))
         }
         self.db.executemany(
-            """INSERT INTO video VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+            """INSERT INTO video VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
                ON CONFLICT (id) DO UPDATE SET
                    path = excluded.path, start = excluded.start, "end" = excluded."end",
                    rank = excluded.rank, stage = excluded.stage, error_type = excluded.error_type,
                    error = excluded.error, attempts = excluded.attempts, at = excluded.at,
-                   size_bytes = excluded.size_bytes, mtime_ns = excluded.mtime_ns, shard = excluded.shard
+                   size_bytes = excluded.size_bytes, mtime_ns = excluded.mtime_ns,
+                   input_path = excluded.input_path, kept = excluded.kept, shard = excluded.shard
                WHERE (excluded.rank, coalesce(excluded.at, ''), excluded.shard)
                    < (rank, coalesce(at, ''), shard)""",
             ((*_video(one, one.ordinal in captioned), shard) for one in page.items),
@@ -182,16 +192,24 @@ class Index:
         return found
 
     def failures(self) -> Iterator[Row]:
-        """Yield every video that has failed and lacks a caption, as a row of the failures file, in order."""
+        """Yield every video that has failed and lacks a caption, in order, as a row of the failures file.
+
+        Its columns that pass through are in `kept`.
+        """
         cursor = self.db.execute(
-            """SELECT id, path, start, "end", stage, error_type, error, attempts, at
+            """SELECT id, path, input_path, start, "end", stage, error_type, error, attempts, at, kept
                FROM video WHERE rank = ? ORDER BY path, start, "end", id""",
             (_FAILED,),
         )
         names = [column[0] for column in cursor.description]
         for values in cursor:
             row: dict[str, Any] = dict(zip(names, values, strict=True))
-            yield row | {"path": path_text(bytes(row["path"]))}
+            written, kept = row["input_path"], row["kept"]
+            texts = {
+                "path": path_text(bytes(row["path"])),
+                "input_path": written and path_text(bytes(written)),
+            }
+            yield row | texts | {"kept": json.loads(kept) if kept else {}}
 
     def _ledger(self, shard: int) -> LedgerView:
         """Return a ledger, open; of very many shards the one used longest ago is closed."""
@@ -206,7 +224,8 @@ class Index:
 def _video(item: ItemView, captioned: bool) -> tuple[Any, ...]:
     rank = _CAPTIONED if captioned else _FAILED if item.state == "failed" else _PENDING
     why = (item.stage, item.error_type, item.error, item.attempts, item.at)
-    return item.id, item.path, item.start_s, item.end_s, rank, *why, item.size_bytes, item.mtime_ns
+    rest = (item.size_bytes, item.mtime_ns, item.input_path, item.kept if rank == _FAILED else None)
+    return item.id, item.path, item.start_s, item.end_s, rank, *why, *rest
 
 
 def _place(values: tuple[Any, ...]) -> Place:
