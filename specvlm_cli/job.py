@@ -470,9 +470,27 @@ def _refuse_other_settings(
     if known is None and _hashes(folder, ledger) == {config_hash(fingerprint)}:
         return
     changes = "; ".join(differences(known.settings, fingerprint)) if known else "its run.json is gone"
+    how = "go on with the new value"
+    if known and _adds_prompts(request, known):
+        how = "ask only what is new, about all videos"
     raise UsageError(
         f"{_shown(folder)} holds captions made with other settings: {clean(changes)}; give the old value, or "
-        "--on-config-change reuse (keep them, go on with the new value) or new (a new folder beside it)"
+        f"--on-config-change reuse (keep them, {how}) or new (a new folder beside it)"
+    )
+
+
+def _prompts(known: RunFile) -> list[object]:
+    """Return the prompts of a run."""
+    prompts = known.settings.get("prompt")
+    return prompts if isinstance(prompts, list) else [prompts]
+
+
+def _adds_prompts(request: Request, known: RunFile) -> bool:
+    """Say whether a start has the prompts of its run and further ones."""
+    before = _prompts(known)
+    return (
+        len(before) < len(request.settings.prompts)
+        and list(request.settings.prompts[: len(before)]) == before
     )
 
 
@@ -485,8 +503,7 @@ def _refuse_other_order(request: Request, folder: RunFolder, ledger: Ledger, kno
             f"{clean(fsdecode(found[0]))} has a caption for the prompt {short(found[1], 60)!r} already, with another "
             "prompt_index; give the prompts that have captions first, in their order, and new ones after them"
         )
-    then = known.settings.get("prompt") if known is not None else None
-    before = then if isinstance(then, list) else [then]
+    before = [] if known is None else _prompts(known)
     if len(prompts) < 2 or before[: len(prompts)] == list(prompts[: len(before)]):
         return
     moved = next((one for one in prompts if one in before and before.index(one) != prompts.index(one)), None)

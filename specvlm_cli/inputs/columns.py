@@ -24,7 +24,8 @@ PROMPTS = ("prompt",)
 
 _STARTS, _ENDS = zip(*TIMES, strict=True)
 _LIKE_TIMES = re.compile(
-    r"(.*[_ ])?(time_?stamps?|times?|spans?|segments?|clips?|intervals?|shots?|scenes?|moments?|starts?|ends?)",
+    r"(.*[_ ])?(time_?stamps?|times?|spans?|segments?|clips?|intervals?|shots?|scenes?|moments?|starts?|ends?)"
+    r"([_ ]?(s|ms|secs?|seconds?))?",
     re.IGNORECASE,
 )
 

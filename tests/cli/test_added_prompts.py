@@ -39,7 +39,9 @@ NAMES = ["a.mp4", "b.webm", "c.MP4", "d.mkv"]
 def test_only_the_new_prompt_is_asked(specvlm: Specvlm, videos: Path, out: Path) -> None:
     specvlm("caption", videos, "-o", out, *ONE)
     before = made_at(out)
-    assert specvlm("caption", videos, "-o", out, *BOTH).code == 2
+    refused = specvlm("caption", videos, "-o", out, *BOTH)
+    assert refused.code == 2
+    assert "--on-config-change reuse (keep them, ask only what is new, about all videos)" in refused.err
     shown = specvlm("caption", videos, "-o", out, *BOTH, *REUSE, "-n")
     assert (shown.out.count("\n"), "0 are done" in shown.err) == (4, True)
     specvlm.engine.lines()

@@ -806,6 +806,7 @@ UNUSED = [
     ("csv", "path,sometimes,legend,friend\na.mp4,1,2,3\n", []),
     ("jsonl", '{"video": "a.mp4", "segments": [[0, 1]], "clip": {"span": [1, 2]}}\n', ["segments", "clip"]),
     ("jsonl", '{"clip_path": "a.mp4", "clip_id": 7}\n', []),
+    ("csv", "path,start_sec,end_s\na.mp4,1,2\n", ["start_sec", "end_s"]),
 ]
 
 
