@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sqlite3
 from collections import deque
-from itertools import takewhile
+from itertools import chain, takewhile
 from typing import Any
 
 from specvlm_cli.export.request import PathsName
@@ -18,6 +18,7 @@ from specvlm_cli.ledger_view import Row
 from specvlm_cli.text import path_bytes, path_text
 
 _MODELS = ("target_model", "draft_model")
+_ID_DIGITS = 40  # of an id that is made of a path; others are a manifest's own
 
 
 class Paths:
@@ -68,8 +69,10 @@ class Paths:
         self, path: bytes, identity: str, start_s: float | None, end_s: float | None
     ) -> bytes | None:
         """Return the part of a path that its id is made of; None: the id is the manifest's, or of the whole path."""
-        ends = [index + 1 for index, byte in enumerate(path) if byte == ord("/") and index]
-        for root in (self._root, *(path[:end] for end in ends)):
+        if len(identity) != _ID_DIGITS:
+            return None
+        roots = (path[: index + 1] for index, byte in enumerate(path) if byte == ord("/") and index)
+        for root in chain((self._root,), roots):
             if root and path.startswith(root) and item_id(path[len(root) :], start_s, end_s) == identity:
                 self._root = root
                 return path[len(root) :]
