@@ -5,6 +5,7 @@ A captioner holds a loaded target and perhaps a draft. It knows nothing of folde
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,6 +26,8 @@ from specvlm.config import (
     PrunerName,
     SpeculationSettings,
     TreeName,
+    brief,
+    of_type,
     whole,
     within,
 )
@@ -36,6 +39,7 @@ from specvlm.families.base import ModelInputs
 from specvlm.graphs import Capture, CudaCapture
 from specvlm.model import VideoLM
 from specvlm.prefill import Begun
+from specvlm.preset import DEFAULT_PROMPT
 from specvlm.records import Caption, CaptionStats, Frames, VideoSource
 from specvlm.sampling import TokenRule, logits_rules
 from specvlm.stats import StageClock, device_words, peak_memory_bytes
@@ -112,10 +116,10 @@ class CaptionOptions(TypedDict, total=False):
     width: int
 
 
-DEFAULT_PROMPT = "Describe the video."
 _KEPT_DECODERS = 2  # that have nothing in flight
 
 Video = str | bytes | os.PathLike[str] | Frames
+_VIDEO = (str, bytes, os.PathLike, Frames)
 
 
 def _settings(options: CaptionOptions) -> tuple[GenerationSettings, SpeculationSettings]:
@@ -150,11 +154,17 @@ class Captioner:
     """A loaded target, and perhaps a draft, ready to caption. Made by `specvlm.load`."""
 
     def __init__(
-        self, target: VideoLM, processor: Any, draft: Draft | None, info: ModelInfo, frames: FrameSettings
+        self,
+        target: VideoLM,
+        processor: Any,
+        draft: Draft | None,
+        info: ModelInfo,
+        frames: FrameSettings,
+        prompt: str = DEFAULT_PROMPT,
     ) -> None:
-        """`frames`: what to read of a video when a call does not say."""
+        """`frames`, `prompt`: what to read of a video, and what to ask, when a call does not say."""
         self.target, self.draft = target, draft
-        self.processor, self.info, self.frames = processor, info, frames
+        self.processor, self.info, self.frames, self.prompt = processor, info, frames, prompt
         self.generation_config = target.model.generation_config
         self.accept: Accept = accept
         self.costs = CostStore()
@@ -168,8 +178,9 @@ class Captioner:
         """How to decode: what keywords ask for.
 
         Raises:
-            ConfigError: An option is unknown or out of range.
+            ConfigError: An option is unknown, out of range, or of another type.
         """
+        of_type("speculate", speculate, bool, "give True, or False for plain decoding")
         generation, speculation = _settings(options)
         return self.kind_of(generation, speculation if speculate else None)
 
@@ -299,15 +310,22 @@ class Captioner:
         return text.strip()
 
     def prepare(
-        self, video: Video, prompt: str, *, system: str | None = None, frames: FrameSettings | None = None
+        self,
+        video: Video,
+        prompt: str | None = None,
+        *,
+        system: str | None = None,
+        frames: FrameSettings | None = None,
     ) -> PreparedVideo:
-        """Read and preprocess a video once, to caption it several times.
+        """Read and preprocess a video once, to caption it several times; arguments are those of `caption`.
 
         Raises:
             VideoError: The file gives no frames.
             PromptError: The prompt cannot be used.
-            ConfigError: Frame settings were given for frames that are read already.
+            ConfigError: An argument is of another type, or frame settings were given for frames that are read already.
         """
+        prompt = self.prompt if prompt is None else prompt
+        _check_texts([prompt], system)
         read, decode_s = self._read(video, frames)
         start = time.perf_counter()
         inputs = self.target.family.prepare(self.processor, read, prompt, system)
@@ -317,6 +335,10 @@ class Captioner:
     def _read(self, video: Video, frames: FrameSettings | None) -> tuple[Frames, float]:
         """Frames of a video, and how long reading them took."""
         settings = self.frames if frames is None else frames
+        of_type("frames", settings, FrameSettings, "give FrameSettings, e.g. FrameSettings(num_frames=8)")
+        of_type(
+            "video", video, _VIDEO, "give one path, or Frames; for several videos there is caption_many()"
+        )
         start = time.perf_counter()
         if isinstance(video, Frames) and frames is not None:
             raise ConfigError(
@@ -347,12 +369,16 @@ class Captioner:
 
         Raises:
             VideoError: The file gives no frames.
-            ConfigError: There are no prompts, or frame settings were given for frames that are read already.
+            ConfigError: There are no prompts, an argument is of another type, or frame settings were given for frames
+                that are read already.
         """
         from specvlm.session import PromptSession  # which captions with this module
 
-        if isinstance(prompts, str) or not prompts:
-            raise ConfigError(f"prompts={prompts!r} is not a list of prompts; give at least one, in a list")
+        if not isinstance(prompts, Sequence) or isinstance(prompts, (str, bytes)) or not prompts:
+            raise ConfigError(
+                f"prompts={brief(prompts)} is not a list of prompts; give at least one, in a list"
+            )
+        _check_texts(prompts, system)
         read, decode_s = self._read(video, frames)
         return PromptSession(self, read, prompts, system, decode_s)
 
@@ -372,7 +398,8 @@ class Captioner:
         Each caption is what `caption` gives for its prompt. Arguments and errors are those of `caption`;
         `time_limit_s` is for each caption.
         """
-        _settings(options)  # wrong options fail before a video is read
+        self.kind(speculate, options)  # wrong options fail before a video is read
+        _check_limit(time_limit_s)
         session = self.session(video, prompts, system=system, frames=frames)
         return [
             session.caption(index, speculate=speculate, time_limit_s=time_limit_s, **options)
@@ -395,7 +422,7 @@ class Captioner:
         Args:
             video: A path, decoded frames, or what `prepare` made, which has its prompt and frames already.
             prompt: The user's text; `<video>` in it marks where the video goes, else the video comes first.
-                None asks to describe the video.
+                None asks what the preset asks, as the command line does.
             system: The system message; None leaves it to the chat template.
             speculate: False decodes plainly: same caption, slower.
             frames: Which frames to read; None takes the captioner's own.
@@ -403,13 +430,14 @@ class Captioner:
             **options: Fields of GenerationSettings and SpeculationSettings.
 
         Raises:
-            ConfigError: An option is unknown or out of range.
+            ConfigError: An option is unknown, out of range, or of another type.
             VideoError: The file gives no frames.
             PromptError: The prompt cannot be used.
             GenerationError: No caption came of it.
             GenerationTimeoutError: Not within the time limit.
         """
         began = time.monotonic()
+        _check_limit(time_limit_s)
         kind = self.kind(speculate, options)  # wrong options fail before a video is read
         prepared = self._prepared(video, prompt, system, frames)
         return self.caption_one(prepared, kind, began=began, time_limit_s=time_limit_s)
@@ -490,7 +518,6 @@ class Captioner:
         frames: FrameSettings | None,
     ) -> PreparedVideo:
         if not isinstance(video, PreparedVideo):
-            prompt = DEFAULT_PROMPT if prompt is None else prompt
             return self.prepare(video, prompt, system=system, frames=frames)
         if (prompt, system, frames) != (None, None, None):
             raise ConfigError("a prepared video has its prompt and frames already; give them to prepare()")
@@ -529,7 +556,7 @@ class Captioner:
             Results as they finish, in any order; see `Done`.
 
         Raises:
-            ConfigError: An option is unknown or out of range.
+            ConfigError: An option is unknown, out of range, or of another type.
             SpecvlmError: With `on_error="raise"`, why a video has no caption.
         """
         kind = self.kind(speculate, options)
@@ -538,8 +565,9 @@ class Captioner:
         if batch_size is not None:
             whole("batch_size", batch_size)
             within("batch_size", batch_size, 1, 1024, "give 1 to 1024 videos, or None")
-        if isinstance(videos, (str, bytes, os.PathLike)):
-            raise ConfigError(f"videos={videos!r} is one video; give a list of videos, or use caption()")
+        if isinstance(videos, (*_VIDEO, PreparedVideo)):
+            raise ConfigError(f"videos={brief(videos)} is one video; give a list of videos, or use caption()")
+        of_type("videos", videos, Iterable, "give a list of videos")
         asked = _Asked(prompt, system, frames, kind)
         return self._caption_many(
             enumerate(videos), CaptionBatch(self, batch_size), asked, on_error == "raise"
@@ -603,12 +631,34 @@ def _done(one: Finished) -> Done:
     return Done(one.key, one.caption, error)
 
 
+def _check_texts(prompts: Iterable[object], system: object) -> None:
+    for prompt in prompts:
+        of_type("prompt", prompt, str, "give a text; for several prompts there is caption_prompts()")
+    of_type("system", system, (str, type(None)), "give a text, or None for that of the chat template")
+
+
+def _check_limit(time_limit_s: float | None) -> None:
+    if time_limit_s is not None:
+        within("time_limit_s", time_limit_s, 0.0, math.inf, "give seconds, or None for no limit")
+
+
 def _check_frames(frames: Frames) -> None:
     pixels = frames.pixels
+    of_type("frames.pixels", pixels, np.ndarray, "give an array, uint8 [frames, height, width, 3]")
     if pixels.ndim != 4 or pixels.shape[-1] != 3 or pixels.dtype != np.uint8 or len(pixels) == 0:
         raise ConfigError(
             f"frames of shape {pixels.shape}, {pixels.dtype} cannot be captioned; "
             "give uint8 [frames, height, width, 3]"
         )
-    if len(frames.times_s) != len(pixels):
-        raise ConfigError(f"{len(pixels)} frames have {len(frames.times_s)} times; give one each")
+    try:
+        times_s = np.asarray(frames.times_s, np.float64)
+    except (TypeError, ValueError):
+        times_s = np.empty(0)
+    if times_s.shape != (len(pixels),):
+        raise ConfigError(
+            f"{len(pixels)} frames have the times {brief(frames.times_s)}; give one each, in seconds"
+        )
+    if not np.isfinite(times_s).all() or (np.diff(times_s) < 0.0).any():
+        raise ConfigError(
+            f"the times of frames {brief(frames.times_s)} do not ascend; give frames in their order"
+        )

@@ -5,6 +5,7 @@ Defaults live here and nowhere else; the command line reads them from these clas
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -23,20 +24,36 @@ BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
 
 
 def _one_of(name: str, value: str, known: Collection[str]) -> None:
-    if value not in known:
-        raise ConfigError(f"{name}={value!r} is unknown; choose one of {', '.join(known)}")
+    if not isinstance(value, str) or value not in known:
+        raise ConfigError(f"{name}={brief(value)} is unknown; choose one of {', '.join(known)}")
+
+
+def brief(value: object) -> str:
+    """Return a value as it may stand in a message: on one line, and not all of a long one."""
+    return " ".join(reprlib.repr(value).split())
+
+
+def of_type(name: str, value: object, kinds: type | tuple[type, ...], fix: str) -> None:
+    """Refuse what is of none of these types; `fix` says what to give."""
+    if not isinstance(value, kinds):
+        raise ConfigError(f"{name}={brief(value)} is of type {type(value).__name__}; {fix}")
 
 
 def whole(name: str, value: object) -> None:
     """Refuse what is no whole number."""
     if not isinstance(value, int) or isinstance(value, bool):
-        raise ConfigError(f"{name}={value!r} is not a whole number; give one")
+        raise ConfigError(f"{name}={brief(value)} is not a whole number; give one")
+
+
+def number(name: str, value: object, fix: str) -> None:
+    """Refuse what is no number; `fix` says what to give."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise ConfigError(f"{name}={brief(value)} is not a number; {fix}")
 
 
 def within(name: str, value: float, low: float, high: float, fix: str) -> None:
     """Refuse what is no number from `low` to `high`; `fix` says what to give."""
-    if not isinstance(value, int | float):
-        raise ConfigError(f"{name}={value!r} is not a number; {fix}")
+    number(name, value, fix)
     if not low <= value <= high:  # also refuses NaN
         raise ConfigError(f"{name}={value!r} is out of range; {fix}")
 
@@ -195,5 +212,7 @@ class FrameSettings:
             within("total_pixels", self.total_pixels, 16, 1 << 40, "give at least 16 pixels a video")
         within("start_s", self.start_s, 0.0, 1e9, "give seconds from the start of the video")
         within("min_decoded", self.min_decoded, 0.0, 1.0, "give a share of the frames between 0 and 1")
-        if self.end_s is not None and not self.end_s > self.start_s:
-            raise ConfigError(f"end_s={self.end_s} is not after start_s={self.start_s}; give a later end")
+        if self.end_s is not None:
+            number("end_s", self.end_s, "give seconds from the start of the video")
+            if not self.end_s > self.start_s:
+                raise ConfigError(f"end_s={self.end_s} is not after start_s={self.start_s}; give a later end")

@@ -5,6 +5,7 @@ Only safetensors are read, and no remote code is run unless asked for.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -20,7 +21,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 from specvlm import checkpoint
 from specvlm.attention import ATTENTION, register_attention
 from specvlm.captioner import Captioner, ModelInfo
-from specvlm.config import FrameSettings
+from specvlm.config import FrameSettings, brief, of_type
 from specvlm.demo import local_name
 from specvlm.drafts.base import Draft
 from specvlm.drafts.head import HeadDraft
@@ -31,7 +32,7 @@ from specvlm.drafts.small_model import SmallModelDraft
 from specvlm.errors import ConfigError, IncompatibleDraftError, ModelLoadError, PromptError
 from specvlm.families import family_of
 from specvlm.model import VideoLM
-from specvlm.preset import find_preset, presets
+from specvlm.preset import DEFAULT_PROMPT, find_preset, presets
 from specvlm.sampling import id_list
 from specvlm.stats import device_words
 
@@ -260,15 +261,15 @@ def _dtype(name: str, device: str) -> torch.dtype | str:
     """`auto` is the checkpoint's own on GPUs and float32 on the CPU."""
     if name == "auto":
         return torch.float32 if device == "cpu" else "auto"
-    if name not in DTYPES:
-        raise ConfigError(f"dtype={name!r} is unknown; choose one of auto, {', '.join(DTYPES)}")
+    if not isinstance(name, str) or name not in DTYPES:
+        raise ConfigError(f"dtype={brief(name)} is unknown; choose one of auto, {', '.join(DTYPES)}")
     return DTYPES[name]
 
 
 def load(
-    target: str,
+    target: str | os.PathLike[str],
     *,
-    draft: str | None = None,
+    draft: str | os.PathLike[str] | None = None,
     draft_vocab: DraftVocab | None = None,
     revision: str | None = None,
     draft_revision: str | None = None,
@@ -301,6 +302,12 @@ def load(
         UnknownFamilyError: The architecture is not supported.
         IncompatibleDraftError: The draft does not fit the target.
     """
+    of_type("target", target, (str, os.PathLike), "give a preset's name, a hub id or a folder")
+    of_type("draft", draft, (str, os.PathLike, type(None)), 'give a hub id, a folder, "none" or None')
+    for name, given in (("revision", revision), ("draft_revision", draft_revision)):
+        of_type(name, given, (str, type(None)), "give a branch, tag or commit")
+    of_type("device_map", device_map, (str, dict, type(None)), 'give a device, e.g. "cuda:1", or "auto"')
+    target, draft = os.fspath(target), None if draft is None else os.fspath(draft)
     register_attention()
     preset = find_preset(target)
     if preset is not None:
@@ -337,7 +344,9 @@ def load(
         processor_options=family.processor_options(loaded.processor),
         warnings=_warnings(target, loaded.model.model),
     )
-    return _ready(loaded, guess, info, FrameSettings() if preset is None else preset.frames)
+    if preset is None:
+        return _ready(loaded, guess, info, FrameSettings(), DEFAULT_PROMPT)
+    return _ready(loaded, guess, info, preset.frames, preset.prompt)
 
 
 def with_draft(
@@ -359,7 +368,8 @@ def with_draft(
     target = _Loaded(captioner.target, captioner.processor, info.target_revision)
     source = _Source(draft, draft_revision, local_files_only, trust_remote_code)
     guess, revision = _load_draft(target, info.target, source, draft_vocab)
-    return _ready(target, guess, replace(info, draft=draft, draft_revision=revision), captioner.frames)
+    info = replace(info, draft=draft, draft_revision=revision)
+    return _ready(target, guess, info, captioner.frames, captioner.prompt)
 
 
 def _warnings(name: str, model: Any) -> tuple[str, ...]:
@@ -375,8 +385,10 @@ def _warnings(name: str, model: Any) -> tuple[str, ...]:
     return (warning,)
 
 
-def _ready(target: _Loaded, draft: Draft | None, info: ModelInfo, frames: FrameSettings) -> Captioner:
-    return Captioner(target.model, target.processor, draft, info, frames)
+def _ready(
+    target: _Loaded, draft: Draft | None, info: ModelInfo, frames: FrameSettings, prompt: str
+) -> Captioner:
+    return Captioner(target.model, target.processor, draft, info, frames, prompt)
 
 
 def load_tokenizer(

@@ -8,7 +8,7 @@ from specvlm.config import FrameSettings
 from specvlm.demo import demo_folder
 from specvlm.drafts.kinds import is_head
 
-_PROMPT = "Describe the video in detail."
+DEFAULT_PROMPT = "Describe the video in detail."
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class Preset:
     draft: str
     family: str
     frames: FrameSettings = field(default_factory=FrameSettings)
-    prompt: str = _PROMPT
+    prompt: str = DEFAULT_PROMPT
     notes: str = ""
 
 

@@ -13,6 +13,7 @@ from typing import Unpack
 
 from specvlm.batch import CaptionBatch, Kind
 from specvlm.captioner import Captioner, CaptionOptions, PreparedVideo
+from specvlm.config import whole
 from specvlm.errors import ConfigError, PromptError
 from specvlm.families.base import ModelInputs
 from specvlm.prefill import Begun
@@ -114,6 +115,7 @@ class PromptSession:
 
     def _sequence(self, index: int, kind: Kind) -> tuple[PreparedVideo, Begun | None, bool]:
         """A prompt with its video, what is known of the video, and whether its reading is still to be counted."""
+        whole("index", index)
         if not 0 <= index < len(self._prompts):
             raise ConfigError(
                 f"prompt {index} of a session with {len(self._prompts)}: give 0 to {len(self._prompts) - 1}"

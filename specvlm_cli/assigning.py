@@ -147,7 +147,7 @@ class Assigner:
 
     def _has_room(self, worker: Worker, claim: Claim) -> bool:
         most = worker.batch_size + worker.batch_size // _AHEAD
-        return not worker.claims or worker.sequences + self._policy.sequences(claim.item) <= most
+        return not worker.claims or worker.sequences + self._policy.sequences(claim) <= most
 
     def _admitted(self, worker: Worker) -> Claim:
         claim = self._queue.take(worker)
@@ -155,7 +155,7 @@ class Assigner:
         return claim
 
     def _hold(self, worker: Worker, claim: Claim) -> None:
-        worker.hold(claim, self._policy.sequences(claim.item), self._policy.timeout_s)
+        worker.hold(claim, self._policy.sequences(claim), self._policy.timeout_s)
 
     # Lending
 
@@ -176,7 +176,7 @@ class Assigner:
 
     def _lent(self, worker: Worker) -> int:
         """Return how many sequences a worker prepares ahead."""
-        return sum(self._policy.sequences(claim.item) for claim in self._queue.lent(worker))
+        return sum(self._policy.sequences(claim) for claim in self._queue.lent(worker))
 
     def _lend(self, worker: Worker) -> bool:
         """Have a worker prepare the next video that is read; False: there is none."""
@@ -188,9 +188,10 @@ class Assigner:
     def _send(self, worker: Worker, read: Read) -> None:
         descriptor, frames = read.video.handle()
         own = read.claim.item.prompts
+        prompts = own or self._policy.prompts
         task = Task(
             key=read.claim.ordinal,
-            prompts=own or self._policy.prompts,
+            prompts=tuple(prompts[index] for index in self._policy.asked(read.claim)),
             own_prompts=own is not None,
             frames=frames,
             time_limit_s=self._policy.timeout_s,

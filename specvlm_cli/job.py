@@ -93,8 +93,8 @@ class Request:
 class Display(Reporter, Protocol):
     """A reporter that is on show while a run works."""
 
-    def working(self, todo: int) -> AbstractContextManager[None]:
-        """Show progress while the block runs."""
+    def working(self, todo: int, before: tuple[int, int] = (0, 0)) -> AbstractContextManager[None]:
+        """Show progress while the block runs; `before`: videos that were done, and that had failed, already."""
 
     def note(self, message: str) -> None:
         """Say something that is worth a line."""
@@ -205,7 +205,7 @@ def plan(request: Request, show: Callable[[Planned], None]) -> Plan:
     _agree(request, folder)
     try:
         with folder.preview() as ledger:
-            ledger.want(request.wanted)
+            ledger.want(request.wanted, len(request.settings.prompts))
             _refuse_changes(request, folder, ledger)
             _refuse_changed_files(request, folder, ledger, at_once=True)
             number = 0
@@ -279,7 +279,7 @@ def _nothing_to_do(request: Request, folder: RunFolder) -> Outcome | None:
         return None
     try:
         with ledger:
-            ledger.want(request.wanted)
+            ledger.want(request.wanted, len(request.settings.prompts))
             _refuse_changes(request, folder, ledger)
             work = ledger.has_news() or ledger.count_to_do(request.overwrite, request.retry_failed, 1)
             if not work:
@@ -314,10 +314,8 @@ class _Start:
             _agree(request, folder)
             if folder.read() is None:
                 folder.write(RunFile({}, "", {}, request.shard.count, dict(folder.parts.kept)))
-        self.ledger.want(request.wanted)
+        self.ledger.want(request.wanted, len(request.settings.prompts))
         _refuse_changes(request, folder, self.ledger)
-        if folder.was_rebuilt:
-            self.ledger.reopen_incomplete(len(request.settings.prompts))
         self.ledger.recover(crashed=after_crash)
         self.refused = self.ledger.register(reuse=self.request.on_config_change == "reuse")
         self._tell_bad_rows()
@@ -379,7 +377,8 @@ class _Start:
             self._begin(models)
             for warning in models.warnings:
                 self.display.warn(warning)
-            with self.display.working(todo):
+            before = self.ledger.counts()
+            with self.display.working(todo, (before["done"], before["failed"])):
                 runner.run(self.stop, _provenance(self.request, models, self.run_id))
         finally:
             runner.close()
@@ -450,13 +449,20 @@ def _provenance(request: Request, models: Models, run_id: str) -> Provenance:
 def _refuse_changes(request: Request, folder: RunFolder, ledger: Ledger) -> None:
     """Refuse to mix captions of other settings, or of another video with the same id, into one run."""
     _refuse_other_video(ledger)
-    fingerprint = request.settings.fingerprint()
     known = folder.read()
     if known is not None and not known.settings:  # begun, or recalled, but no model was loaded since
         known = None
-    if request.on_config_change == "reuse":
-        return
-    _refuse_other_prompts(request, ledger)
+    if request.on_config_change != "reuse":
+        _refuse_other_prompts(request, ledger)
+        _refuse_other_settings(request, folder, ledger, known)
+    if not request.overwrite:
+        _refuse_other_order(request, folder, ledger, known)
+
+
+def _refuse_other_settings(
+    request: Request, folder: RunFolder, ledger: Ledger, known: RunFile | None
+) -> None:
+    fingerprint = request.settings.fingerprint()
     if known is not None and known.settings == fingerprint:
         return
     if not _captions_kept(request, folder, ledger):
@@ -464,10 +470,49 @@ def _refuse_changes(request: Request, folder: RunFolder, ledger: Ledger) -> None
     if known is None and _hashes(folder, ledger) == {config_hash(fingerprint)}:
         return
     changes = "; ".join(differences(known.settings, fingerprint)) if known else "its run.json is gone"
+    how = "go on with the new value"
+    if known and _adds_prompts(request, known):
+        how = "ask only what is new, about all videos"
     raise UsageError(
         f"{_shown(folder)} holds captions made with other settings: {clean(changes)}; give the old value, or "
-        "--on-config-change reuse (keep them, go on with the new value) or new (a new folder beside it)"
+        f"--on-config-change reuse (keep them, {how}) or new (a new folder beside it)"
     )
+
+
+def _prompts(known: RunFile) -> list[object]:
+    """Return the prompts of a run."""
+    prompts = known.settings.get("prompt")
+    return prompts if isinstance(prompts, list) else [prompts]
+
+
+def _adds_prompts(request: Request, known: RunFile) -> bool:
+    """Say whether a start has the prompts of its run and further ones."""
+    before = _prompts(known)
+    return (
+        len(before) < len(request.settings.prompts)
+        and list(request.settings.prompts[: len(before)]) == before
+    )
+
+
+def _refuse_other_order(request: Request, folder: RunFolder, ledger: Ledger, known: RunFile | None) -> None:
+    """Refuse prompts that have captions under another index: they would be asked twice, or not at all."""
+    prompts = request.settings.prompts
+    found = ledger.asked_elsewhere(prompts)
+    if found is not None:
+        raise UsageError(
+            f"{clean(fsdecode(found[0]))} has a caption for the prompt {short(found[1], 60)!r} already, with another "
+            "prompt_index; give the prompts that have captions first, in their order, and new ones after them"
+        )
+    before = [] if known is None else _prompts(known)
+    if len(prompts) < 2 or before[: len(prompts)] == list(prompts[: len(before)]):
+        return
+    moved = next((one for one in prompts if one in before and before.index(one) != prompts.index(one)), None)
+    if moved is not None and _captions_kept(request, folder, ledger):
+        raise UsageError(
+            f"--prompt {short(moved, 60)!r} has the prompt_index {before.index(moved)} in {_shown(folder)} and would "
+            f"get {prompts.index(moved)}; give the prompts of the run first, in their order, and new ones after them, "
+            "or another -o folder"
+        )
 
 
 def _refuse_changed_files(

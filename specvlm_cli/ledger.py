@@ -14,7 +14,7 @@ import json
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -29,7 +29,7 @@ from specvlm_cli.migrations import READABLE, STEPS, migrate, require_schema, sch
 from specvlm_cli.safe_files import new_file
 from specvlm_cli.stored_rows import OddRowError, read_row
 from specvlm_cli.stored_rows import Row as Row
-from specvlm_cli.text import clean
+from specvlm_cli.text import clean, path_bytes, path_text
 from specvlm_cli.wanted import Wanted
 
 STATES = ("pending", "running", "done", "failed")
@@ -50,6 +50,7 @@ class Claim:
     ordinal: int  # its place in the ledger
     item: Item
     attempts: int  # this one included
+    only: tuple[int, ...] | None = None  # indexes of the prompts to ask, those without a caption; None: all
 
 
 class FileStamp(NamedTuple):
@@ -96,6 +97,9 @@ class Ledger:
         self._db = Database(connection, execute_plugins=False)
         self._path = path
         self._all_wanted = False  # what is wanted is all there is, which makes counting cheap
+        self._prompts = 1  # of a video that brings none of its own
+        self._some_lack = False  # some wanted videos were done before prompts were added
+        self._partly = "partly" if schema_version(self._db) >= 6 else "0"
 
     @classmethod
     def open(cls, path: Path) -> Self:
@@ -207,12 +211,17 @@ class Ledger:
 
     # What is wanted by this run
 
-    def want(self, wanted: Wanted) -> None:
-        """Say which videos this run is about. It changes nothing in this file.
+    def want(self, wanted: Wanted, prompts: int = 1) -> None:
+        """Say which videos this run is about, and how many prompts each has. It changes nothing in this file.
 
         A video that is known already keeps the id it has: given through another folder, its path below
         the input root, and so its id, would be another one, and it would be captioned twice.
+
+        Args:
+            wanted: The videos.
+            prompts: How many a video has that brings none of its own.
         """
+        self._prompts = prompts
         self._db.execute("ATTACH DATABASE ? AS wanted", (str(wanted.path),))
         with sqlite_file.undefended(self._db.conn):
             for setting in ("journal_mode = OFF", "synchronous = OFF", "cache_size = -65536"):
@@ -221,6 +230,7 @@ class Ledger:
         if new and self._keep_known_ids():
             new = self._count_new()
         self._all_wanted = not new and wanted.count == self._one("SELECT count(*) FROM item")
+        self._find_lacking()
         self._db.execute("DROP TABLE IF EXISTS wanted.differing")
         self._db.execute(
             """CREATE TABLE wanted.differing AS
@@ -257,17 +267,60 @@ class Ledger:
             for identity, own, then, now in self._db.execute(sql):
                 yield Moved(str(identity), bool(own), _path(then), _path(now))
 
+    @property
+    def _incomplete(self) -> str:
+        """The condition that one of a wanted video's prompts has no caption; for a join of `video` and `item`."""
+        asked = f"coalesce(json_array_length(video.prompts), {self._prompts:d})"
+        return f"""((SELECT count(*) FROM caption WHERE caption.item = item.ordinal AND prompt_index < {asked})
+                    < {asked})"""
+
+    @property
+    def _lacks(self) -> str:
+        """The condition that a wanted video is done but for prompts that were added since."""
+        known = "item.state = 'done' AND item.ordinal IN (SELECT ordinal FROM wanted.lacking)"
+        return f"({known} AND {self._incomplete})" if self._some_lack else "0"
+
+    def _find_lacking(self) -> None:
+        """List the wanted videos that are done and lack a caption for a prompt; there are none where each has one."""
+        self._db.execute("DROP TABLE IF EXISTS wanted.lacking")
+        self._db.execute("CREATE TABLE wanted.lacking (ordinal INTEGER PRIMARY KEY)")
+        own = "SELECT EXISTS (SELECT 1 FROM wanted.video WHERE json_array_length(prompts) > 1)"
+        if self._prompts > 1 or self._one(own):
+            self._db.execute(
+                f"""INSERT INTO wanted.lacking SELECT item.ordinal FROM wanted.video AS video JOIN item USING (id)
+                    WHERE item.state = 'done' AND {self._incomplete}"""
+            )
+        self._some_lack = bool(self._one("SELECT EXISTS (SELECT 1 FROM wanted.lacking)"))
+
+    def asked_elsewhere(self, prompts: Sequence[str]) -> tuple[bytes, str] | None:
+        """Return (path, prompt) of a video that has a caption for a prompt, but under another index than is wanted.
+
+        `prompts`: those of a video that brings none of its own.
+        """
+        sql = f"""SELECT item.path, asked.value FROM wanted.video AS video JOIN item USING (id)
+                  JOIN json_each(coalesce(video.prompts, ?)) AS asked
+                  WHERE item.ordinal IN (
+                      SELECT ordinal FROM wanted.lacking UNION ALL
+                      SELECT ordinal FROM item WHERE state IN ('pending', 'running', 'failed') AND {self._partly})
+                  AND NOT EXISTS (
+                      SELECT 1 FROM caption WHERE caption.item = item.ordinal AND prompt_index = asked.key)
+                  AND EXISTS (SELECT 1 FROM caption WHERE caption.item = item.ordinal
+                              AND json_extract(row, '$.prompt') = asked.value) LIMIT 1"""
+        with self._reading():
+            found = self._db.execute(sql, (json.dumps(list(prompts)),)).fetchone()
+        return None if found is None else (_path(found[0]), str(found[1]))
+
     def asked_differently(self) -> bytes | None:
         """Return the path of a video whose captions are for other prompts of its own than it has now.
 
         What the captions say counts: a ledger that was rebuilt from its parts knows no other prompts.
         """
-        sql = """SELECT item.path, video.prompts,
+        sql = f"""SELECT item.path, video.prompts,
                    (SELECT json_group_array(prompt) FROM (
                       SELECT json_extract(row, '$.prompt') AS prompt FROM caption
                       WHERE caption.item = ordinal ORDER BY prompt_index))
                  FROM wanted.differing JOIN item USING (ordinal) JOIN wanted.video AS video USING (place)
-                 WHERE item.prompts IS NOT video.prompts AND item.state = 'done'"""
+                 WHERE item.prompts IS NOT video.prompts AND (item.state = 'done' OR {self._partly})"""
         with self._reading():
             for path, now, then in self._db.execute(sql):
                 if now is None or json.loads(now) != json.loads(then):
@@ -288,12 +341,16 @@ class Ledger:
         return [str(identity) for (identity,) in self._db.execute("SELECT id FROM item LIMIT 100")]
 
     def counts(self) -> dict[str, int]:
-        """Return how many wanted videos are pending (new ones included), running, done, failed."""
-        if self._all_wanted:
+        """Return how many wanted videos are pending (new ones included), running, done, failed.
+
+        One that lacks a caption for a prompt that was added is pending.
+        """
+        if self._all_wanted and not self._some_lack:
             sql = "SELECT state, count(*) FROM item GROUP BY 1"
         else:
-            sql = """SELECT coalesce(item.state, iif(video.problem IS NULL, 'pending', 'failed')), count(*)
-                     FROM wanted.video AS video LEFT JOIN item USING (id) GROUP BY 1"""
+            state = "coalesce(item.state, iif(video.problem IS NULL, 'pending', 'failed'))"
+            sql = f"""SELECT iif({self._lacks}, 'pending', {state}), count(*)
+                      FROM wanted.video AS video LEFT JOIN item USING (id) GROUP BY 1"""
         counts = dict.fromkeys(STATES, 0)
         with self._reading():
             for state, number in self._db.execute(sql):
@@ -304,18 +361,29 @@ class Ledger:
 
     def to_do(self, overwrite: bool, retry_failed: bool, limit: int | None) -> Iterator[Planned]:
         """Yield the wanted videos that a start would work on, in order."""
-        sql, values = _to_do("path, video.start_s, video.end_s", overwrite, retry_failed, limit)
+        sql, values = self._to_do("path, video.start_s, video.end_s", overwrite, retry_failed, limit)
         with self._reading():
             for path, start_s, end_s in self._db.execute(sql, values):
                 yield Planned(_path(path), start_s, end_s)
 
     def count_to_do(self, overwrite: bool, retry_failed: bool, limit: int | None) -> int:
         """Return how many wanted videos a start would work on."""
-        if self._all_wanted and not (overwrite or retry_failed):
+        if self._all_wanted and not (overwrite or retry_failed or self._some_lack):
             unlimited = int(self._one("SELECT count(*) FROM item WHERE state IN ('pending', 'running')"))
             return unlimited if limit is None else min(limit, unlimited)
-        sql, values = _to_do("id", overwrite, retry_failed, limit)
-        return int(self._one(f"SELECT count(*) FROM ({sql})", *values))
+        sql, values = self._to_do("id", overwrite, retry_failed, limit)
+        return int(self._db.execute(f"SELECT count(*) FROM ({sql})", values).fetchone()[0])
+
+    def _to_do(
+        self, column: str, overwrite: bool, retry_failed: bool, limit: int | None
+    ) -> tuple[str, dict[str, Any]]:
+        """Return a query, and its values, for columns of the wanted videos that a start would work on."""
+        states = "pending running" + " failed" * (retry_failed or overwrite) + " done" * overwrite
+        sql = f"""SELECT video.{column} FROM wanted.video AS video LEFT JOIN item USING (id)
+                  WHERE video.problem IS NULL
+                  AND (instr(:states, coalesce(item.state, 'pending')) OR {self._lacks})
+                  ORDER BY item.ordinal IS NULL, item.ordinal, video.place LIMIT :limit"""
+        return sql, {"states": states, "limit": -1 if limit is None else limit}
 
     def has_news(self) -> bool:
         """Say whether a wanted row that names no video has not failed for that yet, or one that did names one now."""
@@ -336,6 +404,7 @@ class Ledger:
         with self.writing():
             self._db.execute("INSERT OR REPLACE INTO counter (name, value) VALUES ('registered', 1)")
             self._follow(reuse)
+            self._settle_complete()
             if not self._all_wanted:
                 self._add_new()
             return self._refuse_bad_rows()
@@ -350,14 +419,26 @@ class Ledger:
                WHERE item.ordinal = differing.ordinal""",
             (reuse,),
         )
+        self._db.execute(
+            """UPDATE item SET input_path = video.input_path FROM wanted.video AS video
+               WHERE video.id = item.id AND item.input_path IS NOT video.input_path"""
+        )
+
+    def _settle_complete(self) -> None:
+        """Mark what was only to be asked further prompts done, where those are not wanted any more."""
+        self._db.execute(
+            f"""UPDATE item SET state = 'done', crashes = 0, stage = NULL, error_type = NULL, error = NULL, partly = 0
+                WHERE partly AND state IN ('pending', 'failed') AND EXISTS (
+                    SELECT 1 FROM wanted.video AS video WHERE video.id = item.id AND NOT {self._incomplete})"""
+        )
 
     def _add_new(self) -> None:
         unknown = "WHERE video.id NOT IN (SELECT id FROM item)"
         if not self._one("SELECT EXISTS (SELECT 1 FROM item)"):
             self._all_wanted, unknown = True, ""
         self._db.execute(
-            f"""INSERT INTO item (id, path, start_s, end_s, prompts, kept)
-                SELECT id, path, start_s, end_s, prompts, kept FROM wanted.video AS video {unknown}
+            f"""INSERT INTO item (id, path, start_s, end_s, prompts, kept, input_path)
+                SELECT id, path, start_s, end_s, prompts, kept, input_path FROM wanted.video AS video {unknown}
                 ORDER BY place"""
         )
 
@@ -384,11 +465,12 @@ class Ledger:
 
     def bad_rows(self, limit: int) -> list[tuple[Claim, Failure]]:
         """Return rows of a manifest that failed because they name no video, and stand in no failures file yet."""
-        sql = """SELECT ordinal, id, path, start_s, end_s, prompts, kept, attempts, stage, error_type, error
-                 FROM item WHERE error_type = ? AND state = 'failed' AND NOT reported ORDER BY ordinal LIMIT ?"""
+        sql = """SELECT ordinal, id, path, start_s, end_s, prompts, kept, attempts, input_path,
+                 stage, error_type, error FROM item
+                 WHERE error_type = ? AND state = 'failed' AND NOT reported ORDER BY ordinal LIMIT ?"""
         with self._reading():
             found = self._db.execute(sql, (BAD_INPUT, limit)).fetchall()
-            return [(_claim(*row[:8]), Failure(*row[8:])) for row in found]
+            return [(_claim(*row[:9]), Failure(*row[9:])) for row in found]
 
     def problems(self, limit: int) -> tuple[int, list[str]]:
         """Return how many wanted rows name no video, and what is wrong with the first of them."""
@@ -400,10 +482,10 @@ class Ledger:
         """Return how many captions are there, leaving out those that an overwriting run makes anew."""
         if not overwrite:
             return int(self._one("SELECT count(*) FROM caption"))
-        anew, values = _to_do("id", True, False, limit)
+        anew, values = self._to_do("id", True, False, limit)
         sql = f"""SELECT count(*) FROM caption JOIN item ON item.ordinal = caption.item
                   WHERE item.id NOT IN ({anew})"""
-        return int(self._one(sql, *values))
+        return int(self._db.execute(sql, values).fetchone()[0])
 
     def config_hashes(self) -> set[str]:
         """Return the settings, by their hash, with which the captions were made."""
@@ -422,11 +504,20 @@ class Ledger:
         return self._pending("crashes >= ?", SUSPECT_CRASHES, -1 if limit is None else limit)
 
     def _pending(self, condition: str, *values: int) -> list[Claim]:
-        sql = f"""SELECT ordinal, item.id, item.path, item.start_s, item.end_s, item.prompts, item.kept, attempts
-                  FROM item JOIN wanted.video AS video USING (id)
+        indexes = "(SELECT json_group_array(prompt_index) FROM caption WHERE caption.item = item.ordinal)"
+        sql = f"""SELECT ordinal, item.id, item.path, item.start_s, item.end_s, item.prompts, item.kept, attempts,
+                  item.input_path, iif(partly, {indexes}, NULL) FROM item JOIN wanted.video AS video USING (id)
                   WHERE state = 'pending' AND {condition} ORDER BY ordinal LIMIT ?"""
         with self._reading():
-            return [_claim(*row) for row in self._db.execute(sql, values).fetchall()]
+            found = self._db.execute(sql, values).fetchall()
+            return [self._without(_claim(*row), made) for *row, made in found]
+
+    def _without(self, claim: Claim, made: str | None) -> Claim:
+        """Return a claim for the prompts that have no caption; `made`: indexes of those that have one."""
+        if made is None:
+            return claim
+        missing = set(range(len(claim.item.prompts or ()) or self._prompts)).difference(json.loads(made))
+        return replace(claim, only=tuple(sorted(missing)))
 
     def claim(self, claim: Claim) -> None:
         """Mark a pending video as running: whatever kills this process now may be its doing."""
@@ -446,14 +537,16 @@ class Ledger:
     def finish(self, claim: Claim, rows: Sequence[Row], file: FileStamp = NO_FILE) -> None:
         """Store the captions of one video, one row for each prompt, and mark it done: both or neither.
 
-        Captions that it had before are replaced, in the part where they stand.
+        Captions that it had before are replaced, in the part where they stand; where only further prompts were
+        asked, they are kept.
         """
         with self.writing():
-            self._store(claim.ordinal, rows, self._take_out(claim.ordinal))
+            part = self._take_out(claim.ordinal) if claim.only is None else None
+            self._store(claim.ordinal, rows, part)
             self._db.execute(
                 """UPDATE item
                    SET state = 'done', crashes = 0, stage = NULL, error_type = NULL, error = NULL, at = ?,
-                       attempts = ?, size_bytes = ?, mtime_ns = ?
+                       attempts = ?, size_bytes = ?, mtime_ns = ?, partly = 0
                    WHERE ordinal = ?""",
                 (_now(), claim.attempts, *file, claim.ordinal),
             )
@@ -526,32 +619,21 @@ class Ledger:
             )
 
     def reopen(self, overwrite: bool, retry_failed: bool, limit: int | None) -> None:
-        """Make pending what `to_do` names; captions stay until others take their place."""
-        anew, values = _to_do("id", overwrite, retry_failed, limit)
+        """Make pending what `to_do` names; captions stay until others take their place, if any do."""
+        anew, values = self._to_do("id", overwrite, retry_failed, limit)
         with self.writing():
+            if overwrite:
+                self._db.execute(f"UPDATE item SET partly = 0 WHERE partly AND id IN ({anew})", values)
             self._db.execute(
-                f"""UPDATE item SET state = 'pending', crashes = 0, attempts = iif(?, 0, attempts)
+                f"""UPDATE item SET state = 'pending', crashes = 0, attempts = iif(:overwrite, 0, attempts),
+                        partly = NOT :overwrite AND (partly OR state = 'done')
                     WHERE state IN ('done', 'failed') AND id IN ({anew})""",
-                (overwrite, *values),
+                values | {"overwrite": overwrite},
             )
             self._db.execute(
                 """UPDATE item SET prompts = video.prompts, start_s = video.start_s, end_s = video.end_s
                    FROM wanted.differing JOIN wanted.video AS video USING (place)
                    WHERE item.ordinal = differing.ordinal AND state = 'pending'"""
-            )
-
-    def reopen_incomplete(self, prompts: int) -> None:
-        """After a rebuild, make pending what lacks captions: a part that held some of them is gone.
-
-        `prompts`: how many a video has that brings none of its own.
-        """
-        with self.writing():
-            self._db.execute(
-                """UPDATE item SET state = 'pending' FROM wanted.video AS video
-                   WHERE state = 'done' AND video.id = item.id
-                   AND (SELECT count(*) FROM caption WHERE item = ordinal)
-                       < coalesce(json_array_length(video.prompts), ?)""",
-                (prompts,),
             )
 
     # Parts: files that are derived from the rows
@@ -651,11 +733,11 @@ class Ledger:
             self._db.execute("DELETE FROM part WHERE name = ?", (name,))
 
     def failures(self) -> list[Row]:
-        """Return every failed video, in order."""
-        sql = """SELECT id, path, start_s AS start, end_s AS "end", stage, error_type, error, attempts, at
-                 FROM item WHERE state = 'failed' ORDER BY ordinal"""
+        """Return every failed video, in order, with its columns that pass through."""
+        sql = """SELECT id, path, input_path, start_s AS start, end_s AS "end", stage, error_type, error, attempts, at,
+                 kept FROM item WHERE state = 'failed' ORDER BY ordinal"""
         with self._reading():
-            return [row | {"path": _path(row["path"])} for row in self._db.query(sql)]
+            return [_failure_row(row) for row in self._db.query(sql)]
 
     def failures_stale(self, name: str) -> bool:
         """Say whether the failures file `name` differs from the failures in the ledger."""
@@ -699,15 +781,24 @@ class Ledger:
                 if not self._one("SELECT count(*) FROM item WHERE id = ?", row["id"]):
                     ordinal = self._adopt_item(row, path, "failed", row["at"])
                     self._db.execute(
-                        "UPDATE item SET stage = ?, error_type = ?, error = ? WHERE ordinal = ?",
-                        (row["stage"], row["error_type"], row["error"], ordinal),
+                        "UPDATE item SET stage = ?, error_type = ?, error = ?, kept = ? WHERE ordinal = ?",
+                        (row["stage"], row["error_type"], row["error"], row["kept"], ordinal),
                     )
 
     def _adopt_item(self, row: Row, path: bytes, state: str, at: str) -> int:
         self._db.execute(
-            """INSERT OR IGNORE INTO item (id, path, start_s, end_s, state, attempts, at)
-               VALUES (?, ?, ?, ?, ?, ?, ?)""",
-            (row["id"], path, row["start"], row["end"], state, row["attempts"], at),
+            """INSERT OR IGNORE INTO item (id, path, start_s, end_s, state, attempts, at, input_path)
+               VALUES (?, ?, ?, ?, ?, ?, ?, ?)""",
+            (
+                row["id"],
+                path,
+                row["start"],
+                row["end"],
+                state,
+                row["attempts"],
+                at,
+                _written(row["input_path"]),
+            ),
         )
         return int(self._one("SELECT ordinal FROM item WHERE id = ?", row["id"]))
 
@@ -721,6 +812,7 @@ def _claim(
     prompts: str | None,
     kept: str | None,
     attempts: int,
+    input_path: bytes | None,
 ) -> Claim:
     own = None if prompts is None else _json(prompts, list)
     if own is not None and not (own and all(isinstance(one, str) for one in own)):
@@ -729,8 +821,27 @@ def _claim(
         _json(kept, dict)
     if type(attempts) is not int or not 0 <= attempts < _MOST_ATTEMPTS:
         raise OddRowError(f"a video with {str(attempts)[:60]} attempts")
-    item = Item(str(identity), _path(path), start_s, end_s, None if own is None else tuple(own), kept)
+    item = Item(
+        str(identity),
+        _path(path),
+        start_s,
+        end_s,
+        None if own is None else tuple(own),
+        kept,
+        input_path=None if input_path is None else _path(input_path),
+    )
     return Claim(ordinal, item, attempts + 1)
+
+
+def _failure_row(row: Row) -> Row:
+    """Return a failed item as a row of the failures file."""
+    kept, written = row.pop("kept"), row["input_path"]
+    texts = {"path": path_text(_path(row["path"])), "input_path": written and path_text(_path(written))}
+    return row | texts | {"kept": {} if kept is None else _json(kept, dict)}
+
+
+def _written(text: str | None) -> bytes | None:
+    return None if text is None else path_bytes(text)
 
 
 def _path(value: object) -> bytes:
@@ -748,17 +859,6 @@ def _json(text: str, kind: type) -> Any:
     if type(found) is not kind:
         raise OddRowError(f"a video with {str(text)[:60]!r} where JSON belongs")
     return found
-
-
-def _to_do(
-    column: str, overwrite: bool, retry_failed: bool, limit: int | None
-) -> tuple[str, tuple[Any, ...]]:
-    """Return a query, and its values, for columns of the wanted videos that a start would work on."""
-    states = "pending running" + " failed" * (retry_failed or overwrite) + " done" * overwrite
-    sql = f"""SELECT video.{column} FROM wanted.video AS video LEFT JOIN item USING (id)
-              WHERE video.problem IS NULL AND instr(?, coalesce(item.state, 'pending'))
-              ORDER BY item.ordinal IS NULL, item.ordinal, video.place LIMIT ?"""
-    return sql, (states, -1 if limit is None else limit)
 
 
 def _connect(path: Path, mode: str) -> sqlite3.Connection:

@@ -7,6 +7,7 @@ never guessed at. It knows rows and states; it shows nothing and decides nothing
 
 from __future__ import annotations
 
+import json
 import math
 import sqlite3
 import time
@@ -82,6 +83,10 @@ class ItemView:
     prompts: int | None  # how many of its own it has; None: those of the run
     size_bytes: int | None = None  # of the file that was captioned; None: not known
     mtime_ns: int | None = None  # when that was last changed; None: not known
+    input_path: bytes | None = (
+        None  # as it was written in the manifest or found below its folder; None: not known
+    )
+    kept: str | None = None  # columns that pass through, as JSON; None: none
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,22 +122,26 @@ class LedgerView:
     """One ledger, open for reading."""
 
     def __init__(
-        self, connection: sqlite3.Connection, path: Path, version: int, kept: Mapping[str, str]
+        self, connection: sqlite3.Connection, path: Path, version: int, kept: Mapping[str, str], prompts: int
     ) -> None:
         self._db = connection
         self._path = path
+        self._asked = prompts
         self._checks = checks(kept)
         self._stamp = "size_bytes, mtime_ns" if version >= 3 else "NULL, NULL"
         self._prompts = "json_array_length(prompts)" if version >= 3 else "NULL"
+        self._written = "input_path" if version >= 7 else "NULL"
+        self._kept = "kept" if version >= 3 else "NULL"
         self._outdated = "outdated" if version >= 2 else "0"
 
     @classmethod
-    def open(cls, path: Path, kept: Mapping[str, str] | None = None) -> Self:
+    def open(cls, path: Path, kept: Mapping[str, str] | None = None, prompts: int = 1) -> Self:
         """Open a ledger, touching no file.
 
         Args:
             path: The ledger.
             kept: Columns that a manifest brought along, and their kinds; None: there are none.
+            prompts: How many a video has that brings none of its own.
 
         Raises:
             FileNotFoundError: There is none.
@@ -148,7 +157,7 @@ class LedgerView:
             raise LedgerProblemError(f"{clean(str(path))}: cannot be read ({error.strerror})") from error
         try:
             connection.execute("PRAGMA query_only = ON")
-            return cls(connection, path, _version(connection, path), kept or {})
+            return cls(connection, path, _version(connection, path), kept or {}, prompts)
         except sqlite3.Error as error:
             connection.close()
             raise _problem(path, error) from error
@@ -178,11 +187,19 @@ class LedgerView:
     # Figures
 
     def counts(self) -> Counts:
-        """Return how many videos are in each state."""
-        found: dict[str, int] = dict(self._all("SELECT state, count(*) FROM item GROUP BY state"))
+        """Return how many videos are in each state; one that lacks a caption for an added prompt is pending."""
+        found: dict[str, int] = dict(self._all(f"SELECT {self._state()}, count(*) FROM item GROUP BY 1"))
         if odd := found.keys() - set(STATES):
             raise self._odd(f"a video whose state is {str(min(odd, key=str))[:60]!r}")
         return Counts(**{state: found.get(state, 0) for state in STATES})
+
+    def _state(self) -> str:
+        """Return the expression for a video's state; where each has one prompt, its index alone can answer."""
+        if self._asked == 1 and not self._one("SELECT EXISTS (SELECT 1 FROM caption WHERE prompt_index > 0)"):
+            return "state"
+        asked = f"coalesce({self._prompts}, {self._asked:d})"
+        made = f"(SELECT count(*) FROM caption WHERE caption.item = ordinal AND prompt_index < {asked})"
+        return f"iif(state = 'done' AND {made} < {asked}, 'pending', state)"
 
     def captions(self) -> int:
         """Return how many captions there are."""
@@ -263,7 +280,8 @@ class LedgerView:
 
     def _page(self, after: int) -> Page:
         sql = f"""SELECT ordinal, id, path, start_s, end_s, state, attempts, stage, error_type, error, at,
-                  {self._prompts}, {self._stamp} FROM item WHERE ordinal > ? ORDER BY ordinal LIMIT ?"""
+                  {self._prompts}, {self._stamp}, {self._written}, {self._kept}
+                  FROM item WHERE ordinal > ? ORDER BY ordinal LIMIT ?"""
         keys = """SELECT item, prompt_index, coalesce(json_extract(row, '$.created_at'), ''),
                   coalesce(json_extract(row, '$.config_hash'), '') FROM caption
                   WHERE item > ? AND item <= ? ORDER BY item, prompt_index"""
@@ -355,6 +373,17 @@ class LedgerView:
         except OddRowError as error:
             raise self._odd(str(error)) from error
         return row
+
+    def kept(self, text: str) -> Row:
+        """Return the columns of an item that pass through; `text`: as it has them."""
+        try:
+            found = json.loads(text)
+            if not isinstance(found, dict):
+                raise OddRowError("kept columns that are not a JSON object")
+            check_types(found, self._checks)
+        except (ValueError, RecursionError) as error:
+            raise self._odd(str(error)[:200]) from error
+        return found
 
     def _checked(self, record: R) -> R:
         """Return what was read as it is declared, where its values have the types that are declared."""

@@ -90,8 +90,21 @@ _FIFTH = (
     "UPDATE part SET outdated = 1 WHERE name LIKE 'captions/%'",
 )
 
+_SIXTH = (
+    # 1 where captions are there that are kept, and only prompts without one are still to be asked.
+    "ALTER TABLE item ADD COLUMN partly INTEGER NOT NULL DEFAULT 0",
+)
+
+_SEVENTH = (
+    # The path as the manifest or the listing wrote it. Captions and failures have it as a column, and failures have the
+    # columns that pass through: all files are written anew, to have one schema.
+    "ALTER TABLE item ADD COLUMN input_path BLOB",
+    "UPDATE part SET outdated = 1 WHERE name LIKE 'captions/%'",
+    "UPDATE item SET reported = 0",
+)
+
 # Steps are added, never edited: ledgers that exist are compared with what the steps make.
-STEPS: tuple[tuple[str, ...], ...] = (_FIRST, _SECOND, _THIRD, _FOURTH, _FIFTH)
+STEPS: tuple[tuple[str, ...], ...] = (_FIRST, _SECOND, _THIRD, _FOURTH, _FIFTH, _SIXTH, _SEVENTH)
 READABLE = 3  # steps that made the tables what they are; a ledger that has seen so many is read as it is
 
 

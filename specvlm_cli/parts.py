@@ -14,7 +14,7 @@ import json
 import re
 import sqlite3
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from os.path import lexists
@@ -30,7 +30,7 @@ from specvlm_cli.ledger import Ledger, Part, Row, refused
 from specvlm_cli.safe_files import UnsafeFileError, new_file, open_regular, require_folder
 from specvlm_cli.stopping import NotBegunError, is_asked
 from specvlm_cli.stored_rows import OddRowError
-from specvlm_cli.text import clean, path_bytes, path_text
+from specvlm_cli.text import clean, path_bytes
 
 CAPTIONS = "captions"
 FAILURES = "failures"
@@ -55,6 +55,7 @@ def _feature(kind: pa.DataType) -> Any:
 CAPTION_SCHEMA = _declared(
     id=pa.string(),
     path=pa.string(),
+    input_path=pa.string(),
     start=pa.float64(),
     end=pa.float64(),
     prompt_index=pa.int64(),
@@ -114,6 +115,7 @@ CAPTION_SCHEMA = _declared(
 FAILURE_SCHEMA = _declared(
     id=pa.string(),
     path=pa.string(),
+    input_path=pa.string(),
     start=pa.float64(),
     end=pa.float64(),
     stage=pa.string(),
@@ -147,6 +149,28 @@ def caption_schema(kept: Mapping[str, str]) -> pa.Schema:
         if kept
         else CAPTION_SCHEMA
     )
+
+
+def failure_schema(kept: Mapping[str, str]) -> pa.Schema:
+    """Return the schema of a run's failures: ours, and behind it the columns that pass through, by their kind."""
+    if not kept:
+        return FAILURE_SCHEMA
+    ours = {field.name: field.type for field in FAILURE_SCHEMA}
+    names = failure_names(kept)
+    return _declared(**(ours | {names[name]: KEPT_KINDS[kind] for name, kind in kept.items()}))
+
+
+def failure_names(kept: Iterable[str]) -> dict[str, str]:
+    """Return column that passes through to captions -> its name in failures, which have names that captions lack."""
+    taken = {*FAILURE_SCHEMA.names, *kept}
+    return {name: free_name(name, taken) if name in FAILURE_SCHEMA.names else name for name in kept}
+
+
+def free_name(name: str, taken: Collection[str]) -> str:
+    """Return the name for a manifest's column in a row that has one of its name: `input_` in front, until it is new."""
+    while name in taken:
+        name = f"input_{name}"
+    return name
 
 
 class Parts:
@@ -210,9 +234,13 @@ class Parts:
         name = self.failures_name
         if not ledger.failures_stale(name):
             return
-        rows = [row | {"path": path_text(row["path"])} for row in ledger.failures()]
+        names = failure_names(self.kept)
+        rows = [
+            row | {names[column]: value for column, value in row["kept"].items() if column in names}
+            for row in ledger.failures()
+        ]
         if rows:
-            ledger.mark_failures(name, self._write(name, rows, FAILURE_SCHEMA))
+            ledger.mark_failures(name, self._write(name, rows, failure_schema(self.kept)))
         else:
             (self._root / name).unlink(missing_ok=True)
             ledger.mark_failures(name, None)
@@ -322,7 +350,16 @@ class Parts:
         require_folder(self._root / FAILURES)
         failures = self._root / self.failures_name
         if lexists(failures):
-            rows = _read(failures, FAILURE_SCHEMA)
+            names = failure_names(self.kept)
+            rows = [
+                row
+                | {
+                    "kept": json.dumps({column: row[name] for column, name in names.items()})
+                    if names
+                    else None
+                }
+                for row in _read(failures, failure_schema(self.kept))
+            ]
             with _adopted(failures):
                 ledger.adopt_failures(rows, [path_bytes(row["path"]) for row in rows])
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from specvlm.config import FrameSettings
 from specvlm_cli.decoding import Limits
 from specvlm_cli.generating.messages import OnOom
-from specvlm_cli.inputs.item import Item
+from specvlm_cli.ledger import Claim
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,10 @@ class Policy:
     part_rows: int = 1000
     part_s: float = 600.0
 
-    def sequences(self, item: Item) -> int:
-        """Return how many captions a video gets: one for each prompt."""
-        return len(item.prompts or self.prompts)
+    def asked(self, claim: Claim) -> Sequence[int]:
+        """Return the indexes of the prompts to ask about a video: all, or those that have no caption yet."""
+        return range(len(claim.item.prompts or self.prompts)) if claim.only is None else claim.only
+
+    def sequences(self, claim: Claim) -> int:
+        """Return how many captions are to be made of a video: one for each prompt to ask."""
+        return len(self.asked(claim))

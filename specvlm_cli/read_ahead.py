@@ -225,7 +225,7 @@ class Queue:
         self._set.extend(claims)
 
     def _sequences(self, claims: Sequence[Claim]) -> int:
-        return sum(self._policy.sequences(claim.item) for claim in claims)
+        return sum(self._policy.sequences(claim) for claim in claims)
 
     def _peek(self) -> bool:
         """Say whether there is a video that was not begun yet, fetching more from the ledger where needed.

@@ -34,7 +34,7 @@ _PART_ROWS = 1000
 _PART = re.compile(r"\.?part-([0-9]{5})(?:-[0-9]{5,})?\.parquet")
 _COLUMNS = (
     "id, path, start_s, end_s, state, attempts, crashes, stage, error_type, error, at, prompts, kept, size_bytes, "
-    "mtime_ns"
+    "mtime_ns, partly, input_path"
 )
 
 

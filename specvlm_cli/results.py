@@ -255,10 +255,10 @@ class Tally:
         self._estimates = Quantiles()  # plain time as estimated / as measured
         self._names: dict[str, dict[str, None]] = {"target_model": {}, "draft_model": {}, "device": {}}
 
-    def add(self, row: Row) -> None:
-        """Count one caption."""
+    def add(self, row: Row, *, first: bool | None = None) -> None:
+        """Count one caption; `first`: of its video in this start, so that videos are counted too."""
         self.captions += 1
-        self.videos += row["prompt_index"] == 0
+        self.videos += row["prompt_index"] == 0 if first is None else first
         self.tokens += row["completion_tokens"]
         self._drafts += row["num_drafts"]
         self._accepted += row["num_accepted_tokens"]

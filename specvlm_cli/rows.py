@@ -86,6 +86,7 @@ def caption_row(
     return {
         "id": claim.item.id,
         "path": path_text(claim.item.path),
+        "input_path": None if claim.item.input_path is None else path_text(claim.item.input_path),
         "start": claim.item.start_s,
         "end": claim.item.end_s,
         "prompt_index": index,

@@ -45,6 +45,12 @@ class RunView:
     problem: str | None = None
     dividing: bool = False
 
+    @property
+    def prompts(self) -> int | None:
+        """How many prompts a video has that brings none of its own; None: that is not known."""
+        prompt = self.settings.get("prompt")
+        return len(prompt) if isinstance(prompt, list) else 1 if isinstance(prompt, str) else None
+
     def ledger(self, shard: int) -> Path:
         """Return where the ledger of a shard is."""
         return self.root / ".specvlm" / f"state-{shard:05d}.db"
@@ -55,7 +61,7 @@ class RunView:
 
     def open(self, shard: int) -> LedgerView:
         """Open the ledger of a shard; see `LedgerView.open`."""
-        return LedgerView.open(self.ledger(shard), self.kept)
+        return LedgerView.open(self.ledger(shard), self.kept, self.prompts or 1)
 
     def files(self, folder: str) -> list[Path]:
         """Return what lies in `captions` or `failures`, by name."""

@@ -324,7 +324,7 @@ class Runner:
         assert self._provenance is not None
         rows = [
             caption_row(claim, index, caption, comparison, made, self._provenance)
-            for index, (caption, comparison) in enumerate(made.captions)
+            for index, (caption, comparison) in zip(self._policy.asked(claim), made.captions, strict=True)
         ]
         self._ledger.finish(claim, rows, _stamp(made))
         self._note_row()
@@ -338,8 +338,8 @@ class Runner:
         self._news.append(partial(self._tell_captioned, claim, rows, longest, made.as_alone is False))
 
     def _tell_captioned(self, claim: Claim, rows: list[Row], stats: CaptionStats, differs: bool) -> None:
-        for row in rows:
-            self.tally.add(row)
+        for number, row in enumerate(rows):
+            self.tally.add(row, first=number == 0)
         self._reporter.captioned(claim, rows)
         if differs:
             self._reporter.warn(

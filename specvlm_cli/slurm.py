@@ -21,6 +21,9 @@ from specvlm_cli.exits import UsageError
 from specvlm_cli.status import array_expression
 from specvlm_cli.text import clean
 
+MOST_TASKS = (
+    1000  # of one array: unless a cluster has another MaxArraySize than 1001, an index is at most 1000
+)
 STOP_BEFORE_S = 300
 MAX_REQUEUES = 5
 CPUS_PER_TASK = 4
@@ -28,9 +31,10 @@ CPUS_PER_TASK = 4
 _PLAIN = re.compile(r"[A-Za-z0-9_./:,=@+%\[\]-]+")
 
 _BODY = r"""
-: "${SLURM_ARRAY_TASK_ID:?this is a job array; submit it with sbatch}"
+: "${SLURM_ARRAY_TASK_ID:?this is a job array; submit it as its first lines say}"
 task="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
-printf -v number '%05d' "$SLURM_ARRAY_TASK_ID"
+shard=$((SLURM_ARRAY_TASK_ID + ${1:-$offset}))
+printf -v number '%05d' "$shard"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"
 
 say() { printf '%s %s\n' "$(date +%FT%T)" "$*"; }
@@ -51,9 +55,9 @@ child= asked=
 trap 'asked=yes; kill -USR1 "$child" 2>/dev/null' USR1
 trap : TERM
 
-say "task $SLURM_ARRAY_TASK_ID of $shards on ${SLURMD_NODENAME:-$HOSTNAME}, requeued ${SLURM_RESTART_COUNT:-0} times"
+say "shard $shard of $shards on ${SLURMD_NODENAME:-$HOSTNAME}, requeued ${SLURM_RESTART_COUNT:-0} times"
 before=$(results)
-"${specvlm[@]}" caption -o "$out" --shard "$SLURM_ARRAY_TASK_ID/$shards" "${first_start[@]}" "${arguments[@]}" \
+"${specvlm[@]}" caption -o "$out" --shard "$shard/$shards" "${first_start[@]}" "${arguments[@]}" \
     </dev/null &
 child=$!
 [[ -z $asked ]] || kill -USR1 "$child"
@@ -151,17 +155,58 @@ def _escaped(byte: int) -> str:
 
 
 def _heading(job: ArrayJob) -> str:
-    return (
-        f"# Printed by specvlm {job.version}: {len(job.tasks)} of {job.shards} shards, one task each. "
-        "Submit with sbatch;\n# submitted again, it goes on where it stopped."
-    )
+    lines = submissions(job)
+    how = f"Save as {_file(job)} and submit with" if lines else "Submit with sbatch;"
+    said = [
+        f"Printed by specvlm {job.version}: {len(job.tasks)} of {job.shards} shards, one task each. {how}",
+        *lines,
+        "submitted again, it goes on where it stopped.",
+    ]
+    return "\n".join(f"# {line}" for line in said)
+
+
+def submissions(job: ArrayJob) -> list[str]:
+    """Return the command lines that submit a saved script, window by window; none where one array holds all tasks.
+
+    An index of an array is a shard less the offset of its window, which the script takes as its argument.
+    """
+    windows = _windows(job.tasks)
+    if len(windows) < 2:
+        return []
+    limit = _limit(job, len(windows))
+    return [
+        f"sbatch --array={array_expression(indexes)}{limit} {_file(job)} {offset}"
+        for offset, indexes in windows.items()
+    ]
+
+
+def _windows(tasks: Sequence[int]) -> dict[int, list[int]]:
+    """Return offset -> indexes in an array, for shards that are an offset and an index."""
+    windows: dict[int, list[int]] = {}
+    for shard in sorted(tasks):
+        windows.setdefault(shard - shard % MOST_TASKS, []).append(shard % MOST_TASKS)
+    return windows
+
+
+def _limit(job: ArrayJob, windows: int) -> str:
+    """Return how many tasks of one array may run, so that those of all windows are as many as asked for."""
+    return "" if job.max_running is None else f"%{max(1, job.max_running // windows)}"
+
+
+def _file(job: ArrayJob) -> str:
+    return f"{job.name}.sbatch"
+
+
+def _array(job: ArrayJob) -> list[tuple[str, str]]:
+    """Return the option that makes an array; where one does not hold all tasks, it comes with each submission."""
+    windows = list(_windows(job.tasks).values()) or [[]]
+    return [("array", array_expression(windows[0]) + _limit(job, 1))] if len(windows) == 1 else []
 
 
 def _directives(job: ArrayJob) -> list[tuple[str, str]]:
-    limit = "" if job.max_running is None else f"%{job.max_running}"
     return [
         ("job-name", job.name),
-        ("array", array_expression(job.tasks) + limit),
+        *_array(job),
         ("output", str(job.logs).replace("%", "%%") + "/%x-%A_%a.log"),
         ("open-mode", "append"),
         ("requeue", ""),
@@ -195,6 +240,7 @@ def _variables(job: ArrayJob) -> str:
         f"out={quoted(str(job.out))}",
         f"logs={quoted(str(job.logs))}",
         f"shards={job.shards}",
+        f"offset={min(_windows(job.tasks), default=0)} # of shards from the array's indexes; an argument goes over it",
         f"max_requeues={job.max_requeues} # in a row, without a new caption or failure in between",
         f"specvlm=({_words(job.program)})",
         f"first_start=({_words(job.first_start)})",

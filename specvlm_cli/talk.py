@@ -65,7 +65,7 @@ class Talk(Voice):
         """Take note of one video that has its captions, one row for each prompt."""
         self._meter.captioned(claim, rows)
         for row in rows if self._verbose else ():
-            number = f" [{row['prompt_index']}]" if len(rows) > 1 else ""
+            number = f" [{row['prompt_index']}]" if len(rows) > 1 or row["prompt_index"] else ""
             self.note(f"{name_of(claim)}{number}: {caption_line(row['caption'])}")
 
     def failed(self, claim: Claim, failure: Failure, trace: str) -> None:
@@ -101,9 +101,9 @@ class Talk(Voice):
             self.note(f"worker: {said}")
 
     @contextmanager
-    def working(self, todo: int) -> Iterator[None]:
-        """Show progress while the block runs."""
-        self._meter, self._is_working = Meter(todo), True
+    def working(self, todo: int, before: tuple[int, int] = (0, 0)) -> Iterator[None]:
+        """Show progress while the block runs; `before`: videos that were done, and that had failed, already."""
+        self._meter, self._is_working = Meter(todo, before=before), True
         try:
             with ExitStack() as stack:
                 if self._progress == "bar":

@@ -156,17 +156,13 @@ class _Shard:
         for item in page.items:
             have = found.get(item.ordinal, [])
             asked = (
-                item.prompts or (self._prompts() if item.ordinal in current else None) or max(len(have), 1)
+                item.prompts or (self._run.prompts if item.ordinal in current else None) or max(len(have), 1)
             )
-            if item.state == "done" and have != list(range(asked)):
+            if item.state == "done" and not set(range(asked)) <= set(have):
                 text = (
                     f"video {clean(item.id)} is done with captions {have or 'none'}, {asked} were asked for"
                 )
                 yield Finding(f"{self._name}: {text}")
-
-    def _prompts(self) -> int | None:
-        prompt = self._run.settings.get("prompt")
-        return len(prompt) if isinstance(prompt, list) else 1 if isinstance(prompt, str) else None
 
     def _part(self, ledger: LedgerView, part: PartView) -> Iterator[Finding]:
         """Look at a part; where something is wrong while a run is at work, look again at what is listed then."""

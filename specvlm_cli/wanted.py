@@ -104,14 +104,15 @@ def _fill(path: Path, items: Iterable[Item], overlapping: bool) -> tuple[int, in
             database.execute(f"PRAGMA {setting}")
         database.execute(
             """CREATE TABLE video (place INTEGER PRIMARY KEY, id TEXT NOT NULL, path BLOB NOT NULL, start_s REAL,
-               end_s REAL, prompts TEXT, kept TEXT, problem TEXT, own_id INTEGER NOT NULL) STRICT"""
+               end_s REAL, prompts TEXT, kept TEXT, problem TEXT, own_id INTEGER NOT NULL,
+               input_path BLOB) STRICT"""
         )
         stored = 0
         for rows in _batches(map(_row, items)):
             database.execute("BEGIN")
             database.executemany(
-                """INSERT INTO video (id, path, start_s, end_s, prompts, kept, problem, own_id)
-                   VALUES (?, ?, ?, ?, ?, ?, ?, ?)""",
+                """INSERT INTO video (id, path, start_s, end_s, prompts, kept, problem, own_id, input_path)
+                   VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)""",
                 rows,
             )
             database.execute("COMMIT")
@@ -137,6 +138,7 @@ def _row(item: Item) -> tuple[Any, ...]:
         item.kept,
         item.problem,
         int(item.own_id),
+        item.input_path,
     )
 
 

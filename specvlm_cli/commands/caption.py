@@ -210,6 +210,10 @@ def _tell_unknown_variables(talk: Talk) -> None:
 def _tell_what_was_left_out(inputs: Inputs, wanted: Wanted, talk: Talk) -> None:
     report = inputs.report
     warn_of_unused_times(inputs, talk.warn)
+    for column, name in inputs.renamed.items():
+        talk.note(
+            f"--keep-columns {clean(column)}: a row has a {clean(column)} of its own, so it is called {clean(name)}"
+        )
     for folder in report.unreadable:
         talk.warn(f"left out, not readable: {folder}")
     if report.more_unreadable:

@@ -12,7 +12,15 @@ import typer
 
 from specvlm_cli.commands.options import output
 from specvlm_cli.exits import ExitCode
-from specvlm_cli.export.request import ROWS_PER_FILE, FailuresName, FormatName, LinkName, Request, format_of
+from specvlm_cli.export.request import (
+    ROWS_PER_FILE,
+    FailuresName,
+    FormatName,
+    LinkName,
+    PathsName,
+    Request,
+    format_of,
+)
 from specvlm_cli.text import clean
 
 if TYPE_CHECKING:
@@ -51,6 +59,14 @@ def export(
         bool,
         typer.Option("--overwrite", help="Replace DEST where it is an earlier export, and nothing else."),
     ] = False,
+    paths: Annotated[
+        PathsName,
+        typer.Option(
+            "--paths",
+            help="How rows name videos: below their input folder, by their absolute path, or as the input named them.",
+            rich_help_panel=_HOW,
+        ),
+    ] = "relative",
     rows_per_file: Annotated[
         int,
         typer.Option(
@@ -93,6 +109,7 @@ def export(
         columns=None if columns is None else tuple(name.strip() for name in columns.split(",")),
         rows_per_file=rows_per_file,
         videos=videos,
+        paths=paths,
     )
     request = replace(request, failures=failures or ("without" if request.one_file else "with"))
     with _progress(quiet) as tick:

@@ -25,7 +25,15 @@ from specvlm_cli.commands.options import command, flag, output
 from specvlm_cli.exits import ExitCode, UsageError
 from specvlm_cli.run_folder import RunFolder
 from specvlm_cli.shard import MOST_SHARDS
-from specvlm_cli.slurm import CPUS_PER_TASK, MAX_REQUEUES, STOP_BEFORE_S, ArrayJob, script
+from specvlm_cli.slurm import (
+    CPUS_PER_TASK,
+    MAX_REQUEUES,
+    MOST_TASKS,
+    STOP_BEFORE_S,
+    ArrayJob,
+    script,
+    submissions,
+)
 from specvlm_cli.talk import STDERR
 from specvlm_cli.text import clean
 
@@ -126,11 +134,24 @@ def slurm(flags: SlurmFlags) -> int:
         print(f"nothing is missing in {clean(str(job.out))}, so there is no script", file=STDERR)
         return ExitCode.OK
     _make_logs(job.logs)
+    _tell_windows(job)
     sys.stdout.flush()
     # It names files, so it is UTF-8 whatever the terminal's encoding is.
     sys.stdout.buffer.write(text.encode())
     sys.stdout.buffer.flush()
     return ExitCode.OK
+
+
+def _tell_windows(job: ArrayJob) -> None:
+    """Say how to submit more tasks than one array may have."""
+    if lines := submissions(job):
+        print(
+            f"warning: {len(job.tasks):,} tasks are more than the {MOST_TASKS:,} that an array may have unless Slurm's "
+            f"MaxArraySize was raised; save the script as {job.name}.sbatch and submit all of them with",
+            *lines,
+            sep="\n",
+            file=STDERR,
+        )
 
 
 def _job(flags: SlurmFlags) -> ArrayJob:

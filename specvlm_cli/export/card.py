@@ -44,6 +44,7 @@ class Config:
 
     name: str
     paths: tuple[str, ...]
+    is_empty: bool = False  # `load_dataset` refuses a table without a row, but where it streams
 
 
 def card(
@@ -108,4 +109,5 @@ def _reading(configs: list[Config]) -> Iterator[str]:
     yield "    from datasets import load_dataset"
     for config in configs:
         name = "" if config.name == "default" else f", {json.dumps(config.name)}"
-        yield f'    {"captions" if not name else config.name} = load_dataset("PATH"{name}, split="train")'
+        how = ", streaming=True" if config.is_empty else ""
+        yield f'    {"captions" if not name else config.name} = load_dataset("PATH"{name}, split="train"{how})'

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from specvlm_cli.exits import UsageError
 from specvlm_cli.ledger_view import Row
-from specvlm_cli.parts import FAILURE_SCHEMA, caption_schema
+from specvlm_cli.parts import caption_schema, failure_schema
 from specvlm_cli.text import clean, storable
 
 MARK = b"specvlm.export"  # in the metadata of every Parquet file of an export
@@ -53,9 +53,10 @@ def caption_columns(kept: Mapping[str, str], wanted: Sequence[str] | None) -> Co
     return Columns(_marked(schema, wanted or schema.names))
 
 
-def failure_columns() -> Columns:
+def failure_columns(kept: Mapping[str, str]) -> Columns:
     """Return the columns of failures."""
-    return Columns(_marked(FAILURE_SCHEMA, FAILURE_SCHEMA.names))
+    schema = failure_schema(kept)
+    return Columns(_marked(schema, schema.names))
 
 
 def _marked(schema: pa.Schema, names: Sequence[str]) -> pa.Schema:

@@ -21,16 +21,17 @@ from specvlm_cli.export.lines import write_csv, write_jsonl
 from specvlm_cli.export.manifest import CARD, Manifest, described, foreign, foreign_file
 from specvlm_cli.export.merge import Index, Merged, Place
 from specvlm_cli.export.names import Names
+from specvlm_cli.export.paths import Paths
 from specvlm_cli.export.request import FormatName, Request, SidecarName
 from specvlm_cli.export.sidecars import write_sidecars
 from specvlm_cli.export.staging import Staging, staged
 from specvlm_cli.export.videofolder import COLUMNS, FILE_NAME, METADATA, VIDEOS, VideoFolder
 from specvlm_cli.ledger import Ledger
 from specvlm_cli.ledger_view import LedgerView, Row
-from specvlm_cli.parts import Parts
+from specvlm_cli.parts import Parts, failure_names
 from specvlm_cli.run_view import RunView, view
 from specvlm_cli.screen.words import counted
-from specvlm_cli.text import clean, path_text
+from specvlm_cli.text import clean, path_bytes, path_text
 
 SCHEMA = 1
 FAILURES = "_failures.jsonl"
@@ -89,7 +90,9 @@ def export(
     with _explained(request.destination), staged(request.destination, _refusal(run, request)) as staging:
         sources, notes = _sources(run, staging.work)
         with Index(
-            staging.work / "index.db", lambda shard: LedgerView.open(sources[shard], run.kept)
+            staging.work / "index.db",
+            lambda shard: LedgerView.open(sources[shard], run.kept),
+            run.prompts or 1,
         ) as index:
             for shard in sources:
                 index.add(shard)
@@ -133,7 +136,7 @@ def _refusal(run: RunView, request: Request) -> Callable[[Path], str | None] | N
     """Return the question whether what stands at a path may be replaced; None where nothing may."""
     if not request.overwrite:
         return None
-    known = [*caption_columns(run.kept, None).names, *failure_columns().names]
+    known = [*caption_columns(run.kept, None).names, *failure_columns(run.kept).names]
 
     def reason(path: Path) -> str | None:
         if path.is_symlink():
@@ -197,6 +200,7 @@ class _Export:
         self._tick = tick
         self._facts = Facts()
         self._merged = index.merged()
+        self._paths = Paths(index.db, request.paths)
 
     def write(self, notes: list[str]) -> Exported:
         """Write it, and return what came of it; `notes` are passed on with what else is to be said."""
@@ -245,11 +249,20 @@ class _Export:
 
     def _watched(self) -> _Captions:
         total = self._merged.captions
-        for number, caption in enumerate(self._facts.watch(self._index.captions()), start=1):
+        found = (
+            (place, self._paths.row(row, place.path, place.times)) for place, row in self._index.captions()
+        )
+        for number, caption in enumerate(self._facts.watch(found), start=1):
             if number % 1000 == 0:
                 self._tick(number, total)
             yield caption
         self._tick(total, total)
+
+    def _failed(self) -> Iterator[Row]:
+        names = failure_names(self._run.kept)
+        for row in self._index.failures():
+            kept = {names[column]: value for column, value in row.pop("kept").items() if column in names}
+            yield self._paths.row(row, path_bytes(row["path"]), (row["start"], row["end"])) | kept
 
     def _columns(self) -> Columns:
         return caption_columns(self._run.kept, self._request.columns)
@@ -258,8 +271,8 @@ class _Export:
 
     def _file(self) -> int:
         only = self._request.failures == "only"
-        columns = failure_columns() if only else self._columns()
-        rows = self._index.failures() if only else (row for _, row in self._watched())
+        columns = failure_columns(self._run.kept) if only else self._columns()
+        rows = self._failed() if only else (row for _, row in self._watched())
         path = self._staging.data
         if self._request.format == "parquet":
             return parquet.write_file(path, columns, rows)
@@ -276,7 +289,9 @@ class _Export:
             return 0, 0, None
         if request.format == "videofolder":
             names = Names(self._index.db, readable=True, keep_extension=True)
-            folder = VideoFolder(root, request.videos, names, manifest)
+            folder = VideoFolder(
+                root, request.videos, names, manifest, name_targets=request.paths == "absolute"
+            )
             folder.write(self._metadata_columns(), self._watched())
             return folder.captions, folder.missing, folder.example
         if request.format != "parquet":
@@ -294,14 +309,14 @@ class _Export:
         return [*COLUMNS, *parts, *(name for name in self._run.kept if name != FILE_NAME)]
 
     def _failures(self, manifest: Manifest) -> int:
-        if self._request.failures == "without" or not (
-            self._merged.failed or self._request.failures == "only"
-        ):
+        if self._request.failures == "without":
             return 0
         root = self._staging.data
-        columns, rows = failure_columns(), self._index.failures()
-        if self._request.format == "parquet":
+        columns, rows = failure_columns(self._run.kept), self._failed()
+        if self._request.format == "parquet":  # also without a row, so that the table can be loaded
             return parquet.write_split(root, "failures", columns, rows, 1, self._merged.failed, manifest)
+        if not self._merged.failed:
+            return 0
         written = write_jsonl(root / FAILURES, columns.names, rows)
         manifest.add(described(root, FAILURES, written))
         return written
@@ -314,11 +329,12 @@ class _Export:
         if request.format == "videofolder":
             configs.append(Config("default", (METADATA, f"{VIDEOS}/**")))
         elif request.failures != "only":
-            configs.append(Config("default", ("data/train-*",)))
-        if request.format == "parquet" and (failures or request.failures == "only"):
-            configs.append(Config("failures", ("failures/train-*",)))
+            configs.append(Config("default", ("data/train-*",), is_empty=not captions))
+        if request.format == "parquet" and request.failures != "without":
+            configs.append(Config("failures", ("failures/train-*",), is_empty=not failures))
         counts = self._counts(captions, failures)
-        text = card("Video captions", configs, self._facts, counts, self._run.settings)
+        settings = self._paths.settings(self._run.settings)
+        text = card("Video captions", configs, self._facts, counts, settings)
         (self._staging.data / CARD).write_text(text, encoding="utf-8", newline="\n")
         manifest.add(described(self._staging.data, CARD))
 

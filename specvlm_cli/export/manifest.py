@@ -35,7 +35,7 @@ class Entry:
     size_bytes: int
     sha256: str | None = None  # None for a video
     rows: int | None = None
-    link: str | None = None  # what a symbolic link points to
+    link: str | None = None  # what a symbolic link points to, empty where that is not told; None: it is none
 
     def as_json(self) -> dict[str, Any]:
         plain = {"name": self.name, "bytes": self.size_bytes, "sha256": self.sha256}

@@ -1,13 +1,14 @@
 """All shards of a run as one list: each caption once, in one order, whatever the history of the ledgers was.
 
 The order is (path, start, end, id, prompt index). Of captions with the same id and prompt index the first by
-`created_at` is taken; a video that has a caption anywhere has not failed. An index of the ledgers is kept in a
+`created_at` is taken; a video that has all its captions anywhere has not failed. An index of the ledgers is kept in a
 SQLite file of our own, so that a million rows take little memory, and rows are fetched from the ledgers in
 batches. It knows ledgers and rows, and no format.
 """
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +28,7 @@ _TABLES = """
 CREATE TABLE video (
     number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, path BLOB NOT NULL, start REAL, "end" REAL,
     rank INTEGER NOT NULL, stage TEXT, error_type TEXT, error TEXT, attempts INTEGER, at TEXT, size_bytes INTEGER,
-    mtime_ns INTEGER, shard INTEGER
+    mtime_ns INTEGER, input_path BLOB, kept TEXT, shard INTEGER
 );
 CREATE INDEX in_order ON video (path, start, "end", id);
 CREATE TABLE caption (
@@ -52,14 +53,19 @@ class Place:
     file: FileStamp  # of the video when it was captioned
     ended_at: str | None  # when that was; ISO 8601
 
+    @property
+    def times(self) -> tuple[float | None, float | None]:
+        """Start and end of the part."""
+        return self.start_s, self.end_s
+
 
 @dataclass(frozen=True, slots=True)
 class Merged:
     """What all shards hold together.
 
     Attributes:
-        captioned: Videos with a caption.
-        failed: Videos without one that have failed.
+        captioned: Videos with all their captions.
+        failed: Videos without all of them that have failed.
         pending: Videos that are still to do.
         captions: Captions, one for each video and prompt.
         doubles: Captions left out because another one of the same video and prompt was made earlier.
@@ -75,10 +81,18 @@ class Merged:
 
 
 class Index:
-    """Where each caption stands. `open_ledger` gives the ledger of a shard, for reading."""
+    """Where each caption stands."""
 
-    def __init__(self, file: Path, open_ledger: Callable[[int], LedgerView]) -> None:
+    def __init__(self, file: Path, open_ledger: Callable[[int], LedgerView], prompts: int = 1) -> None:
+        """Make an empty one in a file of its own.
+
+        Args:
+            file: A new file.
+            open_ledger: Gives the ledger of a shard, for reading.
+            prompts: How many a video has that brings none of its own.
+        """
         self.db = _private(file)
+        self._prompts = prompts
         self._open_ledger = open_ledger
         self._ledgers: OrderedDict[int, LedgerView] = OrderedDict()
         self._seen = 0
@@ -102,14 +116,25 @@ class Index:
             self.db.execute("COMMIT")
 
     def _add_videos(self, shard: int, page: Page) -> None:
-        captioned = {caption.ordinal for caption in page.captions}
+        made: dict[int, set[int]] = {}
+        for caption in page.captions:
+            made.setdefault(caption.ordinal, set()).add(caption.prompt_index)
+        for one in page.items:
+            if one.state == "failed" and one.kept is not None:
+                self._ledger(shard).kept(one.kept)  # refuses what no run has written
+        captioned = {
+            one.ordinal
+            for one in page.items
+            if made.get(one.ordinal, set()).issuperset(range(one.prompts or self._prompts))
+        }
         self.db.executemany(
-            """INSERT INTO video VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+            """INSERT INTO video VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
                ON CONFLICT (id) DO UPDATE SET
                    path = excluded.path, start = excluded.start, "end" = excluded."end",
                    rank = excluded.rank, stage = excluded.stage, error_type = excluded.error_type,
                    error = excluded.error, attempts = excluded.attempts, at = excluded.at,
-                   size_bytes = excluded.size_bytes, mtime_ns = excluded.mtime_ns, shard = excluded.shard
+                   size_bytes = excluded.size_bytes, mtime_ns = excluded.mtime_ns,
+                   input_path = excluded.input_path, kept = excluded.kept, shard = excluded.shard
                WHERE (excluded.rank, coalesce(excluded.at, ''), excluded.shard)
                    < (rank, coalesce(at, ''), shard)""",
             ((*_video(one, one.ordinal in captioned), shard) for one in page.items),
@@ -131,15 +156,15 @@ class Index:
         """Return what all shards hold together."""
         ranks = dict(self.db.execute("SELECT rank, count(*) FROM video GROUP BY rank"))
         captions = int(self.db.execute("SELECT count(*) FROM caption").fetchone()[0])
-        parts = """SELECT EXISTS (SELECT 1 FROM video WHERE rank = ? AND
-                   (start IS NOT NULL OR "end" IS NOT NULL))"""
+        parts = """SELECT EXISTS (SELECT 1 FROM video JOIN caption ON caption.video = video.number
+                   WHERE start IS NOT NULL OR "end" IS NOT NULL)"""
         return Merged(
             captioned=ranks.get(_CAPTIONED, 0),
             failed=ranks.get(_FAILED, 0),
             pending=ranks.get(_PENDING, 0),
             captions=captions,
             doubles=self._seen - captions,
-            segments=bool(self.db.execute(parts, (_CAPTIONED,)).fetchone()[0]),
+            segments=bool(self.db.execute(parts).fetchone()[0]),
         )
 
     def captions(self) -> Iterator[tuple[Place, Row]]:
@@ -167,16 +192,24 @@ class Index:
         return found
 
     def failures(self) -> Iterator[Row]:
-        """Yield every video that has failed and has no caption, as a row of the failures file, in order."""
+        """Yield every video that has failed and lacks a caption, in order, as a row of the failures file.
+
+        Its columns that pass through are in `kept`.
+        """
         cursor = self.db.execute(
-            """SELECT id, path, start, "end", stage, error_type, error, attempts, at
+            """SELECT id, path, input_path, start, "end", stage, error_type, error, attempts, at, kept
                FROM video WHERE rank = ? ORDER BY path, start, "end", id""",
             (_FAILED,),
         )
         names = [column[0] for column in cursor.description]
         for values in cursor:
             row: dict[str, Any] = dict(zip(names, values, strict=True))
-            yield row | {"path": path_text(bytes(row["path"]))}
+            written, kept = row["input_path"], row["kept"]
+            texts = {
+                "path": path_text(bytes(row["path"])),
+                "input_path": written and path_text(bytes(written)),
+            }
+            yield row | texts | {"kept": json.loads(kept) if kept else {}}
 
     def _ledger(self, shard: int) -> LedgerView:
         """Return a ledger, open; of very many shards the one used longest ago is closed."""
@@ -191,7 +224,8 @@ class Index:
 def _video(item: ItemView, captioned: bool) -> tuple[Any, ...]:
     rank = _CAPTIONED if captioned else _FAILED if item.state == "failed" else _PENDING
     why = (item.stage, item.error_type, item.error, item.attempts, item.at)
-    return item.id, item.path, item.start_s, item.end_s, rank, *why, item.size_bytes, item.mtime_ns
+    rest = (item.size_bytes, item.mtime_ns, item.input_path, item.kept if rank == _FAILED else None)
+    return item.id, item.path, item.start_s, item.end_s, rank, *why, *rest
 
 
 def _place(values: tuple[Any, ...]) -> Place:

@@ -13,6 +13,7 @@ FormatName = Literal["parquet", "jsonl", "csv", "txt", "srt", "videofolder"]
 SidecarName = Literal["txt", "srt"]
 FailuresName = Literal["with", "without", "only"]
 LinkName = Literal["symlink", "hardlink", "copy"]
+PathsName = Literal["relative", "absolute", "input"]
 
 ROWS_PER_FILE = 500_000
 _SUFFIXES: dict[str, FormatName] = {".parquet": "parquet", ".jsonl": "jsonl", ".csv": "csv"}
@@ -30,6 +31,7 @@ class Request:
         columns: Columns of the captions, in this order; None: those that suit the format.
         rows_per_file: Most rows of one Parquet file of a folder.
         videos: How videos come into a videofolder.
+        paths: How videos are named: below their input folder, by their absolute path, or as the input named them.
     """
 
     destination: Path
@@ -39,6 +41,7 @@ class Request:
     columns: tuple[str, ...] | None = None
     rows_per_file: int = ROWS_PER_FILE
     videos: LinkName = "symlink"
+    paths: PathsName = "relative"
 
     @property
     def one_file(self) -> bool:

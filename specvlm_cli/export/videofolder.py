@@ -44,7 +44,10 @@ class VideoFolder:
         example: One of those; None: there are none.
     """
 
-    def __init__(self, root: Path, how: LinkName, names: Names, manifest: Manifest) -> None:
+    def __init__(
+        self, root: Path, how: LinkName, names: Names, manifest: Manifest, *, name_targets: bool
+    ) -> None:
+        """`name_targets`: the manifest says what symbolic links point to."""
         self.captions = 0
         self.missing = 0
         self.example: str | None = None
@@ -52,6 +55,7 @@ class VideoFolder:
         self._how = how
         self._names = names
         self._manifest = manifest
+        self._name_targets = name_targets
         (root / VIDEOS).mkdir()
 
     def write(self, columns: Sequence[str], captions: Iterator[tuple[Place, Row]]) -> None:
@@ -85,7 +89,7 @@ class VideoFolder:
         os.makedirs(os.path.dirname(target), exist_ok=True)
         if self._how == "symlink":
             os.symlink(path, os.fsencode(target))
-            self._manifest.add(Entry(name, 0, link=os.fsdecode(path)))
+            self._manifest.add(Entry(name, 0, link=os.fsdecode(path) if self._name_targets else ""))
         elif (size := _put(path, Path(target), self._how, place)) is not None:
             self._manifest.add(Entry(name, size))
         else:

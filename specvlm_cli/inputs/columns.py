@@ -24,7 +24,8 @@ PROMPTS = ("prompt",)
 
 _STARTS, _ENDS = zip(*TIMES, strict=True)
 _LIKE_TIMES = re.compile(
-    r"(.*[_ ])?(time_?stamps?|times?|spans?|segments?|clips?|intervals?|shots?|scenes?|moments?|starts?|ends?)",
+    r"(.*[_ ])?(time_?stamps?|times?|spans?|segments?|clips?|intervals?|shots?|scenes?|moments?|starts?|ends?)"
+    r"([_ ]?(s|ms|secs?|seconds?))?",
     re.IGNORECASE,
 )
 
@@ -152,20 +153,22 @@ def _separated(names: Sequence[str]) -> str:
     return " (cells must be separated by commas)" if len(names) == 1 and set(names[0]) & set(";\t|") else ""
 
 
-def refuse_names(options: InputOptions) -> None:
-    """Refuse columns to keep that a caption's row cannot take.
+def row_names(options: InputOptions) -> dict[str, str]:
+    """Return column to keep -> its name in a caption's row, which has another column of some names already.
 
     Raises:
-        UsageError: It has a column of that name already, or the name is no text.
+        UsageError: A name is no text.
     """
     if not options.keep_columns:
-        return
-    from specvlm_cli.parts import CAPTION_SCHEMA  # brings pyarrow, which nothing else here needs
+        return {}
+    from specvlm_cli.parts import CAPTION_SCHEMA, free_name  # brings pyarrow, which nothing else here needs
 
     for name in options.keep_columns:
-        if name in CAPTION_SCHEMA.names:
-            raise UsageError(
-                f"--keep-columns {name}: a caption's row has a {name} of its own; rename the manifest's column"
-            )
         if not name or storable(name) != name:
             raise UsageError(f"--keep-columns {clean(name)!r} is no name of a column; give another")
+    taken = {*CAPTION_SCHEMA.names, *options.keep_columns}
+    names: dict[str, str] = {}
+    for name in dict.fromkeys(options.keep_columns):
+        names[name] = free_name(name, taken) if name in CAPTION_SCHEMA.names else name
+        taken.add(names[name])
+    return names

@@ -23,18 +23,20 @@ def suffixes_of(extensions: Iterable[str]) -> tuple[bytes, ...]:
 class Files:
     """Videos below one root that are known by name: a single file, or what a glob matched."""
 
-    def __init__(self, root: bytes, names: Iterable[bytes]) -> None:
-        self._root = root
+    def __init__(self, folder: bytes, names: Iterable[bytes]) -> None:
+        """`folder`: the root, as it was given; empty: the current folder."""
+        self._given = folder
+        self._root = os.path.realpath(folder or b".")
         self._names = names
 
     def items(self, report: Report) -> Iterator[Item]:
-        return (Item(item_id(name), os.path.join(self._root, name)) for name in self._names)
+        return (_item(self._root, self._given, name) for name in self._names)
 
 
 def single(path: bytes) -> Files:
     """Return one file given by name; its folder is the root, and it is tried whatever it is called."""
     folder, name = os.path.split(path)
-    return Files(os.path.realpath(folder or b"."), [name])
+    return Files(folder, [name])
 
 
 def matches(pattern: bytes, suffixes: tuple[bytes, ...]) -> Files:
@@ -43,15 +45,20 @@ def matches(pattern: bytes, suffixes: tuple[bytes, ...]) -> Files:
     Raises:
         UsageError: There are none.
     """
-    base = _fixed_folder(pattern) or b"."
-    names = sorted(os.path.relpath(match, base) for match in glob.glob(pattern, recursive=True))
+    base = _fixed_folder(pattern)
+    names = sorted(os.path.relpath(match, base or b".") for match in glob.glob(pattern, recursive=True))
     videos = [name for name in names if name.lower().endswith(suffixes)]
     if not videos:
         what = f"matches {len(names)} files, none with a video extension" if names else "matches nothing"
         raise UsageError(
             f"{shown(pattern)}: {what}; check the pattern, or give --extensions, or manifests by name"
         )
-    return Files(os.path.realpath(base), videos)
+    return Files(base, videos)
+
+
+def _item(root: bytes, given: bytes, name: bytes) -> Item:
+    """Return a video below a root; `given`: the root as it was given."""
+    return Item(item_id(name), os.path.join(root, name), input_path=os.path.join(given, name))
 
 
 def _fixed_folder(pattern: bytes) -> bytes:
@@ -65,6 +72,7 @@ class Folder:
     """The videos below a folder, in the order of their names, each folder's files before its folders."""
 
     def __init__(self, path: bytes, recursive: bool, suffixes: tuple[bytes, ...]) -> None:
+        self._given = path
         self._root = os.path.realpath(path)
         self._recursive = recursive
         self._suffixes = suffixes
@@ -82,8 +90,7 @@ class Folder:
             folder = folders.pop()
             videos, inner = self._listed(folder, report.add_unreadable)
             for name in videos:
-                relative = os.path.join(folder, name)
-                yield Item(item_id(relative), os.path.join(self._root, relative))
+                yield _item(self._root, self._given, os.path.join(folder, name))
             if self._recursive:
                 folders.extend(reversed(list(self._new(folder, inner, seen, report.add_unreadable))))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +19,8 @@ class Item:
         kept: Columns of the manifest that pass through to the caption's row, as a JSON object; None: none.
         problem: Why a manifest's row names no video that could be tried; None: it does.
         own_id: The id is the manifest's: two of them for one file are meant.
+        input_path: The path as it was written in the manifest, or found below the folder as that was given; None: a
+            manifest's row has none.
     """
 
     id: str
@@ -29,6 +31,7 @@ class Item:
     kept: str | None = None
     problem: str | None = None
     own_id: bool = False
+    input_path: bytes | None = field(default=None, compare=False)  # by another name it is the same video
 
 
 def item_id(relative: bytes, start_s: float | None = None, end_s: float | None = None) -> str:

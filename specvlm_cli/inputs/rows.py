@@ -12,6 +12,7 @@ from typing import TypeVar
 from specvlm_cli.inputs.item import Item, item_id
 from specvlm_cli.inputs.values import (
     MOST_CELL_BYTES,
+    MOST_PATH_BYTES,
     CellError,
     Fault,
     is_address,
@@ -21,7 +22,7 @@ from specvlm_cli.inputs.values import (
     prompts_of,
     segment,
 )
-from specvlm_cli.text import clean, short
+from specvlm_cli.text import clean, short, storable
 
 T = TypeVar("T")
 
@@ -89,12 +90,13 @@ class ItemMaker:
             try:
                 yield self._item(path, own, start, end, prompt, kept)
             except CellError as error:
-                yield self._problem(number, path, own, start, end, str(error))
+                yield self._problem(number, path, own, start, end, kept, str(error))
 
     def _item(
         self, path: object, own: object, start: object, end: object, prompt: object, kept: object
     ) -> Item:
-        relative, absolute = self._root.place(_local(path_of(path)))
+        written = _local(path_of(path))
+        relative, absolute = self._root.place(written)
         start_s, end_s = (None, None) if start is None and end is None else segment(start, end)
         identity = None if own is None else own_id(own)
         return Item(
@@ -106,6 +108,7 @@ class ItemMaker:
             None if kept is None else self._kept_text(kept),
             None,
             identity is not None,
+            written,
         )
 
     def _kept_text(self, values: object) -> str:
@@ -119,7 +122,7 @@ class ItemMaker:
         return text
 
     def _problem(
-        self, number: int, path: object, own: object, start: object, end: object, reason: str
+        self, number: int, path: object, own: object, start: object, end: object, kept: object, reason: str
     ) -> Item:
         """Return the item of a row that cannot be used, with what of it is usable."""
         given = _usable(path_of, path)
@@ -134,8 +137,10 @@ class ItemMaker:
             stable or self._row_id(number),
             absolute,
             *(times or (None, None)),
+            kept=None if kept is None else _usable(self._kept_text, kept),
             problem=f"{clean(os.fsdecode(self._name))} {self._unit} {number}: {reason}",
             own_id=identity is not None,
+            input_path=given if given is not None else _as_written(path),
         )
 
     def _row_id(self, number: int) -> str:
@@ -152,6 +157,15 @@ def _local(path: bytes) -> bytes:
 def refused_address(address: str) -> str:
     """Return the line that says why an address is not read."""
     return f"{short(address, 300)}: remote addresses are not read; download the video and give its path"
+
+
+def _as_written(path: object) -> bytes | None:
+    """Return what stands where a path should, as far as it is text; None: nothing does."""
+    if path is None or isinstance(path, Fault):
+        return None
+    if isinstance(path, bytes):
+        return path[:MOST_PATH_BYTES]
+    return storable(str(path)[:MOST_PATH_BYTES]).encode()
 
 
 def _usable(meaning: Callable[..., T], *cells: object) -> T | None:

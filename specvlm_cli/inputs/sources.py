@@ -17,7 +17,7 @@ from itertools import chain
 from typing import BinaryIO, Protocol
 
 from specvlm_cli.exits import UsageError
-from specvlm_cli.inputs.columns import asked_columns, refuse_names
+from specvlm_cli.inputs.columns import asked_columns, row_names
 from specvlm_cli.inputs.csv_manifest import CsvManifest
 from specvlm_cli.inputs.folders import Folder, matches, parts_in, shown, single, suffixes_of
 from specvlm_cli.inputs.item import Item
@@ -58,17 +58,17 @@ class RowReader(Protocol):
 class Manifest:
     """The videos that a manifest names; its folder is the root."""
 
-    def __init__(self, path: bytes, options: InputOptions) -> None:
-        """Open and check it.
+    def __init__(self, path: bytes, options: InputOptions, names: Mapping[str, str]) -> None:
+        """Open and check it; `names` are those that kept columns have in a caption's row.
 
         Raises:
             UsageError: It is not readable, or lacks a column that is needed.
         """
         self._reader = _reader(path, options)
         folder, name = os.path.split(path)
-        self._maker = ItemMaker(name, self._reader.unit, Root(folder or b"."), tuple(self._reader.kept))
+        self.kept = {names[column]: kind for column, kind in self._reader.kept.items()}
+        self._maker = ItemMaker(name, self._reader.unit, Root(folder or b"."), tuple(self.kept))
         self.shown = shown(path)
-        self.kept = self._reader.kept
         self.unused_times = self._reader.unused_times
 
     def items(self, report: Report) -> Iterator[Item]:
@@ -118,7 +118,9 @@ class Inputs:
     """The videos that INPUT arguments name.
 
     Attributes:
-        kept: Column that passes through from manifests -> `bool`, `int64`, `float64` or `string`.
+        kept: Column that passes through from manifests, by its name in a caption's row -> `bool`, `int64`, `float64`
+            or `string`.
+        renamed: Column of a manifest -> its name in a caption's row, where that is another.
         report: What was seen beside the videos; filled while they are read.
     """
 
@@ -139,7 +141,8 @@ class Inputs:
         self._suffixes = suffixes_of(options.extensions)
         self._stdin = stdin
         self.report = Report()
-        refuse_names(options)
+        self._names = row_names(options)
+        self.renamed = {column: name for column, name in self._names.items() if name != column}
         if given.count(STDIN) > 1:
             raise UsageError(f"{STDIN} was given {given.count(STDIN)} times; standard input is read once")
         sources = [(one, self._sources_of(one)) for one in given]
@@ -157,7 +160,7 @@ class Inputs:
             return [Lines(self._stdin or _standard_input())]
         if os.path.isdir(path):
             if parts := parts_in(path, self._suffixes):
-                return [Manifest(part, self._options) for part in parts]
+                return [Manifest(part, self._options, self._names) for part in parts]
             return [Folder(path, self._options.recursive, self._suffixes)]
         if os.path.lexists(path):
             return [self._file(path)]
@@ -165,7 +168,7 @@ class Inputs:
             raise UsageError(refused_address(given))
         if glob.has_magic(path):
             if path.lower().endswith(b".parquet") and (found := sorted(glob.glob(path, recursive=True))):
-                return [Manifest(one, self._options) for one in found]
+                return [Manifest(one, self._options, self._names) for one in found]
             return [matches(path, self._suffixes)]
         raise UsageError(
             f"{clean(given) or repr(given)}: no such file or folder; give a video, a folder, a manifest or a "
@@ -174,7 +177,7 @@ class Inputs:
 
     def _file(self, path: bytes) -> Source:
         if path.lower().endswith(_MANIFESTS):
-            return Manifest(path, self._options)
+            return Manifest(path, self._options, self._names)
         if path.lower().endswith(_LIST):
             return _path_list(path)
         if _PACKED.search(path):

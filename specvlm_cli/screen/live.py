@@ -134,13 +134,15 @@ def flowing(pieces: Iterable[Piece], width: int, start: Text | None = None) -> l
 
 def _bar(standing: Standing, width: int) -> Text:
     length = min(max(width // 4, _SHORTEST_BAR), _LONGEST_BAR, width)
-    done = length * min(standing.ended, standing.todo) // max(standing.todo, 1)
+    ended, todo = standing.shown
+    done = length * min(ended, todo) // max(todo, 1)
     return Text.assemble(("━" * done, "cyan"), ("─" * (length - done), "dim"))
 
 
 def _progress(standing: Standing) -> list[Piece]:
     done, failed, *rest = progress(standing)
-    return [Piece(done, "bold"), Piece(failed, "red" if standing.failed else ""), *map(Piece, rest)]
+    some = standing.failed or standing.before.failed
+    return [Piece(done, "bold"), Piece(failed, "red" if some else ""), *map(Piece, rest)]
 
 
 def _kinds(standing: Standing) -> list[Piece]:

@@ -1,6 +1,7 @@
-"""How far a start is: counts, videos per hour, tokens per second, time left, speedup so far. Knows no terminal.
+"""How far a run is: counts, videos per hour, tokens per second, time left, speedup so far. Knows no terminal.
 
-The work tells it what ends, another thread asks how things stand. Neither takes longer the more there is.
+Counts begin with what earlier starts did; rates and all other figures are of this start alone. The work tells it what
+ends, another thread asks how things stand. Neither takes longer the more there is.
 """
 
 from __future__ import annotations
@@ -37,6 +38,13 @@ class Ended(NamedTuple):
     tokens: int = 0
 
 
+class Before(NamedTuple):
+    """Videos that were done, or had failed, before this start."""
+
+    done: int = 0
+    failed: int = 0
+
+
 class _Mark(NamedTuple):
     at_s: float
     ended: Ended
@@ -58,6 +66,7 @@ class Standing:
         todo: Videos to work on.
         captioned: Of those, how many have a caption now.
         failed: Of those, how many have failed.
+        before: What earlier starts did of the same inputs, and is left as it is.
         elapsed_s: Time since the work began.
         rates: How fast it goes, lately.
         running: Speedup and accepted tokens so far.
@@ -69,6 +78,7 @@ class Standing:
     todo: int
     captioned: int = 0
     failed: int = 0
+    before: Before = Before()  # noqa: RUF009  immutable
     elapsed_s: float = 0.0
     rates: Rates = field(default_factory=Rates)
     running: Running = field(default_factory=Running)
@@ -78,7 +88,14 @@ class Standing:
 
     @property
     def ended(self) -> int:
+        """Videos that this start is done with."""
         return self.captioned + self.failed
+
+    @property
+    def shown(self) -> tuple[int, int]:
+        """Videos that this start and earlier ones are done with, and how many that will be in the end."""
+        before = self.before.done + self.before.failed
+        return before + self.ended, before + self.todo
 
 
 class Pace:
@@ -133,8 +150,12 @@ def _rates(first: Ended, last: Ended, seconds: float) -> Rates:
 class Meter:
     """Counts what ends, and says how things stand."""
 
-    def __init__(self, todo: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, todo: int, clock: Callable[[], float] = time.monotonic, before: tuple[int, int] = (0, 0)
+    ) -> None:
+        """`before`: videos that were done, and that had failed, before this start."""
         self._clock = clock
+        self._before = Before(*before)
         self._lock = threading.RLock()  # a signal may come while it is held
         self._todo = todo
         self._captioned = 0
@@ -184,6 +205,7 @@ class Meter:
                 todo=self._todo,
                 captioned=self._captioned,
                 failed=self._failed,
+                before=self._before,
                 elapsed_s=now_s - self._started_s,
                 rates=self._pace.overall() if is_over else self._pace.rates(now_s),
                 running=self._tally.running(),
@@ -205,7 +227,8 @@ def line(standing: Standing) -> str:
 
 def progress(standing: Standing) -> list[str]:
     """Return how many of how many, how fast, and how long still."""
-    parts = [f"{standing.ended}/{standing.todo}", f"{standing.failed} failed"]
+    ended, todo = standing.shown
+    parts = [f"{ended}/{todo}", f"{standing.before.failed + standing.failed} failed"]
     each_s, videos_per_hour, tokens_per_s = standing.rates
     if each_s is None:
         return [*parts, "time left not known yet"] if standing.todo else parts

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import sqlite3
 import subprocess
 import sys
@@ -57,7 +58,7 @@ def test_columns_are_those_of_the_contract(specvlm: Specvlm, videos: Path, out: 
     table = pq.read_table(out / "captions")
     assert table.schema.equals(CAPTION_SCHEMA)
     assert " ".join(table.column_names) == (
-        "id path start end prompt_index caption finish_reason target_model target_revision draft_model "
+        "id path input_path start end prompt_index caption finish_reason target_model target_revision draft_model "
         "method prompt prompt_sha256 config_hash specvlm_version run_id created_at duration_s fps width "
         "height video_backend flags num_frames frame_times_s video_tokens video_tokens_kept compressor "
         "compression_ratio prompt_tokens completion_tokens num_drafts "
@@ -69,7 +70,9 @@ def test_columns_are_those_of_the_contract(specvlm: Specvlm, videos: Path, out: 
     assert all(table.column(name).null_count == 0 for name in ("created_at", "decode_s", "exact_match"))
     failures = pq.read_table(out / "failures")
     assert failures.schema.equals(FAILURE_SCHEMA)
-    assert " ".join(failures.column_names) == "id path start end stage error_type error attempts at"
+    assert (
+        " ".join(failures.column_names) == "id path input_path start end stage error_type error attempts at"
+    )
 
 
 def test_parts_describe_themselves_to_hugging_face(specvlm: Specvlm, videos: Path, out: Path) -> None:
@@ -264,7 +267,7 @@ def test_an_older_ledger_is_brought_up_to_date(specvlm: Specvlm, videos: Path, o
     specvlm("caption", videos, "-o", out)
     with sqlite3.connect(out / ".specvlm" / "state-00000.db") as database:
         database.execute("ALTER TABLE part DROP COLUMN outdated")
-        for column in ("prompts", "kept", "size_bytes", "mtime_ns"):
+        for column in ("prompts", "kept", "size_bytes", "mtime_ns", "partly", "input_path"):
             database.execute(f"ALTER TABLE item DROP COLUMN {column}")
         database.execute("PRAGMA user_version = 1")
     database.close()
@@ -732,3 +735,12 @@ def test_a_known_video_given_through_another_folder_is_not_captioned_again(
     for given in (videos, videos / "more", videos / "more" / "d.mkv"):
         assert specvlm("caption", given, "-o", out).code == 0
         assert snapshot(out) == before
+
+
+def test_progress_after_a_resume_counts_from_what_was_done(specvlm: Specvlm, videos: Path, out: Path) -> None:
+    (videos / "a.mp4").write_text("text")
+    specvlm("caption", videos, "-o", out, "--limit", 2)
+    said = specvlm("caption", videos, "-o", out, "--progress", "log").err
+    assert re.search(r"^4/4 · 1 failed · ", said, re.MULTILINE)
+    anew = specvlm("caption", videos, "-o", out, "--overwrite", "--progress", "log").err
+    assert re.search(r"^4/4 · 1 failed · ", anew, re.MULTILINE)

@@ -12,14 +12,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from specvlm_cli.parts import CAPTION_SCHEMA, caption_schema
+from specvlm_cli.parts import CAPTION_SCHEMA, FAILURE_SCHEMA, caption_schema
 from tests.cli import invariants
 from tests.cli.conftest import Specvlm, rows, snapshot
 from tests.cli.made import Video, make_run
 
 FOURTH = ("compressor", "compression_ratio")  # columns that came with the fourth step of the ledger
 FIFTH = ("estimated_token_s", "mean_batch_size")
-NEW = (*FOURTH, *FIFTH)
+SEVENTH = ("input_path",)
+NEW = (*FOURTH, *FIFTH, *SEVENTH)
 OLD_SCHEMA = pa.schema(
     [field for field in CAPTION_SCHEMA if field.name not in NEW], metadata=CAPTION_SCHEMA.metadata
 )
@@ -27,13 +28,19 @@ OLD_SCHEMA = pa.schema(
 
 def age(out: Path, steps: int = 3) -> None:
     """Turn a run folder into what a version of so many steps would have left: no newer columns, in no file."""
-    new = {3: NEW, 4: FIFTH}[steps]
-    for path in sorted((out / "captions").glob("part-*.parquet")):
-        pq.write_table(pq.read_table(path).drop_columns(list(new)), path, compression="zstd")
+    new = {3: NEW, 4: (*FIFTH, *SEVENTH), 5: SEVENTH}[steps]
+    for path in sorted(out.glob("[cf]*/part-*.parquet")):
+        table = pq.read_table(path)
+        pq.write_table(
+            table.drop_columns([name for name in new if name in table.column_names]), path, compression="zstd"
+        )
     for ledger in sorted((out / ".specvlm").glob("state-*.db")):
         with closing(sqlite3.connect(ledger, isolation_level=None)) as database:
-            paths = ", ".join(f"'$.{name}'" for name in new)
-            database.execute(f"UPDATE caption SET row = json_remove(row, {paths})")
+            database.executemany(
+                "UPDATE caption SET row = json_remove(row, ?)", [(f"$.{name}",) for name in new]
+            )
+            for column in ("partly", "input_path"):
+                database.execute(f"ALTER TABLE item DROP COLUMN {column}")
             for (name,) in database.execute("SELECT name FROM part").fetchall():
                 content = (out / name).read_bytes()
                 values = (hashlib.sha256(content).hexdigest(), len(content), name)
@@ -78,13 +85,13 @@ def test_export_has_the_new_columns_without_a_value(
     assert specvlm("export", old, dest, "--format", kind, "--columns", f"id,{','.join(NEW)}").code == 0
     if kind == "parquet":
         table = pq.read_table(dest / "data")
-        assert table.schema.types == [pa.string(), pa.string(), *[pa.float64()] * 3]
-        assert [row[name] for row in table.to_pylist() for name in NEW] == [None] * 8
+        assert table.schema.types == [pa.string(), pa.string(), *[pa.float64()] * 3, pa.string()]
+        assert [row[name] for row in table.to_pylist() for name in NEW] == [None] * 10
     elif kind == "jsonl":
         lines = [json.loads(line) for line in dest.read_text().splitlines()]
-        assert [row[name] for row in lines for name in NEW] == [None] * 8
+        assert [row[name] for row in lines for name in NEW] == [None] * 10
     else:
-        assert [line.split(",")[1:] for line in dest.read_text().splitlines()[1:]] == [[""] * 4] * 2
+        assert [line.split(",")[1:] for line in dest.read_text().splitlines()[1:]] == [[""] * 5] * 2
 
 
 def test_it_goes_on_and_all_its_parts_have_one_schema(specvlm: Specvlm, old: Path, videos: Path) -> None:
@@ -100,7 +107,7 @@ def test_it_goes_on_and_all_its_parts_have_one_schema(specvlm: Specvlm, old: Pat
     assert verified(specvlm, old)
 
 
-@pytest.mark.parametrize("steps", [3, 4])
+@pytest.mark.parametrize("steps", [3, 4, 5])
 def test_a_finished_one_is_brought_up_to_date_once(
     specvlm: Specvlm, videos: Path, out: Path, steps: int
 ) -> None:
@@ -167,3 +174,14 @@ def test_a_kept_column_of_a_newer_name_stays_the_manifests(
     refused = specvlm("caption", videos, "-o", out, "--preset", "demo", "--on-config-change", "reuse")
     assert (refused.code, refused.err.count("\n")) == (2, 1)
     assert "--keep-columns compressor, which a row has of its own by now" in refused.err
+
+
+def test_failures_get_the_new_column_too(specvlm: Specvlm, old: Path, videos: Path) -> None:
+    before = rows(old, "failures")
+    assert "input_path" not in before[0]
+    assert specvlm("caption", videos, "-o", old).code == 3
+    (failed,) = rows(old, "failures")
+    assert failed == before[0] | {"input_path": str(videos / "a.mp4")}
+    assert pq.read_schema(old / "failures/part-00000.parquet").equals(FAILURE_SCHEMA)
+    assert {row["input_path"] for row in rows(old)} == {None, str(videos / "more/d.mkv")}
+    assert verified(specvlm, old)

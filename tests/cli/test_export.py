@@ -130,7 +130,7 @@ def test_parquet_is_a_dataset_of_the_hub(specvlm: Specvlm, made: Path, tmp_path:
     features = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"]
     assert list(features) == table.schema.names
     failed = pq.read_table(target / "failures/train-00000-of-00001.parquet")
-    assert failed.schema.equals(FAILURE_SCHEMA)
+    assert failed.schema.names == [*FAILURE_SCHEMA.names, "topic", "score", "=cmd"]
     assert failed.column("id").to_pylist() == ["f"]
     found = manifest(target)
     assert found["counts"] == {
@@ -144,6 +144,27 @@ def test_parquet_is_a_dataset_of_the_hub(specvlm: Specvlm, made: Path, tmp_path:
         content = (target / entry["name"]).read_bytes()
         assert entry["sha256"] == hashlib.sha256(content).hexdigest()
         assert entry["bytes"] == len(content)
+
+
+def test_without_a_failure_there_is_a_table_of_them_without_a_row(
+    specvlm: Specvlm, videos: Path, out: Path, tmp_path: Path
+) -> None:
+    specvlm("caption", videos, "-o", out)
+    for which, tables in (("with", ["default", "failures"]), ("without", ["default"])):
+        target = tmp_path / which
+        found = specvlm("export", out, target, "--failures", which, "--json").json
+        assert (found["captions"], found["failures"]) == (4, 0)
+        card = (target / "README.md").read_text()
+        assert [one["config_name"] for one in yaml.safe_load(card.split("---\n")[1])["configs"]] == tables
+        assert (target / "failures").exists() == (which == "with")
+        assert ('load_dataset("PATH", "failures", split="train", streaming=True)' in card) == (
+            which == "with"
+        )
+    table = pq.read_table(tmp_path / "with/failures/train-00000-of-00001.parquet")
+    assert (table.num_rows, table.schema.names) == (0, FAILURE_SCHEMA.names)
+    assert "huggingface" in str(table.schema.metadata)
+    assert specvlm("export", out, tmp_path / "texts", "--format", "txt").code == 0
+    assert not (tmp_path / "texts/_failures.jsonl").exists()
 
 
 def test_card_tells_datasets_where_the_tables_are(specvlm: Specvlm, made: Path, tmp_path: Path) -> None:
@@ -351,7 +372,7 @@ def test_failures_beside_or_alone_or_not_at_all(specvlm: Specvlm, made: Path, tm
     assert [row["error"] for row in read_csv(tmp_path / "f.csv")] == ["no frame can be decoded"]
     specvlm("export", made, tmp_path / "t", "--format", "txt")
     found = [json.loads(line) for line in (tmp_path / "t/_failures.jsonl").read_text().splitlines()]
-    assert [row["path"] for row in found] == ["/v/y/f.mp4"]
+    assert [row["path"] for row in found] == ["y/f.mp4"]
 
 
 # Shards and doubles
@@ -661,7 +682,8 @@ def test_videofolder_holds_videos_and_a_row_for_each(
     specvlm: Specvlm, shot: Path, tmp_path: Path, how: str
 ) -> None:
     target = tmp_path / "dest"
-    done = specvlm("export", shot, target, "--format", "videofolder", "--videos", how, "--json")
+    flags = ("--format", "videofolder", "--videos", how, "--paths", "absolute", "--json")
+    done = specvlm("export", shot, target, *flags)
     assert done.json["missing_videos"] == 1
     assert "gone.mp4" in done.json["notes"][0]
     rows = [json.loads(line) for line in (target / "metadata.jsonl").read_text().splitlines()]

@@ -511,9 +511,10 @@ def test_kept_columns_agree_between_manifests(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["caption", "path", "id", "device"])
-def test_a_column_that_captions_have_is_not_kept(manifest: Path, name: str) -> None:
+def test_a_column_that_captions_have_is_kept_under_another_name(manifest: Path, name: str) -> None:
     written(manifest, [{"path": "a.mp4", name: "x"}])
-    assert f"a caption's row has a {name} of its own" in refusal(manifest, keep_columns=(name,))
+    new = "input_input_path" if name == "path" else f"input_{name}"
+    assert kept(manifest, name, name) == ({new: "string"}, [{new: "x"}])
 
 
 def test_a_column_that_is_asked_for_twice_is_kept_once(manifest: Path) -> None:
@@ -805,6 +806,7 @@ UNUSED = [
     ("csv", "path,sometimes,legend,friend\na.mp4,1,2,3\n", []),
     ("jsonl", '{"video": "a.mp4", "segments": [[0, 1]], "clip": {"span": [1, 2]}}\n', ["segments", "clip"]),
     ("jsonl", '{"clip_path": "a.mp4", "clip_id": 7}\n', []),
+    ("csv", "path,start_sec,end_s\na.mp4,1,2\n", ["start_sec", "end_s"]),
 ]
 
 

@@ -78,6 +78,51 @@ def test_what_a_task_asks_for(specvlm: Specvlm, out: Path) -> None:
     ]
 
 
+def test_an_array_of_a_thousand_tasks_is_one(specvlm: Specvlm, out: Path) -> None:
+    assert "--array=0-999" in directives(specvlm("slurm", out, "--shards", 1000, *CAPTION))
+
+
+@pytest.mark.parametrize("shards", [1001, 2500])
+def test_more_tasks_than_an_array_has_are_submitted_by_the_lines_that_are_printed(
+    specvlm: Specvlm, out: Path, shards: int
+) -> None:
+    result = specvlm("slurm", out, "--shards", shards, "--name", "films", "--max-running", 40, *CAPTION)
+    warning, *lines = result.err.splitlines()
+    assert (result.code, warning.startswith(f"warning: {shards:,} tasks are more than")) == (0, True)
+    assert "save the script as films.sbatch" in warning
+    assert "#SBATCH --array" not in result.out, (
+        "submitted without these lines, not a part of it may pass for all"
+    )
+    assert all(f"# {line}\n" in result.out for line in lines)
+    submitted: list[int] = []
+    limits = 0
+    for line in lines:
+        first, last, limit, offset = map(
+            int,
+            re.fullmatch(r"sbatch --array=(\d+)(?:-(\d+))?%(\d+) films.sbatch (\d+)", line).groups("0"),  # type: ignore[union-attr]
+        )
+        assert max(first, last) < 1001
+        submitted += range(offset + first, offset + max(first, last) + 1)
+        limits += limit
+    assert submitted == list(range(shards))
+    assert limits <= 40
+    checked = subprocess.run(["bash", "-n"], input=result.out, capture_output=True, text=True, check=False)
+    assert (checked.returncode, checked.stderr) == (0, "")
+
+
+def test_missing_shards_of_several_windows(
+    specvlm: Specvlm, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin(out, 3000)
+    monkeypatch.setattr("specvlm_cli.status.missing_shards", lambda _: (7, 999, 1000, 1002, 2500))
+    said = specvlm("slurm", out, "--only-missing", *CAPTION).err.splitlines()[1:]
+    assert said == [
+        "sbatch --array=7,999 specvlm.sbatch 0",
+        "sbatch --array=0,2 specvlm.sbatch 1000",
+        "sbatch --array=500 specvlm.sbatch 2000",
+    ]
+
+
 def test_no_gpu(specvlm: Specvlm, out: Path) -> None:
     said = directives(specvlm("slurm", out, "--shards", 2, "--gpus-per-task", 0, *CAPTION))
     assert not [line for line in said if line.startswith("--gres")]

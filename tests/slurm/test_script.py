@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from specvlm_cli.exits import UsageError
-from specvlm_cli.slurm import ArrayJob, quoted, script
+from specvlm_cli.slurm import ArrayJob, quoted, script, submissions
 
 HOSTILE = [
     "with space",
@@ -50,8 +50,10 @@ class Bench:
     root: Path
     job: ArrayJob
 
-    def start(self, job: ArrayJob | None = None, plan: str = "exit 0", state: str = "RUNNING") -> Running:
-        """Start task 3 of the job."""
+    def start(
+        self, job: ArrayJob | None = None, plan: str = "exit 0", state: str = "RUNNING", *words: str
+    ) -> Running:
+        """Start task 3 of the job; `words` follow the script's name on the line that submits it."""
         variables = {
             "PATH": f"{self.root}/bin:{os.environ['PATH']}",
             "SEEN": str(self.root),
@@ -66,7 +68,11 @@ class Bench:
         path.write_bytes(text)
         return Running(
             subprocess.Popen(
-                ["bash", path], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=variables, text=True
+                ["bash", path, *words],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                env=variables,
+                text=True,
             )
         )
 
@@ -276,7 +282,26 @@ def test_outside_an_array_it_says_so(bench: Bench) -> None:
         timeout=30,
     )
     assert done.returncode != 0
-    assert "submit it with sbatch" in done.stderr
+    assert "this is a job array; submit it as its first lines say" in done.stderr
+
+
+def test_a_window_of_shards_has_its_offset_for_an_argument(bench: Bench) -> None:
+    job = replace(bench.job, shards=2500, tasks=range(2500), max_requeues=0)
+    (bench.root / "out" / "captions" / "part-02003-00000.parquet").touch()
+    ended = bench.start(job, "exit 75", "RUNNING", "2000").end()
+    assert bench.arguments()[0][:5] == ["caption", "-o", f"{bench.root}/out", "--shard", "2003/2500"]
+    assert ended.said.startswith("20")
+    assert "shard 2003 of 2500 on" in ended.said
+    bench.run(job)
+    assert bench.arguments()[1][4] == "3/2500"
+
+
+def test_shards_of_one_window_need_no_argument(bench: Bench) -> None:
+    job = replace(bench.job, shards=2500, tasks=[1003, 1999])
+    assert submissions(job) == []
+    assert "#SBATCH --array=3,999\n" in script(job)
+    bench.run(job)
+    assert bench.arguments()[0][4] == "1003/2500"
 
 
 def test_directives(bench: Bench) -> None:

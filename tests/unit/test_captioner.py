@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import specvlm
 from specvlm.captioner import Captioner
@@ -120,6 +121,126 @@ def test_frames_of_another_shape_are_refused(captioner: Captioner) -> None:
     ):
         with pytest.raises(specvlm.ConfigError, match="frames"):
             captioner.caption(frames)
+
+
+@pytest.mark.parametrize(
+    ("video", "said"),
+    [
+        (["a.mp4"], "video=['a.mp4'] is of type list; give one path, or Frames; for several videos there is"),
+        (np.zeros((2, 28, 28, 3), np.uint8), "is of type ndarray; give one path, or Frames"),
+        (None, "video=None is of type NoneType"),
+        (3, "video=3 is of type int"),
+        (specvlm.FrameSettings(), "is of type FrameSettings"),
+    ],
+)
+def test_what_is_no_video_is_refused(captioner: Captioner, video: Any, said: str) -> None:
+    for call in (
+        lambda: captioner.caption(video),
+        lambda: list(captioner.stream(video)),
+        lambda: captioner.prepare(video, "Hi."),
+        lambda: captioner.session(video, ["Hi."]),
+        lambda: captioner.caption_prompts(video, ["Hi."]),
+        lambda: list(captioner.caption_many([video])),
+    ):
+        with pytest.raises(specvlm.ConfigError) as error:
+            call()
+        assert said in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"frames": {"num_frames": 8}}, "frames={'num_frames': 8} is of type dict; give FrameSettings, e.g."),
+        ({"frames": 8}, "frames=8 is of type int; give FrameSettings"),
+        ({"prompt": 5}, "prompt=5 is of type int; give a text"),
+        (
+            {"prompt": ["What moves?"]},
+            "prompt=['What moves?'] is of type list; give a text; for several prompts",
+        ),
+        ({"prompt": b"Hi."}, "is of type bytes"),
+        ({"system": 1}, "system=1 is of type int"),
+        ({"speculate": "no"}, "speculate='no' is of type str; give True, or False"),
+        ({"time_limit_s": -1}, "time_limit_s=-1 is out of range; give seconds"),
+        ({"time_limit_s": "60s"}, "time_limit_s='60s' is not a number"),
+        ({"max_new_tokens": -1}, "max_new_tokens=-1 is out of range"),
+        ({"pruner": None}, "pruner=None is unknown"),
+        ({"tree": ["chain"]}, "tree=['chain'] is unknown"),
+        ({"prune_ratio": np.zeros((99, 9))}, "is not a number; give a share"),
+        ({"top_p": True}, "top_p=True is not a number"),
+    ],
+)
+def test_arguments_of_another_type_are_refused_in_one_line(
+    captioner: Captioner, options: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(specvlm.ConfigError) as error:
+        captioner.caption("/no/such/video.mp4", **options)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"end_s": "1:00"}, {"start_s": -1.0}, {"fps": "2"}, {"fps": -2}, {"num_frames": -1}, {"backend": 1}],
+)
+def test_frame_settings_of_another_type_are_refused(options: dict[str, Any]) -> None:
+    (name,) = options
+    with pytest.raises(specvlm.ConfigError, match=name.replace("_", ".")):
+        specvlm.FrameSettings(**options)
+
+
+def test_what_is_no_list_of_videos_or_prompts_is_refused(captioner: Captioner) -> None:
+    frames = random_frames(1)
+    for videos in (frames, captioner.prepare(frames, "Hi."), "a.mp4", 3, None):
+        with pytest.raises(specvlm.ConfigError, match="give a list of videos"):
+            captioner.caption_many(videos)  # type: ignore[arg-type]
+    for prompts in ("Hi.", [], 3, None, {"Hi."}):
+        with pytest.raises(specvlm.ConfigError, match="give at least one, in a list"):
+            captioner.session(frames, prompts)  # type: ignore[arg-type]
+    with pytest.raises(specvlm.ConfigError, match="prompt=3 is of type int"):
+        captioner.session(frames, ["Hi.", 3])  # type: ignore[list-item]
+    with pytest.raises(specvlm.ConfigError, match="index='0' is not a whole number"):
+        captioner.session(frames, ["Hi."]).caption("0")  # type: ignore[arg-type]
+
+
+def test_times_that_are_none_are_refused(captioner: Captioner) -> None:
+    good = random_frames(1)
+    count = len(good.pixels)
+    for times in (None, ["0:01"] * count, np.full(count, np.nan), -np.arange(count), np.zeros((count, 1))):
+        with pytest.raises(specvlm.ConfigError, match="frames"):
+            captioner.caption(good._replace(times_s=times))  # type: ignore[arg-type]
+    with pytest.raises(specvlm.ConfigError, match=r"frames\.pixels"):
+        captioner.caption(good._replace(pixels=good.pixels.tolist()))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"target": None}, "target=None is of type NoneType; give a preset's name, a hub id or a folder"),
+        ({"target": 7}, "target=7 is of type int"),
+        ({"target": "demo", "draft": False}, "draft=False is of type bool"),
+        ({"target": "demo", "revision": 3}, "revision=3 is of type int"),
+        ({"target": "demo", "dtype": torch.float32}, "dtype=torch.float32 is unknown; choose one of auto"),
+        ({"target": "demo", "device_map": 0}, "device_map=0 is of type int"),
+    ],
+)
+def test_loading_with_arguments_of_another_type_is_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(specvlm.ConfigError) as error:
+        specvlm.load(**options)
+    assert said in str(error.value)
+
+
+def test_without_a_prompt_the_presets_own_is_asked(captioner: Captioner) -> None:
+    frames = random_frames(1)
+    asked = "Describe the video in detail."
+    assert captioner.prompt == asked == next(one.prompt for one in specvlm.presets())
+    expected = captioner.prepare(frames, asked).inputs.token_ids.tolist()
+    assert captioner.prepare(frames).inputs.token_ids.tolist() == expected
+    other = Captioner(
+        captioner.target, captioner.processor, None, captioner.info, captioner.frames, "What moves?"
+    )
+    what = other.prepare(frames, "What moves?").inputs.token_ids.tolist()
+    assert other.prepare(frames).inputs.token_ids.tolist() == what != expected
 
 
 def test_what_would_be_ignored_is_refused(captioner: Captioner) -> None:

@@ -173,6 +173,25 @@ def test_videos_are_counted_not_rows() -> None:
     assert standing.kinds == (("decode:VideoDecodeError", 1),)
 
 
+def test_after_a_resume_counts_go_on_and_rates_are_of_this_start_alone() -> None:
+    clock = Clock()
+    meter = Meter(10, clock, before=(85, 5))
+    assert line(meter.standing()) == "90/100 · 5 failed · time left not known yet"
+    clock.now_s += 4.0
+    meter.captioned(claim(), [row()])
+    said = line(meter.standing())
+    assert said.startswith("91/100 · 5 failed · 900 videos/h · ")
+    assert " · about 36 s left · " in said
+    meter.failed(failure())
+    assert line(meter.standing()).startswith("92/100 · 6 failed · ")
+    assert meter.standing().ended == 2
+
+
+def test_the_bar_begins_where_the_last_start_ended() -> None:
+    shown = drawn(Meter(10, Clock(), before=(90, 0)).standing(), 80, 24).plain
+    assert (shown.count("━"), shown.count("─")) == (18, 2)
+
+
 def test_after_the_end_time_stands_still_and_pace_is_of_all_up_to_the_last_row() -> None:
     clock = Clock()
     meter = Meter(2, clock)
