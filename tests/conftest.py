@@ -45,7 +45,7 @@ def pytest_cmdline_main() -> Iterator[None]:
     if "PYTEST_XDIST_WORKER" in os.environ:
         return (yield)
     with tempfile.TemporaryDirectory(prefix="specvlm-tests-") as folder:
-        os.environ["SPECVLM_TESTS_SHARE"] = folder
+        os.environ["TESTS_SHARED_FOLDER"] = folder
         return (yield)
 
 

@@ -90,7 +90,7 @@ def target_captioner(family: FamilyName, size: Size = TARGET) -> Captioner:
 @cache
 def _fitted_weights(family: FamilyName, name: str, unroll: int) -> Weights:
     """Weights of a head that knows the captions of the test videos; fitted by one of the tests' processes."""
-    kept = Path(os.environ["SPECVLM_TESTS_SHARE"]) / f"head-{family}-{name}-{unroll}.safetensors"
+    kept = Path(os.environ["TESTS_SHARED_FOLDER"]) / f"head-{family}-{name}-{unroll}.safetensors"
     if not kept.exists():
         mine = kept.with_suffix(f".{os.getpid()}")
         save_file(_fit(family, name, unroll), mine)
