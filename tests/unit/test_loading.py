@@ -253,7 +253,7 @@ def test_presets_name_what_they_load() -> None:
     assert names[:2] == ["demo", "demo-llava"]
     assert len(set(names)) == len(names)
     for preset in specvlm.presets():
-        assert preset.family in ("qwen2_5_vl", "llava_onevision")
+        assert preset.family in ("qwen2_5_vl", "llava_onevision", "qwen3_vl")
         assert preset.target != preset.draft
 
 
