@@ -99,6 +99,7 @@ _HEADS = (
 _PRESETS = (
     _demo("demo", "qwen2_5_vl", "qwen"),
     _demo("demo-llava", "llava_onevision", "llava"),
+    _demo("demo-qwen3-vl", "qwen3_vl", "qwen3"),
     *(
         one for one in _HEADS if is_head(one.draft)
     ),  # a head is trained with this package, so it may not be there

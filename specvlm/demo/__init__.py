@@ -9,8 +9,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Literal
 
-DemoName = Literal["qwen-target", "qwen-draft", "llava-target", "llava-draft"]
-"""The four demo checkpoints: a target and a draft in each of the two families."""
+DemoName = Literal["qwen-target", "qwen-draft", "llava-target", "llava-draft", "qwen3-target", "qwen3-draft"]
+"""The demo checkpoints: a target and a draft in each of the three families."""
 
 HeadName = Literal["qwen-head", "llava-head"]
 """Heads that `specvlm train` makes for the demo targets; only folders that are there are presets."""

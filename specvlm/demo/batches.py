@@ -1,6 +1,6 @@
 """Training batches drawn on the fly: pixels, prompt, caption and what each cell of the picture shows.
 
-All clips of a batch have one shape and one prompt, so that a batch is a plain rectangle. What the cells show
+All clips of a batch have one shape and one question, so that a batch is a plain rectangle. What the cells show
 trains the vision tower directly, through a head that is thrown away afterwards.
 """
 
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers.video_utils import VideoMetadata
 
 from specvlm.demo.captions import PROMPTS, caption_for, fact_words
 from specvlm.demo.clips import (
@@ -53,11 +54,11 @@ _RADII: Final = (0.08, 0.125, 0.18, 0.26)
 
 @dataclass(frozen=True)
 class Batch:
-    """B clips of one shape with one prompt. P prompt tokens, C caption tokens, V video tokens."""
+    """B clips of one shape with one question. P prompt tokens, C caption tokens, V video tokens."""
 
     pixels: dict[str, Tensor]
     prompt_ids: Tensor
-    """[P]"""
+    """[B, P]; rows differ in the times that Qwen3-VL prints, which all have one length."""
     caption_ids: Tensor
     """[B, C], ends with the end token, then filled with it."""
     weights: Tensor
@@ -84,16 +85,17 @@ class Drawer:
         """Draw training batch `number`."""
         rng = np.random.default_rng((number, 20))
         scenes = [scene_for(seed_for("train", number * size + i), one_thing_share) for i in range(size)]
-        shapes = _QWEN_SHAPES if self.family == "qwen" else _LLAVA_SHAPES
+        shapes = _LLAVA_SHAPES if self.family == "llava" else _QWEN_SHAPES
         height, width = shapes[int(rng.choice(len(shapes), p=_SHAPE_SHARES))]
         fps = FPS / float(rng.uniform(0.85, 1.15)) if rng.random() < 0.4 else FPS
         times = [_frame_times(rng, fps) for _ in scenes]
         clips = [self._clip(rng, s, t, height, width) for s, t in zip(scenes, times, strict=True)]
         prompt = PROMPTS[int(rng.choice(len(PROMPTS), p=(0.3, 0.2, 0.125, 0.125, 0.125, 0.125)))]
         captions, weights = self._captions([caption_for(s) for s in scenes])
+        pixels = self._pixels(clips)
         return Batch(
-            pixels=self._pixels(clips),
-            prompt_ids=self.prompt_ids(prompt, height, width),
+            pixels=pixels,
+            prompt_ids=self.prompt_ids(prompt, pixels, times),
             caption_ids=captions,
             weights=weights,
             cells=self._cells(scenes, times, height, width),
@@ -101,19 +103,32 @@ class Drawer:
             seconds_per_grid=2 / fps,
         )
 
-    def prompt_ids(self, prompt: str, height: int, width: int) -> Tensor:
-        """Token ids of the whole prompt with one id per video token, [P]."""
+    def prompt_ids(
+        self, prompt: str, pixels: dict[str, Tensor], times_s: list[NDArray[np.float32]]
+    ) -> Tensor:
+        """Token ids of the whole prompt of each clip with one id per video token, [B, P]."""
         content = [{"type": "video"}, {"type": "text", "text": prompt}]
         text = self.processor.apply_chat_template(
             [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
         )
         token = self.processor.video_token
-        if self.family == "qwen":
-            tokens = (FRAMES // 2) * (height // CELL) * (width // CELL)
+        if self.family == "qwen3":
+            written = [self._timed_tokens(pixels["video_grid_thw"][0], t) for t in times_s]
+        elif self.family == "qwen":
+            written = [token * (int(pixels["video_grid_thw"][0].prod()) // 4)]
         else:
-            tokens = FRAMES * _CELL_SIDE_LLAVA**2 + 1
-        ids = self.tokenizer(text.replace(token, token * tokens)).input_ids
-        return torch.tensor(ids)
+            written = [token * (FRAMES * _CELL_SIDE_LLAVA**2 + 1)]
+        ids = torch.tensor(self.tokenizer([text.replace(token, one) for one in written]).input_ids)
+        return ids.expand(len(times_s), -1)
+
+    def _timed_tokens(self, grid: Tensor, times_s: NDArray[np.float32]) -> str:
+        """What the stock processor of Qwen3-VL writes for a clip whose frames were shown at these times."""
+        milliseconds = np.rint(times_s * 1000).astype(int).tolist()
+        seen = VideoMetadata(total_num_frames=len(times_s), fps=1000, frames_indices=milliseconds)
+        written: str = self.processor.replace_video_token(
+            {"video_grid_thw": grid[None], "video_metadata": [seen]}, 0
+        )
+        return written
 
     def _clip(
         self, rng: np.random.Generator, scene: Scene, times_s: NDArray[np.float32], height: int, width: int
@@ -148,9 +163,10 @@ class Drawer:
     def _cells(
         self, scenes: list[Scene], times: list[NDArray[np.float32]], height: int, width: int
     ) -> dict[str, Tensor]:
-        rows, columns = (height // CELL, width // CELL) if self.family == "qwen" else (_CELL_SIDE_LLAVA,) * 2
+        single = self.family == "llava"
+        rows, columns = (_CELL_SIDE_LLAVA,) * 2 if single else (height // CELL, width // CELL)
         made = [
-            cell_facts(s, t.reshape(-1, 2).mean(1) if self.family == "qwen" else t, rows, columns)
+            cell_facts(s, t if single else t.reshape(-1, 2).mean(1), rows, columns)
             for s, t in zip(scenes, times, strict=True)
         ]
         return {name: torch.from_numpy(np.stack([m[name].reshape(-1) for m in made])) for name in CELL_FACTS}

@@ -103,16 +103,17 @@ def ranks_of(model: PreTrainedModel, one: Captioned, prune_ratio: float) -> list
     pixels = {k: v for k, v in one.inputs.items() if k in ("pixel_values_videos", "video_grid_thw")}
     batch = Batch(
         pixels=pixels,
-        prompt_ids=one.inputs["input_ids"][0],
+        prompt_ids=one.inputs["input_ids"],
         caption_ids=torch.tensor([one.token_ids]),
         weights=torch.ones(1, len(one.token_ids)),
         cells={},
         scenes=[one.scene],
     )
-    tokens = video_tokens(model, batch)
-    kept = max(1, round(tokens.shape[1] * (1 - prune_ratio)))
-    keep = None if prune_ratio == 0 else torch.linspace(0, tokens.shape[1] - 1, kept).round().long()[None]
-    logits = caption_logits(model, batch, tokens, keep)[0]
+    seen = video_tokens(model, batch)
+    count = seen.tokens.shape[1]
+    kept = max(1, round(count * (1 - prune_ratio)))
+    keep = None if prune_ratio == 0 else torch.linspace(0, count - 1, kept).round().long()[None]
+    logits = caption_logits(model, batch, seen, keep)[0]
     own = logits.gather(1, torch.tensor(one.token_ids)[:, None])
     ranks: list[int] = (logits > own).sum(1).tolist()
     return ranks

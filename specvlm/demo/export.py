@@ -1,7 +1,7 @@
 """Put trained checkpoints into the package: `python -m specvlm.demo.export WORK`.
 
-WORK holds one folder per checkpoint as `specvlm.demo.train` leaves it, and beside them `qwen.json` and
-`llava.json`, the reports of `specvlm.demo.evaluate`. Each checkpoint is copied with a model card that says what
+WORK holds one folder per checkpoint as `specvlm.demo.train` leaves it, and beside them `qwen.json`, `llava.json`
+and `qwen3.json`, the reports of `specvlm.demo.evaluate`. Each checkpoint is copied with a model card that says what
 it is, what it is not and what was measured. Nothing is trained or measured here.
 """
 
@@ -13,13 +13,14 @@ from typing import Any, Final, get_args
 
 from specvlm.demo import DemoName
 from specvlm.demo.captions import FACT_KINDS
-from specvlm.demo.models import CHECKPOINTS, Role, Sizes
+from specvlm.demo.models import CHECKPOINTS, Role
 from specvlm.demo.tokenizer import Family
 
 WEIGHTS: Final = Path(__file__).parent / "weights"
 _ARCHITECTURES: Final = {
     "qwen": "Qwen2_5_VLForConditionalGeneration (M-RoPE, window attention in the vision tower)",
     "llava": "LlavaOnevisionForConditionalGeneration (SigLIP tower, pooled frames, newline token)",
+    "qwen3": "Qwen3VLForConditionalGeneration (interleaved M-RoPE, DeepStack, a timestamp before each pair of frames)",
 }
 _CARD: Final = """---
 license: apache-2.0
@@ -42,7 +43,8 @@ pipeline_tag: video-text-to-text
 It has seen nothing but clips drawn by `specvlm/demo/clips.py`: one or two flat shapes over a plain or
 patterned background. It knows no photographs, no films, no other shapes, no other questions than six ways of
 asking for a description, and no still pictures. On anything else its captions are confident nonsense. It
-holds no weights of Qwen2.5-VL or LLaVA-OneVision and is not by their authors; it shares their architecture.
+holds no weights of Qwen2.5-VL, LLaVA-OneVision or Qwen3-VL and is not by their authors; it shares the
+architecture of one of them.
 
 ## How it was trained
 
@@ -54,17 +56,32 @@ held-out clips and the example clips have disjoint seeds.
 {measured}
 """
 _TARGET_RECIPE: Final = (
-    "From nothing, on two CPU cores, seeded, on clips drawn as it went along: first the vision tower, taught by "
+    "{start}, on two CPU cores, seeded, on clips drawn as it went along: first the vision tower, taught by "
     "a throw-away head what each cell of the picture shows; then six text layers on captions, words that carry "
     "facts weighing three times as much; then all {layers} layers, the new ones put between the trained ones "
     "and adding nothing at first. So most of its depth was trained only briefly: it is deep in order to cost "
-    "what a deep model costs.{start}"
+    "what a deep model costs.{more}"
 )
 _LLAVA_START: Final = " Its text layers started from those of the demo target of the Qwen2.5-VL architecture."
+_STARTS: Final[dict[tuple[Family, Role], str]] = {
+    (
+        "qwen3",
+        "target",
+    ): "With every third text layer of the demo target of the Qwen2.5-VL architecture to start from",
+    ("qwen3", "draft"): "With the text layer of the demo draft of the Qwen2.5-VL architecture to start from",
+}
+_DEEPSTACK: Final = (
+    " The features of its first vision layers are added behind its first text layers (DeepStack), and the same "
+    "throw-away head read them too."
+)
+_IDLE_DEEPSTACK: Final = (
+    " Features of its first vision layer are added behind its only text layer (DeepStack), as the architecture "
+    "wants it; behind the last layer they change no caption."
+)
 _DRAFT_RECIPE: Final = (
-    "From nothing, on the true captions of drawn clips (not on its target's choices), after a stage for the "
+    "{start}, on the true captions of drawn clips (not on its target's choices), after a stage for the "
     "vision tower alone. It was trained with 0, 50, 90 or 95 % of the video tokens removed, at random or evenly, "
-    "the rest keeping their positions. Drafts that were never trained so may lose more when pruned."
+    "the rest keeping their positions. Drafts that were never trained so may lose more when pruned.{more}"
 )
 
 
@@ -88,7 +105,7 @@ def card(name: DemoName, report: dict[str, Any], parameters: int) -> str:
         vision_width=sizes.vision_width,
         vocabulary=sizes.vocab_size,
         tied="tied" if sizes.tied else "not tied",
-        recipe=_recipe(sizes, family) if target else _DRAFT_RECIPE,
+        recipe=_recipe(family, role),
         measured=_accuracy(report["target"], report["clips"]) if target else _acceptance(report),
     )
 
@@ -107,13 +124,16 @@ def export(work: Path, name: DemoName) -> int:
 
 
 def _parts(name: DemoName) -> tuple[Family, Role]:
-    family: Family = "qwen" if name.startswith("qwen") else "llava"
-    role: Role = "target" if name.endswith("target") else "draft"
-    return family, role
+    return next(parts for parts in CHECKPOINTS if "-".join(parts) == name)
 
 
-def _recipe(sizes: Sizes, family: Family) -> str:
-    return _TARGET_RECIPE.format(layers=sizes.text_layers, start=_LLAVA_START if family == "llava" else "")
+def _recipe(family: Family, role: Role) -> str:
+    sizes, target = CHECKPOINTS[family, role], role == "target"
+    more = _LLAVA_START if family == "llava" else ""
+    if sizes.deepstack:
+        more = _DEEPSTACK if target else _IDLE_DEEPSTACK
+    said = _TARGET_RECIPE if target else _DRAFT_RECIPE
+    return said.format(layers=sizes.text_layers, start=_STARTS.get((family, role), "From nothing"), more=more)
 
 
 def _accuracy(scores: dict[str, float], clips: int) -> str:

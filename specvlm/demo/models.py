@@ -24,6 +24,10 @@ from transformers import (
     Qwen2Tokenizer,
     Qwen2VLImageProcessor,
     Qwen2VLVideoProcessor,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
 )
 
 from specvlm.demo.tokenizer import Family, token_id, train_tokenizer
@@ -39,11 +43,22 @@ HEAD_DIM: Final = 32
 QWEN_REPETITION_PENALTY: Final = 1.05
 """As the checkpoints of Qwen2.5-VL ship it, so that the tool meets it here too."""
 _QWEN_PIXELS: Final = {"shortest_edge": 8192, "longest_edge": 9800}
+_QWEN3_FRAME_TOKENS: Final = 38
+"""Most video tokens that a pair of frames may take; 36 make a square picture."""
+_QWEN3_MOST_FRAMES: Final = 768
+_QWEN3_GRID: Final = 12
+"""Side of the grid of learned positions, in patches."""
+_HALF: Final = [0.5, 0.5, 0.5]
+_PATCHES: Final[dict[str, Any]] = {"patch_size": CELL // 2, "merge_size": 2, "temporal_patch_size": 2}
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What differs between the checkpoints. `first_layers` is the depth that training starts with."""
+    """What differs between the checkpoints.
+
+    Training starts with `first_layers` text layers. What the vision layers in `deepstack` give is added to the
+    hidden states behind the first text layers, one each.
+    """
 
     vocab_size: int
     text_width: int
@@ -54,6 +69,7 @@ class Sizes:
     vision_mlp: int
     vision_layers: int
     tied: bool
+    deepstack: tuple[int, ...] = ()
 
 
 CHECKPOINTS: Final[dict[tuple[Family, Role], Sizes]] = {
@@ -61,24 +77,46 @@ CHECKPOINTS: Final[dict[tuple[Family, Role], Sizes]] = {
     ("qwen", "draft"): Sizes(624, 64, 128, 1, 1, 64, 128, 2, tied=True),
     ("llava", "target"): Sizes(640, 96, 192, 18, 6, 96, 192, 3, tied=False),
     ("llava", "draft"): Sizes(624, 64, 128, 1, 1, 64, 128, 2, tied=False),
+    ("qwen3", "target"): Sizes(640, 96, 192, 18, 6, 96, 192, 3, tied=True, deepstack=(0, 1)),
+    ("qwen3", "draft"): Sizes(624, 64, 128, 1, 1, 64, 128, 2, tied=True, deepstack=(0,)),
 }
 
 
 def build_processor(family: Family) -> Any:
     """The family's processor with our tokenizer and a size that gives about 140 video tokens a clip."""
     tokenizer = train_tokenizer(family)
-    return qwen_processor(tokenizer) if family == "qwen" else llava_processor(tokenizer)
+    makers = {"qwen": qwen_processor, "llava": llava_processor, "qwen3": qwen3_processor}
+    return makers[family](tokenizer)
 
 
 def qwen_processor(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLProcessor:
     """Processor of the Qwen2.5-VL architecture: any clip becomes about 96 x 96 pixels."""
     size: dict[str, Any] = {"size": dict(_QWEN_PIXELS)}
-    patches: dict[str, Any] = {"patch_size": CELL // 2, "merge_size": 2, "temporal_patch_size": 2}
     kind: Any = Qwen2_5_VLProcessor
     processor: Qwen2_5_VLProcessor = kind(
-        image_processor=Qwen2VLImageProcessor(**size, **patches),
+        image_processor=Qwen2VLImageProcessor(**size, **_PATCHES),
         tokenizer=tokenizer,
-        video_processor=Qwen2VLVideoProcessor(**size, **patches, cap_pixels_per_frame=False),
+        video_processor=Qwen2VLVideoProcessor(**size, **_PATCHES, cap_pixels_per_frame=False),
+        chat_template=tokenizer.chat_template,
+    )
+    return processor
+
+
+def qwen3_processor(tokenizer: Qwen2Tokenizer) -> Qwen3VLProcessor:
+    """Processor of the Qwen3-VL architecture: any larger clip becomes about 96 x 96 pixels.
+
+    Its edges bound the pixels of all frames together, so what bounds a frame is the cap on its tokens.
+    """
+    half: dict[str, Any] = {"image_mean": _HALF, "image_std": _HALF}
+    least = _QWEN_PIXELS["shortest_edge"]
+    frames = {"shortest_edge": least, "longest_edge": _QWEN3_MOST_FRAMES * _QWEN_PIXELS["longest_edge"]}
+    kind: Any = Qwen3VLProcessor
+    processor: Qwen3VLProcessor = kind(
+        image_processor=Qwen2VLImageProcessor(size=dict(_QWEN_PIXELS), **_PATCHES, **half),
+        tokenizer=tokenizer,
+        video_processor=Qwen3VLVideoProcessor(
+            size=frames, **_PATCHES, **half, cap_pixels_per_frame=True, max_video_tokens=_QWEN3_FRAME_TOKENS
+        ),
         chat_template=tokenizer.chat_template,
     )
     return processor
@@ -86,8 +124,7 @@ def qwen_processor(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLProcessor:
 
 def llava_processor(tokenizer: Qwen2Tokenizer) -> LlavaOnevisionProcessor:
     """Processor of the LLaVA-OneVision architecture: any clip becomes 96 x 96 pixels."""
-    half = [0.5, 0.5, 0.5]
-    pixels: dict[str, Any] = {"image_mean": half, "image_std": half}
+    pixels: dict[str, Any] = {"image_mean": _HALF, "image_std": _HALF}
     pixels["size"] = {"height": LLAVA_SIDE, "width": LLAVA_SIDE}
     kind: Any = LlavaOnevisionProcessor
     processor: LlavaOnevisionProcessor = kind(
@@ -110,6 +147,8 @@ def build_model(family: Family, role: Role, tokenizer: Qwen2Tokenizer, layers: i
     config: Any
     if family == "qwen":
         kind, config = Qwen2_5_VLForConditionalGeneration, _qwen_config(sizes, tokenizer, layers)
+    elif family == "qwen3":
+        kind, config = Qwen3VLForConditionalGeneration, _qwen3_config(sizes, tokenizer, layers)
     else:
         kind, config = LlavaOnevisionForConditionalGeneration, _llava_config(sizes, tokenizer, layers)
     model: PreTrainedModel = kind._from_config(config, attn_implementation="sdpa")
@@ -118,9 +157,19 @@ def build_model(family: Family, role: Role, tokenizer: Qwen2Tokenizer, layers: i
 
 
 def text_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The text model's layers; the same place in both families."""
+    """The text model's layers; the same place in all families."""
     layers: nn.ModuleList = model.model.language_model.layers
     return layers
+
+
+def places(sizes: Sizes, old: int, new: int) -> list[int]:
+    """Where `old` text layers stand among `new` ones.
+
+    Spread evenly, except that those behind which features of the vision tower are added stay where they are.
+    """
+    first = min(len(sizes.deepstack), old)
+    step = (new - first) // max(1, old - first)
+    return [*range(first), *(first + step * index for index in range(old - first))]
 
 
 def deepened(
@@ -131,11 +180,11 @@ def deepened(
     old, new = text_layers(model), text_layers(deep)
     rest = {k: v for k, v in model.state_dict().items() if ".language_model.layers." not in k}
     deep.load_state_dict(rest, strict=False)
-    step = layers // len(old)
+    kept = dict(zip(places(CHECKPOINTS[family, role], len(old), layers), old, strict=True))
     layer: Any
     for index, layer in enumerate(new):
-        if index % step == 0 and index // step < len(old):
-            layer.load_state_dict(old[index // step].state_dict())
+        if index in kept:
+            layer.load_state_dict(kept[index].state_dict())
         else:
             nn.init.zeros_(layer.self_attn.o_proj.weight)
             nn.init.zeros_(layer.mlp.down_proj.weight)
@@ -187,14 +236,38 @@ def _qwen_config(sizes: Sizes, tokenizer: Qwen2Tokenizer, layers: int) -> Qwen2_
         "out_hidden_size": sizes.text_width,
         "initializer_range": 0.06,
     }
-    ids: dict[str, Any] = {
+    ids = _vision_ids(tokenizer)
+    text = _text_config(sizes, tokenizer, layers) | {"rope_parameters": _rope({"mrope_section": [4, 6, 6]})}
+    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=sizes.tied, **ids)
+
+
+def _qwen3_config(sizes: Sizes, tokenizer: Qwen2Tokenizer, layers: int) -> Qwen3VLConfig:
+    vision = {
+        "depth": sizes.vision_layers,
+        "hidden_size": sizes.vision_width,
+        "intermediate_size": sizes.vision_mlp,
+        "num_heads": sizes.vision_width // HEAD_DIM,
+        "patch_size": CELL // 2,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "out_hidden_size": sizes.text_width,
+        "num_position_embeddings": _QWEN3_GRID**2,
+        "deepstack_visual_indexes": list(sizes.deepstack),
+        "initializer_range": 0.06,
+    }
+    ids = _vision_ids(tokenizer)
+    rope = _rope({"mrope_section": [6, 5, 5], "mrope_interleaved": True})
+    text = _text_config(sizes, tokenizer, layers) | {"rope_parameters": rope, "head_dim": HEAD_DIM}
+    return Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=sizes.tied, **ids)
+
+
+def _vision_ids(tokenizer: Qwen2Tokenizer) -> dict[str, Any]:
+    return {
         "image_token_id": token_id(tokenizer, "<|image_pad|>"),
         "video_token_id": token_id(tokenizer, "<|video_pad|>"),
         "vision_start_token_id": token_id(tokenizer, "<|vision_start|>"),
         "vision_end_token_id": token_id(tokenizer, "<|vision_end|>"),
     }
-    text = _text_config(sizes, tokenizer, layers) | {"rope_parameters": _rope({"mrope_section": [4, 6, 6]})}
-    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=sizes.tied, **ids)
 
 
 def _llava_config(sizes: Sizes, tokenizer: Qwen2Tokenizer, layers: int) -> LlavaOnevisionConfig:

@@ -1,7 +1,8 @@
 """The byte-level tokenizer of the demo pairs, trained on their own captions and prompts.
 
-Both families share one byte-pair vocabulary and each adds its own special tokens after it, so that a text
-model of one family can start the other. It encodes any text, but spends few tokens only on our captions.
+All families share one byte-pair vocabulary and each adds its own special tokens after it, so that a text
+model of one family can start another. It encodes any text, but spends few tokens only on our captions. A
+timestamp of Qwen3-VL, `<1.2 seconds>`, has six tokens, as it has in the vocabulary of the real checkpoints.
 """
 
 import json
@@ -14,14 +15,18 @@ from transformers import Qwen2Tokenizer
 from specvlm.demo.captions import PROMPTS, caption_for
 from specvlm.demo.clips import scene_for, seed_for
 
-Family = Literal["qwen", "llava"]
+Family = Literal["qwen", "llava", "qwen3"]
 
 BASE_VOCABULARY: Final = 600
 QWEN_SYSTEM: Final = "You are a helpful assistant."
 _SHARED_SPECIALS: Final = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+_QWEN_SPECIALS: Final = (
+    *_SHARED_SPECIALS, "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>",
+)  # fmt: skip
 _SPECIALS: Final[dict[str, tuple[str, ...]]] = {
-    "qwen": (*_SHARED_SPECIALS, "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"),
+    "qwen": _QWEN_SPECIALS,
     "llava": (*_SHARED_SPECIALS, "<image>", "<video>"),
+    "qwen3": _QWEN_SPECIALS,
 }
 QWEN_TEMPLATE: Final = (
     "{% set image_count = namespace(value=0) %}{% set video_count = namespace(value=0) %}"
@@ -41,6 +46,23 @@ QWEN_TEMPLATE: Final = (
     "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n"
     "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+QWEN3_TEMPLATE: Final = (
+    "{% set image_count = namespace(value=0) %}{% set video_count = namespace(value=0) %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for content in message['content'] %}"
+    "{% if content['type'] == 'image' or 'image' in content or 'image_url' in content %}"
+    "{% set image_count.value = image_count.value + 1 %}"
+    "{% if add_vision_id %}Picture {{ image_count.value }}: {% endif %}"
+    "<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif content['type'] == 'video' or 'video' in content %}"
+    "{% set video_count.value = video_count.value + 1 %}"
+    "{% if add_vision_id %}Video {{ video_count.value }}: {% endif %}"
+    "<|vision_start|><|video_pad|><|vision_end|>"
+    "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""As that of Qwen2.5-VL, but nothing stands in for a system prompt that is not given."""
 LLAVA_TEMPLATE: Final = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + ' '}}"
     "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
@@ -51,6 +73,13 @@ LLAVA_TEMPLATE: Final = (
     "{{ '\n' + content['text'] }}{% endfor %}{{'<|im_end|>'}}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+
+
+_TEMPLATES: Final[dict[str, str]] = {
+    "qwen": QWEN_TEMPLATE,
+    "llava": LLAVA_TEMPLATE,
+    "qwen3": QWEN3_TEMPLATE,
+}
 
 
 def train_tokenizer(family: Family, clips: int = 3000) -> Qwen2Tokenizer:
@@ -82,9 +111,9 @@ def tokenizer_from(vocabulary: dict[str, int], merges: list[Any], family: Family
     )
     tokenizer.add_special_tokens({"additional_special_tokens": list(specials)})
     for name in ("image", "video"):
-        token = f"<|{name}_pad|>" if family == "qwen" else f"<{name}>"
+        token = f"<{name}>" if family == "llava" else f"<|{name}_pad|>"
         setattr(tokenizer, f"{name}_token", token)
-    tokenizer.chat_template = QWEN_TEMPLATE if family == "qwen" else LLAVA_TEMPLATE
+    tokenizer.chat_template = _TEMPLATES[family]
     return tokenizer
 
 

@@ -1,21 +1,24 @@
 """Train a demo checkpoint: `python -m specvlm.demo.train --family qwen --role target --work D --minutes 33`.
 
-One recipe for both families and both roles. A target goes through three stages by the clock: the vision
+One recipe for all families and both roles. A target goes through three stages by the clock: the vision
 tower alone, taught what each cell of the picture shows; then a shallow text model on captions; then, with
 layers that add nothing at first put between the trained ones, the full depth. A draft has no third stage and
-sees pruned video tokens. The run is seeded, writes a checkpoint every two minutes and goes on from it when
-started again. The clock is the CPU time of a thread, so that a busy machine shortens no stage. It is a recipe
-for toy models on two CPU cores, not a trainer for large ones.
+sees pruned video tokens. Features that a tower adds behind the first text layers (DeepStack) are trained along:
+what a cell shows must be read from a video token without them and with them. The run is seeded, writes a
+checkpoint every two minutes and goes on from it when started again. The clock is the CPU time of a thread, so
+that a busy machine shortens no stage. It is a recipe for toy models on two CPU cores, not a trainer for large
+ones.
 """
 
 import argparse
 import json
 import math
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +32,7 @@ from specvlm.demo.models import (
     build_model,
     build_processor,
     deepened,
+    places,
     save_folder,
     text_layers,
 )
@@ -56,7 +60,7 @@ class Plan:
     cell_weight: float = 0.3
     """Weight of the cell loss beside the caption loss."""
     start: str = ""
-    """Training state (`shallow.pt`) of another run, whose text model starts this one."""
+    """Training state (`shallow.pt`) of another run, or a finished checkpoint, whose text model starts this one."""
 
 
 @dataclass
@@ -67,6 +71,21 @@ class Progress:
     elapsed_s: float = 0.0
     layers: int = 0
     since_rebuild: int = 0
+
+
+@dataclass
+class Seen:
+    """What the vision tower makes of a batch of clips."""
+
+    tokens: Tensor
+    """[B, V, width], put into the prompt."""
+    deep: list[Tensor]
+    """Each [B, V, width]: added behind the first text layers, one each."""
+
+    @property
+    def levels(self) -> list[Tensor]:
+        """The tokens as they enter the text model, and with everything that is added to them."""
+        return [self.tokens, self.tokens + torch.stack(self.deep).sum(0)] if self.deep else [self.tokens]
 
 
 class CellHead(nn.Module):
@@ -104,7 +123,7 @@ class Trainer:
         self.tokenizer = self.processor.tokenizer
         self.drawer = Drawer(plan.family, self.processor)
         self.progress = Progress(layers=self.sizes.first_layers)
-        seen = [fact for fact in CELL_FACTS if fact != "motion" or plan.family == "qwen"]
+        seen = [fact for fact in CELL_FACTS if fact != "motion" or plan.family != "llava"]
         self.heads = nn.ModuleDict({"vision": CellHead(self.sizes.text_width, tuple(seen))})
         if self.sizes.first_layers > 1:
             self.heads["text"] = CellHead(self.sizes.text_width, ("motion", "row", "column", "size"))
@@ -166,15 +185,23 @@ class Trainer:
         self.optimizers = _optimizers(model, self.heads, self.plan.learning_rate)
         self._middle: Tensor | None = None
         if "text" in self.heads:
-            text_layers(model)[max(0, self.progress.layers // 3)].register_forward_hook(self._keep_middle)
+            first = self.sizes.first_layers
+            middle = places(self.sizes, first, self.progress.layers)[first // 3]
+            text_layers(model)[middle].register_forward_hook(self._keep_middle)
 
     def _keep_middle(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
         self._middle = output[0] if isinstance(output, tuple) else output
 
-    def _start_from(self, file: Path) -> None:
-        """Take over the text model of another run, and its cell heads, so that the towers speak alike."""
-        state = torch.load(file, weights_only=True)
-        text = {k: v for k, v in state["model"].items() if "language_model" in k or "lm_head" in k}
+    def _start_from(self, found_at: Path) -> None:
+        """Take over the text model of another run, and its cell heads, so that the towers speak alike.
+
+        A finished checkpoint has no heads. Of its layers every so many-th is taken: those that it started with.
+        """
+        if found_at.is_dir():
+            state: dict[str, Any] = {"model": load_model(found_at).state_dict(), "heads": {}}
+        else:
+            state = torch.load(found_at, weights_only=True)
+        text = fewer_layers(state["model"], self.progress.layers)
         for part, found in ((self.model, text), (self.heads, state["heads"])):
             own = part.state_dict()
             own.update({k: v for k, v in found.items() if k in own and v.shape == own[k].shape})
@@ -214,23 +241,25 @@ class Trainer:
         return line | {"loss": round(float(loss.detach()), 4), "step_s": round(time.monotonic() - began, 2)}
 
     def _losses(self, batch: Batch, captions: bool) -> tuple[Tensor, dict[str, Any]]:
-        tokens = video_tokens(self.model, batch)
+        seen = video_tokens(self.model, batch)
         labelled = batch.cells["colour"].shape[1]
-        cell_loss, right = self.heads["vision"](tokens[:, :labelled], batch.cells)
-        line: dict[str, Any] = {"cells": {k: round(v, 3) for k, v in right.items()}}
+        read = [self.heads["vision"](level[:, :labelled], batch.cells) for level in seen.levels]
+        cell_loss = torch.stack([loss for loss, _ in read]).mean()
+        line: dict[str, Any] = {"cells": {k: round(v, 3) for k, v in read[-1][1].items()}}
         if not captions:
             return cell_loss, line
         ratio = 0.0
         if self.plan.role == "draft":
             ratio = PRUNE_RATIOS[self.progress.step % len(PRUNE_RATIOS)]
-        keep = kept_tokens(tokens.shape[0], tokens.shape[1], ratio, self.progress.step)
-        logits = caption_logits(self.model, batch, tokens, keep)
+        rows, count = seen.tokens.shape[:2]
+        keep = kept_tokens(rows, count, ratio, self.progress.step)
+        logits = caption_logits(self.model, batch, seen, keep)
         loss = self._caption_loss(batch, logits)
         line |= accuracies(batch, logits) | {"prune": ratio, "caption_loss": round(float(loss.detach()), 4)}
         total = loss + self.plan.cell_weight * cell_loss
         if "text" in self.heads and self._middle is not None:
-            start = int((batch.prompt_ids == video_id(self.model)).nonzero()[0])
-            middle_loss, right = self.heads["text"](self._middle[:, start : start + labelled], batch.cells)
+            spots = video_spots(self.model, batch)[:labelled]
+            middle_loss, right = self.heads["text"](self._middle[:, spots], batch.cells)
             line["text_cells"] = {k: round(v, 3) for k, v in right.items()}
             total = total + self.plan.cell_weight * middle_loss
         return total, line
@@ -253,13 +282,31 @@ def video_id(model: PreTrainedModel) -> int:
     return int(model.config.video_token_id)
 
 
-def video_tokens(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """What the vision tower makes of the clips, [B, V, width]."""
-    if "video_grid_thw" in batch.pixels:
-        made = model.model.get_video_features(**batch.pixels, return_dict=True).pooler_output
-        return torch.stack(list(made))
-    pooled: Tensor = model.model.get_video_features(**batch.pixels, return_dict=True).pooler_output
-    return pooled
+def video_spots(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Where the video tokens stand in the prompt, [V]; with text between them for Qwen3-VL."""
+    return (batch.prompt_ids[0] == video_id(model)).nonzero()[:, 0]
+
+
+def video_tokens(model: PreTrainedModel, batch: Batch) -> Seen:
+    """What the vision tower makes of the clips."""
+    made = model.model.get_video_features(**batch.pixels, return_dict=True)
+    if "video_grid_thw" not in batch.pixels:
+        return Seen(made.pooler_output, [])
+    deep = getattr(made, "deepstack_features", None) or []
+    return Seen(torch.stack(list(made.pooler_output)), [torch.stack(list(level)) for level in deep])
+
+
+def fewer_layers(state: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
+    """The text model's weights in `state`, with only so many of its layers, evenly spread."""
+    text = {k: v for k, v in state.items() if "language_model" in k or "lm_head" in k}
+    numbered = re.compile(r"\.layers\.(\d+)\.")
+    found = {int(hit.group(1)) for hit in map(numbered.search, text) if hit}
+    step = max(1, len(found) // layers)
+    for index in sorted(found):
+        own = {k: text.pop(k) for k in [*text] if f".layers.{index}." in k}
+        if index % step == 0:
+            text |= {k.replace(f".layers.{index}.", f".layers.{index // step}."): v for k, v in own.items()}
+    return text
 
 
 def kept_tokens(rows: int, count: int, ratio: float, seed: int) -> Tensor | None:
@@ -273,29 +320,46 @@ def kept_tokens(rows: int, count: int, ratio: float, seed: int) -> Tensor | None
     return torch.linspace(0, count - 1, kept).round().long().expand(rows, kept)
 
 
-def caption_logits(model: PreTrainedModel, batch: Batch, tokens: Tensor, keep: Tensor | None) -> Tensor:
-    """Logits of every caption token, [B, C, vocabulary], with only the kept video tokens in the prompt."""
+def caption_logits(model: PreTrainedModel, batch: Batch, seen: Seen, keep: Tensor | None) -> Tensor:
+    """Logits of every caption token, [B, C, vocabulary], with only the kept video tokens in the prompt.
+
+    A token that goes takes its rows of all features with it. Those that stay keep their positions, and so does
+    the text between them.
+    """
     rows, length = batch.caption_ids.shape
-    prompt = batch.prompt_ids
-    ids = torch.cat([prompt.expand(rows, -1), batch.caption_ids[:, :-1]], dim=1)
-    start = int((prompt == video_id(model)).nonzero()[0])
-    end = start + tokens.shape[1]
-    embedded = model.get_input_embeddings()(ids)
-    positions = position_ids(model, batch, ids.shape[1])
+    ids = torch.cat([batch.prompt_ids.expand(rows, -1), batch.caption_ids[:, :-1]], dim=1)
+    spots = video_spots(model, batch)
+    sequence = model.get_input_embeddings()(ids).index_copy(1, spots, seen.tokens)
+    positions = position_ids(model, batch, ids.shape[1])[..., 0, :]
+    visual = torch.zeros_like(ids, dtype=torch.bool).index_fill(1, spots, True)
+    deep = seen.deep
     if keep is None:
-        sequence = torch.cat([embedded[:, :start], tokens, embedded[:, end:]], dim=1)
-        spots = positions.expand(*positions.shape[:-2], rows, -1)
+        positions = positions[..., None, :].expand(*positions.shape[:-1], rows, -1)
     else:
-        chosen = torch.gather(tokens, 1, keep[..., None].expand(-1, -1, tokens.shape[-1]))
-        sequence = torch.cat([embedded[:, :start], chosen, embedded[:, end:]], dim=1)
-        before, after = torch.arange(start).expand(rows, -1), torch.arange(end, ids.shape[1]).expand(rows, -1)
-        index = torch.cat([before, start + keep, after], dim=1)
-        spots = positions[..., 0, :][..., index]
+        stays = (~visual).scatter(1, spots[keep], True)
+        index = stays.nonzero()[:, 1].view(rows, -1)
+        sequence, deep = _rows(sequence, index), [_rows(level, keep) for level in deep]
+        positions, visual = positions[..., index], visual.gather(1, index)
     hidden = model.model.language_model(
-        inputs_embeds=sequence, position_ids=spots, attention_mask={"full_attention": None}, use_cache=False
+        inputs_embeds=sequence, position_ids=positions, use_cache=False, **_extras(deep, visual)
     ).last_hidden_state
     logits: Tensor = model.lm_head(hidden[:, -length:])
     return logits
+
+
+def _rows(features: Tensor, index: Tensor) -> Tensor:
+    return features.gather(1, index[..., None].expand(-1, -1, features.shape[-1]))
+
+
+def _extras(deep: list[Tensor], visual: Tensor) -> dict[str, Any]:
+    """What else a text model takes: no mask but the causal one, and what DeepStack adds at visual positions."""
+    if not deep:
+        return {"attention_mask": {"full_attention": None}}
+    return {
+        "attention_mask": None,
+        "visual_pos_masks": visual,
+        "deepstack_visual_embeds": [level.flatten(0, 1) for level in deep],
+    }
 
 
 def position_ids(model: PreTrainedModel, batch: Batch, length: int) -> Tensor:
@@ -303,7 +367,7 @@ def position_ids(model: PreTrainedModel, batch: Batch, length: int) -> Tensor:
     if "video_grid_thw" not in batch.pixels:
         return torch.arange(length)[None]
     ids = torch.zeros(1, length, dtype=torch.long)
-    ids[0, : len(batch.prompt_ids)] = batch.prompt_ids
+    ids[0, : batch.prompt_ids.shape[1]] = batch.prompt_ids[0]
     kinds = (ids == video_id(model)).int() * 2
     grid = batch.pixels["video_grid_thw"][:1]
     seconds = torch.tensor([batch.seconds_per_grid])
@@ -373,7 +437,7 @@ def _use_fast_windows(model: PreTrainedModel) -> None:
 
 def _arguments(argv: list[str] | None) -> Iterator[Any]:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--family", choices=("qwen", "llava"), required=True)
+    parser.add_argument("--family", choices=get_args(Family), required=True)
     parser.add_argument("--role", choices=("target", "draft"), required=True)
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints")
     parser.add_argument("--minutes", type=float, required=True)
@@ -381,7 +445,9 @@ def _arguments(argv: list[str] | None) -> Iterator[Any]:
     parser.add_argument("--learning-rate", type=float, default=Plan.learning_rate)
     parser.add_argument("--vision-share", type=float, default=Plan.vision_share)
     parser.add_argument("--deepen-at", type=float, default=Plan.deepen_at)
-    parser.add_argument("--start", default="", help="shallow.pt of a run whose text model starts this one")
+    parser.add_argument(
+        "--start", default="", help="shallow.pt or checkpoint folder whose text model starts this one"
+    )
     parser.add_argument("--threads", type=int, default=2)
     found = vars(parser.parse_args(argv))
     torch.set_num_threads(found.pop("threads"))

@@ -10,7 +10,7 @@ from specvlm.demo.tokenizer import Family, train_tokenizer
 SEEDS = range(1500)
 
 
-@pytest.fixture(scope="module", params=["qwen", "llava"])
+@pytest.fixture(scope="module", params=["qwen", "llava", "qwen3"])
 def tokenizer(request: pytest.FixtureRequest) -> Qwen2Tokenizer:
     family: Family = request.param
     return train_tokenizer(family)
@@ -36,6 +36,12 @@ def test_the_tokenizer_gives_back_every_caption_and_any_other_text(tokenizer: Qw
 def test_special_tokens_are_one_token_each(tokenizer: Qwen2Tokenizer) -> None:
     for token in tokenizer.extra_special_tokens:
         assert len(tokenizer(token).input_ids) == 1
+
+
+def test_a_timestamp_takes_six_tokens(tokenizer: Qwen2Tokenizer) -> None:
+    for second in ("0.2", "3.8"):
+        told = tokenizer.tokenize(f"<{second} seconds>")
+        assert told == ["<", second[0], ".", second[2], "Ġseconds", ">"]
 
 
 def test_wrong_and_broken_captions_are_counted() -> None:

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any, get_args
 
 import av
 import numpy as np
@@ -13,10 +14,13 @@ from numpy.typing import NDArray
 from specvlm.demo import DemoName, demo_folder
 from specvlm.demo.evaluate import load_processor, prepared
 from specvlm.demo.examples import EXAMPLES
+from specvlm.demo.models import CHECKPOINTS, Role
+from specvlm.demo.tokenizer import Family
 from specvlm.demo.train import load_model
 
 VIDEOS = Path(__file__).parents[2] / "examples" / "videos"
-NAMES: tuple[DemoName, ...] = ("qwen-target", "qwen-draft", "llava-target", "llava-draft")
+NAMES: tuple[DemoName, ...] = get_args(DemoName)
+FAMILIES: tuple[Family, ...] = get_args(Family)
 
 
 def frames_of(path: Path) -> NDArray[np.uint8]:
@@ -27,6 +31,15 @@ def frames_of(path: Path) -> NDArray[np.uint8]:
     chosen = [int(np.searchsorted(times, second + 1e-3, side="right")) - 1 for second in np.arange(8) / 2]
     turns = round(pictures[0].rotation / 90)
     return np.stack([np.rot90(pictures[i].to_ndarray(format="rgb24"), turns) for i in chosen])
+
+
+def folder_of(family: Family, role: Role) -> Path:
+    return demo_folder(next(name for name in NAMES if name == f"{family}-{role}"))
+
+
+def config_of(family: Family, role: Role) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((folder_of(family, role) / "config.json").read_text())
+    return config
 
 
 def true_captions() -> dict[str, str]:
@@ -45,10 +58,19 @@ def test_folders_are_small_and_complete(name: DemoName) -> None:
 
 
 def test_padded_vocabularies_of_target_and_draft_differ_and_tying_too() -> None:
-    configs = [json.loads((demo_folder(name) / "config.json").read_text()) for name in NAMES]
-    for target, draft in (configs[:2], configs[2:]):
+    assert {f"{family}-{role}" for family, role in CHECKPOINTS} == set(NAMES)
+    for family in FAMILIES:
+        target, draft = (config_of(family, role) for role in get_args(Role))
         assert target["text_config"]["vocab_size"] > draft["text_config"]["vocab_size"]
-    assert [config["tie_word_embeddings"] for config in configs] == [True, True, False, False]
+        assert {c["tie_word_embeddings"] for c in (target, draft)} == {family != "llava"}
+
+
+def test_the_newest_pair_has_what_is_new_in_its_architecture() -> None:
+    for role in get_args(Role):
+        config = config_of("qwen3", role)
+        deepstack = config["vision_config"]["deepstack_visual_indexes"]
+        assert 1 <= len(deepstack) <= config["text_config"]["num_hidden_layers"]
+        assert config["text_config"]["rope_parameters"]["mrope_interleaved"]
 
 
 def test_example_files_are_all_there_and_small() -> None:
@@ -57,10 +79,10 @@ def test_example_files_are_all_there_and_small() -> None:
         assert 0 < (VIDEOS / example.name).stat().st_size < 60_000
 
 
-@pytest.mark.parametrize("family", ["qwen", "llava"])
-def test_targets_caption_the_rotated_and_the_uneven_example(family: str) -> None:
-    name = NAMES[0] if family == "qwen" else NAMES[2]
-    model, processor = load_model(demo_folder(name)), load_processor(demo_folder(name))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_targets_caption_the_rotated_and_the_uneven_example(family: Family) -> None:
+    folder = folder_of(family, "target")
+    model, processor = load_model(folder), load_processor(folder)
     for file in ("one-sinks-rotated.mp4", "one-slides-right-variable-rate.mp4"):
         inputs = prepared(processor, frames_of(VIDEOS / file), "Describe the video in detail.")
         assert int((inputs["input_ids"] == model.config.video_token_id).sum()) >= 128
