@@ -16,7 +16,7 @@ from tests.tiny import stock_ids
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "videos"
 VIDEOS = sorted(file for file in EXAMPLES.iterdir() if file.suffix in (".mp4", ".webm"))
-PRESETS = ("demo", "demo-llava")
+PRESETS = ("demo", "demo-llava", "demo-qwen3-vl")
 LIMIT = 160
 
 
