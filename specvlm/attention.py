@@ -34,6 +34,7 @@ PREFIX_STEP = 128
 SHORTEST_PREFIX = 512
 # Kernels want the rows of a mask aligned; 16 elements suit every dtype.
 _MASK_ALIGN = 16
+_NO_MASK = torch.empty(0, 0, 0, 0)
 
 
 class ScoreSum:
@@ -117,7 +118,7 @@ def _moved(rows: Rows, device: Any) -> Rows:
 
 def plan_arguments(plan: AttentionPlan) -> dict[str, Any]:
     """Keywords that bring a plan through any text model; one that is given a mask of four dimensions makes none."""
-    return {"attention_mask": torch.empty(0, 0, 0, 0), "attention_plan": plan}
+    return {"attention_mask": _NO_MASK, "attention_plan": plan}
 
 
 def prefix_of(certain: int) -> int:
