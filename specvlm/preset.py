@@ -94,6 +94,7 @@ def _llava(name: str, target: str, draft: str) -> Preset:
 _HEADS = (
     _demo_head("demo-head", "qwen2_5_vl", "qwen"),
     _demo_head("demo-head-llava", "llava_onevision", "llava"),
+    _demo_head("demo-head-qwen3-vl", "qwen3_vl", "qwen3"),
 )
 
 _PRESETS = (

@@ -66,10 +66,13 @@ class PresetView:
 
 
 def largest_that_fits(gpu_bytes: int) -> Preset | None:
-    """Return the largest preset whose pair fits a GPU with so much memory; None: there is none."""
-    sizes = {one.name: sum(filter(None, _memory(one)[1:])) for one in presets() if shape_of(one.target)}
-    fitting = [one for one in presets() if one.name in sizes and sizes[one.name] * _ROOM <= gpu_bytes]
-    return max(fitting, key=lambda one: sizes[one.name], default=None)
+    """Return the preset with the largest target whose pair fits a GPU with so much memory; None: there is none.
+
+    Of targets with about as many parameters it is the first in the list, which is the newest.
+    """
+    shapes = {one: shape for one in presets() if (shape := shape_of(one.target)) is not None}
+    fitting = [one for one in shapes if sum(filter(None, _memory(one)[1:])) * _ROOM <= gpu_bytes]
+    return max(fitting, key=lambda one: round(shapes[one].parameters / 1e9), default=None)
 
 
 def preset_views() -> list[PresetView]:

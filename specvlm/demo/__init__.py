@@ -12,7 +12,7 @@ from typing import Literal
 DemoName = Literal["qwen-target", "qwen-draft", "llava-target", "llava-draft", "qwen3-target", "qwen3-draft"]
 """The demo checkpoints: a target and a draft in each of the three families."""
 
-HeadName = Literal["qwen-head", "llava-head"]
+HeadName = Literal["qwen-head", "llava-head", "qwen3-head"]
 """Heads that `specvlm train` makes for the demo targets; only folders that are there are presets."""
 
 OWNER = "specvlm-demo"

@@ -50,7 +50,11 @@ On {held_out:,} held-out captions of that training, from which the best head was
 nodes and depth 7: **{mean_accepted_tokens:.2f}** accepted tokens a round (accepted / rounds, the bonus not counted).
 What it does on clips that nothing was chosen by is in `docs/benchmarks.md`.
 """
-_PRESETS: Final[dict[HeadName, str]] = {"qwen-head": "demo-head", "llava-head": "demo-head-llava"}
+_PRESETS: Final[dict[HeadName, str]] = {
+    "qwen-head": "demo-head",
+    "llava-head": "demo-head-llava",
+    "qwen3-head": "demo-head-qwen3-vl",
+}
 
 
 def card(name: HeadName, config: Mapping[str, Any], header: Mapping[str, Any]) -> str:

@@ -106,3 +106,19 @@ def test_the_docs_say_how_many_gpus_a_preset_takes() -> None:
         sizes = f"{one.weights_bytes / 1e9:.1f} | {one.caches_bytes / 1e9:.1f}"
         row = f"| `{one.name}` | {one.video_tokens:,} | {sizes} | {' | '.join(map(str, gpus))} |"
         assert row in told, row
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "name"),
+    [
+        (16, None),
+        (24, "llava-onevision-7b"),
+        (48, "qwen3-vl-8b"),
+        (84, "qwen3-vl-30b-a3b"),
+        (141, "qwen3-vl-32b"),
+    ],
+)
+def test_the_largest_target_that_fits(gigabytes: int, name: str | None) -> None:
+    """Qwen3-VL 32B and Qwen2.5-VL 32B are about as large, and so are their pairs."""
+    found = checkpoints.largest_that_fits(gigabytes * 10**9)
+    assert (found and found.name) == name
