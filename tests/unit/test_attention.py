@@ -49,7 +49,9 @@ def causal(first: int, count: int, slots: int) -> torch.Tensor:
 def prefill(query: torch.Tensor, keys: list[torch.Tensor], *segments: Segment) -> torch.Tensor:
     """Attention of packed segments, whose keys are values too, turned round."""
     values = [key.flip(3) for key in keys]
-    out, _ = attention._attend(torch.nn.Identity(), query, keys, values, AttentionPlan(tuple(segments)))
+    out, _ = attention._attend(
+        torch.nn.Identity(), query, keys, values, None, attention_plan=AttentionPlan(tuple(segments))
+    )
     return out
 
 
@@ -101,7 +103,9 @@ EVERYONE = slice(0, None)
 def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rows: Rows) -> torch.Tensor:
     """Attention of the nodes of a round; all rows see the same keys tensor, or each group its own rows of it."""
     keys, values = [key[one.where] for one in rows], [value[one.where] for one in rows]
-    out, _ = attention._attend(torch.nn.Identity(), query, keys, values, AttentionPlan(rows=rows))
+    out, _ = attention._attend(
+        torch.nn.Identity(), query, keys, values, None, attention_plan=AttentionPlan(rows=rows)
+    )
     return out
 
 

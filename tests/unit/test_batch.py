@@ -23,6 +23,7 @@ from specvlm.config import TreeName
 from specvlm.decode import CaptionSequence, Decoder
 from specvlm.drafts.small_model import SmallModelDraft
 from specvlm.errors import ConfigError, GenerationError, NonFiniteLogitsError, PromptError, VideoNotFoundError
+from specvlm.families.base import VideoFeatures
 from specvlm.model import TextModel, VideoLM
 from tests.tiny import Size, random_frames, tiny_captioner
 
@@ -290,9 +291,9 @@ def inject(captioner: Captioner, monkeypatch: pytest.MonkeyPatch, fault: Fault) 
     sound = target.forward
 
     def forward(
-        embeds: torch.Tensor, positions: torch.Tensor, cache: Any, plan: AttentionPlan
+        embeds: torch.Tensor, positions: torch.Tensor, cache: Any, plan: AttentionPlan, *more: Any
     ) -> torch.Tensor:
-        out = sound(embeds, positions, cache, plan)
+        out = sound(embeds, positions, cache, plan, *more)
         what, count = ("prefill", len(plan.segments)) if plan.segments else ("round", len(embeds))
         if (error := fault(what, count)) is not None:
             raise error
@@ -529,9 +530,10 @@ def test_keys_of_the_draft_that_are_nan_change_no_caption(
     model, odd = captioner.draft.model, [video.inputs for video in videos()[::2]]
     sound = model.embed_prompt
 
-    def embed_prompt(inputs: Any, features: torch.Tensor) -> torch.Tensor:
-        spoils = any(inputs is one for one in odd)
-        return sound(inputs, torch.full_like(features, torch.nan) if spoils else features)
+    def embed_prompt(inputs: Any, features: VideoFeatures) -> torch.Tensor:
+        if any(inputs is one for one in odd):
+            features = VideoFeatures(torch.full_like(features.embeds, torch.nan))
+        return sound(inputs, features)
 
     monkeypatch.setattr(model, "embed_prompt", embed_prompt)
     check({done.index: Finished(done.index, done.caption, done.error) for done in many(captioner, videos())})
