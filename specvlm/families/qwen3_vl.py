@@ -35,8 +35,17 @@ class Qwen3VL(Qwen2VL):
     def see(self, model: Any, videos: Sequence[ModelInputs]) -> list[VideoFeatures]:
         """One feature per 2 x 2 patches of two frames, and the same of some layers inside the tower."""
         seen = self._tower(model, videos)
-        deep = zip(*seen.deepstack_features, strict=True) if seen.deepstack_features else [()] * len(videos)
-        return [VideoFeatures(*one) for one in zip(seen.pooler_output, deep, strict=True)]
+        counts = [len(embeds) for embeds in seen.pooler_output]
+        layers = [
+            torch.split(layer, counts)
+            if isinstance(layer, torch.Tensor)
+            else layer  # one tensor in transformers 5.17
+            for layer in seen.deepstack_features
+        ]
+        return [
+            VideoFeatures(embeds, tuple(layer[index] for layer in layers))
+            for index, embeds in enumerate(seen.pooler_output)
+        ]
 
     def text_arguments(self, where: torch.Tensor, deep: Sequence[torch.Tensor]) -> dict[str, Any]:
         """What DeepStack adds, and where."""
