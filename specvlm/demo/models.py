@@ -221,8 +221,9 @@ def _text_config(sizes: Sizes, tokenizer: Qwen2Tokenizer, layers: int) -> dict[s
     }
 
 
-def _qwen_config(sizes: Sizes, tokenizer: Qwen2Tokenizer, layers: int) -> Qwen2_5_VLConfig:
-    vision = {
+def _qwen_tower(sizes: Sizes) -> dict[str, Any]:
+    """What the vision towers of both Qwen architectures have in common."""
+    return {
         "depth": sizes.vision_layers,
         "hidden_size": sizes.vision_width,
         "intermediate_size": sizes.vision_mlp,
@@ -230,11 +231,16 @@ def _qwen_config(sizes: Sizes, tokenizer: Qwen2Tokenizer, layers: int) -> Qwen2_
         "patch_size": CELL // 2,
         "spatial_merge_size": 2,
         "temporal_patch_size": 2,
+        "out_hidden_size": sizes.text_width,
+        "initializer_range": 0.06,
+    }
+
+
+def _qwen_config(sizes: Sizes, tokenizer: Qwen2Tokenizer, layers: int) -> Qwen2_5_VLConfig:
+    vision = _qwen_tower(sizes) | {
         "tokens_per_second": 2,
         "window_size": 3 * CELL,
         "fullatt_block_indexes": [sizes.vision_layers - 1],
-        "out_hidden_size": sizes.text_width,
-        "initializer_range": 0.06,
     }
     ids = _vision_ids(tokenizer)
     text = _text_config(sizes, tokenizer, layers) | {"rope_parameters": _rope({"mrope_section": [4, 6, 6]})}
@@ -242,18 +248,9 @@ def _qwen_config(sizes: Sizes, tokenizer: Qwen2Tokenizer, layers: int) -> Qwen2_
 
 
 def _qwen3_config(sizes: Sizes, tokenizer: Qwen2Tokenizer, layers: int) -> Qwen3VLConfig:
-    vision = {
-        "depth": sizes.vision_layers,
-        "hidden_size": sizes.vision_width,
-        "intermediate_size": sizes.vision_mlp,
-        "num_heads": sizes.vision_width // HEAD_DIM,
-        "patch_size": CELL // 2,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-        "out_hidden_size": sizes.text_width,
+    vision = _qwen_tower(sizes) | {
         "num_position_embeddings": _QWEN3_GRID**2,
         "deepstack_visual_indexes": list(sizes.deepstack),
-        "initializer_range": 0.06,
     }
     ids = _vision_ids(tokenizer)
     rope = _rope({"mrope_section": [6, 5, 5], "mrope_interleaved": True})

@@ -121,13 +121,16 @@ class PairSequence(NamedTuple):
 
 
 def _in_place(
-    made: Compressed, pairs: torch.Tensor, positions: torch.Tensor, video_at: torch.Tensor
+    made: Compressed,
+    pairs: torch.Tensor,
+    positions: torch.Tensor,
+    video_at: torch.Tensor,
+    firsts: torch.Tensor,
 ) -> PairSequence:
-    """Put compressed pairs where the video's stretches begin; the text between them stays."""
+    """Put compressed pairs in place of the video's, stretch by stretch, which begin at `firsts`; text stays."""
     is_text = torch.ones(pairs.shape[1], dtype=torch.bool)
     is_text[video_at] = False
     text_at = is_text.nonzero().squeeze(1)
-    firsts = video_at[[0, *itertools.accumulate(stretches(video_at)[:-1])]]
     order = torch.cat((text_at, firsts.repeat_interleave(torch.tensor(made.stretches)))).argsort(stable=True)
     return PairSequence(
         torch.cat((pairs[:, text_at], made.inputs), dim=1)[:, order],
@@ -208,7 +211,8 @@ class HeadModel(nn.Module):
             pairs[:, video_at], shown.positions[:, video_at], shown.scores, question, stretches(video_at)
         )
         made: Compressed = self.compressor(video, generator)
-        return _in_place(made, pairs, shown.positions, video_at)
+        firsts = video_at[[0, *itertools.accumulate(video.stretches[:-1])]]
+        return _in_place(made, pairs, shown.positions, video_at, firsts)
 
     def text_model(self, position_rows: int) -> TextModel:
         """Its layer over slabs."""

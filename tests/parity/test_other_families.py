@@ -13,7 +13,6 @@ from specvlm.config import SpeculationSettings
 from specvlm.drafts.compressor import stretches
 from specvlm.drafts.head import HeadDraft
 from specvlm.families import FAMILIES, Qwen3VL, register
-from specvlm.families.base import ModelInputs
 from specvlm.prefill import Reading, ToSee, embed, prefill_target, prune_prompt
 from specvlm.pruning import prune
 from specvlm.training import memory
@@ -188,10 +187,6 @@ class Renamed(Qwen3VL):
 
     name = "qwen3_renamed"
 
-    def video_token(self, processor: Any) -> str:
-        """As the processor says."""
-        return str(processor.video_token)
-
 
 def test_a_family_of_another_package_captions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing else has to know of it."""
@@ -227,4 +222,3 @@ def test_an_entry_point_brings_a_family(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(families, "entry_points", entry_points)
     config = type("Config", (), {"model_type": "qwen3_renamed"})
     assert isinstance(families.family_of(config, "x"), Renamed)
-    assert ModelInputs(torch.zeros(1, 3), torch.tensor([1]), {}).video_tokens == 1
