@@ -7,7 +7,7 @@ text models hand through to it as they do with every keyword that they do not kn
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import groupby
@@ -86,7 +86,8 @@ class Rows:
     Attributes:
         where: Their places in the batch: a slice, or int64 [rows].
         mask: Additive, [rows, 1, groups * n, visible - prefix], groups being query heads per key head; None: they
-            see all visible slots. `varlen`: of the round's own slots alone.
+            see all visible slots, by the very kernel that stock `generate()` runs in a step. `varlen`: of the round's
+            own slots alone.
         prefix: This many first slots are seen by all nodes of these rows, and `mask` begins after them.
         lengths: `varlen`: int64 [rows], committed slots; None: another kernel.
     """
@@ -191,9 +192,9 @@ def _causal_from(first: int, rows: int, slots: int, device: torch.device) -> tor
 
 
 def _masked(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scaling: float
 ) -> torch.Tensor:
-    """Attention under an additive mask [B, 1, groups * n, slots], or over all slots; -> [B, n, H, d]."""
+    """Attention under an additive mask [B, 1, groups * n, slots]; -> [B, n, H, d]."""
     packed = _pack_groups(query, key.shape[1])
     return _unpack_groups(
         scaled_dot_product_attention(packed, key, value, attn_mask=mask, scale=scaling), query.shape[1]
@@ -414,27 +415,39 @@ def _whole_prompts(
     return out.transpose(1, 2).flatten(0, 1)[None]
 
 
+# What stock runs in a step: query [B, H, 1, d], keys and values -> [B, 1, H, d].
+_StockStep = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
 def _round(
     query: torch.Tensor,
     keys: Sequence[torch.Tensor],
     values: Sequence[torch.Tensor],
     rows: Sequence[Rows],
     scaling: float,
+    step: _StockStep,
 ) -> torch.Tensor:
     """Attention of the nodes of a round, slab by slab; query [B, H, n, d] -> [B, n, H, d]."""
     if len(rows) == 1 and isinstance(rows[0].where, slice):
-        return _of_rows(query, keys[0], values[0], rows[0], scaling)
+        return _of_rows(query, keys[0], values[0], rows[0], scaling, step)
     out = query.new_empty(query.shape[0], query.shape[2], query.shape[1], query.shape[3])
     for key, value, some in zip(keys, values, rows, strict=True):
-        out[some.where] = _of_rows(query[some.where], key, value, some, scaling)
+        out[some.where] = _of_rows(query[some.where], key, value, some, scaling, step)
     return out
 
 
 def _of_rows(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: Rows, scaling: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rows: Rows,
+    scaling: float,
+    step: _StockStep,
 ) -> torch.Tensor:
     if rows.lengths is not None:
         return _varlen(query, key, value, rows, scaling)
+    if rows.mask is None:
+        return step(query, key, value)
     if rows.prefix:
         return _split(query, key, value, rows, scaling)
     return _masked(query, key, value, rows.mask, scaling)
@@ -459,7 +472,11 @@ def _attend(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if attention_plan.segments:
         return _prefill(query, key, value, attention_plan.segments, scale), None
-    return _round(query, key, value, attention_plan.rows, scale), None
+
+    def step(one: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        return sdpa_attention_forward(module, one, keys, values, None, scaling=scaling, **kwargs)[0]
+
+    return _round(query, key, value, attention_plan.rows, scale, step), None
 
 
 def register_attention() -> None:

@@ -160,9 +160,10 @@ class Group(NamedTuple):
     """The rows of the batch that one slab holds, in the order in which it holds them."""
 
     slab: Slab
-    rows: tuple[int, ...]  # rows of the batch; the slab's rows are 0, 1, 2, ...
+    rows: tuple[int, ...]  # rows of the batch; the slab's rows follow each other
     # The same, to index a tensor of the batch with: a slice where they follow each other, else int64 [rows].
     where: slice | torch.Tensor
+    first: int = 0  # the slab's row that holds the first of them
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         """The group's rows of a tensor [B, ...]."""
@@ -381,6 +382,13 @@ class KVCache(Cache):
         self._places = [self._places[row] for row in rows]
         self._regroup()
 
+    def alone(self, row: int) -> KVCache:
+        """A row as a cache of its own, over the same memory; good until rows are added or kept."""
+        cache = KVCache(self._shape, self._device)
+        cache._slabs, cache._places = [self._places[row].slab], [self._places[row]]
+        cache._regroup()
+        return cache
+
     def in_order(self) -> list[int]:
         """The rows of the batch in the order in which slabs hold them: after `keep` of it, groups are slices."""
         number = {slab.number: index for index, slab in enumerate(self._slabs)}
@@ -405,7 +413,7 @@ class KVCache(Cache):
             where: slice | torch.Tensor = slice(first, first + len(rows))
             if rows != tuple(range(first, first + len(rows))):
                 where = torch.tensor(rows, device=self._device)
-            self._groups.append(Group(slab, rows, where))
+            self._groups.append(Group(slab, rows, where, self._places[first].row))
         base = [place.row * place.slab.capacity for place in self._places]
         self.base = torch.tensor(base, dtype=torch.long, device=self._device)
 

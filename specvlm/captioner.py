@@ -42,6 +42,7 @@ from specvlm.prefill import Begun
 from specvlm.preset import DEFAULT_PROMPT
 from specvlm.records import Caption, CaptionStats, Frames, VideoSource
 from specvlm.sampling import TokenRule, logits_rules
+from specvlm.settling import Settling
 from specvlm.stats import StageClock, device_words, peak_memory_bytes
 from specvlm.tree import ROOT, make_shape
 from specvlm.verify import Accept, accept
@@ -167,7 +168,7 @@ class Captioner:
         self.processor, self.info, self.frames, self.prompt = processor, info, frames, prompt
         self.generation_config = target.model.generation_config
         self.accept: Accept = accept
-        self.costs = CostStore()
+        self.costs, self.settling = CostStore(), Settling()
         self.make_capture: Callable[[torch.device], Capture] = CudaCapture
         self._learned: dict[Kind, Learned] = {}
         self._decoders: dict[Kind, Decoder] = {}
@@ -217,12 +218,13 @@ class Captioner:
         def rule() -> TokenRule:
             return TokenRule(rules, kind.generation, self.target.vocabulary, self.target.device)
 
+        settling = self.settling if kind.generation.exact else None
         if kind.speculation is None:
-            return DecodeSettings(rule, FixedTree(ROOT), accept=self.accept)
+            return DecodeSettings(rule, FixedTree(ROOT), accept=self.accept, settling=settling)
         chooser, draft = self.chooser(kind.speculation, kind.generation), self.draft
         assert draft is not None
         propose = partial(draft.proposer, kind.speculation)
-        return DecodeSettings(rule, chooser, propose, self.accept, draft)
+        return DecodeSettings(rule, chooser, propose, self.accept, draft, settling)
 
     def take_decoder(self, kind: Kind) -> Decoder:
         """A decoder that has nothing in flight: the one that decoded this kind before, where it is free."""
@@ -297,6 +299,8 @@ class Captioner:
             device=device_words(self.target.device),
             mean_batch_size=sequence.shared_steps / sequence.steps if sequence.steps else 1.0,
             context_tokens=self.target.context_tokens,
+            settled_tokens=text.settled,
+            smallest_margin=text.smallest_margin if math.isfinite(text.smallest_margin) else None,
         )
 
     @property

@@ -141,14 +141,18 @@ class GenerationSettings:
         temperature: 0 is greedy, whatever `do_sample` the checkpoint ships; above 0 samples.
         top_k: Sample from the k likeliest tokens; None takes the checkpoint's own, 0 is off.
         seed: Seed of the sampling noise. The same seed gives the same caption.
+        exact: Decide near-ties as stock `generate()` would for the video alone, by plain steps. Without it, bfloat16
+            and float16 may choose otherwise where two tokens are about equally likely.
     """
 
     max_new_tokens: int = 256
     temperature: float = 0.0
     top_k: int | None = None
     seed: int = 0
+    exact: bool = True
 
     def __post_init__(self) -> None:
+        of_type("exact", self.exact, bool, "give True or False")
         for name in ("max_new_tokens", "seed"):
             whole(name, getattr(self, name))
         within("max_new_tokens", self.max_new_tokens, 1, 1 << 20, "give 1 to 1048576 tokens")

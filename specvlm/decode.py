@@ -7,6 +7,8 @@ in every round. The loop knows neither videos nor files nor how a draft guesses.
 
 from __future__ import annotations
 
+import math
+import struct
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Sequence
@@ -24,7 +26,8 @@ from specvlm.graphs import Capture, CudaCapture, Rig, Stage, Table
 from specvlm.model import Lengths, Nodes, VideoLM
 from specvlm.prefill import Begun, Prompt, Reading, ToSee, embed, prefill_target
 from specvlm.records import FinishReason
-from specvlm.sampling import TokenRule
+from specvlm.sampling import Choices, TokenRule
+from specvlm.settling import Settling, Worth
 from specvlm.stats import StageClock
 from specvlm.tree import ROOT, Guesses, TreeShape
 from specvlm.verify import Accept, Accepted, accept, ranks_of
@@ -45,6 +48,8 @@ class CaptionText:
         tries: Entry d - 1 counts the rounds whose guess at depth d was judged: those above it were right, and neither
             tree nor caption ended there.
         guessed: Guesses of all rounds, accepted or not.
+        settled: Tokens that a plain step decided, because a round's choice was not settled.
+        smallest_margin: The least by which the score of a token led the second best; infinite: not measured.
     """
 
     limit: int
@@ -54,6 +59,8 @@ class CaptionText:
     histogram: list[int] = field(default_factory=list)
     tries: list[int] = field(default_factory=list)
     guessed: int = 0
+    settled: int = 0
+    smallest_margin: float = math.inf
 
     def take(self, tokens: Sequence[int]) -> list[int]:
         """Append tokens up to the first end of sequence or the limit; return what was appended."""
@@ -125,6 +132,7 @@ class DecodeSettings:
         propose: Makes the draft at work, for no sequence yet, given the rule and the target's cache; None: no draft.
         accept: What counts as accepted.
         draft: Whose work `propose` makes.
+        settling: Decide by plain steps what is not settled; None: take what rounds choose.
     """
 
     rule: Callable[[], TokenRule]
@@ -132,6 +140,7 @@ class DecodeSettings:
     propose: Callable[[TokenRule, KVCache], Proposer] | None = None
     accept: Accept = accept
     draft: Draft | None = None
+    settling: Settling | None = None
 
 
 class _State(NamedTuple):
@@ -140,15 +149,17 @@ class _State(NamedTuple):
     root: torch.Tensor  # int64 [B], the last token, not yet in any cache
     step: torch.Tensor  # int64 [B], that token's index in the caption
     going: torch.Tensor  # int64 [B], 0 for rows that are done, which stay where they are
+    bound: torch.Tensor  # float32 [B], a choice that leads by no more is not settled
 
 
-def _choose(rule: TokenRule, logits: torch.Tensor, guesses: Guesses) -> tuple[torch.Tensor, torch.Tensor]:
-    """The target's choice after each node, int64 [B, N], and whether its logits were finite, bool [B, N]."""
+def _choose(
+    rule: TokenRule, logits: torch.Tensor, guesses: Guesses, bound: torch.Tensor | None
+) -> Choices:
+    """The target's choice after each node; `bound` [B]: also by how much it leads."""
     nodes = guesses.tokens.shape[1]
     below_root = guesses.ancestors[:, :, 1:]  # [B, N, N - 1]
     path = torch.where(below_root, guesses.tokens[:, None, 1:], guesses.tokens[:, :1, None])
-    best = rule.scores(logits, guesses.depths, path.expand(-1, nodes, -1)).max(dim=-1)
-    return best.indices, best.values.isfinite()
+    return rule.choose(logits, guesses.depths, path.expand(-1, nodes, -1), bound)
 
 
 def _integers(values: Sequence[int], device: torch.device) -> torch.Tensor:
@@ -165,7 +176,9 @@ class _Verifier:
     def __init__(self, target: VideoLM) -> None:
         self._target, self.cache = target, target.new_cache()
         self.accept: Accept = accept
+        self.exact = False
         self._prompts: list[int] = []  # tokens of each row's prompt
+        self._next: list[int] = []  # the position behind it
         nothing = _integers([], target.device)
         self._lengths, self._positions = nothing, nothing
 
@@ -174,16 +187,30 @@ class _Verifier:
         self.cache.add([prompt.length + slots for prompt in prompts], most_rows)
         device = self._lengths.device
         self._prompts += [prompt.length for prompt in prompts]
+        self._next += [prompt.next_position for prompt in prompts]
         self._lengths = _integers(self._prompts, device)
-        more = _integers([prompt.next_position for prompt in prompts], device)
-        self._positions = torch.cat((self._positions, more))
+        self._positions = _integers(self._next, device)
 
     def keep(self, rows: Sequence[int]) -> None:
         """From now on the batch is these of its rows, in this order."""
         self.cache.keep(rows)
         self._prompts = [self._prompts[row] for row in rows]
+        self._next = [self._next[row] for row in rows]
         self._lengths = _integers(self._prompts, self._lengths.device)
-        self._positions = self._positions[_integers(rows, self._positions.device)]
+        self._positions = _integers(self._next, self._positions.device)
+
+    def measure(self, settling: Settling, row: int, token: int) -> None:
+        """Measure what passes over several rows change, behind the prompt of a row and its first token."""
+        length = self._prompts[row]
+        settling.measure(self._target, self.cache.copy_out(row, length), length, self._next[row], token)
+
+    def replay(self, row: int, tokens: Sequence[int], first: int) -> torch.Tensor:
+        """Run tokens of a row's caption as stock does, from the one with index `first` on; -> logits [1, 1, C]."""
+        cache, hidden = self.cache.alone(row), torch.empty(0)
+        for index in range(first, len(tokens)):
+            position, length = self._next[row] + index, self._prompts[row] + index
+            hidden = self._target.step(tokens[index], position, cache, length)
+        return self._target.logits(hidden)
 
     def _committed(self, index: Lengths) -> Lengths:
         """Committed slots of rows whose root has this index."""
@@ -192,21 +219,22 @@ class _Verifier:
 
     def host_state(self, index: Lengths) -> Hashable:
         """All that this half depends on besides its tensors and the weights."""
-        return self._target.host_state(self._committed(index), self.cache), self.accept
+        return self._target.host_state(self._committed(index), self.cache), self.accept, self.exact
 
     def verify(
-        self, shape: TreeShape, guesses: Guesses, rule: TokenRule, index: Lengths
-    ) -> tuple[Accepted, torch.Tensor]:
-        """One forward over all N nodes; -> what is accepted, and per row whether all its logits were finite."""
+        self, shape: TreeShape, guesses: Guesses, rule: TokenRule, index: Lengths, bound: torch.Tensor
+    ) -> _Verified:
+        """One forward over all N nodes; -> what is accepted, settled or not."""
         lengths = self._committed(index)
         slots = lengths.slots[:, None] + torch.arange(shape.nodes, device=lengths.slots.device)
         positions = (self._positions + index.slots)[:, None] + guesses.depths
         sees = guesses.ancestors if shape.depth else None
         nodes = Nodes(guesses.tokens, positions[None], slots, sees)
         hidden = self._target.forward_nodes(nodes, self.cache, lengths, shape.nodes)
-        choices, finite = _choose(rule, self._target.logits(hidden), guesses)
-        accepted = self.accept(guesses, choices, shape.depth)
-        return accepted, finite.gather(1, accepted.path).all(dim=1)
+        choices = _choose(rule, self._target.logits(hidden), guesses, bound if self.exact else None)
+        accepted = self.accept(guesses, choices.tokens, shape.depth)
+        finite = choices.finite.gather(1, accepted.path).all(dim=1)
+        return _settled(guesses, accepted, finite, choices.margins, bound)
 
     def forget(self, shape: TreeShape, step: torch.Tensor) -> None:
         """Zero the slots after the committed ones that a round may have written."""
@@ -231,8 +259,32 @@ class _Verified(NamedTuple):
     """What a round's commit is told."""
 
     guesses: Guesses
-    accepted: Accepted
+    accepted: Accepted  # cut off before what is not settled
     finite: torch.Tensor  # bool [B]
+    used: torch.Tensor  # int64 [B], accepted guesses that are settled
+    count: torch.Tensor  # int64 [B], tokens that the caption gains: those guesses, and the bonus token if it is settled
+    margin: torch.Tensor  # float32 [B], the least of those tokens' and of the one that is not settled
+
+
+def _settled(
+    guesses: Guesses,
+    accepted: Accepted,
+    finite: torch.Tensor,
+    margins: torch.Tensor | None,
+    bound: torch.Tensor,
+) -> _Verified:
+    """Cut the accepted path off before the first choice that is not settled. `margins`: [B, N]; None: all are."""
+    count = accepted.guessed + 1
+    if margins is None:
+        return _Verified(guesses, accepted, finite, accepted.guessed, count, torch.full_like(bound, math.inf))
+    level = torch.arange(accepted.path.shape[1], device=bound.device)
+    on_path = margins.gather(1, accepted.path).masked_fill(level >= count[:, None], math.inf)  # [B, D + 1]
+    unsettled = on_path <= bound[:, None]
+    cut = torch.where(unsettled.any(dim=1), unsettled.to(torch.uint8).argmax(dim=1), count)
+    margin = on_path.masked_fill(level > cut[:, None], math.inf).amin(dim=1)
+    # The last token of what is left becomes the root, which no cache has yet.
+    kept = accepted._replace(guessed=(cut - 1).clamp(min=0))
+    return _Verified(guesses, kept, finite, cut.minimum(accepted.guessed), cut, margin)
 
 
 class _Rounds:
@@ -250,12 +302,14 @@ class _Rounds:
         self.verifier, self._clock, self._rig = verifier, clock, rig
         self.rule: TokenRule | None = None
         self.proposer: Proposer | None = None
-        self.state = _State(*(_integers([], device) for _ in _State._fields))
+        nothing = _integers([], device)
+        self.state = _State(nothing, nothing, nothing, nothing.float())
         self.capture_s = 0.0
 
     def add(self, first: torch.Tensor) -> None:
         """Rows begin with the tokens first [n]."""
-        more = _State(first, torch.zeros_like(first), torch.ones_like(first))
+        zero = torch.zeros_like(first)
+        more = _State(first, zero, torch.ones_like(first), zero.float())
         self.state = _State(*(torch.cat(pair) for pair in zip(self.state, more, strict=True)))
 
     def keep(self, rows: Sequence[int]) -> None:
@@ -274,6 +328,24 @@ class _Rounds:
             if holder is not None:
                 self._rig.adopt(name, holder)
 
+    def decide(self, row: int, tokens: Sequence[int], pure: int) -> _Decided:
+        """Choose the next token of a row as stock does, behind keys and values of which the first `pure` are stock's.
+
+        -> the token, whether its logits were finite, by how much it leads.
+        """
+        assert self.rule is not None
+        logits = self.verifier.replay(row, tokens, pure)
+        rule, device = self.rule.of_row(row), logits.device
+        rule.begin_round(_integers([len(tokens)], device), 0)
+        zero = torch.zeros(1, 1, dtype=torch.long, device=device)
+        chosen = rule.choose(logits, zero, zero.new_empty(1, 1, 0), torch.zeros(1, device=device))
+        assert chosen.margins is not None
+        rule.commit(chosen.tokens, torch.ones_like(zero[:, 0]))
+        self.state.root[row] = chosen.tokens[0, 0]
+        self.state.step[row] = len(tokens)
+        finite, margin = chosen.finite.item(), chosen.margins.item()
+        return _Decided(int(chosen.tokens.item()), bool(finite), float(margin))
+
     def stop(self, row: int, index: int) -> None:
         """A row is done, at this index; it may stay in the batch for a while."""
         # A caption may end inside an accepted path: the row waits at its last token, not beyond it.
@@ -281,7 +353,7 @@ class _Rounds:
         self.state.going[row] = 0
 
     def run(self, shape: TreeShape, index: Lengths) -> list[list[int]]:
-        """One round; -> per row [finite, accepted, tokens [D + 1]..., ranks [D + 1] if the shape tells them...]."""
+        """One round; -> per row what `_Report.of` reads."""
         began = time.perf_counter()
         stages = self._stages(shape, index)
         self.capture_s = time.perf_counter() - began
@@ -319,25 +391,52 @@ class _Rounds:
 
     def _verify(self, shape: TreeShape, guesses: Guesses, index: Lengths) -> _Verified:
         assert self.rule is not None
-        return _Verified(guesses, *self.verifier.verify(shape, guesses, self.rule, index))
+        return self.verifier.verify(shape, guesses, self.rule, index, self.state.bound)
 
     def _commit(self, shape: TreeShape, verified: _Verified, index: Lengths) -> torch.Tensor:
-        state, (guesses, accepted, finite) = self.state, verified
+        state, (guesses, accepted, finite, used, found, margin) = self.state, verified
         assert self.rule is not None
         self.verifier.commit(shape, accepted, state.step)
         if shape.depth:
             assert self.proposer is not None
             self.proposer.commit(shape, guesses, accepted, index)
         # A row whose logits were not finite stays where it is: a wrong guess may be the reason.
-        count = (accepted.guessed + 1) * (state.going * finite)
+        count = found * (state.going * finite)
         self.rule.commit(accepted.tokens, count)
-        bonus = accepted.tokens.gather(1, accepted.guessed[:, None]).squeeze(1)
-        state.root.copy_(torch.where(count > 0, bonus, state.root))
+        last = accepted.tokens.gather(1, accepted.guessed[:, None]).squeeze(1)
+        state.root.copy_(torch.where(count > 0, last, state.root))
         state.step.add_(count)
-        told = [finite.long()[:, None], accepted.guessed[:, None], accepted.tokens]
+        bits = margin.view(torch.int32).long()
+        told = [torch.stack((finite.long(), found, bits, used), dim=1), accepted.tokens]
         if guesses.likeliest is not None:
             told.append(ranks_of(guesses, accepted))
         return torch.cat(told, dim=1)
+
+
+class _Decided(NamedTuple):
+    """A token that a plain step chose."""
+
+    token: int
+    finite: bool
+    margin: float
+
+
+class _Report(NamedTuple):
+    """What became of a row in a round."""
+
+    finite: bool
+    settled: bool  # all of it; else a plain step gives what takes the bonus token's place
+    margin: float
+    used: int  # guesses
+    written: list[int]
+    told: list[int]  # what a chooser is told, see `RoundReport`
+
+    @classmethod
+    def of(cls, numbers: list[int]) -> _Report:
+        """Read [finite, count, bits of the margin, used, tokens [D + 1]..., ranks [D + 1] if the shape tells them]."""
+        finite, count, bits, used, *rest = numbers
+        (margin,) = struct.unpack("f", struct.pack("i", bits))
+        return cls(bool(finite), count > used, margin, used, rest[:count], [used, *rest])
 
 
 def _never(*_: object) -> torch.Tensor:
@@ -354,6 +453,7 @@ class _Row:
         prompt: As the target read it, until the draft has begun with it.
         scores: The target's attention to its video, until then.
         text: What it has written.
+        pure: Tokens of its caption whose keys and values steps of one row have written, the first ones.
     """
 
     def __init__(self, sequence: CaptionSequence, prompt: Prompt, scores: torch.Tensor) -> None:
@@ -361,6 +461,7 @@ class _Row:
         self.index = len(sequence.text.tokens) - 1
         self.drafted = 0
         self.text = sequence.text
+        self.pure = 0
         self.prompt, self.scores = prompt, scores
 
 
@@ -386,6 +487,8 @@ class Decoder:
         self._rows: list[_Row] = []
         self._finished: list[CaptionSequence] = []
         self._plain_next = False  # because guesses spoiled the last round
+        self._worth = Worth()
+        self._decided = self._replayed = 0  # tokens of the last step that plain steps decided, and those steps
 
     # --- what runs ---
 
@@ -401,7 +504,7 @@ class Decoder:
         self._select([])
         if self._settings is not None and self._settings.draft is not settings.draft:
             self._rounds.proposer = None
-        self._verifier.accept = settings.accept
+        self._verifier.accept, self._verifier.exact = settings.accept, settings.settling is not None
         self._rounds.rule = settings.rule()
         self.follow(settings)
         for model in (self._target, *([] if settings.draft is None else [settings.draft.text])):
@@ -466,7 +569,9 @@ class Decoder:
                 for row, (one, prompt) in enumerate(zip(sequences, prompts, strict=True), first)
             ]
             scored = settings.propose is not None
-            read = prefill_target(self._target, self._verifier.cache, readings, scored=scored)
+            read = prefill_target(
+                self._target, self._verifier.cache, readings, scored=scored, alone=self._alone
+            )
             for sequence, reading in zip(sequences, readings, strict=True):
                 if sequence.begun is not None:
                     sequence.begun.keep(reading.prompt, self._verifier.cache, reading.row)
@@ -478,21 +583,41 @@ class Decoder:
             else:
                 sequence.error = _not_finite()
             self._rows.append(_Row(sequence, prompt, one.scores))
+        self._measure(most_rows)
         self._rounds.settle()
         self._retire()
+
+    def _measure(self, most_rows: int) -> None:
+        """Measure what makes choices unsettled, once, behind the shortest prompt."""
+        settling = self.settings.settling
+        if settling is None or settling.bound is not None:
+            return
+        if self.settings.propose is None and max(most_rows, len(self._rows)) < 2:
+            return  # steps of one row settle everything
+        row = min(range(len(self._rows)), key=lambda row: self._rows[row].prompt.length)
+        tokens = self._rows[row].text.tokens
+        if tokens:
+            self._verifier.measure(settling, row, tokens[0])
 
     def _embed(self, sequences: Sequence[CaptionSequence]) -> list[Prompt]:
         shares = [(one, one.inputs.video_tokens if self._is_new(one) else 1) for one in sequences]
         with self._timed("vision", shares):
             features = [None if one.begun is None else one.begun.features for one in sequences]
             videos = [ToSee(one.inputs, known) for one, known in zip(sequences, features, strict=True)]
-            return embed(self._target, videos)
+            return embed(self._target, videos, alone=self._alone)
+
+    @property
+    def _alone(self) -> bool:
+        """Whether a prompt that shares a pass with others, or another prompt's keys and values, may be told apart."""
+        return self.settings.settling is not None and self._target.dtype != torch.float32
 
     def _is_new(self, sequence: CaptionSequence) -> bool:
         return sequence.begun is None or self._target not in sequence.begun.features.of
 
     def _reading(self, sequence: CaptionSequence, prompt: Prompt, row: int) -> Reading:
-        known = 0 if sequence.begun is None else sequence.begun.give(prompt, self._verifier.cache, row)
+        known = 0
+        if sequence.begun is not None and not self._alone:
+            known = sequence.begun.give(prompt, self._verifier.cache, row)
         return Reading(prompt, row, known)
 
     def _first_tokens(self, logits: torch.Tensor, first: int) -> tuple[list[int], list[bool]]:
@@ -505,12 +630,12 @@ class Decoder:
         zero = torch.zeros(first + count, 1, dtype=torch.long, device=device)
         # The rule is for the whole batch: rows that are there already take part with logits that choose nothing.
         padded = torch.cat((logits.new_zeros(first, *logits.shape[1:]), logits))
-        best = rule.scores(padded, zero, zero.new_empty(first + count, 1, 0)).max(dim=-1)
+        chosen = rule.choose(padded, zero, zero.new_empty(first + count, 1, 0), None)
         new = (torch.arange(first + count, device=device) >= first).long()
-        rule.commit(best.indices, new)
-        self._rounds.add(best.indices[first:, 0])
-        finite: list[bool] = best.values[first:, 0].isfinite().tolist()
-        tokens: list[int] = best.indices[first:, 0].tolist()
+        rule.commit(chosen.tokens, new)
+        self._rounds.add(chosen.tokens[first:, 0])
+        finite: list[bool] = chosen.finite[first:, 0].tolist()
+        tokens: list[int] = chosen.tokens[first:, 0].tolist()
         return tokens, finite
 
     @torch.inference_mode()
@@ -545,14 +670,12 @@ class Decoder:
         """One round of all sequences; -> those that have ended, since the last step, with a caption or an error."""
         if len(self):
             began, spent_s = time.perf_counter(), self._clock.seconds("draft_prefill")
-            shape = self._shape()
-            if shape.depth:
-                self._ready_draft()
             running = [row.sequence for row in self._rows if row.sequence is not None]
-            reports, times = self._round(shape)
-            self._hear(shape, reports, times)
-            prefill_s = self._clock.seconds("draft_prefill") - spent_s
-            self._share(running, time.perf_counter() - began - prefill_s, times)
+            before = sum(len(one.text.tokens) for one in running)
+            times = self._round()
+            elapsed_s = time.perf_counter() - began - (self._clock.seconds("draft_prefill") - spent_s)
+            self._weigh(sum(len(one.text.tokens) for one in running) - before)
+            self._share(running, elapsed_s, times)
             self._retire()
         ended, self._finished = self._finished, []
         return ended
@@ -575,11 +698,74 @@ class Decoder:
         index = tuple(row.index for row in self._rows)
         return Lengths(self._rounds.state.step, index, index)
 
-    def _round(self, shape: TreeShape) -> tuple[list[list[int]], dict[str, float]]:
-        began = time.perf_counter()
-        reports = self._rounds.run(shape, self._index())
-        times = self._clock.settle()
-        return reports, times | {"round": time.perf_counter() - began - self._rounds.capture_s}
+    def _round(self) -> dict[str, float]:
+        """One round, then plain steps for what is not settled; or plain steps alone. -> the times of its stages."""
+        shape = self._shape()
+        if self._steps_alone(shape):
+            undecided = [number for number, row in enumerate(self._rows) if row.sequence is not None]
+            times = dict[str, float]()
+        else:
+            if shape.depth:
+                self._ready_draft()
+            self._bind(shape)
+            began = time.perf_counter()
+            numbers = self._rounds.run(shape, self._index())
+            times = self._clock.settle()
+            whole_s = time.perf_counter() - began - self._rounds.capture_s
+            undecided = self._hear(shape, [_Report.of(one) for one in numbers], times | {"round": whole_s})
+        self._decided, self._replayed = len(undecided), 0
+        if undecided:
+            with self._clock.stage("verify"):
+                self._decide(undecided)
+            times["verify"] = times.get("verify", 0.0) + self._clock.settle()["verify"]
+        return times
+
+    def _steps_alone(self, shape: TreeShape) -> bool:
+        """Whether this step is one of stock `generate()` for each sequence, instead of a round."""
+        if self.settings.settling is None:
+            return False
+        if self._worth.plain:
+            return True
+        # A graph of a plain step does not run what stock runs.
+        return shape.depth == 0 and len(self) == 1 and self._rig is not None and self._alone
+
+    def _bind(self, shape: TreeShape) -> None:
+        """Say what is settled in the next round: everything, if it is a plain step of one sequence."""
+        settling = self.settings.settling
+        if settling is None:
+            return
+        assert self._rounds.rule is not None
+        bound = math.inf if settling.bound is None else settling.bound * self._rounds.rule.sharpness
+        self._rounds.state.bound.fill_(-1.0 if self._is_step(shape) else bound)
+
+    def _is_step(self, shape: TreeShape) -> bool:
+        return shape.depth == 0 and len(self._rows) == 1
+
+    def _decide(self, undecided: Sequence[int]) -> None:
+        """Give rows their next token by plain steps, from where their keys and values are stock's."""
+        settling, running = self.settings.settling, len(self)
+        assert settling is not None
+        for number in undecided:
+            row = self._rows[number]
+            sequence, tokens = row.sequence, row.text.tokens
+            assert sequence is not None
+            decided = self._rounds.decide(number, tokens, row.pure)
+            self._replayed += len(tokens) - row.pure
+            row.pure = len(tokens)
+            if not decided.finite:
+                sequence.error = _not_finite()
+                continue
+            sequence.text.take([decided.token])
+            sequence.text.smallest_margin = min(sequence.text.smallest_margin, decided.margin)
+            sequence.tokens_at[running] += 1
+            row.index = len(tokens) - 1
+
+    def _weigh(self, tokens: int) -> None:
+        """See whether rounds are worth what is decided again."""
+        if self._worth.plain:
+            self._worth.hear_plain()
+        elif self.settings.settling is not None:
+            self._worth.hear(len(self._rows), tokens, self._decided, self._replayed)
 
     def _ready_draft(self) -> None:
         """Have the draft begin with the sequences that no round with guesses has met yet, and catch up with all."""
@@ -626,30 +812,38 @@ class Decoder:
         slots = text.limit + settings.chooser.slots
         return DraftRow(row, one.prompt, one.scores, text.tokens[0], slots, features)
 
-    def _hear(self, shape: TreeShape, reports: list[list[int]], times: dict[str, float]) -> None:
-        """Give every sequence what the round wrote."""
-        settings = self.settings
-        spoiled, told, running = False, list[list[int]](), len(self)
-        for row, (finite, accepted, *rest) in zip(self._rows, reports, strict=True):
+    def _hear(
+        self, shape: TreeShape, reports: Sequence[_Report], times: dict[str, float]
+    ) -> list[int]:
+        """Give every sequence what the round wrote; -> the rows whose next token is not settled."""
+        settings, step = self.settings, self._is_step(shape)
+        spoiled, told, running, undecided = False, list[list[int]](), len(self), list[int]()
+        for number, (row, report) in enumerate(zip(self._rows, reports, strict=True)):
             sequence = row.sequence
             if sequence is None:
                 continue
-            if not finite:
+            if not report.finite:
                 # A guess may be the reason: what a plain round gives is the target's own.
                 spoiled = spoiled or shape.depth > 0
                 sequence.error = None if shape.depth else _not_finite()
                 continue
-            told.append([accepted, *rest])
-            written = sequence.text.take(rest[: accepted + 1])
+            told.append(report.told)
+            written = sequence.text.take(report.written)
             sequence.tokens_at[running] += len(written)
             row.index = len(sequence.text.tokens) - 1
+            row.pure += step and row.pure == row.index - 1
+            sequence.text.smallest_margin = min(sequence.text.smallest_margin, report.margin)
             if shape.depth:
-                sequence.text.count(shape, min(len(written), accepted))
+                sequence.text.count(shape, min(len(written), report.used))
                 row.drafted = len(sequence.text.tokens)
+            if not report.settled and not sequence.done:
+                sequence.text.settled += 1
+                undecided.append(number)
         self._plain_next = spoiled
         if spoiled:
             self._verifier.forget(shape, self._rounds.state.step)
         settings.chooser.hear(RoundReport(shape, running, told, times))
+        return undecided
 
     def _share(self, running: Sequence[CaptionSequence], elapsed_s: float, times: dict[str, float]) -> None:
         """Give each sequence its share of a step's time."""

@@ -201,6 +201,8 @@ class TextModel:
     ) -> torch.Tensor:
         """One pass over the nodes of a round, after what each row has committed.
 
+        A lone node that sees all slots attends as in a step of stock `generate()`, on the same shapes.
+
         Args:
             embeds: Of the nodes, [B, n, hidden].
             nodes: n of them per row.
@@ -216,6 +218,27 @@ class TextModel:
         cache.aim_nodes(nodes.slots, [(one.group.slab, one.within, one.visible) for one in reads])
         plan = AttentionPlan(rows=tuple(one.plan for one in reads))
         return self.forward(embeds, nodes.positions, cache, plan)
+
+    def run_step(
+        self, embeds: torch.Tensor, position: int, cache: KVCache, length: int
+    ) -> torch.Tensor:
+        """One token as a step of stock `generate()` runs it for a prompt alone: the same kernels on the same shapes.
+
+        Args:
+            embeds: Of the token, [1, 1, hidden].
+            position: Of the token.
+            cache: Of one row; the token is written behind its first `length` slots, which it sees.
+            length: Committed slots.
+
+        Returns:
+            Hidden state [1, 1, hidden].
+        """
+        (group,) = cache.groups
+        slot = torch.full((1, 1), length, device=cache.base.device)
+        row = slice(group.first, group.first + 1)
+        cache.aim_nodes(slot, [(group.slab, row, length + 1)])
+        plan = AttentionPlan(rows=(Rows(slice(0, 1)),))
+        return self.forward(embeds, torch.full((1, 1, 1), position, device=embeds.device), cache, plan)
 
     def _told(self, lengths: Lengths) -> Lengths:
         """What rounds are told of lengths: with `varlen` nothing that the host knows matters."""
@@ -233,7 +256,7 @@ class TextModel:
 
     def _reads(self, group: Group, nodes: Nodes, lengths: Lengths, own: int) -> list[_Read]:
         """How the rows of a slab are read: together, or one by one where each has a prefix of its own to split off."""
-        everyone = slice(0, len(group.rows))
+        everyone = slice(group.first, group.first + len(group.rows))
         if self.round_attention == "varlen":
             sees = self._sees(nodes, own)[group.where]
             mask = own_mask(sees, self._groups, self.dtype)
@@ -242,7 +265,7 @@ class TextModel:
         if self.round_attention == "split" and any(prefix_of(lengths.least[row]) for row in group.rows):
             return [
                 self._read(group, (row,), slice(row, row + 1), slice(at, at + 1), nodes, lengths, own)
-                for at, row in enumerate(group.rows)
+                for at, row in enumerate(group.rows, group.first)
             ]
         return [self._read(group, group.rows, group.where, everyone, nodes, lengths, own)]
 
@@ -341,6 +364,11 @@ class VideoLM(TextModel):
     def forward_nodes(self, nodes: Nodes, cache: KVCache, lengths: Lengths, own: int) -> torch.Tensor:
         """`run_nodes` with the embeddings of the nodes' tokens."""
         return self.run_nodes(self.embed_tokens(nodes.tokens), nodes, cache, lengths, own)
+
+    def step(self, token: int, position: int, cache: KVCache, length: int) -> torch.Tensor:
+        """`run_step` with the embedding of a token."""
+        tokens = torch.full((1, 1), token, device=self.embedding_device)
+        return self.run_step(self.embed_tokens(tokens), position, cache, length)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states [B, n, hidden] -> logits float32 [B, n, C]."""

@@ -127,8 +127,11 @@ def packs(tokens: Sequence[int], most: int) -> Iterator[list[int]]:
         yield pack
 
 
-def embed(model: VideoLM, videos: Sequence[ToSee]) -> list[Prompt]:
-    """Look up the text of each prompt, and put its video's features in; what no one has seen yet is seen in packs."""
+def embed(model: VideoLM, videos: Sequence[ToSee], *, alone: bool = False) -> list[Prompt]:
+    """Look up the text of each prompt, and put its video's features in; what no one has seen yet is seen in packs.
+
+    `alone`: each video in a pass of its own.
+    """
     new: list[ToSee] = []
     for video in videos:
         known = video.features is not None and model in video.features.of
@@ -137,7 +140,8 @@ def embed(model: VideoLM, videos: Sequence[ToSee]) -> list[Prompt]:
         ):
             new.append(video)
     seen: dict[int, VideoFeatures] = {}
-    for pack in packs([video.inputs.video_tokens for video in new], model.packed_tokens):
+    most = 0 if alone else model.packed_tokens
+    for pack in packs([video.inputs.video_tokens for video in new], most):
         some = [new[index] for index in pack]
         for video, features in zip(some, model.see([video.inputs for video in some]), strict=True):
             seen[id(video.inputs)] = features
@@ -209,7 +213,12 @@ def _deep_arguments(
 
 
 def prefill_target(
-    model: VideoLM, cache: KVCache, readings: Sequence[Reading], *, scored: bool = True
+    model: VideoLM,
+    cache: KVCache,
+    readings: Sequence[Reading],
+    *,
+    scored: bool = True,
+    alone: bool = False,
 ) -> list[TargetPrefill]:
     """Read prompts into their rows of the target's cache; SpecVLM, arXiv 2508.16201, section 3.2.
 
@@ -217,13 +226,16 @@ def prefill_target(
     exists. It is a product of its own that changes no output, so plain decoding, which needs no scores (`scored`),
     starts from the same bits without it.
 
+    `alone`: each prompt in a pass of its own, which runs what stock `generate()` runs, on the same shapes.
+
     Returns:
         What the target knows of each prompt, in their order.
     """
     found: dict[int, TargetPrefill] = {}
     for part in (False, True):  # prompts that continue what a row has need another kernel
         mine = [index for index, one in enumerate(readings) if bool(one.known) is part]
-        for pack in packs([readings[index].count for index in mine], model.packed_tokens):
+        most = 0 if alone else model.packed_tokens
+        for pack in packs([readings[index].count for index in mine], most):
             some = [readings[mine[index]] for index in pack]
             scores = [_score_sum(one.prompt) for one in some]
             logits = model.logits(_pass(model, cache, some, scores if scored else [None] * len(some)))

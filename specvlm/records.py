@@ -91,6 +91,9 @@ class CaptionStats:
         mean_batch_size: How many sequences shared its steps, on average.
         context_tokens: The most tokens, prompt and caption together, that the target was made for
             (`max_position_embeddings`); None: its config does not say.
+        settled_tokens: Tokens that a plain step decided, because a round could not be trusted with a near-tie.
+        smallest_margin: The least by which the score of a token led the second best, the first token left out; None:
+            not measured, without `exact`.
     """
 
     method: str
@@ -121,6 +124,8 @@ class CaptionStats:
     compression_ratio: float | None = None
     mean_batch_size: float = 1.0
     context_tokens: int | None = None
+    settled_tokens: int = 0
+    smallest_margin: float | None = None
 
     @property
     def beyond_context(self) -> bool:

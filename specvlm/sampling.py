@@ -8,6 +8,7 @@ depends on its path. It knows nothing of models or caches.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -133,6 +134,14 @@ class _Round:
     noise: torch.Tensor | None  # [B, D + 1, C], Gumbel noise by depth
 
 
+class Choices(NamedTuple):
+    """What logits choose at n nodes."""
+
+    tokens: torch.Tensor  # int64 [B, n]
+    finite: torch.Tensor  # bool [B, n], whether the logits were
+    margins: torch.Tensor | None  # float32 [B, n], by how much the score of the token leads; None: not asked for
+
+
 class _Columns(NamedTuple):
     """Which tokens the columns of scores are."""
 
@@ -193,6 +202,18 @@ class TokenRule:
         """From now on the batch is these of its rows, int64 [B], in this order."""
         self._least, self._seen = self._least.index_select(0, rows), self._seen.index_select(0, rows)
 
+    def of_row(self, row: int) -> TokenRule:
+        """The rule for one row alone, which shares what is known of it."""
+        rule = copy.copy(self)
+        rule._least, rule._seen = self._least[row : row + 1], self._seen[row : row + 1]
+        return rule
+
+    @property
+    def sharpness(self) -> float:
+        """The most by which the difference of two scores grows when that of their logits does."""
+        penalty, temperature = self._rules.repetition_penalty, self._rules.temperature
+        return max(penalty, 1 / penalty) / (temperature or 1.0)
+
     @property
     def host_state(self) -> Hashable:
         """All that scores depend on beside their arguments and the tensors among the attributes."""
@@ -218,6 +239,7 @@ class TokenRule:
         depths: torch.Tensor,
         path: torch.Tensor,
         ids: torch.Tensor | None = None,
+        slack: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Logits [B, n, c] -> scores float32 [B, n, c] whose argmax is the column of the token.
 
@@ -229,6 +251,7 @@ class TokenRule:
             path: int64 [B, n, m], tokens that a node has seen beyond the committed ones. Repeats are harmless, and so
                 are committed tokens; that is how paths of different length fit one tensor.
             ids: int64 [c], the columns' tokens, ascending; None: tokens 0 to c - 1.
+            slack: [B], top-k, top-p and min-p leave what they would leave if scores were this much higher.
         """
         out, columns = logits.float(), _Columns(logits.shape[-1], ids)
         if self._penalised:
@@ -238,10 +261,38 @@ class TokenRule:
         if self._rules.suppress:
             out = out.masked_fill(columns.of(self._suppress), float("-inf"))
         if self._round.noise is not None:
-            out = self._warp(out)
+            out = self._warp(out, slack)
             row = torch.arange(out.shape[0], device=out.device)[:, None]
             out = out + columns.of_nodes(self._round.noise, row, depths)
         return out
+
+    def choose(
+        self, logits: torch.Tensor, depths: torch.Tensor, path: torch.Tensor, bound: torch.Tensor | None
+    ) -> Choices:
+        """The token at each of n nodes; see `scores`.
+
+        `bound`: [B], by how much scores may be off; margins are then told, 0 where that may decide what top-k, top-p
+        and min-p leave. None: no margins.
+        """
+        scores = self.scores(logits, depths, path)
+        best = scores.max(dim=-1)
+        margins = None
+        if bound is not None:
+            # Of two that are best, either may come first here: the margin is 0 then.
+            rivals = self.scores(logits, depths, path, slack=bound) if self._warps else scores
+            top = rivals.topk(2, dim=-1).values
+            margins = top[..., 0] - top[..., 1]
+            if self._warps:
+                surely = self.scores(logits, depths, path, slack=-bound).gather(-1, best.indices[..., None])
+                same = (top[..., 0] == best.values) & (surely[..., 0] == best.values)
+                margins = margins.where(same, 0.0)
+        return Choices(best.indices, best.values.isfinite(), margins)
+
+    @property
+    def _warps(self) -> bool:
+        """Whether what is left of the scores depends on how they stand to each other."""
+        rules = self._rules
+        return self._round.noise is not None and bool(rules.top_k or rules.top_p < 1.0 or rules.min_p)
 
     def _penalise(self, logits: torch.Tensor, path: torch.Tensor, columns: _Columns) -> torch.Tensor:
         """Divide positive and multiply negative logits of seen tokens (CTRL, arXiv 1909.05858), as stock does."""
@@ -269,23 +320,24 @@ class TokenRule:
             logits = logits.masked_fill((at == 0) & columns.of(self._suppress_first), low)
         return logits
 
-    def _warp(self, logits: torch.Tensor) -> torch.Tensor:
-        """Temperature, top-k, top-p, min-p, in stock's order."""
+    def _warp(self, logits: torch.Tensor, slack: torch.Tensor | None = None) -> torch.Tensor:
+        """Temperature, top-k, top-p, min-p, in stock's order, with some slack [B]."""
         rules, low = self._rules, float("-inf")
         logits = logits / rules.temperature
+        more = logits.new_zeros(()) if slack is None else slack[:, None, None]
         if rules.top_k:
             kth = logits.topk(min(rules.top_k, logits.shape[-1]), dim=-1).values[..., -1:]
-            logits = logits.masked_fill(logits < kth, low)
+            logits = logits.masked_fill(logits < kth - more, low)
         if rules.top_p < 1.0:
             ascending = logits.sort(dim=-1)
-            drop = ascending.values.softmax(dim=-1).cumsum(dim=-1) <= 1 - rules.top_p
+            # Two probabilities stand to each other as e to the difference of their scores, which is off twice.
+            drop = ascending.values.softmax(dim=-1).cumsum(dim=-1) <= (1 - rules.top_p) * (-2 * more).exp()
             drop[..., -1].fill_(False)
             logits = logits.masked_fill(torch.zeros_like(drop).scatter(2, ascending.indices, drop), low)
         if rules.min_p:
             probabilities = logits.softmax(dim=-1)
-            logits = logits.masked_fill(
-                probabilities < rules.min_p * probabilities.amax(-1, keepdim=True), low
-            )
+            least = rules.min_p * (-more).exp() * probabilities.amax(-1, keepdim=True)
+            logits = logits.masked_fill(probabilities < least, low)
         return logits
 
     def commit(self, tokens: torch.Tensor, count: torch.Tensor) -> None:

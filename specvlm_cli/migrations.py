@@ -103,8 +103,13 @@ _SEVENTH = (
     "UPDATE item SET reported = 0",
 )
 
+_EIGHTH = (
+    # More columns again (of settled tokens): all parts are written anew, to have one schema.
+    "UPDATE part SET outdated = 1 WHERE name LIKE 'captions/%'",
+)
+
 # Steps are added, never edited: ledgers that exist are compared with what the steps make.
-STEPS: tuple[tuple[str, ...], ...] = (_FIRST, _SECOND, _THIRD, _FOURTH, _FIFTH, _SIXTH, _SEVENTH)
+STEPS: tuple[tuple[str, ...], ...] = (_FIRST, _SECOND, _THIRD, _FOURTH, _FIFTH, _SIXTH, _SEVENTH, _EIGHTH)
 READABLE = 3  # steps that made the tables what they are; a ledger that has seen so many is read as it is
 
 

@@ -40,6 +40,8 @@ _COPIED = (
     "total_s",
     "tokens_per_s",
     "mean_batch_size",
+    "settled_tokens",
+    "smallest_margin",
     "peak_memory_bytes",
     "device",
 )

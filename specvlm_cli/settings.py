@@ -80,13 +80,11 @@ def _frames(frames: FrameSettings) -> Plain:
 
 
 def _generation(generation: GenerationSettings) -> Plain:
-    """Leave out what only matters when sampling, where it does not."""
+    """Leave out what only matters when sampling, where it does not, and `exact` where it is as usual."""
     plain = asdict(generation)
-    return (
-        plain
-        if generation.temperature > 0
-        else {name: plain[name] for name in ("max_new_tokens", "temperature")}
-    )
+    usual = {"exact"} if generation.exact else set()
+    unused = usual if generation.temperature > 0 else usual | {"top_k", "seed"}
+    return {name: value for name, value in plain.items() if name not in unused}
 
 
 def config_hash(fingerprint: Plain) -> str:

@@ -48,11 +48,11 @@ class LlavaOnevision(Family):
     def see(self, model: Any, videos: Sequence[ModelInputs]) -> list[VideoFeatures]:
         """F * ceil(side / 2)^2 pooled features and the newline for each video. All frames are one batch."""
         device = next(model.model.vision_tower.parameters()).device
-        frames = [video.tensors["pixel_values_videos"].shape[1] for video in videos]
+        pixels = [video.tensors["pixel_values_videos"] for video in videos]
+        frames = [one.shape[1] for one in pixels]
         features = model.model.get_video_features(
-            torch.cat([video.tensors["pixel_values_videos"] for video in videos], dim=1).to(
-                device, model.dtype
-            ),
+            # A lone video keeps its layout in memory: in another one, convolutions round otherwise than in stock.
+            (pixels[0] if len(pixels) == 1 else torch.cat(pixels, dim=1)).to(device),
             vision_feature_layer=model.config.vision_feature_layer,
             vision_feature_select_strategy=model.config.vision_feature_select_strategy,
             return_dict=True,

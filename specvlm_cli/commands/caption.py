@@ -123,7 +123,9 @@ def _settings(flags: CaptionFlags, pair: Preset | None) -> CaptionSettings:
         prompts=prompt_texts(flags.prompt, pair),
         system=None if flags.system is None else text_of("--system", flags.system),
         frames=frame_settings(flags, pair),
-        generation=GenerationSettings(flags.max_new_tokens, flags.temperature, flags.top_k, flags.seed),
+        generation=GenerationSettings(
+            flags.max_new_tokens, flags.temperature, flags.top_k, flags.seed, flags.exact
+        ),
         speculation=SpeculationSettings(
             tree=flags.tree, depth=flags.depth, nodes=flags.nodes, **_of_small_models(flags, pair)
         ),

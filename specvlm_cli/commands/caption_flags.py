@@ -383,6 +383,14 @@ class GenerationFlags:
         int | None, flag(_WRITING, "--top-k", "Sample from the K likeliest tokens.", metavar="K")
     ] = _GENERATION.top_k
     seed: Annotated[int, flag(_WRITING, "--seed", "Seed of sampling.", metavar="N")] = _GENERATION.seed
+    exact: Annotated[
+        bool,
+        flag(
+            _WRITING,
+            "--exact/--no-exact",
+            "Decide near-ties as stock generate() does, by plain steps; matters in bfloat16 and float16.",
+        ),
+    ] = _GENERATION.exact
 
 
 @dataclass(frozen=True, kw_only=True)

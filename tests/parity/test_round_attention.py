@@ -89,9 +89,9 @@ def test_each_row_has_a_prefix_of_its_own(how: RoundAttention, monkeypatch: pyte
     seen: list[list[tuple[int, int]]] = []
     real = attention._of_rows
 
-    def note(query: Any, key: Any, value: Any, rows: Rows, scaling: float) -> Any:
+    def note(query: Any, key: Any, value: Any, rows: Rows, *more: Any) -> Any:
         seen[-1].append((query.shape[0], rows.prefix))
-        return real(query, key, value, rows, scaling)
+        return real(query, key, value, rows, *more)
 
     monkeypatch.setattr(attention, "_of_rows", note)
     videos = videos_of(captioner)
