@@ -95,10 +95,12 @@ class OwnDatabase:
         except sqlite3.OperationalError:
             raise  # a full disk, a file that is held: its own words
         except sqlite3.DatabaseError as error:
-            reason = clean(" ".join(str(error).split()))
-            raise FatalError(
-                f"{clean(str(self._path))} is damaged ({reason}); delete it to have {self.deleted}"
-            ) from error
+            raise self.damaged(error) from error
+
+    def damaged(self, error: Exception) -> FatalError:
+        """Return the error to raise where this one shows that the file is not as we write it."""
+        reason = clean(" ".join(str(error).split()))
+        return FatalError(f"{clean(str(self._path))} is damaged ({reason}); delete it to have {self.deleted}")
 
     def __enter__(self) -> Self:
         return self

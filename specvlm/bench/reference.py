@@ -111,7 +111,7 @@ class Reference:
 def _bare(config: Any) -> GenerationConfig:
     """A generation config that ends captions as another one does, and does nothing else."""
     ids = {name: getattr(config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    return GenerationConfig(do_sample=False, **ids)
+    return GenerationConfig(do_sample=False, **ids)  # type: ignore[no-untyped-call,unused-ignore]
 
 
 class _Sampling(LogitsProcessor):  # type: ignore[misc,unused-ignore]
