@@ -90,10 +90,9 @@ def _of_caption(row: Row, stock: StockCaption, text: str) -> tuple[str, ...]:
 
 
 def _of_input(row: Row, stock: StockCaption, asked: Asked) -> tuple[str, ...]:
-    prompt = row.get("prompt") if asked.prompt is None else asked.prompt
     made = {
-        "prompt": prompt,
-        "prompt_sha256": None if prompt is None else hashlib.sha256(prompt.encode()).hexdigest(),
+        "prompt": row["prompt"] if asked.prompt is None else asked.prompt,
+        "prompt_sha256": hashlib.sha256(row["prompt"].encode()).hexdigest(),
         "num_frames": len(asked.times_s),
         "frame_times_s": list(asked.times_s),
         "prompt_tokens": stock.prompt_tokens,
