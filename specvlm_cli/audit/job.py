@@ -172,7 +172,7 @@ def _differences(work: Work) -> Iterator[Difference]:
     """Yield the rows that are not equal, in the order of the ledgers; one that has gone since is left out."""
     odd = (place for place in work.chosen if work.outcomes.get(place, "equal") != "equal")
     for place, row in work.rows.all_of(odd):
-        if (verdict := work.verdicts.get(place)) is not None:
+        if (verdict := work.verdict(place)) is not None:
             yield Difference(row, verdict)
 
 

@@ -73,7 +73,8 @@ class Work:
 
     Attributes:
         outcomes: What is known of the chosen rows, from before or from now.
-        made_now: Verdicts of this start.
+        passing: Verdicts of this start that the next one may find otherwise; the others are on disk.
+        made_now: How many verdicts are of this start.
     """
 
     how: How
@@ -83,6 +84,7 @@ class Work:
     stop: Stop
     tick: Tick
     outcomes: dict[Place, Outcome] = field(default_factory=dict)
+    passing: dict[Place, Verdict] = field(default_factory=dict)
     made_now: int = 0
     _odd: int = 0  # that are not equal
     _failed_in_a_row: int = 0
@@ -99,11 +101,15 @@ class Work:
             if todo:
                 self._compare_all(todo, held)
 
+    def verdict(self, place: Place) -> Verdict | None:
+        """Return the verdict on a row that was looked at."""
+        return self.passing.get(place) or self.verdicts.get(place)
+
     def _is_settled(self, place: Place, row: Row) -> bool:
         """Take note of a row that was compared before, or that cannot be compared."""
         self._check()
         known = self.verdicts.get(place, digest_of(row, place, self.how.made_with))
-        if known is not None and known.is_final:
+        if known is not None:
             self._note(place, known)
             return True
         if (verdict := _of_file(path_bytes(row["path"]), place.stamp)) is not None:
@@ -178,7 +184,10 @@ class Work:
         return Verdict("failed", error=reason)
 
     def _settle(self, place: Place, row: Row, verdict: Verdict) -> None:
-        self.verdicts.add(place, digest_of(row, place, self.how.made_with), verdict)
+        if verdict.is_final:
+            self.verdicts.add(place, digest_of(row, place, self.how.made_with), verdict)
+        else:
+            self.passing[place] = verdict
         self.made_now += 1
         self._note(place, verdict)
 

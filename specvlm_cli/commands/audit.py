@@ -142,22 +142,22 @@ def _tables(found: Audited) -> None:
     show.table(("outcome", "captions", ""), lines, right={1})
     if found.shown:
         show.line("")
-        show.table(_DIFFERENCES, [_difference(one) for one in found.shown], right={2, 3})
+        show.table(_DIFFERENCES, [_difference(one) for one in found.shown], right={0, 1})
         show.line("")
         show.pairs([("all differences", found.differences_file)])
 
 
-_DIFFERENCES = ("path", "prompt", "token", "margin", "what differs", "run", "stock")
+_DIFFERENCES = ("token", "margin", "path", "prompt", "what differs", "run", "stock")
 
 
 def _difference(one: Difference) -> tuple[str, ...]:
     row, verdict = one.row, one.verdict
     ours, theirs = around(row["caption"], verdict.stock_text)
     return (
-        caption_line(row["path"]),
-        shortened(row.get("prompt") or "", _BEHIND),
         "" if verdict.token_index is None else f"{verdict.token_index:,}",
         "" if verdict.margin is None else f"{verdict.margin:.3g}",
+        row["path"],  # whole, to be copied; a table cleans it
+        shortened(row.get("prompt") or "", _BEHIND),
         ", ".join(verdict.differs) or f"{verdict.outcome}: {shortened(verdict.error or '', 60)}",
         ours,
         theirs,
