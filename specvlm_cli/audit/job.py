@@ -93,12 +93,12 @@ class Audited:
 
     @property
     def left(self) -> int:
-        """How many were not looked at."""
+        """How many were not looked at: a signal came, or the run has taken them out meanwhile."""
         return self.chosen - sum(self.counts.values())
 
     @property
     def exit_code(self) -> ExitCode:
-        if self.stopped is not None and self.left:
+        if self.left:
             return ExitCode.STOPPED
         return ExitCode.OK if self.counts["equal"] == sum(self.counts.values()) else ExitCode.SOME_FAILED
 

@@ -51,21 +51,30 @@ class MadeWith:
     resolved: Plain
     hashes: frozenset[str]
 
-    def models(self, device: Device) -> ModelChoice:
-        """Return what loads the target alone, at the commit and in the number format of the rows."""
+    def models(self, device: Device, *, has_cuda: bool) -> ModelChoice:
+        """Return what loads the target alone, at the commit and in the number format of the rows.
+
+        `has_cuda`: this machine has a GPU, where `auto` is the checkpoint's own format; elsewhere it is float32.
+        """
         revision = self.resolved.get("target_revision")
-        dtype = self.resolved.get("dtype")
         is_commit = isinstance(revision, str) and ":" not in revision
         return ModelChoice(
             name=self.target,
             load=local_name(self.target),
             draft="none",
             revision=revision if is_commit else self.settings.get("revision"),
-            dtype=dtype if dtype in _DTYPES else self.settings["dtype"],
+            dtype=self._dtype(has_cuda),
             device_map=device.device_map,
             local_files_only=device.local_files_only,
             trust_remote_code=device.trust_remote_code,
         )
+
+    def _dtype(self, has_cuda: bool) -> str:
+        """Return the number format of the rows, where `auto` would be another one on this machine."""
+        asked, found = str(self.settings["dtype"]), self.resolved.get("dtype")
+        if asked == "auto" and found in _DTYPES and (found == "float32" or not has_cuda):
+            return str(found)
+        return asked
 
     def require_same(self, now: Plain) -> None:
         """Check what the target turned out to be.

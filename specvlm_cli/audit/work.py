@@ -6,6 +6,7 @@ Files that are gone or changed are found before the model is loaded; with nothin
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -123,8 +124,10 @@ class Work:
         pool = held.enter_context(DecodingPool(_READERS, self.how.limits))
         reader = Reader(pool, Bounds(_READERS), self._check)
         like = ReadJob(0, b"", self.how.made_with.frames, stock.captioner.frame_multiple)
-        reader.begin(video.job for video in self._videos(todo, like) if isinstance(video.job, ReadJob))
-        for video in self._videos(todo, like):
+        announced: deque[_Video] = deque()
+        reader.begin(_announce(self._videos(todo, like), announced))
+        while reader.ready() or announced:  # asking what is ready reads ahead
+            video = announced.popleft()
             read = video.job if isinstance(video.job, ReadFailure) else reader.take(video.job.key)
             for place, row in video.rows:
                 self._settle(place, row, self._verdict(place, row, read, stock))
@@ -201,6 +204,14 @@ class Work:
             raise _StoppedError
 
 
+def _announce(videos: Iterator[_Video], announced: deque[_Video]) -> Iterator[ReadJob]:
+    """Yield the jobs of videos as they are to be read; each video is kept, with its rows of that moment."""
+    for video in videos:
+        announced.append(video)
+        if isinstance(video.job, ReadJob):
+            yield video.job
+
+
 _CHANGED = Verdict("changed", error="its size or time is not that of the file that was captioned")
 
 
@@ -211,9 +222,12 @@ def open_stock(how: How) -> Reference:
         UsageError: It is not that of the rows any more, or this machine has no such device.
         SpecvlmError: It cannot be loaded.
     """
+    import torch
+
     from specvlm.bench.reference import Reference
 
-    captioner = engine.load_captioner(how.made_with.models(how.device), quiet=how.quiet)
+    models = how.made_with.models(how.device, has_cuda=torch.cuda.is_available())
+    captioner = engine.load_captioner(models, quiet=how.quiet)
     info = captioner.info
     how.made_with.require_same(
         {

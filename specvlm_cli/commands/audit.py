@@ -119,8 +119,9 @@ def _show(found: Audited, flags: AuditFlags) -> None:
         show.as_json(found.as_json())
     elif not flags.quiet:
         _tables(found)
-    if found.left and found.stopped is not None:
-        print(f"stopped by {found.stopped}, {found.left} left; start again to resume", file=STDERR)
+    if found.left:
+        why = f"stopped by {found.stopped}" if found.stopped else "the run took captions out meanwhile"
+        print(f"{why}, {found.left} left; start again to resume", file=STDERR)
 
 
 # How it looks

@@ -30,7 +30,7 @@ from specvlm.records import Frames
 from specvlm_cli import app, engine, lock
 from specvlm_cli.audit import differences, work
 from specvlm_cli.audit.comparing import Asked, Verdict, compare
-from specvlm_cli.audit.made_with import MadeWith
+from specvlm_cli.audit.made_with import Device, MadeWith
 from specvlm_cli.audit.sample import Place, parse_sample
 from specvlm_cli.commands.audit import around
 from specvlm_cli.decoding import DecodingPool, keeper
@@ -568,6 +568,44 @@ def test_it_works_while_a_run_goes_on_and_alone_on_its_shard(specvlm: Specvlm, f
         assert (busy.code, busy.out) == (75, "")
         assert busy.err.endswith("another audit of this shard is at work; wait for that to end\n")
         assert specvlm("audit", faked, "--shard", "0/2").code == 0
+
+
+def test_rows_that_a_run_takes_out_meanwhile_are_left(
+    specvlm: Specvlm, faked: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `caption --overwrite` does."""
+    write = FakeStock.caption
+
+    def take_out(self: FakeStock, *arguments: Any) -> StockCaption:
+        with closing(sqlite3.connect(faked / ".specvlm/state-00001.db", isolation_level=None)) as database:
+            database.execute("DELETE FROM caption")
+        return write(self, *arguments)
+
+    monkeypatch.setattr(FakeStock, "caption", take_out)
+    done = specvlm("audit", faked, "--sample", "all", "--json")
+    assert (done.code, done.json["equal"], done.json["left"]) == (75, 12, 8)
+    assert done.err == "the run took captions out meanwhile, 8 left; start again to resume\n"
+    again = specvlm("audit", faked, "--sample", "all", "--json")
+    assert (again.code, again.json["captions"], again.json["made_now"]) == (0, 12, 0)
+
+
+def test_the_number_format_is_that_of_the_rows_wherever_it_is_audited() -> None:
+    for asked, found, has_cuda, loaded_as in (
+        ("auto", "float32", False, "float32"),
+        ("auto", "float32", True, "float32"),
+        ("auto", "bfloat16", True, "auto"),
+        ("auto", "bfloat16", False, "bfloat16"),
+        ("auto", None, True, "auto"),
+        ("float16", "float16", True, "float16"),
+    ):
+        made = replace(MADE_WITH, settings={"dtype": asked}, resolved={"dtype": found})
+        assert made.models(Device("cpu"), has_cuda=has_cuda).dtype == loaded_as
+    commit = replace(
+        MADE_WITH, settings={"dtype": "auto", "revision": "main"}, resolved={"target_revision": "a" * 40}
+    )
+    assert commit.models(Device(), has_cuda=True).revision == "a" * 40
+    hashed = replace(commit, resolved={"target_revision": "sha256:0123456789abcdef"})
+    assert hashed.models(Device(), has_cuda=True).revision == "main"
 
 
 def test_a_target_that_always_fails_ends_the_audit(
