@@ -47,8 +47,8 @@ class Verdict:
 
     @property
     def is_final(self) -> bool:
-        """Say whether another start would only find the same; a file that is gone or changed may be put back."""
-        return self.outcome in ("equal", "different", "unreadable")
+        """Say whether another start would only find the same; what kept a row from being compared may be over then."""
+        return self.outcome in ("equal", "different")
 
 
 @dataclass(frozen=True, slots=True)
