@@ -15,6 +15,7 @@ import typer
 
 from specvlm.errors import ConfigError, IncompatibleDraftError, PromptError, SpecvlmError
 from specvlm_cli import streams
+from specvlm_cli.commands.audit import AuditFlags, audit
 from specvlm_cli.commands.bench import bench
 from specvlm_cli.commands.bench_flags import BenchFlags
 from specvlm_cli.commands.caption import caption
@@ -46,12 +47,19 @@ app.command(name="caption")(command(CaptionFlags, caption))
 app.command(name="slurm")(command(SlurmFlags, slurm))
 app.command(name="status")(status)
 app.command(name="export")(export)
+app.command(name="audit")(command(AuditFlags, audit))
 app.command(name="inspect")(command(InspectFlags, inspect))
 app.command(name="vocab")(command(VocabFlags, vocab))
 app.command(name="presets")(presets)
 app.command(name="doctor")(doctor)
 app.command(name="bench")(command(BenchFlags, bench))
 app.command(name="train")(command(TrainFlags, train))
+
+_RESUMED = (
+    "caption",
+    "audit",
+    "train",
+)  # commands that a signal ends in order, and that go on when started again
 
 
 def _print_version(wanted: bool) -> None:
@@ -77,9 +85,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
     streams.prepare()
     try:
-        if given[0] in ("caption", "train", "bench", "inspect", "doctor"):
+        if given[0] in ("caption", "audit", "train", "bench", "inspect", "doctor"):
             keep_torch_out_of_foreign_folders()
-        listening = until_listening() if given[0] in ("caption", "train") else nullcontext()
+        listening = until_listening() if given[0] in _RESUMED else nullcontext()
         with streams.escaping(), listening:
             code = int(app(args=given, prog_name="specvlm", standalone_mode=False) or 0)
         sys.stdout.flush()  # here, where a reader that has gone can still be dealt with
@@ -94,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return ExitCode.FATAL
     except Exception as error:
         if was_interrupted(error):  # by a signal, while a ledger was read
-            if given[0] not in ("caption", "train"):
+            if given[0] not in _RESUMED:
                 return ExitCode.INTERRUPTED
             error_line("stopped by a signal; start again to go on")
             return ExitCode.STOPPED

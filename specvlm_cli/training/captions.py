@@ -10,29 +10,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sqlite3
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Sequence
 from enum import Enum, auto
-from os.path import lexists
-from pathlib import Path
-from typing import ClassVar, NamedTuple, Self
+from typing import NamedTuple
 
 import numpy as np
 
 from specvlm.records import Frames
-from specvlm_cli.database import connect, never_interrupt, schema_of
-from specvlm_cli.exits import FatalError
 from specvlm_cli.failure import Failure
-from specvlm_cli.safe_files import new_file
+from specvlm_cli.own_database import OwnDatabase
 from specvlm_cli.settings import Plain
 from specvlm_cli.text import clean
 
 NAME = "captions.db"
 LEFT_OUT_NAME = "left-out.db"
 ALL_PROMPTS = -1
-_VERSION = 1
-_BUSY_S = 60.0
 _CAPTIONS = "CREATE TABLE caption (key TEXT PRIMARY KEY, tokens TEXT NOT NULL) STRICT, WITHOUT ROWID;"
 _LEFT_OUT = """
     CREATE TABLE left_out (video TEXT NOT NULL, prompt INTEGER NOT NULL, since INTEGER NOT NULL, name TEXT NOT NULL,
@@ -69,85 +61,7 @@ def caption_key(frames: Frames, prompt: str, settings: Plain) -> str:
     return digest.hexdigest()
 
 
-class _File:
-    """An open file."""
-
-    application: ClassVar[int]
-    tables: ClassVar[str]
-    holds: ClassVar[str]  # for people
-    deleted: ClassVar[str]  # what comes of deleting it
-
-    def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
-        self._path, self._connection = path, connection
-
-    @classmethod
-    def open(cls, path: Path) -> Self:
-        """Open the file, made where there is none; a journal that a crash left is rolled back by SQLite.
-
-        Raises:
-            FatalError: It is damaged, or another file.
-        """
-        if not lexists(path):
-            new_file(path).close()
-        connection = connect(path, "rw", _BUSY_S)
-        file = cls(path, connection)
-        try:
-            with file._guarded():
-                connection.execute("PRAGMA journal_mode = DELETE")
-                connection.execute("PRAGMA synchronous = FULL")
-                file._set_up()
-            never_interrupt(connection)
-        except BaseException:
-            connection.close()
-            raise
-        return file
-
-    def _set_up(self) -> None:
-        known = self._number("application_id"), self._number("user_version")
-        if (
-            known == (0, 0)
-            and not self._connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]
-        ):
-            self._connection.executescript(
-                f"BEGIN IMMEDIATE; {self.tables} PRAGMA application_id = {self.application};"
-                f"PRAGMA user_version = {_VERSION}; COMMIT;"
-            )
-        elif known != (self.application, _VERSION) or not self._has_own_tables():
-            raise FatalError(
-                f"{clean(str(self._path))} is no file of this version's {self.holds}; move it away"
-            )
-        elif (verdict := self._connection.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
-            raise sqlite3.DatabaseError(verdict)
-
-    def _has_own_tables(self) -> bool:
-        with closing(sqlite3.connect(":memory:")) as made:
-            made.executescript(self.tables)
-            return schema_of(made) == schema_of(self._connection)
-
-    def _number(self, pragma: str) -> int:
-        return int(self._connection.execute(f"PRAGMA {pragma}").fetchone()[0])
-
-    @contextmanager
-    def _guarded(self) -> Iterator[None]:
-        """Turn damage into one line that says what to do."""
-        try:
-            yield
-        except sqlite3.OperationalError:
-            raise  # a full disk, a file that is held: its own words
-        except sqlite3.DatabaseError as error:
-            reason = clean(" ".join(str(error).split()))
-            raise FatalError(
-                f"{clean(str(self._path))} is damaged ({reason}); delete it to have {self.deleted}"
-            ) from error
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._connection.close()
-
-
-class Captions(_File):
+class Captions(OwnDatabase):
     """The open file of captions."""
 
     application, tables = 0x53565443, _CAPTIONS  # "SVTC"
@@ -172,7 +86,7 @@ class Captions(_File):
             return int(self._connection.execute("SELECT count(*) FROM caption").fetchone()[0])
 
 
-class LeftOuts(_File):
+class LeftOuts(OwnDatabase):
     """The open file of what one training leaves out."""
 
     application, tables = 0x5356544C, _LEFT_OUT  # "SVTL"
