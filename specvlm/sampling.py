@@ -325,9 +325,11 @@ class TokenRule:
         rules, low = self._rules, float("-inf")
         logits = logits / rules.temperature
         more = logits.new_zeros(()) if slack is None else slack[:, None, None]
-        if rules.top_k:
-            kth = logits.topk(min(rules.top_k, logits.shape[-1]), dim=-1).values[..., -1:]
-            logits = logits.masked_fill(logits < kth - more, low)
+        if 0 < rules.top_k < logits.shape[-1]:
+            best = logits.topk(rules.top_k + 1, dim=-1).values
+            # What is surely among the k likeliest leads the next one.
+            kth, next_best = best[..., -2:-1] - more.clamp(min=0), best[..., -1:] - more
+            logits = logits.masked_fill((logits < kth) | ((more < 0) & (logits <= next_best)), low)
         if rules.top_p < 1.0:
             ascending = logits.sort(dim=-1)
             # Two probabilities stand to each other as e to the difference of their scores, which is off twice.

@@ -97,7 +97,7 @@ def test_each_row_has_a_prefix_of_its_own(how: RoundAttention, monkeypatch: pyte
     videos = videos_of(captioner)
     for some in (videos, *([video] for video in videos)):
         seen.append([])
-        caption_rows(captioner, some, tree="chain", depth=1, max_new_tokens=4)
+        caption_rows(captioner, some, tree="chain", depth=1, max_new_tokens=4, exact=False)
     together, *alone = seen
     if how == "split":
         assert {rows for rows, _ in together} == {1}
