@@ -152,9 +152,7 @@ class _State(NamedTuple):
     bound: torch.Tensor  # float32 [B], a choice that leads by no more is not settled
 
 
-def _choose(
-    rule: TokenRule, logits: torch.Tensor, guesses: Guesses, bound: torch.Tensor | None
-) -> Choices:
+def _choose(rule: TokenRule, logits: torch.Tensor, guesses: Guesses, bound: torch.Tensor | None) -> Choices:
     """The target's choice after each node; `bound` [B]: also by how much it leads."""
     nodes = guesses.tokens.shape[1]
     below_root = guesses.ancestors[:, :, 1:]  # [B, N, N - 1]
@@ -262,7 +260,9 @@ class _Verified(NamedTuple):
     accepted: Accepted  # cut off before what is not settled
     finite: torch.Tensor  # bool [B]
     used: torch.Tensor  # int64 [B], accepted guesses that are settled
-    count: torch.Tensor  # int64 [B], tokens that the caption gains: those guesses, and the bonus token if it is settled
+    count: (
+        torch.Tensor
+    )  # int64 [B], tokens that the caption gains: those guesses, and the bonus token if it is settled
     margin: torch.Tensor  # float32 [B], the least of those tokens' and of the one that is not settled
 
 
@@ -488,7 +488,9 @@ class Decoder:
         self._finished: list[CaptionSequence] = []
         self._plain_next = False  # because guesses spoiled the last round
         self._worth = Worth()
-        self._decided = self._replayed = 0  # tokens of the last step that plain steps decided, and those steps
+        self._decided = self._replayed = (
+            0  # tokens of the last step that plain steps decided, and those steps
+        )
 
     # --- what runs ---
 
@@ -812,9 +814,7 @@ class Decoder:
         slots = text.limit + settings.chooser.slots
         return DraftRow(row, one.prompt, one.scores, text.tokens[0], slots, features)
 
-    def _hear(
-        self, shape: TreeShape, reports: Sequence[_Report], times: dict[str, float]
-    ) -> list[int]:
+    def _hear(self, shape: TreeShape, reports: Sequence[_Report], times: dict[str, float]) -> list[int]:
         """Give every sequence what the round wrote; -> the rows whose next token is not settled."""
         settings, step = self.settings, self._is_step(shape)
         spoiled, told, running, undecided = False, list[list[int]](), len(self), list[int]()

@@ -219,9 +219,7 @@ class TextModel:
         plan = AttentionPlan(rows=tuple(one.plan for one in reads))
         return self.forward(embeds, nodes.positions, cache, plan)
 
-    def run_step(
-        self, embeds: torch.Tensor, position: int, cache: KVCache, length: int
-    ) -> torch.Tensor:
+    def run_step(self, embeds: torch.Tensor, position: int, cache: KVCache, length: int) -> torch.Tensor:
         """One token as a step of stock `generate()` runs it for a prompt alone: the same kernels on the same shapes.
 
         Args:

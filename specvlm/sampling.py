@@ -139,7 +139,9 @@ class Choices(NamedTuple):
 
     tokens: torch.Tensor  # int64 [B, n]
     finite: torch.Tensor  # bool [B, n], whether the logits were
-    margins: torch.Tensor | None  # float32 [B, n], by how much the score of the token leads; None: not asked for
+    margins: (
+        torch.Tensor | None
+    )  # float32 [B, n], by how much the score of the token leads; None: not asked for
 
 
 class _Columns(NamedTuple):

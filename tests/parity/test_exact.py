@@ -65,9 +65,7 @@ class Case(NamedTuple):
         self.captioner.draft = self.small
         for name, (size, how) in BATCHES.items():
             videos = [self.videos[index % len(self.videos)] for index in range(size)]
-            many = self.captioner.caption_many(
-                videos, batch_size=size, on_error="raise", **how, **options
-            )
+            many = self.captioner.caption_many(videos, batch_size=size, on_error="raise", **how, **options)
             found = [(done.caption, self.stock[done.index % len(self.stock)]) for done in many]
             yield name, [(caption, stock) for caption, stock in found if caption is not None]
 
@@ -116,7 +114,9 @@ def test_everything_writes_what_stock_writes(family: FamilyName, dtype: torch.dt
 @pytest.mark.parametrize("dtype", DTYPES, ids=["bfloat16", "float16"])
 def test_many_cases(request: pytest.FixtureRequest, dtype: torch.dtype) -> None:
     first, cases = request.config.getoption("--fuzz-seed"), request.config.getoption("--fuzz-cases")
-    families = [request.config.getoption("--fuzz-family")] if request.config.getoption("--fuzz-family") else FAMILIES
+    families = (
+        [request.config.getoption("--fuzz-family")] if request.config.getoption("--fuzz-family") else FAMILIES
+    )
     for family in families:
         equal, of, settled, written = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
         for seed in range(first, first + cases):
