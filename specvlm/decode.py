@@ -260,9 +260,9 @@ class _Verified(NamedTuple):
     accepted: Accepted  # cut off before what is not settled
     finite: torch.Tensor  # bool [B]
     used: torch.Tensor  # int64 [B], accepted guesses that are settled
-    count: (
+    gained: (
         torch.Tensor
-    )  # int64 [B], tokens that the caption gains: those guesses, and the bonus token if it is settled
+    )  # int64 [B], tokens that the caption gains: these guesses, the bonus token if it is settled
     margin: torch.Tensor  # float32 [B], the least of those tokens' and of the one that is not settled
 
 

@@ -65,7 +65,8 @@ def test_columns_are_those_of_the_contract(specvlm: Specvlm, videos: Path, out: 
         "num_draft_tokens num_accepted_tokens mean_accepted_tokens mean_acceptance_length "
         "acceptance_histogram video_decode_s preprocess_s vision_s target_prefill_s draft_prefill_s "
         "decode_s total_s tokens_per_s baseline_token_s baseline_decode_s decode_speedup e2e_speedup "
-        "speedup_source estimated_token_s mean_batch_size exact_match attempts peak_memory_bytes device"
+        "speedup_source estimated_token_s mean_batch_size settled_tokens smallest_margin exact_match attempts "
+        "peak_memory_bytes device"
     )
     assert all(table.column(name).null_count == 0 for name in ("created_at", "decode_s", "exact_match"))
     failures = pq.read_table(out / "failures")

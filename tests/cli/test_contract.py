@@ -29,7 +29,7 @@ FLAGS = """
 --out -o --recursive --no-recursive --extensions --limit --prompt --system --preset --target --draft
 --revision --draft-revision --dtype --device-map --local-files-only --trust-remote-code --pruner
 --prune-ratio --top-p --tree --depth --nodes --positions --fps --num-frames --min-frames --max-frames
---max-pixels --total-pixels --video-backend --max-new-tokens --temperature --top-k --seed --overwrite
+--max-pixels --total-pixels --video-backend --max-new-tokens --temperature --top-k --seed --exact --no-exact --overwrite
 --retry-failed --on-config-change --fail-fast --max-failures --exit-zero --baseline-sample --dry-run -n
 --json --batch-size --quiet -q --verbose -v --log-file --progress --help
 --path-column --id-column --start-column --end-column --prompt-column --keep-columns --min-age --allow-empty --root

@@ -20,7 +20,8 @@ from tests.cli.made import Video, make_run
 FOURTH = ("compressor", "compression_ratio")  # columns that came with the fourth step of the ledger
 FIFTH = ("estimated_token_s", "mean_batch_size")
 SEVENTH = ("input_path",)
-NEW = (*FOURTH, *FIFTH, *SEVENTH)
+EIGHTH = ("settled_tokens", "smallest_margin")
+NEW = (*FOURTH, *FIFTH, *SEVENTH, *EIGHTH)
 OLD_SCHEMA = pa.schema(
     [field for field in CAPTION_SCHEMA if field.name not in NEW], metadata=CAPTION_SCHEMA.metadata
 )
@@ -28,7 +29,7 @@ OLD_SCHEMA = pa.schema(
 
 def age(out: Path, steps: int = 3) -> None:
     """Turn a run folder into what a version of so many steps would have left: no newer columns, in no file."""
-    new = {3: NEW, 4: (*FIFTH, *SEVENTH), 5: SEVENTH}[steps]
+    new = {3: NEW, 4: (*FIFTH, *SEVENTH, *EIGHTH), 5: (*SEVENTH, *EIGHTH), 7: EIGHTH}[steps]
     for path in sorted(out.glob("[cf]*/part-*.parquet")):
         table = pq.read_table(path)
         pq.write_table(
@@ -39,7 +40,7 @@ def age(out: Path, steps: int = 3) -> None:
             database.executemany(
                 "UPDATE caption SET row = json_remove(row, ?)", [(f"$.{name}",) for name in new]
             )
-            for column in ("partly", "input_path"):
+            for column in ("partly", "input_path") if steps < 6 else ():
                 database.execute(f"ALTER TABLE item DROP COLUMN {column}")
             for (name,) in database.execute("SELECT name FROM part").fetchall():
                 content = (out / name).read_bytes()
@@ -85,13 +86,14 @@ def test_export_has_the_new_columns_without_a_value(
     assert specvlm("export", old, dest, "--format", kind, "--columns", f"id,{','.join(NEW)}").code == 0
     if kind == "parquet":
         table = pq.read_table(dest / "data")
-        assert table.schema.types == [pa.string(), pa.string(), *[pa.float64()] * 3, pa.string()]
-        assert [row[name] for row in table.to_pylist() for name in NEW] == [None] * 10
+        settled = [pa.int64(), pa.float64()]
+        assert table.schema.types == [pa.string(), pa.string(), *[pa.float64()] * 3, pa.string(), *settled]
+        assert [row[name] for row in table.to_pylist() for name in NEW] == [None] * 14
     elif kind == "jsonl":
         lines = [json.loads(line) for line in dest.read_text().splitlines()]
-        assert [row[name] for row in lines for name in NEW] == [None] * 10
+        assert [row[name] for row in lines for name in NEW] == [None] * 14
     else:
-        assert [line.split(",")[1:] for line in dest.read_text().splitlines()[1:]] == [[""] * 5] * 2
+        assert [line.split(",")[1:] for line in dest.read_text().splitlines()[1:]] == [[""] * 7] * 2
 
 
 def test_it_goes_on_and_all_its_parts_have_one_schema(specvlm: Specvlm, old: Path, videos: Path) -> None:
@@ -107,7 +109,7 @@ def test_it_goes_on_and_all_its_parts_have_one_schema(specvlm: Specvlm, old: Pat
     assert verified(specvlm, old)
 
 
-@pytest.mark.parametrize("steps", [3, 4, 5])
+@pytest.mark.parametrize("steps", [3, 4, 5, 7])
 def test_a_finished_one_is_brought_up_to_date_once(
     specvlm: Specvlm, videos: Path, out: Path, steps: int
 ) -> None:
