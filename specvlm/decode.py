@@ -11,7 +11,7 @@ import math
 import struct
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -429,6 +429,7 @@ class _Report(NamedTuple):
     margin: float
     used: int  # guesses
     written: list[int]
+    next_token: int  # that would have followed, if it had been settled; else meaningless
     told: list[int]  # what a chooser is told, see `RoundReport`
 
     @classmethod
@@ -436,7 +437,8 @@ class _Report(NamedTuple):
         """Read [finite, count, bits of the margin, used, tokens [D + 1]..., ranks [D + 1] if the shape tells them]."""
         finite, count, bits, used, *rest = numbers
         (margin,) = struct.unpack("f", struct.pack("i", bits))
-        return cls(bool(finite), count > used, margin, used, rest[:count], [used, *rest])
+        next_token = rest[min(count, len(rest) - 1)]
+        return cls(bool(finite), count > used, margin, used, rest[:count], next_token, [used, *rest])
 
 
 def _never(*_: object) -> torch.Tensor:
@@ -704,7 +706,9 @@ class Decoder:
         """One round, then plain steps for what is not settled; or plain steps alone. -> the times of its stages."""
         shape = self._shape()
         if self._steps_alone(shape):
-            undecided = [number for number, row in enumerate(self._rows) if row.sequence is not None]
+            undecided: dict[int, _Report | None] = {
+                number: None for number, row in enumerate(self._rows) if row.sequence is not None
+            }
             times = dict[str, float]()
         else:
             if shape.depth:
@@ -743,11 +747,13 @@ class Decoder:
     def _is_step(self, shape: TreeShape) -> bool:
         return shape.depth == 0 and len(self._rows) == 1
 
-    def _decide(self, undecided: Sequence[int]) -> None:
-        """Give rows their next token by plain steps, from where their keys and values are stock's."""
-        settling, running = self.settings.settling, len(self)
-        assert settling is not None
-        for number in undecided:
+    def _decide(self, undecided: Mapping[int, _Report | None]) -> None:
+        """Give rows their next token by plain steps, from where their keys and values are stock's.
+
+        `undecided`: also what a round said of the row, if there was one.
+        """
+        running = len(self)
+        for number, report in undecided.items():
             row = self._rows[number]
             sequence, tokens = row.sequence, row.text.tokens
             assert sequence is not None
@@ -757,10 +763,23 @@ class Decoder:
             if not decided.finite:
                 sequence.error = _not_finite()
                 continue
+            if report is not None:
+                self._learn(report, decided)
             sequence.text.take([decided.token])
             sequence.text.smallest_margin = min(sequence.text.smallest_margin, decided.margin)
             sequence.tokens_at[running] += 1
             row.index = len(tokens) - 1
+
+    def _learn(self, report: _Report, decided: _Decided) -> None:
+        """Learn from a token that was not settled how much a round had changed its lead."""
+        rule, settling = self._rounds.rule, self.settings.settling
+        assert rule is not None
+        assert settling is not None
+        if rule.leaves_out:  # then the margin is not always a lead
+            return
+        same = report.next_token == decided.token
+        change = abs(report.margin - decided.margin) if same else report.margin + decided.margin
+        settling.hear(change / rule.sharpness)
 
     def _weigh(self, tokens: int) -> None:
         """See whether rounds are worth what is decided again."""
@@ -814,10 +833,13 @@ class Decoder:
         slots = text.limit + settings.chooser.slots
         return DraftRow(row, one.prompt, one.scores, text.tokens[0], slots, features)
 
-    def _hear(self, shape: TreeShape, reports: Sequence[_Report], times: dict[str, float]) -> list[int]:
+    def _hear(
+        self, shape: TreeShape, reports: Sequence[_Report], times: dict[str, float]
+    ) -> dict[int, _Report | None]:
         """Give every sequence what the round wrote; -> the rows whose next token is not settled."""
         settings, step = self.settings, self._is_step(shape)
-        spoiled, told, running, undecided = False, list[list[int]](), len(self), list[int]()
+        spoiled, told, running = False, list[list[int]](), len(self)
+        undecided: dict[int, _Report | None] = {}
         for number, (row, report) in enumerate(zip(self._rows, reports, strict=True)):
             sequence = row.sequence
             if sequence is None:
@@ -838,7 +860,7 @@ class Decoder:
                 row.drafted = len(sequence.text.tokens)
             if not report.settled and not sequence.done:
                 sequence.text.settled += 1
-                undecided.append(number)
+                undecided[number] = report
         self._plain_next = spoiled
         if spoiled:
             self._verifier.forget(shape, self._rounds.state.step)

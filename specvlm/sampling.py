@@ -281,18 +281,18 @@ class TokenRule:
         margins = None
         if bound is not None:
             # Of two that are best, either may come first here: the margin is 0 then.
-            rivals = self.scores(logits, depths, path, slack=bound) if self._warps else scores
+            rivals = self.scores(logits, depths, path, slack=bound) if self.leaves_out else scores
             top = rivals.topk(2, dim=-1).values
             margins = top[..., 0] - top[..., 1]
-            if self._warps:
+            if self.leaves_out:
                 surely = self.scores(logits, depths, path, slack=-bound).gather(-1, best.indices[..., None])
                 same = (top[..., 0] == best.values) & (surely[..., 0] == best.values)
                 margins = margins.where(same, 0.0)
         return Choices(best.indices, best.values.isfinite(), margins)
 
     @property
-    def _warps(self) -> bool:
-        """Whether what is left of the scores depends on how they stand to each other."""
+    def leaves_out(self) -> bool:
+        """Whether the rule leaves tokens out by how their scores stand to each other: top-k, top-p, min-p."""
         rules = self._rules
         return self._round.noise is not None and bool(rules.top_k or rules.top_p < 1.0 or rules.min_p)
 

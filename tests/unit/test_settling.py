@@ -76,6 +76,19 @@ def test_a_larger_change_that_is_seen_later_counts() -> None:
     assert settling.bound == 7.0
 
 
+def test_a_token_that_was_decided_tells_how_much_its_lead_had_changed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    captioner = captioner_of(1, spread=0.1)
+    video = captioner.prepare(random_frames(2), "Describe.")
+    captioner.caption(video, tree="chain", max_new_tokens=2)
+    assert captioner.settling is not None
+    spoil(monkeypatch, 0.2)
+    before = captioner.settling.bound = 0.3
+    captioner.caption(video, tree="chain", depth=4, max_new_tokens=TOKENS)
+    assert captioner.settling.bound > before
+
+
 def test_it_is_measured_once_and_not_where_nothing_is_unsettled(monkeypatch: pytest.MonkeyPatch) -> None:
     captioner, steps = captioner_of(), list[int]()
     real = VideoLM.step
