@@ -175,9 +175,16 @@ def caption_by_stock(captioner: Captioner, clip: LongClip, limit: int) -> tuple[
 
 def measure(captioner: Captioner, frames: int, asked: argparse.Namespace) -> Iterator[list[Row]]:
     """Measure all methods at one number of frames, one batch size after the other; one clip warms up."""
-    every = methods(asked)
-    count = max(asked.clips, *asked.batch_sizes)
-    clips = [read(captioner, index, frames, every[PLAIN]) for index in range(count)]
+    every, clips, by_stock = methods(asked), list[LongClip](), list[tuple[Turn, bool]]()
+    say(f"{frames} frames: reading clips")
+    for index in (0, *range(max(asked.clips, *asked.batch_sizes))):
+        clips.append(read(captioner, index, frames, every[PLAIN]))
+        if len(clips) <= asked.clips + 1:
+            by_stock.append(caption_by_stock(captioner, clips[-1], asked.max_new_tokens))
+    del clips[0], by_stock[0]  # warm-up
+    print(
+        f"\n{frames} frames: {sum(same for _, same in by_stock)} of {len(by_stock)} captions equal stock's."
+    )
     tokens = clips[0].video.inputs.video_tokens
     for size in asked.batch_sizes:
         rows = [Row(tokens, size, label, options) for label, options in every.items()]
@@ -188,12 +195,7 @@ def measure(captioner: Captioner, frames: int, asked: argparse.Namespace) -> Ite
                     say(f"{frames} frames, batch size {size}, turn {turn} of {asked.repeat}: {row.label}")
                     row.turns += [caption_together(captioner, group, row)][: turn and 1]
         if size == 1:
-            caption_by_stock(captioner, clips[0], asked.max_new_tokens)
-            found = [caption_by_stock(captioner, group[0], asked.max_new_tokens) for group in groups]
-            rows.append(Row(tokens, size, STOCK, every[PLAIN], [turn for turn, _ in found]))
-            print(
-                f"\n{frames} frames: {sum(same for _, same in found)} of {len(found)} captions equal stock's."
-            )
+            rows.append(Row(tokens, size, STOCK, every[PLAIN], [turn for turn, _ in by_stock]))
         yield rows
 
 
@@ -230,7 +232,7 @@ def main() -> None:
     parser.add_argument("--draft", type=Path, default=PAIR / "draft")
     parser.add_argument("--frames", type=int, nargs="+", default=[112, 448], help="of a clip")
     parser.add_argument(
-        "--clips", type=int, default=3, help="fewest clips; a larger batch takes as many as it has"
+        "--clips", type=int, default=4, help="fewest clips; a larger batch takes as many as it has"
     )
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--pruners", nargs="+", choices=PRUNERS, default=["specvlm", "uniform"])

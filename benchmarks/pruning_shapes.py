@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--video-tokens", type=int, nargs="+", default=[2000, 8000])
     parser.add_argument("--text-tokens", type=int, default=128, help="prompt and half of the caption")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--ratios", type=float, nargs="+", default=[0.0, 0.5, 0.9])
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.0, 0.9])
     parser.add_argument("--depth", type=int, default=6, help="of the chain")
     asked = parser.parse_args()
     for target, draft in asked.pair or PAIRS:
