@@ -81,14 +81,15 @@ class Drawer:
         self.end_id = int(self.tokenizer.convert_tokens_to_ids("<|im_end|>"))
         self._noise = np.random.default_rng(7).normal(0, 6, 4_000_000).astype(np.int16)
 
-    def batch(self, number: int, size: int, one_thing_share: float) -> Batch:
-        """Draw training batch `number`."""
+    def batch(self, number: int, size: int, one_thing_share: float, frames: int = FRAMES) -> Batch:
+        """Draw training batch `number`. More frames than `FRAMES` show the same four seconds more closely."""
         rng = np.random.default_rng((number, 20))
-        scenes = [scene_for(seed_for("train", number * size + i), one_thing_share) for i in range(size)]
+        rows = max(1, size * FRAMES // frames)
+        scenes = [scene_for(seed_for("train", number * size + i), one_thing_share) for i in range(rows)]
         shapes = _LLAVA_SHAPES if self.family == "llava" else _QWEN_SHAPES
         height, width = shapes[int(rng.choice(len(shapes), p=_SHAPE_SHARES))]
-        fps = FPS / float(rng.uniform(0.85, 1.15)) if rng.random() < 0.4 else FPS
-        times = [_frame_times(rng, fps) for _ in scenes]
+        fps = frames / FRAMES * (FPS / float(rng.uniform(0.85, 1.15)) if rng.random() < 0.4 else FPS)
+        times = [_frame_times(rng, fps, frames) for _ in scenes]
         clips = [self._clip(rng, s, t, height, width) for s, t in zip(scenes, times, strict=True)]
         prompt = PROMPTS[int(rng.choice(len(PROMPTS), p=(0.3, 0.2, 0.125, 0.125, 0.125, 0.125)))]
         captions, weights = self._captions([caption_for(s) for s in scenes])
@@ -117,7 +118,7 @@ class Drawer:
         elif self.family == "qwen":
             written = [token * (int(pixels["video_grid_thw"][0].prod()) // 4)]
         else:
-            written = [token * (FRAMES * _CELL_SIDE_LLAVA**2 + 1)]
+            written = [token * (len(times_s[0]) * _CELL_SIDE_LLAVA**2 + 1)]
         ids = torch.tensor(self.tokenizer([text.replace(token, one) for one in written]).input_ids)
         return ids.expand(len(times_s), -1)
 
@@ -135,8 +136,9 @@ class Drawer:
     ) -> Tensor:
         frames = render(scene, times_s, height, width, softness=float(rng.uniform(0.8, 1.8)))
         if rng.random() < 0.5:
-            start = int(rng.integers(len(self._noise) - frames.size))
-            frames = np.clip(frames + self._noise[start : start + frames.size].reshape(frames.shape), 0, 255)
+            start = int(rng.integers(max(1, len(self._noise) - frames.size)))
+            noise = np.resize(self._noise[start : start + frames.size], frames.shape)
+            frames = np.clip(frames + noise, 0, 255)
             frames = frames.astype(np.uint8)
         return torch.from_numpy(frames).permute(0, 3, 1, 2)
 
@@ -172,10 +174,10 @@ class Drawer:
         return {name: torch.from_numpy(np.stack([m[name].reshape(-1) for m in made])) for name in CELL_FACTS}
 
 
-def _frame_times(rng: np.random.Generator, fps: float) -> NDArray[np.float32]:
-    uneven = rng.uniform(0.02, 0.1)
+def _frame_times(rng: np.random.Generator, fps: float, frames: int) -> NDArray[np.float32]:
+    uneven = rng.uniform(0.02, 0.1) * FRAMES / frames
     start = rng.uniform(0, 0.45)
-    times = start + np.arange(FRAMES) / fps + rng.uniform(-uneven, uneven, FRAMES)
+    times = start + np.arange(frames) / fps + rng.uniform(-uneven, uneven, frames)
     return np.clip(times.astype(np.float32), 0, CLIP_SECONDS)
 
 

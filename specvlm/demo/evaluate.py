@@ -1,6 +1,6 @@
 """Measure demo checkpoints on held-out clips, through the stock processor and the stock `generate()`.
 
-`python -m specvlm.demo.evaluate --target FOLDER [--draft FOLDER] [--clips 300]` prints JSON: the share of
+`python -m specvlm.demo.evaluate --target FOLDER [--draft FOLDER] [--clips 300] [--frames 8]` prints JSON: the share of
 facts right by kind, the share of captions exactly right, and for a draft the mean accepted tokens per round
 that its ranking of the target's own tokens gives. That last figure replays rounds on recorded logits with
 uniform pruning; it runs no speculative decoding, but for greedy decoding the accepted tokens are the same.
@@ -19,13 +19,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoProcessor, PreTrainedModel
 
-from specvlm.demo.batches import FPS, Batch
+from specvlm.demo.batches import Batch
 from specvlm.demo.captions import FACT_KINDS, PROMPTS, caption_for, compare, facts_in, facts_of
-from specvlm.demo.clips import Scene, render, scene_for, seed_for
+from specvlm.demo.clips import CLIP_SECONDS, Scene, render, scene_for, seed_for
 from specvlm.demo.models import FRAMES
 from specvlm.demo.train import caption_logits, load_model, video_tokens
 
 SIDE: Final = 192
+_ROWS: Final = 25
+"""Clips of `FRAMES` frames in a batch."""
 STATIC_TREE: Final = (
     *("0", "1", "2", "3", "00", "01", "02", "10", "11", "20", "21", "30"),
     *("000", "001", "002", "010", "011", "020", "021", "100", "0000", "0001", "0002", "00000", "00001"),
@@ -45,12 +47,13 @@ class Captioned:
 
 
 def prepared(processor: Any, frames: NDArray[np.uint8], prompt: str) -> dict[str, Tensor]:
-    """Model inputs of one clip, frames [F, height, width, 3] sampled at 2 per second."""
+    """Model inputs of one clip, frames [F, height, width, 3] spread evenly over its four seconds."""
     content = [{"type": "video"}, {"type": "text", "text": prompt}]
     text = processor.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
     )
-    seen = {"fps": FPS, "total_num_frames": len(frames), "frames_indices": list(range(len(frames)))}
+    fps = len(frames) / CLIP_SECONDS
+    seen = {"fps": fps, "total_num_frames": len(frames), "frames_indices": list(range(len(frames)))}
     video = torch.from_numpy(frames).permute(0, 3, 1, 2)
     made = processor(
         text=[text], videos=[video], video_metadata=[seen], do_sample_frames=False, return_tensors="pt"
@@ -65,10 +68,11 @@ def load_processor(folder: Path) -> Any:
 
 
 def caption_clips(
-    model: Any, processor: Any, scenes: list[Scene], prompt: str, rows: int = 25
+    model: Any, processor: Any, scenes: list[Scene], prompt: str, frames: int = FRAMES
 ) -> list[Captioned]:
     """Caption clips greedily, several rows at a time; all prompts have one length, so nothing is padded."""
-    times = (np.arange(FRAMES) / FPS).astype(np.float32)
+    times = (np.arange(frames) * CLIP_SECONDS / frames).astype(np.float32)
+    rows = max(1, _ROWS * FRAMES // frames)
     told: list[Captioned] = []
     for start in range(0, len(scenes), rows):
         some = scenes[start : start + rows]
@@ -108,6 +112,7 @@ def ranks_of(model: PreTrainedModel, one: Captioned, prune_ratio: float) -> list
         weights=torch.ones(1, len(one.token_ids)),
         cells={},
         scenes=[one.scene],
+        seconds_per_grid=float(one.inputs.get("second_per_grid_ts", torch.ones(1))[0]),
     )
     seen = video_tokens(model, batch)
     count = seen.tokens.shape[1]
@@ -152,6 +157,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--target", type=Path, required=True)
     parser.add_argument("--draft", type=Path)
     parser.add_argument("--clips", type=int, default=300)
+    parser.add_argument(
+        "--frames", type=int, default=FRAMES, help="frames of each clip, over its four seconds"
+    )
     parser.add_argument("--prompt", default=PROMPTS[0])
     parser.add_argument("--mistakes", type=int, default=0, help="print this many wrong captions")
     parser.add_argument("--repetition-penalty", type=float)
@@ -162,12 +170,12 @@ def main(argv: list[str] | None = None) -> None:
         model.generation_config.repetition_penalty = options.repetition_penalty
     processor = load_processor(options.target)
     scenes = [scene_for(seed_for("held-out", i)) for i in range(options.clips)]
-    told = caption_clips(model, processor, scenes, options.prompt)
-    report: dict[str, Any] = {"clips": len(told), "target": accuracy(told)}
+    told = caption_clips(model, processor, scenes, options.prompt, options.frames)
+    report: dict[str, Any] = {"clips": len(told), "frames": options.frames, "target": accuracy(told)}
     if options.draft:
         draft = load_model(options.draft)
         report["accepted"] = acceptance(draft, told)
-        own = caption_clips(draft, load_processor(options.draft), scenes, options.prompt)
+        own = caption_clips(draft, load_processor(options.draft), scenes, options.prompt, options.frames)
         report["draft_alone"] = accuracy(own)
     report["seconds"] = round(time.monotonic() - began, 1)
     print(json.dumps(report, indent=1))

@@ -4,7 +4,8 @@ One recipe for all families and both roles. A target goes through three stages b
 tower alone, taught what each cell of the picture shows; then a shallow text model on captions; then, with
 layers that add nothing at first put between the trained ones, the full depth. A draft has no third stage and
 sees pruned video tokens. Features that a tower adds behind the first text layers (DeepStack) are trained along:
-what a cell shows must be read from a video token without them and with them. The run is seeded, writes a
+what a cell shows must be read from a video token without them and with them. `--extend` starts from a finished
+checkpoint at full depth, so that it learns clips of other numbers of frames. The run is seeded, writes a
 checkpoint every two minutes and goes on from it when started again. The clock is the CPU time of a thread, so
 that a busy machine shortens no stage. It is a recipe for toy models on two CPU cores, not a trainer for large
 ones.
@@ -13,10 +14,11 @@ ones.
 import argparse
 import json
 import math
+import random
 import re
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final, get_args
 
@@ -28,6 +30,7 @@ from transformers import AttentionInterface, AutoModelForImageTextToText, PreTra
 from specvlm.demo.batches import CELL_FACTS, IGNORED, Batch, Drawer
 from specvlm.demo.models import (
     CHECKPOINTS,
+    FRAMES,
     Role,
     build_model,
     build_processor,
@@ -61,6 +64,12 @@ class Plan:
     """Weight of the cell loss beside the caption loss."""
     start: str = ""
     """Training state (`shallow.pt`) of another run, or a finished checkpoint, whose text model starts this one."""
+    extend: str = ""
+    """Finished checkpoint of the same family and role that this run continues with, for other clips."""
+    layers: int = 0
+    """Text layers at the end; 0: those of the role's sizes."""
+    frames: list[int] = field(default_factory=lambda: [FRAMES])
+    """Frames of a clip. Each batch draws one of these numbers; a batch of longer clips has fewer clips."""
 
 
 @dataclass
@@ -122,7 +131,8 @@ class Trainer:
         self.processor = build_processor(plan.family)
         self.tokenizer = self.processor.tokenizer
         self.drawer = Drawer(plan.family, self.processor)
-        self.progress = Progress(layers=self.sizes.first_layers)
+        self.layers = plan.layers or self.sizes.text_layers
+        self.progress = Progress(layers=self.layers if plan.extend else self.sizes.first_layers)
         seen = [fact for fact in CELL_FACTS if fact != "motion" or plan.family != "llava"]
         self.heads = nn.ModuleDict({"vision": CellHead(self.sizes.text_width, tuple(seen))})
         if self.sizes.first_layers > 1:
@@ -137,6 +147,8 @@ class Trainer:
             self.heads.load_state_dict(state["heads"])
             for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(kept)
+        elif plan.extend:
+            self.model.load_state_dict(self._deepened(load_model(Path(plan.extend))).state_dict())
         elif plan.start:
             self._start_from(Path(plan.start))
 
@@ -170,13 +182,14 @@ class Trainer:
         }
         torch.save(state, self.work / "last.part")
         (self.work / "last.part").replace(self.work / "last.pt")
-        plan, full = self.plan, self.sizes.text_layers
-        whole = deepened(self.model, plan.family, plan.role, self.tokenizer, full)
-        save_folder(whole, self.processor, self.work / "model")
+        save_folder(self._deepened(self.model), self.processor, self.work / "model")
         (self.work / "plan.json").write_text(json.dumps(asdict(self.plan) | asdict(self.progress), indent=1))
 
     def _fresh(self, layers: int) -> PreTrainedModel:
         return build_model(self.plan.family, self.plan.role, self.tokenizer, layers)
+
+    def _deepened(self, model: PreTrainedModel) -> PreTrainedModel:
+        return deepened(model, self.plan.family, self.plan.role, self.tokenizer, self.layers)
 
     def _adopt(self, model: PreTrainedModel) -> None:
         self.model = model.train()
@@ -208,12 +221,11 @@ class Trainer:
             part.load_state_dict(own)
 
     def _deepen_when_due(self) -> None:
-        full = self.sizes.text_layers
-        if self.share >= self.plan.deepen_at and self.progress.layers < full:
+        if self.share >= self.plan.deepen_at and self.progress.layers < self.layers:
             self.save()
             (self.work / "last.pt").replace(self.work / "shallow.pt")
-            self.progress.layers = full
-            self._adopt(deepened(self.model, self.plan.family, self.plan.role, self.tokenizer, full))
+            self.progress.layers = self.layers
+            self._adopt(self._deepened(self.model))
 
     def _rate(self) -> float:
         flat = 0.4
@@ -227,7 +239,8 @@ class Trainer:
                 group["lr"] = group["base_rate"] * self._rate()
         captions = self.share >= self.plan.vision_share
         ones = max(0.4, 1 - 3 * max(0.0, self.share - self.plan.vision_share)) if captions else 0.4
-        batch = self.drawer.batch(self.progress.step, self.plan.batch_size, ones)
+        frames = random.Random(self.progress.step).choice(self.plan.frames)
+        batch = self.drawer.batch(self.progress.step, self.plan.batch_size, ones, frames)
         loss, line = self._losses(batch, captions)
         loss.backward()  # type: ignore[no-untyped-call]
         for part in (self.model, self.heads):
@@ -237,7 +250,8 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         self.progress.step += 1
         self.progress.since_rebuild += 1
-        line |= {"step": self.progress.step, "share": round(self.share, 3), "layers": self.progress.layers}
+        line |= {"step": self.progress.step, "frames": frames, "share": round(self.share, 3)}
+        line["layers"] = self.progress.layers
         return line | {"loss": round(float(loss.detach()), 4), "step_s": round(time.monotonic() - began, 2)}
 
     def _losses(self, batch: Batch, captions: bool) -> tuple[Tensor, dict[str, Any]]:
@@ -447,6 +461,19 @@ def _arguments(argv: list[str] | None) -> Iterator[Any]:
     parser.add_argument("--deepen-at", type=float, default=Plan.deepen_at)
     parser.add_argument(
         "--start", default="", help="shallow.pt or checkpoint folder whose text model starts this one"
+    )
+    parser.add_argument(
+        "--extend", default="", help="checkpoint folder of the same family and role to continue with"
+    )
+    parser.add_argument(
+        "--layers", type=int, default=0, help="text layers; with --extend, new layers add nothing at first"
+    )
+    parser.add_argument(
+        "--frames",
+        type=int,
+        nargs="+",
+        default=[FRAMES],
+        help="frames of a clip; each batch draws one number",
     )
     parser.add_argument("--threads", type=int, default=2)
     found = vars(parser.parse_args(argv))

@@ -1,9 +1,10 @@
-"""benchmarks/batches.py and benchmarks/throughput.py in small: they run, and their tables hold what was measured."""
+"""Benchmarks of batches, throughput and pruning in small: they run, and their tables hold what was measured."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import shutil
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 
+from specvlm.demo import demo_folder
+from specvlm.published import find_shape
 from specvlm_cli import runner
 from tests.cli.conftest import forked, forked_readers
 
@@ -28,7 +31,8 @@ def scripts() -> Iterator[Any]:
     """The scripts as modules."""
     sys.path.insert(0, str(BENCHMARKS))
     try:
-        yield SimpleNamespace(**{name: importlib.import_module(name) for name in ("batches", "throughput")})
+        names = ("batches", "throughput", "pruning", "pruning_shapes")
+        yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
     finally:
         sys.path.remove(str(BENCHMARKS))
 
@@ -94,3 +98,49 @@ def test_clips_are_copied_under_other_names(scripts: Any, tmp_path: Path) -> Non
     names = [path.name for path in tmp_path.iterdir()]
     assert len(names) == 24
     assert {"00-two-meet.mp4", "02-two-meet.mp4"} <= set(names)
+
+
+def test_pruning_compares_every_ratio_and_reports_the_drafts_shares(
+    scripts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pair = ["--target", str(demo_folder("qwen-target")), "--draft", str(demo_folder("qwen-draft"))]
+    flags = "--frames 16 --clips 1 --batch-sizes 1 2 --ratios 0.9 --trees chain --repeat 1 --max-new-tokens 6"
+    written = tmp_path / "pruning.json"
+    monkeypatch.setattr(sys, "argv", ["pruning.py", *pair, *flags.split(), "--json", str(written)])
+    scripts.pruning.main()
+    said = capsys.readouterr().out
+    assert "1 of 1 captions equal stock's" in said
+    assert "288 video tokens, batch size 1:" in said
+    assert "288 video tokens, batch size 2:" in said
+    tables = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in said.splitlines() if line.startswith("|")
+    ]
+    labels = ["none, chain of 6", "specvlm 0.9, chain of 6", "uniform 0.9, chain of 6"]
+    assert [row[0] for row in tables if row[0] and row[0] != "---"] == 2 * labels
+    assert all(all(row) for row in tables if row[0] in labels)
+    rows = json.loads(written.read_text())["rows"]
+    turns = {(row["batch_size"], row["label"]): row["turns"][0] for row in rows}
+    assert len(turns) == 2 * (len(labels) + 1) + 1  # plain at both batch sizes, stock at one
+    for size in (1, 2):
+        unpruned, pruned, plain = (turns[size, label] for label in (labels[0], labels[1], "plain"))
+        assert unpruned["tokens"] == pruned["tokens"] == plain["tokens"] == size * 5
+        assert plain["draft_bytes"] == plain["draft_s"] == 0
+        assert 0 < pruned["draft_bytes"] < unpruned["draft_bytes"] < plain["kv_bytes"]
+        assert unpruned["draft_decode_s"] < unpruned["draft_s"] < unpruned["e2e_s"]
+
+
+def test_rounds_of_published_shapes_read_less_with_a_pruned_draft(
+    scripts: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target, draft = find_shape("qwen2.5-vl-7b"), find_shape("qwen2.5-vl-3b")
+    found = scripts.pruning_shapes.round_of(target, draft, 2000, 200, 100, 8, 6)
+    assert (
+        found.target_kv == 8 * 2100 * 28 * 2 * 4 * 128 * 2
+    )  # rows, tokens, layers, K and V, heads, width, bytes
+    assert found.draft_kv == 8 * 300 * 36 * 2 * 2 * 128 * 2
+    assert found.draft == 6 * draft.text.pass_bytes(8 * 300, 2)
+    monkeypatch.setattr(sys, "argv", ["pruning_shapes.py"])
+    scripts.pruning_shapes.main()
+    said = capsys.readouterr().out
+    assert "llava-onevision-7b with llava-onevision-0.5b, a chain of 6:" in said
+    assert "| 8,000 | 32 | 0.9 |" in said

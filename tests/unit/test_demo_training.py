@@ -5,17 +5,20 @@ from __future__ import annotations
 import re
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
 
+from specvlm.demo import demo_folder
 from specvlm.demo.batches import Batch, Drawer
 from specvlm.demo.clips import render, scene_for
 from specvlm.demo.evaluate import prepared
 from specvlm.demo.models import (
     CHECKPOINTS,
+    FRAMES,
     Role,
     build_model,
     deepened,
@@ -28,10 +31,13 @@ from specvlm.demo.models import (
 from specvlm.demo.tokenizer import Family, train_tokenizer
 from specvlm.demo.train import (
     CellHead,
+    Plan,
     Seen,
+    Trainer,
     caption_logits,
     fewer_layers,
     kept_tokens,
+    load_model,
     video_id,
     video_spots,
     video_tokens,
@@ -53,8 +59,8 @@ def model_of(family: Family, role: Role = "target", layers: int = 3) -> Any:
     return build_model(family, role, drawer(family).tokenizer, layers)
 
 
-def batch_of(family: Family, number: int = 3) -> Batch:
-    return drawer(family).batch(number, ROWS, 0.4)
+def batch_of(family: Family, number: int = 3, frames: int = FRAMES) -> Batch:
+    return drawer(family).batch(number, ROWS * frames // FRAMES, 0.4, frames)
 
 
 def stock_logits(model: Any, batch: Batch) -> torch.Tensor:
@@ -69,10 +75,10 @@ def stock_logits(model: Any, batch: Batch) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("number", [3, 4])
+@pytest.mark.parametrize(("number", "frames"), [(3, FRAMES), (4, FRAMES), (4, 3 * FRAMES)])
 @torch.inference_mode()
-def test_unpruned_logits_are_those_of_the_stock_forward(family: Family, number: int) -> None:
-    batch, model = batch_of(family, number), model_of(family)
+def test_unpruned_logits_are_those_of_the_stock_forward(family: Family, number: int, frames: int) -> None:
+    batch, model = batch_of(family, number, frames), model_of(family)
     ours = caption_logits(model, batch, video_tokens(model, batch), None)
     assert ours.shape[:2] == batch.caption_ids.shape
     torch.testing.assert_close(ours, stock_logits(model, batch), atol=1e-4, rtol=0)
@@ -138,6 +144,34 @@ def test_a_deepened_model_computes_the_same(family: Family) -> None:
     assert len(text_layers(deep)) == 18
     before, after = (caption_logits(m, batch, video_tokens(m, batch), None) for m in (shallow, deep))
     torch.testing.assert_close(before, after, atol=1e-4, rtol=0)
+
+
+def test_longer_clips_show_the_same_seconds_in_fewer_clips() -> None:
+    short, long = (drawer("qwen").batch(3, 6, 0.4, frames) for frames in (FRAMES, 2 * FRAMES))
+    assert (len(short.scenes), len(long.scenes)) == (6, 3)
+    assert long.scenes == short.scenes[:3]
+    assert long.seconds_per_grid == short.seconds_per_grid / 2
+    video = drawer("qwen").processor.video_token_id
+    tokens = [int((batch.prompt_ids[0] == video).sum()) for batch in (short, long)]
+    assert tokens[1] == 2 * tokens[0]
+
+
+@pytest.mark.parametrize("number", range(4))  # some with noise, some without
+def test_one_clip_of_many_frames_is_a_batch(number: int) -> None:
+    batch = drawer("qwen").batch(number, ROWS, 0.4, 240)
+    assert len(batch.scenes) == len(batch.pixels["video_grid_thw"]) == 1
+    assert int(batch.pixels["video_grid_thw"][0, 0]) == 120
+
+
+@torch.inference_mode()
+def test_a_run_extends_a_checkpoint_with_layers_that_add_nothing(tmp_path: Path) -> None:
+    start = demo_folder("qwen-draft")
+    plan = Plan("qwen", "draft", minutes=1.0, batch_size=2, extend=str(start), layers=3, frames=[16])
+    trainer, before = Trainer(plan, tmp_path), load_model(start)
+    assert len(text_layers(trainer.model)) == trainer.progress.layers == 3
+    batch = trainer.drawer.batch(3, ROWS, 0.4)
+    first, second = (caption_logits(m, batch, video_tokens(m, batch), None) for m in (before, trainer.model))
+    torch.testing.assert_close(first, second, atol=1e-3, rtol=0)
 
 
 def test_layers_that_deepstack_adds_behind_stay_where_they_are() -> None:
