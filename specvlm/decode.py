@@ -577,7 +577,7 @@ class Decoder:
                 self._target, self._verifier.cache, readings, scored=scored, alone=self._alone
             )
             for sequence, reading in zip(sequences, readings, strict=True):
-                if sequence.begun is not None:
+                if sequence.begun is not None and not self._alone:
                     sequence.begun.keep(reading.prompt, self._verifier.cache, reading.row)
             self._rounds.rule.add([one.inputs.token_ids[0] for one in sequences])
             tokens, finite = self._first_tokens(torch.cat([one.logits for one in read]), first)
@@ -600,8 +600,12 @@ class Decoder:
             return  # steps of one row settle everything
         row = min(range(len(self._rows)), key=lambda row: self._rows[row].prompt.length)
         tokens = self._rows[row].text.tokens
-        if tokens:
+        if not tokens:
+            return
+        try:
             self._verifier.measure(settling, row, tokens[0])
+        except (torch.OutOfMemoryError, MemoryError):
+            pass  # nothing is settled until there is room to measure
 
     def _embed(self, sequences: Sequence[CaptionSequence]) -> list[Prompt]:
         shares = [(one, one.inputs.video_tokens if self._is_new(one) else 1) for one in sequences]

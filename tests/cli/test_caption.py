@@ -316,6 +316,18 @@ def test_config_change_names_the_setting(specvlm: Specvlm, videos: Path, out: Pa
     assert snapshot(out) == before
 
 
+def test_near_ties_that_fall_as_they_come_are_another_setting(
+    specvlm: Specvlm, videos: Path, out: Path
+) -> None:
+    """As usual it is no setting, so that runs from before there was a choice go on."""
+    specvlm("caption", videos, "-o", out)
+    assert "exact" not in json.loads((out / ".specvlm/run.json").read_text())["settings"]
+    assert specvlm("caption", videos, "-o", out, "--exact").code == 0
+    refused = specvlm("caption", videos, "-o", out, "--no-exact")
+    assert refused.code == 2
+    assert "exact was null, is now false" in refused.err
+
+
 @pytest.mark.parametrize(
     "flags",
     [

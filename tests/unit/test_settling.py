@@ -115,6 +115,24 @@ def test_it_is_measured_once_and_not_where_nothing_is_unsettled(monkeypatch: pyt
     assert SAFETY > 1.0
 
 
+def test_without_memory_to_measure_nothing_is_settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    captioner = captioner_of()
+    video = captioner.prepare(random_frames(1), "Describe.")
+    stock = stock_ids(captioner.target.model, video.inputs.tensors, TOKENS)
+
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Settling, "measure", fail)
+        caption = captioner.caption(video, tree="chain", max_new_tokens=TOKENS)
+    assert caption.token_ids == stock
+    assert caption.stats.num_accepted_tokens == 0
+    again = captioner.caption(video, tree="static", max_new_tokens=TOKENS)
+    assert again.token_ids == stock
+    assert again.stats.num_accepted_tokens > 0
+
+
 # --- what is not settled ---
 
 
