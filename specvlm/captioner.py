@@ -107,6 +107,7 @@ class CaptionOptions(TypedDict, total=False):
     temperature: float
     top_k: int | None
     seed: int
+    exact: bool
     pruner: PrunerName
     prune_ratio: float
     top_p: float
@@ -168,7 +169,8 @@ class Captioner:
         self.processor, self.info, self.frames, self.prompt = processor, info, frames, prompt
         self.generation_config = target.model.generation_config
         self.accept: Accept = accept
-        self.costs, self.settling = CostStore(), Settling()
+        self.costs = CostStore()
+        self.settling: Settling | None = Settling()
         self.make_capture: Callable[[torch.device], Capture] = CudaCapture
         self._learned: dict[Kind, Learned] = {}
         self._decoders: dict[Kind, Decoder] = {}

@@ -12,6 +12,7 @@ import struct
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -602,10 +603,8 @@ class Decoder:
         tokens = self._rows[row].text.tokens
         if not tokens:
             return
-        try:
+        with suppress(torch.OutOfMemoryError, MemoryError):  # nothing is settled until there is room
             self._verifier.measure(settling, row, tokens[0])
-        except (torch.OutOfMemoryError, MemoryError):
-            pass  # nothing is settled until there is room to measure
 
     def _embed(self, sequences: Sequence[CaptionSequence]) -> list[Prompt]:
         shares = [(one, one.inputs.video_tokens if self._is_new(one) else 1) for one in sequences]

@@ -33,6 +33,7 @@ SCHEMA = pa.schema(
         ("draft", pa.string()),
         ("batch_size", pa.int64()),
         ("depth", pa.int64()),
+        ("exact", pa.bool_()),
         ("video", pa.string()),
         ("turn", pa.int64()),
         ("num_frames", pa.int64()),
@@ -52,6 +53,7 @@ SCHEMA = pa.schema(
         ("depth_tries", pa.list_(pa.int64())),
         ("peak_memory_bytes", pa.int64()),
         ("mean_batch_size", pa.float64()),
+        ("settled_tokens", pa.int64()),
         ("modelled", pa.bool_()),
     ]
 )

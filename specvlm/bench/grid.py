@@ -44,6 +44,7 @@ class Grid:
         drafts: Small models, for `assisted`, `sd` and `specvlm`, and trained heads, for `head`.
         batch_sizes: Captions in the making at once, each number for itself.
         chain_depth: Depth of chains; None: the default.
+        exact: Whether near-ties are decided by plain steps; with both, each method with a draft runs both ways.
     """
 
     methods: tuple[MethodName, ...] = _OF_A_PAIR
@@ -54,6 +55,7 @@ class Grid:
     drafts: tuple[GridDraft, ...] = (GridDraft(),)
     batch_sizes: tuple[int, ...] = (1,)
     chain_depth: int | None = None
+    exact: tuple[bool, ...] = (True,)
 
     def __post_init__(self) -> None:
         for method in self.methods:
@@ -87,7 +89,8 @@ class Grid:
                 for draft in self.suiting(method):
                     found += self._drafted(method, num_frames, draft)
             else:
-                found.append(Configuration(method, num_frames))
+                exact = method == "stock" or self.exact[0]
+                found.append(Configuration(method, num_frames, exact=exact))
         return list(dict.fromkeys(found))
 
     def _drafted(
@@ -97,7 +100,8 @@ class Grid:
         label = self._label(draft)
         for one in self._of_method(method, num_frames):
             depth = self.chain_depth if one.tree == "chain" else None
-            yield replace(one, draft=draft.name, draft_label=label, depth=depth)
+            for exact in (True,) if method == "assisted" else self.exact:
+                yield replace(one, draft=draft.name, draft_label=label, depth=depth, exact=exact)
 
     def _of_method(self, method: MethodName, num_frames: int | None) -> list[Configuration]:
         if method == "specvlm":

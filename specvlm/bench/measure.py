@@ -53,6 +53,7 @@ class Measured:
     depth_tries: tuple[int, ...] = ()
     compressor: str | None = None
     mean_batch_size: float = 1.0
+    settled_tokens: int = 0
 
 
 class Measurer:
@@ -138,7 +139,9 @@ class Measurer:
 
 def options_of(how: Configuration) -> CaptionOptions:
     """What of a configuration is said to a captioner; the rest are its defaults."""
-    options: CaptionOptions = {} if how.depth is None else {"depth": how.depth}
+    options: CaptionOptions = {"exact": how.exact}
+    if how.depth is not None:
+        options["depth"] = how.depth
     if how.pruner is not None:
         options["pruner"] = how.pruner
     if how.prune_ratio is not None:
@@ -190,6 +193,7 @@ def of_stats(token_ids: tuple[int, ...], stats: CaptionStats, wall_s: float) -> 
         depth_tries=stats.depth_tries,
         compressor=stats.compressor,
         mean_batch_size=stats.mean_batch_size,
+        settled_tokens=stats.settled_tokens,
     )
 
 
@@ -239,6 +243,7 @@ def sample_of(how: Configuration, facts: VideoFacts, turn: int, measured: Measur
         peak_memory_bytes=peak,
         compressor=measured.compressor,
         mean_batch_size=measured.mean_batch_size,
+        settled_tokens=measured.settled_tokens,
     )
 
 

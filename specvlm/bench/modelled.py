@@ -187,6 +187,7 @@ class ModelledCaptioner(Captioner):
             guess = SmallModelDraft(draft, min(target.vocabulary, draft.vocabulary))
         super().__init__(target, None, guess, _info(pair, target), FrameSettings())
         self.pair = pair
+        self.settling = None  # what is accepted is not what random weights choose
         self._forced: dict[int, ForcedAcceptance] = {}
 
     @property

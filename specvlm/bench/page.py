@@ -34,6 +34,7 @@ from specvlm.bench.words import (
     rate_cells,
     read_rows,
     reference,
+    settled,
     spread_cells,
     stopped_words,
 )
@@ -231,6 +232,7 @@ def _results(report: Report) -> str:
         *(_Column(f"end to end × {base}", e2e_cell(base)) for base in bases),  # noqa: RUF001
         _Column("accepted", lambda one: number(one.mean_accepted_tokens)),
         _Column(f"same as {reference(report)}", lambda one: percent(one.exact_match)),
+        _Column("settled", settled),
         _Column("ms/token", lambda one: _ms(one.token_s)),
         _Column("ms/video", lambda one: _ms(one.total_s / one.videos, 1)),
         _Column("video tokens", lambda one: f"{one.video_tokens:.0f}"),

@@ -36,6 +36,7 @@ class Configuration:
         draft_label: What the label says of the draft; nothing where it is the only one of its kind.
         batch_size: Most captions in the making at once.
         depth: Of a chain, where it is not the default; else None.
+        exact: Near-ties are decided by plain steps, see `GenerationSettings`.
     """
 
     method: MethodName
@@ -47,6 +48,7 @@ class Configuration:
     draft_label: str = ""
     batch_size: int = 1
     depth: int | None = None
+    exact: bool = True
 
     @property
     def label(self) -> str:
@@ -65,7 +67,8 @@ class Configuration:
                 f"{self.prune_ratio:g}",
             ]
         words += [self.tree] if self.tree else []
-        whole = " ".join(words if self.depth is None else [*words, str(self.depth)])
+        words += [] if self.depth is None else [str(self.depth)]
+        whole = " ".join(words if self.exact else [*words, "no-exact"])
         return f"{whole}, {self.draft_label}" if self.draft_label else whole
 
 
@@ -141,6 +144,7 @@ class Sample:
         peak_memory_bytes: Of the device's allocator for this caption (CUDA), or of the process so far (CPU).
         compressor: What a trained head's compressor did to the video; None without a head.
         mean_batch_size: How many captions shared its steps, the mean over its steps.
+        settled_tokens: Tokens that a plain step decided, because a round could not be trusted with a near-tie.
     """
 
     configuration: Configuration
@@ -163,6 +167,7 @@ class Sample:
     peak_memory_bytes: int
     compressor: str | None = None
     mean_batch_size: float = 1.0
+    settled_tokens: int = 0
 
     def as_row(self) -> dict[str, Any]:
         """One flat row: the configuration's and the stages' fields stand beside the others."""
@@ -257,6 +262,7 @@ class Summary:
         videos_per_hour_turns: The same over turns; None with a single turn.
         tokens_per_s: completion_tokens / total_s: of wall time, all that comes before the first token included.
         mean_batch_size: Mean over videos of how many captions shared their steps.
+        settled_share: Share of `completion_tokens` that a plain step decided; None of `transformers`' own methods.
     """
 
     configuration: Configuration
@@ -295,6 +301,7 @@ class Summary:
     videos_per_hour_turns: Spread | None = None
     tokens_per_s: float | None = None
     mean_batch_size: float = 0.0
+    settled_share: float | None = None
 
     def speedup(self, baseline: MethodName) -> Speedup | None:
         """The speedup against one baseline; None where it did not run, or this is it."""

@@ -210,8 +210,15 @@ def _summary(group: _Group, peers: Mapping[MethodName, _Group], alone: _Group | 
         videos_per_hour_turns=_spread([3600.0 * len(samples) / one for one in turns_s]),
         tokens_per_s=_over(tokens, total_s),
         mean_batch_size=fmean(one.mean_batch_size for one in samples),
+        settled_share=_settled_share(samples),
     )
     return _judged(summary)
+
+
+def _settled_share(samples: Sequence[Sample]) -> float | None:
+    if samples[0].configuration.method in ("stock", "assisted"):
+        return None
+    return sum(one.settled_tokens for one in samples) / sum(len(one.token_ids) for one in samples)
 
 
 def _commonest(names: Iterable[str | None]) -> tuple[str, ...]:

@@ -191,6 +191,11 @@ def spread_cells() -> list[tuple[str, Callable[[Summary], str]]]:
     return [(f"{name}\nx {base}", cell(base, kind)) for name, kind in kinds.items() for base in BASELINES]
 
 
+def settled(one: Summary) -> str:
+    """Share of tokens that plain steps decided; empty where there was none."""
+    return f"{100 * one.settled_share:.2g}%" if one.settled_share else ""
+
+
 def rate(value: float | None) -> str:
     """Videos per hour, or tokens per second: three digits at least; empty for None."""
     if value is None:

@@ -306,6 +306,13 @@ def _last_part(name: str) -> str:
     return name.rpartition("/")[2]
 
 
+def _both_ways(grid: Grid, flags: BenchFlags, captioner: Captioner) -> Grid:
+    """With `exact` or without, as asked; where nothing was asked and it matters, both."""
+    if flags.exact is not None:
+        return replace(grid, exact=(flags.exact,))
+    return grid if captioner.info.dtype == "float32" else replace(grid, exact=(True, False))
+
+
 def _measured(
     flags: BenchFlags, pair: Preset | None, compared: _Compared, videos: _Videos, talk: BenchTalk
 ) -> _Measured:
@@ -341,7 +348,8 @@ def _measured(
     quick = not flags.inputs and flags.limit is None
     with talk.working():
         try:
-            setup = Setup(compared.grid, videos.clips, None, asked, QUICK_S if quick else None)
+            grid = _both_ways(compared.grid, flags, captioner)
+            setup = Setup(grid, videos.clips, None, asked, QUICK_S if quick else None)
             report = run(captioner, setup, talk, by_name)
         except StoppedError as error:
             error.report = replace(error.report, left_out=(*videos.left_out, *error.report.left_out))
@@ -381,7 +389,10 @@ def _command(flags: BenchFlags) -> str:
         value = getattr(flags, one.name)
         if one.name not in _NOT_ASKED and value != one.default:
             name = f"--{one.name.replace('_', '-')}"
-            words += [name] if value is True else [name, value[0] if isinstance(value, list) else str(value)]
+            if isinstance(value, bool):
+                words.append(name if value else f"--no-{name[2:]}")
+            else:
+                words += [name, value[0] if isinstance(value, list) else str(value)]
     words += [word for one in flags.given_drafts for word in ("--draft", one)]
     return storable(shlex.join(words))
 

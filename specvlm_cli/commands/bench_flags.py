@@ -170,6 +170,14 @@ class BenchFlags:
         ),
     ] = REPEAT
     max_new_tokens: Annotated[int, same_as(CaptionFlags, "max_new_tokens")] = CaptionFlags.max_new_tokens
+    exact: Annotated[
+        bool | None,
+        flag(
+            _COMPARED,
+            "--exact/--no-exact",
+            "Decide near-ties by plain steps, or not. Default: in bfloat16 and float16 both, to compare.",
+        ),
+    ] = None
     preset: Annotated[str | None, same_as(CaptionFlags, "preset")] = None
     target: Annotated[str | None, same_as(CaptionFlags, "target")] = None
     drafts: Annotated[  # its variable is read by ourselves, because a folder's name may hold spaces

@@ -46,6 +46,10 @@ def refuse_mixture(flags: BenchFlags) -> None:
             if getattr(flags, name) is not None:
                 raise UsageError(f"{_flag(name)} {getattr(flags, name)} has no --shape to go with; give one")
         return
+    if flags.exact is not None:
+        raise UsageError(
+            "--exact and --shape exclude each other: random weights settle nothing; leave it out"
+        )
     for name in _OF_CHECKPOINTS:
         if getattr(flags, name):
             shown = {"inputs": "INPUT", "drafts": "--draft"}.get(name, _flag(name))

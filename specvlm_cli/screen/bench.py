@@ -42,6 +42,7 @@ from specvlm.bench.words import (
     rate_cells,
     read_rows,
     reference,
+    settled,
     spread_cells,
     stopped_words,
 )
@@ -239,6 +240,7 @@ def _speed(report: Report) -> list[Column]:
     columns += [
         Column("accepted", lambda one: number(one.mean_accepted_tokens)),
         Column(f"same as\n{reference(report)}", lambda one: percent(one.exact_match)),
+        Column("settled", settled),
         Column("video\ntokens", lambda one: f"{one.video_tokens:.0f}" if one.videos else ""),
         Column("draft\nsees", lambda one: f"{one.video_tokens_kept:.0f}" if one.video_tokens_kept else ""),
         Column("compressor", lambda one: ", ".join(one.compressors), is_listed=True),

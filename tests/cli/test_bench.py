@@ -168,6 +168,28 @@ def test_batches_of_the_demo_pair(run: Run, tmp_path: Path) -> None:
     assert "Videos an hour over the batch size" in (tmp_path / "bench.html").read_text()
 
 
+@pytest.mark.parametrize(
+    ("flags", "ways"),
+    [((), ["", " no-exact"]), (("--exact",), [""]), (("--no-exact",), [" no-exact"])],
+)
+def test_in_bfloat16_near_ties_are_compared_both_ways(
+    run: Run, tmp_path: Path, flags: tuple[str, ...], ways: list[str]
+) -> None:
+    asked = ("--methods", "stock,sd", "--tree", "chain", "--limit", 1, "--repeat", 1, "--max-new-tokens", 4)
+    code, said, _ = run(
+        *asked, "--num-frames", 2, "--dtype", "bfloat16", *flags, "-o", tmp_path, "--json", "-q"
+    )
+    assert code == 0
+    found = json.loads(said)
+    assert [one["label"] for one in found["summaries"]] == ["stock", *(f"sd chain{way}" for way in ways)]
+    assert [one["settled_share"] is None for one in found["summaries"]] == [True, *(False for _ in ways)]
+    assert " ".join(flags) in found["conditions"]["command"]
+    rows = pq.read_table(tmp_path / "bench.parquet").to_pylist()
+    ours = [row["exact"] for row in rows if row["method"] == "sd"]  # turns begin with one or the other
+    assert sorted(ours) == sorted(not way for way in ways)
+    assert all(row["settled_tokens"] >= 0 for row in rows)
+
+
 def test_an_automatic_batch_is_that_of_caption(run: Run) -> None:
     asked = ("--methods", "plain", "--limit", 1, "--repeat", 1, "--max-new-tokens", 2, "--num-frames", 2)
     code, said, _ = run(*asked, "--batch-size", "2,auto", "--json", "-q")
@@ -331,6 +353,7 @@ def test_frames_that_differ_from_those_asked_for_are_told_once(run: Run) -> None
         (["--shape", "qwen2.5-vl-7b", "--draft-shape", "qwen2.5-vl-3b"], "--assume-accepted belong together"),
         (["--shape", "qwen2.5-vl-7b", "--device-map", "cuda:99"], "one device that is there"),
         (["--shape", "nope"], "nope"),
+        (["--shape", "qwen2.5-vl-7b", "--no-exact"], "--exact and --shape exclude each other"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(run: Run, arguments: list[str], words: str) -> None:

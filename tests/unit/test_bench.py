@@ -297,7 +297,35 @@ def test_what_was_not_measured_is_null() -> None:
     _, failed = (one.as_json() for one in summarise([STOCK, OURS], samples, {OURS: "out of memory"}))
     assert set(failed["stages"].values()) == {None}
     told = {name: value for name, value in failed.items() if value not in (None, 0, "", [])}
-    assert set(told) == {"label", "method", "pruner", "prune_ratio", "tree", "batch_size", "error", "stages"}
+    assert " ".join(told) == "label method pruner prune_ratio tree batch_size exact error stages"
+
+
+def test_methods_with_a_draft_run_both_ways_where_both_are_asked_for() -> None:
+    grid = Grid(methods=("stock", "plain", "sd", "specvlm"), trees=("chain",), batch_sizes=(1, 4))
+    both = replace(grid, exact=(True, False)).all()
+    assert [one.label for one in both[:6]] == [
+        "stock",
+        "plain",
+        "sd chain",
+        "sd chain no-exact",
+        "specvlm 0.9 chain",
+        "specvlm 0.9 chain no-exact",
+    ]
+    assert [one for one in both if one.exact] == grid.all()
+    without = replace(grid, exact=(False,)).all()
+    assert [one.method for one in without if one.exact] == ["stock", "stock"]
+    assert len(without) == len(grid.all())
+
+
+def test_the_share_of_settled_tokens_is_over_all_tokens() -> None:
+    samples = [
+        sample(STOCK, "a", 1, 2.0),
+        replace(sample(OURS, "a", 1, 1.0), settled_tokens=1),
+        replace(sample(OURS, "b", 1, 1.0), settled_tokens=0),
+    ]
+    stock, ours = summarise([STOCK, OURS], samples)
+    assert stock.settled_share is None
+    assert ours.settled_share == pytest.approx(1 / ours.completion_tokens)
 
 
 def test_everything_becomes_plain_json() -> None:
