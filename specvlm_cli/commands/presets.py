@@ -37,9 +37,8 @@ def presets(
         show.as_json({"schema": SCHEMA, "presets": plain})
     else:
         for one in found:
-            show.line(
-                f"{one.name:<20}{amount(one.memory_bytes):>9}   {_disk(one):<12}   frames: {one.frames.removesuffix(' frames')}"
-            )
+            frames = one.frames.removesuffix(" frames")
+            show.line(f"{one.name:<20}{amount(one.memory_bytes):>9}   {_disk(one):<12}   frames: {frames}")
             pair = f"    {one.target} + {one.draft}"
             if len(pair) > _WIDTH:
                 pair = pair.replace(" + ", "\n    + ")
