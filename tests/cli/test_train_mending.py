@@ -196,15 +196,15 @@ def test_a_start_that_waited_asks_again_whether_it_is_finished(
 ) -> None:
     """The other start ends the training while this one waits; nothing is loaded then."""
     assert train(videos, "-o", out, max_steps=1).code == 0
-    locked = job._locked
+    when_free = job.when_free
 
-    def waited(*given: Any) -> bool:
-        monkeypatch.setattr(job, "_locked", locked)
+    def waited(*given: Any) -> object:
+        monkeypatch.setattr(job, "when_free", when_free)
         assert train(videos, "-o", out).json["steps"] == 2
         monkeypatch.setattr(job.engine, "load_captioner", None)
-        return locked(*given)
+        return when_free(*given)
 
-    monkeypatch.setattr(job, "_locked", waited)
+    monkeypatch.setattr(job, "when_free", waited)
     said = train(videos, "-o", out, if_locked="wait")
     assert (said.code, said.json["steps"]) == (0, 2)
     assert "nothing to do: 2 steps are done" in said.err
