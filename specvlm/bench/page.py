@@ -21,7 +21,6 @@ from specvlm.bench.words import (
     decode_cell,
     depths,
     e2e_cell,
-    few_rounds_words,
     frames_notes,
     frames_of,
     has_several_frames,
@@ -32,7 +31,6 @@ from specvlm.bench.words import (
     percent,
     rate,
     rate_cells,
-    read_rows,
     reference,
     settled,
     spread_cells,
@@ -80,24 +78,23 @@ def page(report: Report, sheets: Sequence[PageSheet] = ()) -> str:
     from specvlm.bench.plots import plots
 
     its = report.conditions
-    title = f"{'Modelled: ' if report.modelled else ''}{its.target}, {its.device}"
+    title = f"{its.target}, {its.device}"
     parts = [
-        _head(report, title),
+        _head(report),
         _conditions(report),
         _left_out(report),
         _figures(report, "throughput", "Throughput", rate_cells()) if report.is_batched else "",
         _section("results", "Results", _results(report)),
         _figures(report, "spread", "Speedups over turns, p10 to p90", spread_cells()),
-        *(_plot(plot, report) for plot in plots(report)),
+        *map(_plot, plots(report)),
         _section("rounds", "Rounds", _rounds(report)) if any(s.num_drafts for s in report.summaries) else "",
-        _section("reads", "What a step reads", _reads(report)) if report.reads else "",
         _section("limits", "Limits", _limits(report)),
         *(_sheet(number, sheet) for number, sheet in enumerate(sheets, 1)),
         _section("reading", "How to read it", _READING),
     ]
     return (
         "<!DOCTYPE html>\n"
-        f'<html lang="en"{" class=modelled" if report.modelled else ""}>\n<head>\n<meta charset="utf-8">\n'
+        '<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
@@ -116,17 +113,11 @@ def safe(text: str) -> str:
 # --- parts of the page ---
 
 
-def _head(report: Report, title: str) -> str:
+def _head(report: Report) -> str:
     its = report.conditions
-    label = safe(report.label) if report.label else "random weights, given acceptance: a model's cost"
-    banner = (
-        f'<p class="banner" role="note"><strong>MODELLED</strong> <span>{label}</span></p>'
-        if report.modelled
-        else ""
-    )
     pair = safe(its.target) + (f" with {safe(its.draft)}" if its.draft else "")
     return (
-        f'{banner}<header><h1>specvlm bench</h1><p class="pair">{pair}</p>'
+        f'<header><h1>specvlm bench</h1><p class="pair">{pair}</p>'
         f"{_headline(report)}<p><code>{safe(its.command)}</code></p></header>"
     )
 
@@ -146,11 +137,7 @@ def _headline(report: Report) -> str:
         ("" if accepted is None else f"{accepted:.2f}", "accepted tokens a round"),
         ("" if best.exact_match is None else percent(best.exact_match), "of captions the same"),
     ]
-    shown = "".join(
-        f"<li><b>{value}</b> {name}{' <i>modelled</i>' if report.modelled else ''}</li>"
-        for value, name in figures
-        if value
-    )
+    shown = "".join(f"<li><b>{value}</b> {name}</li>" for value, name in figures if value)
     name = safe(name_of(best, has_several_frames(report)))
     words = f"Fastest end to end: <b>{name}</b>, against {base}."
     if report.is_batched:
@@ -184,7 +171,6 @@ def _conditions(report: Report) -> str:
         ("turns", f"{its.repeat} timed, after one of warm-up"),
         ("frames", "; ".join(frames_notes(report))),
         ("peak memory", peak_words(report)),
-        ("rounds", few_rounds_words(report)),
         ("stopped", stopped_words(report).removeprefix("stopped early: ")),
         ("begun", its.started_at),
     ]
@@ -199,8 +185,8 @@ def _left_out(report: Report) -> str:
     return _section("left-out", "Left out", f"<ul>{lines}</ul>")
 
 
-def _plot(plot: Plot, report: Report) -> str:
-    note = f"<p>{_modelled(report)}{safe(plot.note)}</p>"
+def _plot(plot: Plot) -> str:
+    note = f"<p>{safe(plot.note)}</p>"
     title = safe(plot.title)
     drawing = plot.svg.replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)
     return _section(f"plot-{plot.name}", title, f'{note}<div class="scroll plot">{drawing}</div>')
@@ -216,10 +202,6 @@ def _sheet(number: int, sheet: PageSheet) -> str:
 
 def _section(name: str, title: str, inner: str) -> str:
     return f'<section id="{name}"><h2>{title}</h2>{inner}</section>'
-
-
-def _modelled(report: Report) -> str:
-    return "<strong>Modelled.</strong> " if report.modelled else ""
 
 
 # --- tables ---
@@ -241,7 +223,7 @@ def _results(report: Report) -> str:
     ]
     if report.conditions.peak_memory_of == "device":
         columns.append(_Column("peak memory", lambda one: amount(one.peak_memory_bytes)))
-    return _modelled(report) + _table(report, report.summaries, columns)
+    return _table(report, report.summaries, columns)
 
 
 def _figures(
@@ -251,15 +233,7 @@ def _figures(
     if not any(cell(one) for one in report.summaries for _, cell in cells):
         return ""
     columns = [_Column(name.replace("\n", " ").replace(" x ", " × "), cell) for name, cell in cells]  # noqa: RUF001
-    return _section(name, title, _modelled(report) + _table(report, report.summaries, columns))
-
-
-def _reads(report: Report) -> str:
-    head, *rows = read_rows(report.reads)
-    top = "".join(_cell('th scope="col"', name, False) for name in head)
-    lines = "".join(f"<tr>{''.join(_cell('td', text, False) for text in row)}</tr>" for row in rows)
-    table = f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{lines}</tbody></table></div>'
-    return f"{_modelled(report)}{table}"
+    return _section(name, title, _table(report, report.summaries, columns))
 
 
 def _rounds(report: Report) -> str:
@@ -274,7 +248,7 @@ def _rounds(report: Report) -> str:
         _Column("accepted at depth 1, 2, ...", depths, is_listed=True),
     ]
     shown = [one for one in report.summaries if one.num_drafts]
-    return _modelled(report) + _table(report, shown, columns)
+    return _table(report, shown, columns)
 
 
 def _table(report: Report, summaries: Iterable[Summary], columns: Sequence[_Column]) -> str:
@@ -355,14 +329,10 @@ h2{font-size:1.2rem;margin:0 0 10px}
 section{margin-top:40px}
 p{margin:0 0 10px;max-width:75ch}
 .pair{font-size:1.6rem;font-weight:700;line-height:1.25;max-width:none}
-.banner{background:var(--alarm);color:var(--paper);padding:14px 18px;border-radius:8px;max-width:none;
-margin-bottom:24px}
-.banner strong{font-size:1.7rem;letter-spacing:.06em;margin-right:10px;vertical-align:-2px}
 code{font:.9em ui-monospace,monospace;background:var(--panel);padding:2px 6px;border-radius:4px}
 .figures{display:flex;flex-wrap:wrap;gap:12px 36px;list-style:none;padding:0;margin:8px 0 16px}
 .figures li{color:var(--faint);font-size:.9rem}
 .figures b{display:block;font-size:1.9rem;line-height:1.2;color:var(--ink);font-variant-numeric:tabular-nums}
-.figures i{color:var(--alarm);font-style:normal;font-weight:600}
 dl{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));gap:6px 32px;margin:0}
 dl div{display:flex;gap:12px;border-bottom:1px solid var(--rule);padding:4px 0}
 dt{flex:0 0 8.5em;color:var(--faint)}
@@ -379,5 +349,4 @@ table+*,.scroll+p{margin-top:10px}
 td.failed{text-align:left;color:var(--alarm);white-space:normal}
 .plot svg{display:block;width:100%;min-width:640px;height:auto}
 .sheet img{display:block;width:100%;min-width:640px;height:auto;border-radius:8px}
-.modelled section strong{color:var(--alarm)}
 """

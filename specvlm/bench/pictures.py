@@ -21,14 +21,14 @@ def sheets_of(captioner: Captioner, report: Report, clips: Sequence[Clip]) -> tu
     """Draw one sheet: the first clip that was captioned, with the strongest pruning that ran.
 
     Returns:
-        The sheet; none where nothing was pruned, or the models' weights are random.
+        The sheet; none where nothing was pruned.
 
     Raises:
         SpecvlmError: The clip gives no frames any more.
     """
     pruned = [one.configuration for one in report.summaries if one.videos and one.configuration.prune_ratio]
     captioned = [clip for clip in clips if clip.name in report.conditions.videos]
-    if report.modelled or not pruned or not captioned:
+    if not pruned or not captioned:
         return ()
     how = max(pruned, key=lambda one: one.prune_ratio or 0.0)
     return (_sheet(captioner, report, captioned[0], how),)

@@ -5,10 +5,10 @@ Knows records alone; neither terminal nor HTML. Imports no torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from statistics import fmean
 
-from specvlm.bench.records import BASELINES, MethodName, Report, Spread, StepBytes, Summary
+from specvlm.bench.records import BASELINES, MethodName, Report, Spread, Summary
 
 STAGE_NAMES = {
     "read_s": "read",
@@ -24,7 +24,6 @@ STAGE_NAMES = {
     "steps_s": "tokens 2...",
     "rest_s": "rest",
 }
-_FEW_ROUNDS = 20  # after fewer the mean of told acceptance is not yet the one that was told
 MOST_DEPTHS = 8  # of a table's cell
 
 
@@ -147,17 +146,6 @@ def limits(report: Report) -> Iterator[tuple[str, str]]:
             yield name_of(one, several), said
 
 
-def few_rounds_words(report: Report) -> str:
-    """That a modelled report's accepted guesses are not yet those that were told; empty where they are."""
-    rounds = [one.num_drafts for one in report.summaries if one.num_drafts]
-    if not report.modelled or not rounds or min(rounds) >= _FEW_ROUNDS:
-        return ""
-    return (
-        f"only {min(rounds)} in a caption, so accepted guesses differ from those assumed; longer captions "
-        "(--max-new-tokens) bring them nearer"
-    )
-
-
 def stopped_words(report: Report) -> str:
     """What a bench that was stopped has kept; empty where it was not."""
     if not report.stopped:
@@ -216,24 +204,6 @@ def rate_cells() -> list[tuple[str, Callable[[Summary], str]]]:
         ("tokens\nper s", lambda one: rate(one.tokens_per_s)),
         ("mean\nbatch", lambda one: mean_words(one.mean_batch_size) if one.videos else ""),
     ]
-
-
-def read_rows(reads: Sequence[StepBytes]) -> list[list[str]]:
-    """A table of what a step reads, its head first."""
-    several = len({one.frames_asked for one in reads}) > 1
-    head = ["model", *(["frames"] if several else []), "batch", "weights", "keys, values", "their share"]
-    rows = [
-        [
-            one.model,
-            *([str(one.frames_asked)] if several else []),
-            str(one.batch_size),
-            amount(one.weight_bytes),
-            amount(one.kv_bytes),
-            percent(one.kv_share),
-        ]
-        for one in reads
-    ]
-    return [head, *rows]
 
 
 def decode_cell(base: MethodName) -> Callable[[Summary], str]:

@@ -31,7 +31,6 @@ from specvlm.bench.words import (
     decode_cell,
     depths,
     e2e_cell,
-    few_rounds_words,
     frames_notes,
     frames_of,
     has_several_frames,
@@ -40,7 +39,6 @@ from specvlm.bench.words import (
     peak_words,
     percent,
     rate_cells,
-    read_rows,
     reference,
     settled,
     spread_cells,
@@ -136,8 +134,6 @@ class Block(NamedTuple):
 
 def tell(report: Report) -> None:
     """Print a report, in tables and lines as wide as the terminal at most, elsewhere of 80 characters."""
-    if report.modelled:
-        _wrapped(report.label, "bold yellow")
     _pairs([*_conditions(report), *_remarks(report)])
     if report.is_batched:
         _table("Throughput, in wall time", report, [Column(*one) for one in rate_cells()])
@@ -145,11 +141,6 @@ def tell(report: Report) -> None:
     _table("Speed over turns, p10 to p90", report, [Column(*one) for one in spread_cells()])
     _table("Where the time goes, in ms a video", report, _stages())
     _table("Rounds", report, _rounds(), [one for one in report.summaries if one.num_drafts])
-    if report.reads:
-        show.line("")
-        show.line("What a step reads", "bold")
-        for text in show.aligned(read_rows(report.reads), {1, 2, 3, 4, 5}):
-            show.line(text)
     _limits(report)
 
 
@@ -157,12 +148,12 @@ def _width() -> int:
     return show.console().width
 
 
-def _wrapped(text: str, style: str = "", hanging: str = "  ") -> None:
+def _wrapped(text: str, hanging: str = "  ") -> None:
     """Print text on as many lines as it needs; a word that is too long stays whole, so that it can be copied."""
     for line in textwrap.wrap(
         clean(text), _width(), subsequent_indent=hanging, break_long_words=False, break_on_hyphens=False
     ):
-        show.line(line, style)
+        show.line(line)
 
 
 def _pairs(lines: Sequence[tuple[str, str]]) -> None:
@@ -300,7 +291,6 @@ def _remarks(report: Report) -> Iterator[tuple[str, str]]:
     remarks = [("frames", note) for note in frames_notes(report)]
     remarks += [
         ("peak memory", peak_words(report)),
-        ("rounds", few_rounds_words(report)),
         ("turns", stopped_words(report)),
     ]
     yield from ((name, said) for name, said in remarks if said)

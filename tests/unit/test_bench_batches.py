@@ -126,7 +126,7 @@ def test_every_method_gives_every_video_its_tokens_in_every_batch(family: Family
     videos, ticks = a_set(captioner, 4, 6, 4, 6, 4), itertools.count(0.0, 0.5).__next__
     measurer = SetMeasurer(captioner, 12, ticks)
     expected = [
-        stock_ids(captioner.target.model, captioner.prepare(one.video, str(one.prompt)).inputs.tensors, 12)  # type: ignore[arg-type]
+        stock_ids(captioner.target.model, captioner.prepare(one.frames, one.prompt).inputs.tensors, 12)
         for one in videos
     ]
     grid = Grid(("stock", "plain", "sd", "specvlm"), trees=("chain",), batch_sizes=(1, 2, 8), chain_depth=3)
