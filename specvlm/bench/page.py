@@ -8,32 +8,34 @@ is cheap; matplotlib is loaded when a page is made.
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from specvlm.bench.records import BASELINES, MethodName, Report, Speedup, Summary
+from specvlm.bench.records import BASELINES, Report, Speedup, Summary
 from specvlm.bench.words import (
+    Column,
     amount,
+    baseline_of,
     clips_words,
     counted,
-    decode_cell,
     depths,
-    e2e_cell,
     frames_notes,
     frames_of,
     has_several_frames,
     limits,
+    ms,
     name_of,
     number,
     peak_words,
     percent,
     rate,
-    rate_cells,
+    rate_columns,
     reference,
     settled,
-    spread_cells,
+    speedup_cell,
+    spread_columns,
     stopped_words,
 )
 
@@ -49,14 +51,6 @@ class PageSheet(NamedTuple):
 
     title: str  # text from outside, e.g. the clip's name
     png: bytes
-
-
-class _Column(NamedTuple):
-    """One column of a table: its heading, and what stands in it, as text."""
-
-    name: str
-    cell: Callable[[Summary], str]
-    is_listed: bool = False  # figures of a cell stand below those of another
 
 
 def write_page(report: Report, path: Path, sheets: Sequence[PageSheet] = ()) -> None:
@@ -83,9 +77,9 @@ def page(report: Report, sheets: Sequence[PageSheet] = ()) -> str:
         _head(report),
         _conditions(report),
         _left_out(report),
-        _figures(report, "throughput", "Throughput", rate_cells()) if report.is_batched else "",
+        _figures(report, "throughput", "Throughput", rate_columns()) if report.is_batched else "",
         _section("results", "Results", _results(report)),
-        _figures(report, "spread", "Speedups over turns, p10 to p90", spread_cells()),
+        _figures(report, "spread", "Speedups over turns, p10 to p90", spread_columns()),
         *map(_plot, plots(report)),
         _section("rounds", "Rounds", _rounds(report)) if any(s.num_drafts for s in report.summaries) else "",
         _section("limits", "Limits", _limits(report)),
@@ -124,7 +118,7 @@ def _head(report: Report) -> str:
 
 def _headline(report: Report) -> str:
     """The fastest configuration from the file to the text, its numbers large."""
-    base = _baseline(report)
+    base = baseline_of(report)
     if base is None:
         return ""
     ran = [(one, found) for one in report.summaries if (found := one.speedup(base)) is not None]
@@ -138,7 +132,7 @@ def _headline(report: Report) -> str:
         ("" if best.exact_match is None else percent(best.exact_match), "of captions the same"),
     ]
     shown = "".join(f"<li><b>{value}</b> {name}</li>" for value, name in figures if value)
-    name = safe(name_of(best, has_several_frames(report)))
+    name = safe(name_of(best, has_several_frames(report.summaries)))
     words = f"Fastest end to end: <b>{name}</b>, against {base}."
     if report.is_batched:
         words = f"Most videos an hour: <b>{name}</b>, against {base} at the same batch size."
@@ -210,50 +204,48 @@ def _section(name: str, title: str, inner: str) -> str:
 def _results(report: Report) -> str:
     bases = [base for base in BASELINES if any(one.speedup(base) for one in report.summaries)]
     columns = [
-        *(_Column(f"decode × {base}", decode_cell(base)) for base in bases),  # noqa: RUF001
-        *(_Column(f"end to end × {base}", e2e_cell(base)) for base in bases),  # noqa: RUF001
-        _Column("accepted", lambda one: number(one.mean_accepted_tokens)),
-        _Column(f"same as {reference(report)}", lambda one: percent(one.exact_match)),
-        _Column("settled", settled),
-        _Column("ms/token", lambda one: _ms(one.token_s)),
-        _Column("ms/video", lambda one: _ms(one.total_s / one.videos, 1)),
-        _Column("video tokens", lambda one: f"{one.video_tokens:.0f}"),
-        _Column("draft sees", lambda one: f"{one.video_tokens_kept:.0f}" if one.video_tokens_kept else ""),
-        _Column("compressor", lambda one: ", ".join(one.compressors)),
+        *(Column(f"decode × {base}", speedup_cell(base, "decode")) for base in bases),  # noqa: RUF001
+        *(Column(f"end to end × {base}", speedup_cell(base, "e2e")) for base in bases),  # noqa: RUF001
+        Column("accepted", lambda one: number(one.mean_accepted_tokens)),
+        Column(f"same as {reference(report)}", lambda one: percent(one.exact_match)),
+        Column("settled", settled),
+        Column("ms/token", lambda one: ms(one.token_s)),
+        Column("ms/video", lambda one: ms(one.total_s / one.videos, 1)),
+        Column("video tokens", lambda one: f"{one.video_tokens:.0f}"),
+        Column("draft sees", lambda one: f"{one.video_tokens_kept:.0f}" if one.video_tokens_kept else ""),
+        Column("compressor", lambda one: ", ".join(one.compressors)),
     ]
     if report.conditions.peak_memory_of == "device":
-        columns.append(_Column("peak memory", lambda one: amount(one.peak_memory_bytes)))
+        columns.append(Column("peak memory", lambda one: amount(one.peak_memory_bytes)))
     return _table(report, report.summaries, columns)
 
 
-def _figures(
-    report: Report, name: str, title: str, cells: Sequence[tuple[str, Callable[[Summary], str]]]
-) -> str:
+def _figures(report: Report, name: str, title: str, columns: Sequence[Column]) -> str:
     """A section with a table of these columns; none where all are empty."""
-    if not any(cell(one) for one in report.summaries for _, cell in cells):
+    if not any(column.cell(one) for one in report.summaries for column in columns):
         return ""
-    columns = [_Column(name.replace("\n", " ").replace(" x ", " × "), cell) for name, cell in cells]  # noqa: RUF001
-    return _section(name, title, _table(report, report.summaries, columns))
+    shown = [one._replace(name=one.name.replace("\n", " ").replace(" x ", " × ")) for one in columns]  # noqa: RUF001
+    return _section(name, title, _table(report, report.summaries, shown))
 
 
 def _rounds(report: Report) -> str:
     columns = [
-        _Column("nodes", lambda one: "" if one.mean_nodes is None else f"{one.mean_nodes:.1f}"),
-        _Column("T_plain, ms", lambda one: _ms(one.plain_token_s)),
-        _Column("T_draft, ms", lambda one: _ms(one.draft_round_s)),
-        _Column("T_verify, ms", lambda one: _ms(one.verify_round_s)),
-        _Column("host share", lambda one: percent(one.host_share)),
-        _Column("speedup predicted", lambda one: number(one.predicted_decode_speedup)),
-        _Column("measured / predicted", lambda one: number(one.measured_over_predicted)),
-        _Column("accepted at depth 1, 2, ...", depths, is_listed=True),
+        Column("nodes", lambda one: "" if one.mean_nodes is None else f"{one.mean_nodes:.1f}"),
+        Column("T_plain, ms", lambda one: ms(one.plain_token_s)),
+        Column("T_draft, ms", lambda one: ms(one.draft_round_s)),
+        Column("T_verify, ms", lambda one: ms(one.verify_round_s)),
+        Column("host share", lambda one: percent(one.host_share)),
+        Column("speedup predicted", lambda one: number(one.predicted_decode_speedup)),
+        Column("measured / predicted", lambda one: number(one.measured_over_predicted)),
+        Column("accepted at depth 1, 2, ...", depths, is_listed=True),
     ]
     shown = [one for one in report.summaries if one.num_drafts]
     return _table(report, shown, columns)
 
 
-def _table(report: Report, summaries: Iterable[Summary], columns: Sequence[_Column]) -> str:
+def _table(report: Report, summaries: Iterable[Summary], columns: Sequence[Column]) -> str:
     """A table that scrolls by itself where it is too wide; columns without a word are left out."""
-    shown, several = list(summaries), has_several_frames(report)
+    shown, several = list(summaries), has_several_frames(report.summaries)
     cells = {column.name: [column.cell(one) if one.videos else "" for one in shown] for column in columns}
     names = [name for name, column in cells.items() if any(column)]
     listed = {column.name for column in columns if column.is_listed}
@@ -292,17 +284,6 @@ def _short(error: str) -> str:
 def _limits(report: Report) -> str:
     lines = [f"<li><b>{safe(name)}</b>: {safe(said)}</li>" for name, said in limits(report)]
     return f"<ul>{''.join(lines)}</ul>" if lines else "<p>Nothing can be said: no captions were timed.</p>"
-
-
-# --- words and numbers ---
-
-
-def _baseline(report: Report) -> MethodName | None:
-    return next((base for base in BASELINES if any(one.speedup(base) for one in report.summaries)), None)
-
-
-def _ms(seconds: float | None, digits: int = 2) -> str:
-    return "" if seconds is None else f"{1e3 * seconds:.{digits}f}"
 
 
 _READING = """<ul>
