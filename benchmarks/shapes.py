@@ -246,18 +246,30 @@ def run(asked: argparse.Namespace) -> int:
     Raises:
         ConfigError: A shape is unknown, cannot be modelled, or does not fit into memory.
     """
+    GenerationSettings(max_new_tokens=asked.max_new_tokens)
+    pair, grid = _pair(asked), _grid(asked)
+    size = asked.frame_size or frame_size_of(pair.target)
+    check_setup(pair, grid, size)
+    device = torch.device(asked.device)
+    dtype = getattr(torch, asked.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
+    load = Load(max(asked.num_frames), size, asked.max_new_tokens, max(asked.batch_size))
+    refuse_without_memory(pair, load, dtype, device)
+    talk = BenchTalk(quiet=False)
+    _announce(pair, device, talk)
+    report = _measured(build_pair(pair, device, dtype, size), grid, asked, talk)
+    reads = step_bytes(pair, grid, size, asked.max_new_tokens, dtype.itemsize) if grid.is_batched else []
+    _print(report, pair, reads, asked.json)
+    return 130 if report.stopped else 0
+
+
+def _pair(asked: argparse.Namespace) -> Pair:
     if (asked.draft_shape is None) != (asked.assume_accepted is None):
         raise ConfigError("--draft-shape and --assume-accepted belong together; give both, or neither")
     draft = None if asked.draft_shape is None else find_shape(asked.draft_shape)
-    pair = make_pair(find_shape(asked.shape), draft, asked.assume_accepted or 0.0, asked.layers)
-    grid, size = _grid(asked), asked.frame_size or frame_size_of(pair.target)
-    GenerationSettings(max_new_tokens=asked.max_new_tokens)
-    check_setup(pair, grid, size)
-    load = Load(max(asked.num_frames), size, asked.max_new_tokens, max(asked.batch_size))
-    device = torch.device(asked.device)
-    dtype = getattr(torch, asked.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
-    refuse_without_memory(pair, load, dtype, device)
-    talk = BenchTalk(quiet=False)
+    return make_pair(find_shape(asked.shape), draft, asked.assume_accepted or 0.0, asked.layers)
+
+
+def _announce(pair: Pair, device: torch.device, talk: BenchTalk) -> None:
     talk.note(pair.label)
     count = sum(map(parameter_count, shapes_of(pair)))
     if device.type == "cpu" and pair.layers is None and count >= _MANY:
@@ -265,17 +277,16 @@ def run(asked: argparse.Namespace) -> int:
             f"building {count / 1e9:.1f} billion parameters on the CPU takes minutes, and so does each caption; "
             "--layers N builds only N of the target's layers"
         )
-    captioner = build_pair(pair, device, dtype, size)
-    stopped = False
+
+
+def _measured(captioner: ModelledCaptioner, grid: Grid, asked: argparse.Namespace, talk: BenchTalk) -> Report:
+    """What was measured, until an interrupt if there is one."""
     try:
         with talk.working():
-            report = bench_pair(captioner, grid, _conditions(captioner, asked), talk)
+            return bench_pair(captioner, grid, _conditions(captioner, asked), talk)
     except StoppedError as error:
-        report, stopped = error.report, True
-        talk.warn(stopped_words(report))
-    reads = step_bytes(pair, grid, size, asked.max_new_tokens, dtype.itemsize) if grid.is_batched else []
-    _print(report, pair, reads, asked.json)
-    return 130 if stopped else 0
+        talk.warn(stopped_words(error.report))
+        return error.report
 
 
 def _grid(asked: argparse.Namespace) -> Grid:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from specvlm.bench.clips import Clip
@@ -51,7 +50,5 @@ def _frames(captioner: Captioner, clip: Clip, num_frames: int | None) -> Frames:
 
     if isinstance(clip.video, Frames):
         return clip.video
-    settings = replace(captioner.frames, start_s=clip.start_s, end_s=clip.end_s)
-    if num_frames is not None:
-        settings = replace(settings, fps=None, num_frames=num_frames)
+    settings = clip.frame_settings(captioner.frames, num_frames)
     return read_video(clip.video, settings, frame_multiple=captioner.frame_multiple)
