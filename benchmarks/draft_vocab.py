@@ -262,6 +262,7 @@ def compare(
         asked = {"tree": tree, "max_new_tokens": options.max_new_tokens, "prune_ratio": 0.0}
         tell(in_turns(captioner, videos, drafts, options.repeat, asked), tree, alone)
     captioner.draft = None
+    captioner._decoders.clear()  # a head needs features, which their caches lack
 
 
 def shapes(options: argparse.Namespace) -> None:
