@@ -56,6 +56,7 @@ from shapes import Load, bench_pair, refuse_without_memory
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import specvlm
+from recipes.demo.clips import render, scene_for, seed_for
 from specvlm.bench.grid import Grid
 from specvlm.bench.measure import Asked, Measurer
 from specvlm.bench.records import Configuration, Report, Summary
@@ -64,7 +65,6 @@ from specvlm.bench.suite import Step
 from specvlm.captioner import Captioner, PreparedVideo
 from specvlm.config import SpeculationSettings, TreeName
 from specvlm.costs import CostStore
-from specvlm.demo.clips import render, scene_for, seed_for
 from specvlm.drafts.small_model import SmallModelDraft
 from specvlm.published import LLAVA, QWEN25, Shape, TextShape, VisionShape
 from specvlm.records import Frames
