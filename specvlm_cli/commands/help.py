@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from copy import copy
 from typing import Any
 
+import typer
 import typer.core
 
 MOST_USED = {
@@ -59,6 +60,12 @@ EXAMPLES = {
 }
 _WIDEST, _NARROWEST, _FLAGS = 100, 40, 26  # columns of a page, and of its flags
 _UNGROUPED = "Options"
+
+
+def page_of(group: Any, name: str) -> str:
+    """Return what `specvlm NAME --help` prints."""
+    context = typer.Context(group.commands[name], info_name=f"specvlm {name}")
+    return "\n".join(_page(group.commands[name], context, short=False))
 
 
 class _ShortHelp:
