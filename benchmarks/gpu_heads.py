@@ -43,7 +43,7 @@ def time_heads(captioner: ModelledCaptioner, asked: Heads, timed: Timed) -> list
     video = modelled_video(captioner, asked.frames, asked.frame_size)
     rows = []
     for compressor in COMPRESSORS:
-        head = _fresh(captioner, compressor)
+        head = fresh_head(captioner, compressor)
         for ids in (None, range(asked.tokens)):
             with _drafting(captioner, HeadDraft(head, captioner.target, ids)):
                 for tree in HEAD_ACCEPTED:
@@ -52,7 +52,8 @@ def time_heads(captioner: ModelledCaptioner, asked: Heads, timed: Timed) -> list
     return rows
 
 
-def _fresh(captioner: ModelledCaptioner, compressor: CompressorConfig) -> HeadModel:
+def fresh_head(captioner: ModelledCaptioner, compressor: CompressorConfig) -> HeadModel:
+    """An untrained head of the target, in its dtype and on its device."""
     target = captioner.target
     config = HeadConfig("modelled", None, target.family.name, target.hidden_size, compressor=compressor)
     head = HeadModel.fresh(target, config, seed=0)
