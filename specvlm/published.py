@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from specvlm.errors import ConfigError
+from specvlm.errors import ConfigError, Setting
 
 QWEN2, QWEN25, QWEN3, QWEN3_MOE, LLAVA = (
     "qwen2_vl",
@@ -191,7 +191,7 @@ def find_shape(name: str) -> Shape:
     found = next((shape for shape in SHAPES if shape.name == name), None)
     if found is None:
         known = ", ".join(shape.name for shape in SHAPES)
-        raise ConfigError(f"shape={name!r} is unknown; choose one of {known}")
+        raise ConfigError(Setting("shape", name), "is unknown", fix=f"choose one of {known}")
     return found
 
 

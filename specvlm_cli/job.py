@@ -21,7 +21,7 @@ from typing import Literal, Protocol, TypeVar
 from specvlm.checkpoint import can_compare, fingerprint
 from specvlm.errors import SpecvlmError
 from specvlm_cli.engine import EngineFactory, Models
-from specvlm_cli.exits import BusyError, ExitCode, UsageError
+from specvlm_cli.exits import BusyError, ExitCode, Flag, UsageError
 from specvlm_cli.ledger import UNREADABLE, Ledger, Planned, is_damage
 from specvlm_cli.parts import CAPTION_SCHEMA
 from specvlm_cli.policy import Policy
@@ -509,9 +509,9 @@ def _refuse_other_order(request: Request, folder: RunFolder, ledger: Ledger, kno
     moved = next((one for one in prompts if one in before and before.index(one) != prompts.index(one)), None)
     if moved is not None and _captions_kept(request, folder, ledger):
         raise UsageError(
-            f"--prompt {short(moved, 60)!r} has the prompt_index {before.index(moved)} in {_shown(folder)} and would "
-            f"get {prompts.index(moved)}; give the prompts of the run first, in their order, and new ones after them, "
-            "or another -o folder"
+            Flag("prompt", repr(short(moved, 60))),
+            f"has the prompt_index {before.index(moved)} in {_shown(folder)} and would get {prompts.index(moved)}",
+            fix="give the prompts of the run first, in their order, and new ones after them, or another -o folder",
         )
 
 

@@ -11,8 +11,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from specvlm.config import FrameSettings, GenerationSettings, SpeculationSettings
-from specvlm.drafts.kept_tokens import KeptTokens, MostUsed
+from specvlm.config import FrameSettings, GenerationSettings, ModelSettings, SpeculationSettings
 
 Plain = dict[str, Any]
 
@@ -20,32 +19,14 @@ _FIRST_TOLD = ("target", "revision", "prompt", "system")  # settings that bring 
 
 
 @dataclass(frozen=True, slots=True)
-class ModelChoice:
-    """Which models to load, and how.
+class ModelChoice(ModelSettings):
+    """Which models to load, and the name that captions depend on.
 
     Attributes:
-        name: What captions depend on: the target's hub id or folder, a packaged one by its public name.
-        load: First argument of `specvlm.load`: a preset or a target.
-        draft: Draft to use with it; None: the preset's, or none.
-        draft_vocab: What it may guess; None: everything.
-        revision: Branch, tag or commit of the target.
-        draft_revision: The same for the draft.
-        dtype: Number format of the weights.
-        device_map: Where the target goes.
-        local_files_only: Never ask the network.
-        trust_remote_code: Run code that comes with a checkpoint.
+        name: The target's hub id or folder; a packaged one by its public name.
     """
 
-    name: str
-    load: str
-    draft: str | None = None
-    draft_vocab: int | MostUsed | KeptTokens | None = None
-    revision: str | None = None
-    draft_revision: str | None = None
-    dtype: str = "auto"
-    device_map: str | None = None
-    local_files_only: bool = False
-    trust_remote_code: bool = False
+    name: str = ""
 
 
 @dataclass(frozen=True, slots=True)

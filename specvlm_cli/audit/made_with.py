@@ -60,7 +60,7 @@ class MadeWith:
         is_commit = isinstance(revision, str) and ":" not in revision
         return ModelChoice(
             name=self.target,
-            load=local_name(self.target),
+            target=local_name(self.target),
             draft="none",
             revision=revision if is_commit else self.settings.get("revision"),
             dtype=self._dtype(has_cuda),

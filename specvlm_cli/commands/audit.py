@@ -98,7 +98,7 @@ def audit(flags: AuditFlags) -> int:
 
     check_device(flags.device_map)
     sample, shard = parse_sample(flags.sample), parse_shard(flags.shard)
-    limits = Limits(timeout_s=positive_seconds("--decode-timeout", flags.decode_timeout))
+    limits = Limits(timeout_s=positive_seconds("decode_timeout", flags.decode_timeout))
     run = view(flags.out)
 
     from specvlm_cli.audit import job

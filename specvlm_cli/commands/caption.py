@@ -33,10 +33,10 @@ from specvlm_cli.commands.choices import (
     text_of,
     warn_of_unused_times,
 )
-from specvlm_cli.commands.options import PREFIX, variable
+from specvlm_cli.commands.options import PREFIX, picked, variable
 from specvlm_cli.decoding import Limits
 from specvlm_cli.durations import positive_seconds, seconds
-from specvlm_cli.exits import ExitCode, UsageError
+from specvlm_cli.exits import ExitCode, Flag, UsageError, excluding
 from specvlm_cli.gpus import smallest_memory_bytes
 from specvlm_cli.inputs import InputOptions, Inputs
 from specvlm_cli.job import Request
@@ -60,7 +60,8 @@ def caption(flags: CaptionFlags) -> int:
     TOML file given with --config. Flags go over the environment, and that over the file.
     """
     if flags.dry_run and flags.reshard:
-        raise UsageError("--dry-run touches nothing, and --reshard divides the run folder; give one of them")
+        what = (Flag("dry_run"), "touches nothing, and", Flag("reshard"), "divides the run folder")
+        raise UsageError(*what, fix="give one of them")
     flags, about_preset = _with_preset(flags)
     settings, policy = check(flags)
     shard = Shard() if flags.shard is None else parse_shard(flags.shard)
@@ -116,32 +117,16 @@ def _talk(flags: CaptionFlags) -> Talk:
 
 def _settings(flags: CaptionFlags, pair: Preset | None) -> CaptionSettings:
     check_models(pair, flags.draft, flags.draft_revision, flags.device_map)
+    draft = draft_of(flags.draft, pair)
+    refuse_for_head(draft, flags)
     return CaptionSettings(
-        models=replace(
-            model_choice(flags, pair), draft_vocab=guessable(flags.draft_vocab, draft_of(flags.draft, pair))
-        ),
+        models=model_choice(flags, pair, draft_vocab=guessable(flags.draft_vocab, draft)),
         prompts=prompt_texts(flags.prompt, pair),
-        system=None if flags.system is None else text_of("--system", flags.system),
+        system=None if flags.system is None else text_of("system", flags.system),
         frames=frame_settings(flags, pair),
-        generation=GenerationSettings(
-            flags.max_new_tokens, flags.temperature, flags.top_k, flags.seed, flags.exact
-        ),
-        speculation=SpeculationSettings(
-            tree=flags.tree, depth=flags.depth, nodes=flags.nodes, **_of_small_models(flags, pair)
-        ),
+        generation=GenerationSettings(**picked(flags, GenerationSettings)),
+        speculation=SpeculationSettings(**picked(flags, SpeculationSettings)),
     )
-
-
-def _of_small_models(flags: CaptionFlags, pair: Preset | None) -> dict[str, Any]:
-    """Return those settings that were given which only a small model as a draft heeds.
-
-    Raises:
-        UsageError: The draft is a trained head.
-    """
-    given = {name: getattr(flags, name) for name in ("pruner", "prune_ratio", "top_p", "positions")}
-    given = {name: value for name, value in given.items() if value is not None}
-    refuse_for_head(draft_of(flags.draft, pair), given)
-    return given
 
 
 def _policy(flags: CaptionFlags, settings: CaptionSettings, pair: Preset | None) -> Policy:
@@ -153,14 +138,14 @@ def _policy(flags: CaptionFlags, settings: CaptionSettings, pair: Preset | None)
         limit=flags.limit,
         max_failures=_most_failures(flags)[0],
         retries=flags.retries,
-        timeout_s=positive_seconds("--timeout", flags.timeout),
-        grace_s=seconds("--grace", flags.grace),
+        timeout_s=positive_seconds("timeout", flags.timeout),
+        grace_s=seconds("grace", flags.grace),
         on_oom=flags.on_oom,
         devices=devices,
         all_gpus=all_gpus,
         cpu_workers=_cpu_workers(flags, pair),
         decode_workers=flags.decode_workers or _decode_workers(),
-        limits=Limits(timeout_s=positive_seconds("--decode-timeout", flags.decode_timeout)),
+        limits=Limits(timeout_s=positive_seconds("decode_timeout", flags.decode_timeout)),
         root=root_of(flags.root),
     )
 
@@ -189,7 +174,7 @@ def _request(
         if_locked=flags.if_locked,
         max_runtime_s=None
         if flags.max_runtime is None
-        else positive_seconds("--max-runtime", flags.max_runtime),
+        else positive_seconds("max_runtime", flags.max_runtime),
         max_failures_share=_most_failures(flags)[1],
         exit_zero=flags.exit_zero,
     )
@@ -197,7 +182,8 @@ def _request(
 
 def _input_options(flags: CaptionFlags, shard: Shard) -> InputOptions:
     kept = tuple(name for name in (one.strip() for one in flags.keep_columns.split(",")) if name)
-    return input_options(flags, keep_columns=kept, min_age_s=seconds("--min-age", flags.min_age), shard=shard)
+    min_age_s = seconds("min_age", flags.min_age)
+    return input_options(flags, flags.extensions, keep_columns=kept, min_age_s=min_age_s, shard=shard)
 
 
 def _tell_unknown_variables(talk: Talk) -> None:
@@ -299,9 +285,7 @@ def _devices(flags: CaptionFlags) -> tuple[tuple[str | None, ...], bool]:
     if flags.gpus is None:
         return (None,), flags.device_map is None
     if flags.device_map is not None:
-        raise UsageError(
-            f"--gpus {clean(flags.gpus)} and --device-map {clean(flags.device_map)} exclude each other; give one"
-        )
+        raise excluding(Flag("gpus", flags.gpus), Flag("device_map", flags.device_map))
     if flags.gpus == "all":
         return (None,), True
     if re.fullmatch(r"[1-9][0-9]{0,2}", flags.gpus):
@@ -310,20 +294,22 @@ def _devices(flags: CaptionFlags) -> tuple[tuple[str | None, ...], bool]:
         numbers = dict.fromkeys(int(number) for number in flags.gpus.split(",") if number)
         return tuple(f"cuda:{number}" for number in numbers), False
     raise UsageError(
-        f"--gpus {clean(flags.gpus)} names none; give all, how many (2), or which (0,2; a single one: 1,)"
+        Flag("gpus", flags.gpus), "names none", fix="give all, how many (2), or which (0,2; a single one: 1,)"
     )
 
 
 def _refuse_pointless_baseline(settings: CaptionSettings, pair: Preset | None, share: float) -> None:
     if share and draft_of(settings.models.draft, pair) is None:
-        raise UsageError(f"--baseline-sample {share} compares with a draft, and there is none; give --draft")
+        raise UsageError(
+            Flag("baseline_sample", share), "compares with a draft, and there is none", fix="give --draft"
+        )
 
 
 def _most_failures(flags: CaptionFlags) -> tuple[int | None, float | None]:
     """Return `--max-failures` as a number of videos, or as a share of them."""
     fail_fast, text = flags.fail_fast, flags.max_failures
     if fail_fast and text is not None:
-        raise UsageError(f"--fail-fast and --max-failures {clean(text)} exclude each other; give one of them")
+        raise excluding(Flag("fail_fast"), Flag("max_failures", text))
     if fail_fast:
         return 1, None
     if text is None:
@@ -335,5 +321,7 @@ def _most_failures(flags: CaptionFlags) -> tuple[int | None, float | None]:
     elif re.fullmatch(r"[0-9]{1,10}", text) and 0 < int(text) <= MOST:
         return int(text), None
     raise UsageError(
-        f"--max-failures {short(text, 60)} is no limit; give a number of videos, e.g. 10, or a share, e.g. 5%"
+        Flag("max_failures", short(text, 60)),
+        "is no limit",
+        fix="give a number of videos, e.g. 10, or a share, e.g. 5%",
     )

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -26,16 +26,17 @@ from specvlm_cli.commands.choices import (
     DEFAULT_PRESET,
     check_device,
     frame_settings,
+    model_choice,
     pair_of,
     prompt_texts,
     refuse_for_head,
     text_of,
 )
-from specvlm_cli.commands.options import output, same_as
+from specvlm_cli.commands.options import output, picked, same_as
 from specvlm_cli.decoding import Limits, ReadJob
 from specvlm_cli.decoding.single import read_one
 from specvlm_cli.durations import positive_seconds
-from specvlm_cli.exits import ExitCode, FatalError, UsageError
+from specvlm_cli.exits import ExitCode, FatalError, Flag, UsageError
 from specvlm_cli.safe_files import new_file
 from specvlm_cli.settings import ModelChoice
 from specvlm_cli.talk import STDERR
@@ -89,7 +90,7 @@ class InspectFlags(FrameFlags, PruningFlags):
             "--out",
             "-o",
             help="The sheet, a PNG. Default: the video's name and -inspect.png, in this folder.",
-            parser=output("--out"),
+            parser=output("out"),
             rich_help_panel=_SHEET,
             metavar="FILE",
         ),
@@ -134,11 +135,11 @@ def inspect(flags: InspectFlags) -> int:
 
     The sheet shows frames with the target's attention as heat, and the kept cells outlined.
     """
-    in_range("--pictures", flags.pictures, _MOST_PICTURES)
+    in_range("pictures", flags.pictures, _MOST_PICTURES)
     pair = pair_of(flags.preset, flags.target)
     asked = _question(flags, pair)
     frames = frame_settings(flags, pair)
-    limits = Limits(timeout_s=positive_seconds("--decode-timeout", flags.decode_timeout))
+    limits = Limits(timeout_s=positive_seconds("decode_timeout", flags.decode_timeout))
     if flags.preset is None and flags.target is None:
         _tell(f"no --preset or --target: using the tiny {DEFAULT_PRESET} pair, it knows only drawn shapes")
     captioner = engine.load_captioner(asked.models, quiet=flags.json_output)
@@ -160,24 +161,15 @@ def inspect(flags: InspectFlags) -> int:
 
 def _question(flags: InspectFlags, pair: Preset | None) -> _Question:
     check_device(flags.device_map)
-    head, pruning = _head(flags, pair), _pruning(flags)
-    refuse_for_head(head, pruning)
+    head = _head(flags, pair)
+    refuse_for_head(head, flags)
     video = _existing_file(flags.video)
     return _Question(
         video=video,
-        models=ModelChoice(
-            name=engine.public_name(pair.target if pair else str(flags.target)),
-            load=pair.name if pair else str(flags.target),
-            draft=head or "none",
-            revision=flags.revision,
-            dtype=flags.dtype,
-            device_map=flags.device_map,
-            local_files_only=flags.local_files_only,
-            trust_remote_code=flags.trust_remote_code,
-        ),
+        models=model_choice(flags, pair, draft=head or "none"),
         prompt=prompt_texts(one_prompt(flags.prompt, "inspect"), pair)[0],
-        system=None if flags.system is None else text_of("--system", flags.system),
-        speculation=SpeculationSettings(**pruning),
+        system=None if flags.system is None else text_of("system", flags.system),
+        speculation=SpeculationSettings(**picked(flags, SpeculationSettings)),
         sheet=_sheet_path(video, flags.out, flags.overwrite),
     )
 
@@ -192,15 +184,11 @@ def _head(flags: InspectFlags, pair: Preset | None) -> str | None:
         return pair.draft if pair is not None and is_head(pair.draft) else None
     if not is_head(flags.draft):
         raise UsageError(
-            f"--draft {clean(str(flags.draft))} is no folder of a trained head, and what a small model is given "
-            "depends on --pruner alone; leave it out"
+            Flag("draft", flags.draft),
+            "is no folder of a trained head, and what a small model is given depends on --pruner alone",
+            fix="leave it out",
         )
     return str(flags.draft)
-
-
-def _pruning(flags: InspectFlags) -> dict[str, Any]:
-    given = {name: getattr(flags, name) for name in ("pruner", "prune_ratio", "top_p")}
-    return {name: value for name, value in given.items() if value is not None}
 
 
 def _existing_file(given: Sequence[Path]) -> Path:
@@ -218,9 +206,11 @@ def _sheet_path(video: Path, out: Path | None, overwrite: bool) -> Path:
     sheet = Path(f"{video.stem}-inspect.png") if out is None else out
     shown = clean(str(sheet))
     if sheet.suffix.lower() != ".png":
-        raise UsageError(f"--out {shown!r} is no PNG; give a name that ends with .png")
+        raise UsageError(Flag("out", repr(shown)), "is no PNG", fix="give a name that ends with .png")
     if not sheet.parent.is_dir():
-        raise UsageError(f"--out {shown}: its folder does not exist; make it, or give another one")
+        raise UsageError(
+            Flag("out", shown), ": its folder does not exist", fix="make it, or give another one"
+        )
     if sheet.is_dir() or (sheet.exists() and not overwrite):
         fix = "give another --out" if sheet.is_dir() else "give --overwrite, or another --out"
         raise UsageError(f"{shown} exists; {fix}")

@@ -30,13 +30,13 @@ from specvlm_cli.commands.choices import (
     text_of,
     warn_of_unused_times,
 )
+from specvlm_cli.commands.options import picked
 from specvlm_cli.commands.train_flags import TrainFlags
 from specvlm_cli.decoding import Limits
 from specvlm_cli.durations import positive_seconds, seconds
-from specvlm_cli.exits import ExitCode, UsageError
+from specvlm_cli.exits import ExitCode, Flag, UsageError
 from specvlm_cli.inputs import Inputs
 from specvlm_cli.settings import CaptionSettings
-from specvlm_cli.text import clean
 from specvlm_cli.training.samples import Samples, Split, Video, divided, videos_of
 from specvlm_cli.training.talk import Speaker, ending
 from specvlm_cli.wanted import Wanted
@@ -61,14 +61,12 @@ def train(flags: TrainFlags) -> int:
     """
     pair = pair_of(flags.preset, flags.target)
     settings = _settings(flags, pair)
-    training, schedule = _training(flags), _schedule(flags)
+    training, schedule = TrainingSettings(**picked(flags, TrainingSettings)), _schedule(flags)
     share = _held_out_share(flags.held_out)
     split = Split(share or 0.0, flags.held_out_limit, flags.seed)
     head_device = _head_device(flags.head_device)
-    max_runtime_s = (
-        None if flags.max_runtime is None else positive_seconds("--max-runtime", flags.max_runtime)
-    )
-    limits = Limits(timeout_s=positive_seconds("--decode-timeout", flags.decode_timeout))
+    max_runtime_s = None if flags.max_runtime is None else positive_seconds("max_runtime", flags.max_runtime)
+    limits = Limits(timeout_s=positive_seconds("decode_timeout", flags.decode_timeout))
 
     from specvlm.training.ranks import ranks_of_this_process
     from specvlm_cli.training import job
@@ -144,27 +142,23 @@ def _settings(flags: TrainFlags, pair: Preset | None) -> CaptionSettings:
     return CaptionSettings(
         models=model_choice(flags, pair),
         prompts=prompt_texts(flags.prompt, pair),
-        system=None if flags.system is None else text_of("--system", flags.system),
+        system=None if flags.system is None else text_of("system", flags.system),
         frames=frame_settings(flags, pair),
-        generation=GenerationSettings(flags.max_new_tokens, flags.temperature, flags.top_k, flags.seed),
+        generation=GenerationSettings(**picked(flags, GenerationSettings)),
         speculation=SpeculationSettings(),
     )
 
 
-def _training(flags: TrainFlags) -> TrainingSettings:
-    return TrainingSettings(flags.learning_rate, flags.accumulate, flags.clip_norm, flags.seed)
-
-
 def _schedule(flags: TrainFlags) -> Schedule:
     text = flags.checkpoint_every
-    schedule = Schedule(flags.epochs, flags.max_steps, flags.evaluate_every)
+    schedule = Schedule(**picked(flags, Schedule))
     try:
         if re.fullmatch(r"[0-9]{1,12}", text):
             return replace(schedule, checkpoint_steps=int(text))
-        return replace(schedule, checkpoint_s=seconds("--checkpoint-every", text))
+        return replace(schedule, checkpoint_s=seconds("checkpoint_every", text))
     except ConfigError as error:
         fix = "give 1 or more steps, or a time, e.g. 5m"
-        raise UsageError(f"--checkpoint-every {clean(text)} is out of range; {fix}") from error
+        raise UsageError(Flag("checkpoint_every", text), "is out of range", fix=fix) from error
 
 
 def _head(flags: TrainFlags, device: str | None) -> HeadChoice:
@@ -180,8 +174,10 @@ def _head(flags: TrainFlags, device: str | None) -> HeadChoice:
     else:
         if flags.operators is not None:
             raise UsageError(
-                f"--operators {clean(flags.operators)} has no effect on --compressor {flags.compressor}; it is for "
-                f"{', '.join(_MODES)}"
+                Flag("operators", flags.operators),
+                "has no effect on",
+                Flag("compressor", flags.compressor),
+                fix=f"it is for {', '.join(_MODES)}",
             )
         single = flags.compressor != "none"
         operators = (flags.compressor,) if single else ()
@@ -192,11 +188,14 @@ def _head(flags: TrainFlags, device: str | None) -> HeadChoice:
 def _objective(flags: TrainFlags) -> ObjectiveSettings:
     from specvlm.training.objective import ObjectiveSettings
 
-    given: dict[str, Any] = {name: getattr(flags, name) for name in ("cross_entropy", "smooth_l1", "unroll")}
-    objective = ObjectiveSettings(**{name: value for name, value in given.items() if value is not None})
+    objective = ObjectiveSettings(**picked(flags, ObjectiveSettings))
     if not objective.cross_entropy and not objective.smooth_l1:
         raise UsageError(
-            "--cross-entropy 0 and --smooth-l1 0 leave nothing to learn; give one of them a weight"
+            Flag("cross_entropy", 0),
+            "and",
+            Flag("smooth_l1", 0),
+            "leave nothing to learn",
+            fix="give one of them a weight",
         )
     return objective
 
@@ -209,7 +208,9 @@ def _held_out_share(text: str) -> float | None:
         return None
     if not 0.0 <= share < 1.0:
         raise UsageError(
-            f"--held-out {clean(text)} is out of range; give a share of the videos, 0 or more and below 1, or a folder"
+            Flag("held_out", text),
+            "is out of range",
+            fix="give a share of the videos, 0 or more and below 1, or a folder",
         )
     return share
 
@@ -217,7 +218,7 @@ def _held_out_share(text: str) -> float | None:
 def _head_device(device: str | None) -> str | None:
     if device is not None and not _HEAD_DEVICE.fullmatch(device):
         raise UsageError(
-            f"--head-device {clean(device)!r} is unknown; give cuda, cuda:N, xpu, xpu:N, mps or cpu"
+            Flag("head_device", repr(device)), "is unknown", fix="give cuda, cuda:N, xpu, xpu:N, mps or cpu"
         )
     return device
 
@@ -232,7 +233,9 @@ def _samples(
         elsewhere, more, also = _gathered([flags.held_out], flags, settings, flags.held_out_limit, talk)
         problems, unreadable = [*problems, *more], unreadable + also
         if not elsewhere:
-            raise UsageError(f"--held-out {clean(flags.held_out)} holds no videos; give others, or a share")
+            raise UsageError(
+                Flag("held_out", flags.held_out), "holds no videos", fix="give others, or a share"
+            )
     for problem in problems:
         talk.warn(f"left out: {problem.name}: {problem.reason}")
     return divided(videos, problems, split, elsewhere), unreadable
@@ -241,7 +244,7 @@ def _samples(
 def _gathered(
     given: Sequence[str], flags: TrainFlags, settings: CaptionSettings, limit: int | None, talk: Speaker
 ) -> tuple[list[Video], list[Any], int]:
-    inputs = Inputs(given, input_options(flags))
+    inputs = Inputs(given, input_options(flags, flags.extensions))
     with Wanted.gather(inputs, overlapping=len(given) > 1) as wanted:
         warn_of_unused_times(inputs, talk.warn)
         refuse_empty(inputs, "check the path and what is mounted there")

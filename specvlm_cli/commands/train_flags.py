@@ -60,7 +60,7 @@ class TrainInputFlags:
             "--out",
             "-o",
             help="Folder of the head; run it again to go on. Use it with --draft.",
-            parser=output("--out"),
+            parser=output("out"),
             rich_help_panel=_INPUT,
             metavar="HEAD",
         ),

@@ -32,7 +32,7 @@ from specvlm.training.settings import Schedule, TrainingSettings
 from specvlm.training.trainer import Ending, Interrupted, Parts, Trainer
 from specvlm_cli import engine
 from specvlm_cli.decoding import DecodingPool, Limits, ReadJob
-from specvlm_cli.exits import BusyError, ExitCode, FatalError, UsageError
+from specvlm_cli.exits import BusyError, ExitCode, FatalError, Flag, UsageError
 from specvlm_cli.lock import take
 from specvlm_cli.settings import CaptionSettings, Plain
 from specvlm_cli.stopping import Stop, listening
@@ -382,7 +382,9 @@ def _check_place(device: str | None) -> None:
     counts = {"cuda": torch.cuda.device_count, "xpu": torch.xpu.device_count}
     count = counts[kind]() if kind in counts else int(torch.backends.mps.is_available())
     if int(number or 0) >= count:
-        raise UsageError(f"--head-device {device}: there is none here; this machine has {count} of {kind}")
+        raise UsageError(
+            Flag("head_device", device), ": there is none here", fix=f"this machine has {count} of {kind}"
+        )
 
 
 def _left_out(request: Request) -> list[LeftOut]:
@@ -432,7 +434,9 @@ def _resolved(teacher: Captioner) -> Plain:
 
 def _refuse_float16(target: VideoLM) -> None:
     if target.dtype == torch.float16:
-        raise UsageError("--dtype float16 overflows in training; give --dtype bfloat16 or float32")
+        raise UsageError(
+            Flag("dtype", "float16"), "overflows in training", fix="give --dtype bfloat16 or float32"
+        )
 
 
 def _head_config(request: Request, teacher: Captioner, processes: int) -> HeadConfig:

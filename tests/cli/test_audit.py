@@ -55,7 +55,7 @@ LOAD = engine.load_captioner
 
 @cache
 def loaded(name: str, dtype: str) -> Captioner:
-    return LOAD(ModelChoice(name=name, load=name, draft="none", dtype=dtype), quiet=True)
+    return LOAD(ModelChoice(name, draft="none", dtype=dtype, name=name), quiet=True)
 
 
 def cached(asked: list[ModelChoice]) -> Callable[..., Captioner]:
@@ -363,7 +363,7 @@ def test_another_target_of_the_same_name_is_refused(specvlm: Specvlm, run: Path)
 # With a fake target: which rows, and what becomes of an audit that is cut short
 
 SETTINGS = CaptionSettings(
-    ModelChoice(name="fake/target", load="fake/target"),
+    ModelChoice("fake/target", name="fake/target"),
     ("Describe it.",),
     None,
     FrameSettings(),
