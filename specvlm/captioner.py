@@ -410,13 +410,10 @@ class Captioner:
         Each caption is what `caption` gives for its prompt. Arguments and errors are those of `caption`;
         `time_limit_s` is for each caption.
         """
-        self.kind(speculate, options)  # wrong options fail before a video is read
+        kind = self.kind(speculate, options)  # wrong options fail before a video is read
         _check_limit(time_limit_s)
         session = self.session(video, prompts, system=system, frames=frames)
-        return [
-            session.caption(index, speculate=speculate, time_limit_s=time_limit_s, **options)
-            for index in range(len(prompts))
-        ]
+        return [session.caption_as(kind, index, time_limit_s) for index in range(len(prompts))]
 
     def caption(
         self,

@@ -188,7 +188,7 @@ class Assigner:
     def _send(self, worker: Worker, read: Read) -> None:
         descriptor, frames = read.video.handle()
         own = read.claim.item.prompts
-        prompts = own or self._policy.prompts
+        prompts = own or self._policy.captions.prompts
         task = Task(
             key=read.claim.ordinal,
             prompts=tuple(prompts[index] for index in self._policy.asked(read.claim)),

@@ -8,7 +8,7 @@ from enum import IntEnum
 from specvlm.errors import Setting, SettingsError
 from specvlm_cli.text import clean
 
-_FLAGS = {"backend": "video_backend"}  # whose names are not those of their settings
+FLAG_NAMES = {"backend": "video_backend"}  # of settings whose flags are not called like them
 
 
 class ExitCode(IntEnum):
@@ -46,7 +46,7 @@ class Flag(Setting):
 
 def flag_name(setting: Setting) -> str:
     """Return the flag of a setting, without its value."""
-    return "--" + _FLAGS.get(setting.name, setting.name).replace("_", "-")
+    return "--" + FLAG_NAMES.get(setting.name, setting.name).replace("_", "-")
 
 
 def as_flag(setting: Setting) -> str:

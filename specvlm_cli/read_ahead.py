@@ -244,7 +244,7 @@ class Queue:
         return bool(self._coming)
 
     def _job(self, claim: Claim) -> ReadJob:
-        item, frames = claim.item, self._policy.frames
+        item, frames = claim.item, self._policy.captions.frames
         if item.start_s is not None or item.end_s is not None:
             frames = replace(frames, start_s=item.start_s or 0.0, end_s=item.end_s)
         return ReadJob(claim.ordinal, item.path, frames, self._frame_multiple, self._policy.root)

@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from specvlm.config import FrameSettings, GenerationSettings, ModelSettings, SpeculationSettings
+from specvlm_cli.exits import FLAG_NAMES
 
 Plain = dict[str, Any]
 
@@ -55,9 +56,9 @@ class CaptionSettings:
 
 def _frames(frames: FrameSettings) -> Plain:
     """Leave out what belongs to each video, its start and end, and what a number of frames overrules."""
-    unused = {"start_s", "end_s", "backend"} | ({"min_frames", "max_frames"} if frames.num_frames else set())
-    plain = {name: value for name, value in asdict(frames).items() if name not in unused}
-    return plain | {"video_backend": frames.backend}
+    unused = {"start_s", "end_s"} | ({"min_frames", "max_frames"} if frames.num_frames else set())
+    plain = asdict(frames)
+    return {FLAG_NAMES.get(name, name): value for name, value in plain.items() if name not in unused}
 
 
 def _generation(generation: GenerationSettings) -> Plain:
@@ -74,10 +75,26 @@ def config_hash(fingerprint: Plain) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def differences(before: Plain, now: Plain) -> list[str]:
-    """Name each setting that changed, with both values."""
+class Change(NamedTuple):
+    """A setting that changed."""
+
+    name: str
+    before: object
+    now: object
+
+    @property
+    def values(self) -> str:
+        """Both values, in words."""
+        return f"was {_shown(self.before)}, is now {_shown(self.now)}"
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.values}"
+
+
+def differences(before: Plain, now: Plain) -> list[Change]:
+    """Return each setting that changed."""
     return [
-        f"{name} was {_shown(before.get(name))}, is now {_shown(now.get(name))}"
+        Change(name, before.get(name), now.get(name))
         for name in sorted(before.keys() | now.keys(), key=lambda name: (name not in _FIRST_TOLD, name))
         if before.get(name) != now.get(name)
     ]

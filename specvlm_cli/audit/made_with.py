@@ -8,14 +8,13 @@ from typing import Any
 from specvlm.checkpoint import can_compare
 from specvlm.config import FrameSettings, GenerationSettings
 from specvlm.demo import local_name
-from specvlm_cli.exits import FatalError, UsageError
+from specvlm_cli.exits import FLAG_NAMES, FatalError, UsageError
 from specvlm_cli.run_folder import RunFolder
 from specvlm_cli.run_view import RunView
 from specvlm_cli.settings import ModelChoice, Plain, config_hash, differences
 from specvlm_cli.text import clean
 
 _DTYPES = ("float32", "bfloat16", "float16")
-_OTHER_NAMES = {"video_backend": "backend"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +87,7 @@ class MadeWith:
         if changes := differences(then, now):
             raise UsageError(
                 f"{clean(self.target)} is not the target of the captions, although it has its name: "
-                f"{clean(changes[0])}; put the earlier files back, or caption into another folder"
+                f"{clean(str(changes[0]))}; put the earlier files back, or caption into another folder"
             )
 
 
@@ -137,8 +136,8 @@ def _prompts(found: Any) -> tuple[str, ...]:
 
 def _chosen(settings: Plain, group: type) -> dict[str, Any]:
     """Return the settings that are fields of a dataclass, by the names of the fields."""
-    renamed = {_OTHER_NAMES.get(name, name): value for name, value in settings.items()}
-    return {field.name: renamed[field.name] for field in fields(group) if field.name in renamed}
+    flags = {field.name: FLAG_NAMES.get(field.name, field.name) for field in fields(group)}
+    return {name: settings[flag] for name, flag in flags.items() if flag in settings}
 
 
 def _hashes(run: RunView) -> frozenset[str]:

@@ -63,7 +63,7 @@ def caption(flags: CaptionFlags) -> int:
         what = (Flag("dry_run"), "touches nothing, and", Flag("reshard"), "divides the run folder")
         raise UsageError(*what, fix="give one of them")
     flags, about_preset = _with_preset(flags)
-    settings, policy = check(flags)
+    policy = check(flags)
     shard = Shard() if flags.shard is None else parse_shard(flags.shard)
     with _talk(flags) as talk:
         _tell_unknown_variables(talk)
@@ -72,7 +72,7 @@ def caption(flags: CaptionFlags) -> int:
             _tell_what_was_left_out(inputs, wanted, talk)
             if not flags.allow_empty:
                 refuse_empty(inputs, "check the path and what is mounted there, or give --allow-empty")
-            request = _request(flags, inputs, wanted, settings, policy, shard)
+            request = _request(flags, inputs, wanted, policy, shard)
             if about_preset:
                 say = talk.warn if flags.preset == DEFAULT_PRESET else talk.note
                 request = replace(request, before_loading=partial(say, about_preset))
@@ -97,7 +97,7 @@ def _with_preset(flags: CaptionFlags) -> tuple[CaptionFlags, str]:
     )
 
 
-def check(flags: CaptionFlags) -> tuple[CaptionSettings, Policy]:
+def check(flags: CaptionFlags) -> Policy:
     """Work out what the flags mean, reading no input.
 
     Raises:
@@ -108,7 +108,7 @@ def check(flags: CaptionFlags) -> tuple[CaptionSettings, Policy]:
     pair = pair_of(given, flags.target)
     settings = _settings(flags, pair)
     _refuse_pointless_baseline(settings, pair, flags.baseline_sample)
-    return settings, _policy(flags, settings, pair)
+    return _policy(flags, settings, pair)
 
 
 def _talk(flags: CaptionFlags) -> Talk:
@@ -132,11 +132,10 @@ def _settings(flags: CaptionFlags, pair: Preset | None) -> CaptionSettings:
 def _policy(flags: CaptionFlags, settings: CaptionSettings, pair: Preset | None) -> Policy:
     devices, all_gpus = _devices(flags)
     return Policy(
-        frames=settings.frames,
-        prompts=settings.prompts,
+        captions=settings,
         baseline_sample=flags.baseline_sample,
         limit=flags.limit,
-        max_failures=_most_failures(flags)[0],
+        max_failures=_most_failures(flags),
         retries=flags.retries,
         timeout_s=positive_seconds("timeout", flags.timeout),
         grace_s=seconds("grace", flags.grace),
@@ -154,14 +153,12 @@ def _request(
     flags: CaptionFlags,
     inputs: Inputs,
     wanted: Wanted,
-    settings: CaptionSettings,
     policy: Policy,
     shard: Shard,
 ) -> Request:
     return Request(
         wanted=wanted,
         out=flags.out,
-        settings=settings,
         policy=policy,
         version=specvlm.__version__,
         shard=shard,
@@ -175,7 +172,6 @@ def _request(
         max_runtime_s=None
         if flags.max_runtime is None
         else positive_seconds("max_runtime", flags.max_runtime),
-        max_failures_share=_most_failures(flags)[1],
         exit_zero=flags.exit_zero,
     )
 
@@ -305,21 +301,21 @@ def _refuse_pointless_baseline(settings: CaptionSettings, pair: Preset | None, s
         )
 
 
-def _most_failures(flags: CaptionFlags) -> tuple[int | None, float | None]:
-    """Return `--max-failures` as a number of videos, or as a share of them."""
+def _most_failures(flags: CaptionFlags) -> int | float | None:
+    """Return `--max-failures` as a number of videos, or as a share of them, which is a float."""
     fail_fast, text = flags.fail_fast, flags.max_failures
     if fail_fast and text is not None:
         raise excluding(Flag("fail_fast"), Flag("max_failures", text))
     if fail_fast:
-        return 1, None
+        return 1
     if text is None:
-        return None, None
+        return None
     if found := re.fullmatch(r"([0-9]*\.?[0-9]+)%", text):
         share = float(found.group(1)) / 100.0
         if 0.0 < share <= 1.0:
-            return None, share
+            return share
     elif re.fullmatch(r"[0-9]{1,10}", text) and 0 < int(text) <= MOST:
-        return int(text), None
+        return int(text)
     raise UsageError(
         Flag("max_failures", short(text, 60)),
         "is no limit",

@@ -156,7 +156,7 @@ def frame_settings(flags: FrameFlags, pair: Preset | None) -> FrameSettings:
         raise UsageError(
             f"{given_name} {given_value} goes against {other} {value}, which the {whose} sets; give {other} too"
         )
-    return replace(base, backend=flags.video_backend, **chosen)
+    return replace(base, **chosen)
 
 
 def guessable(text: str | None, draft: str | None) -> int | KeptTokens | None:

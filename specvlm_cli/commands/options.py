@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_type_hints
 
 import typer
 
-from specvlm_cli.exits import Flag, UsageError
+from specvlm_cli.exits import FLAG_NAMES, Flag, UsageError
 from specvlm_cli.inputs.values import is_address
 from specvlm_cli.text import clean
 
@@ -66,7 +66,8 @@ def same_as(flags: type, name: str) -> Any:
 
 def picked(flags: object, settings: type[DataclassInstance]) -> dict[str, Any]:
     """Return what flags say about the fields of a settings class, by name; without those that were not given."""
-    found = {field.name: getattr(flags, field.name, None) for field in fields(settings)}
+    names = [field.name for field in fields(settings)]
+    found = {name: getattr(flags, FLAG_NAMES.get(name, name), None) for name in names}
     return {name: value for name, value in found.items() if value is not None}
 
 

@@ -243,7 +243,7 @@ def _caption_words(words: Sequence[str]) -> tuple[list[str], list[str], float]:
         raise UsageError(f"{clean(name)}: only caption runs in shards; write -- caption INPUT... [flags]")
     asked = _parsed(given)
     _refuse_what_goes_against_shards(asked)
-    grace_s = check(CaptionFlags(**asked.params))[1].grace_s
+    grace_s = check(CaptionFlags(**asked.params)).grace_s
     once = [word for field, word in _ONCE.items() if asked.params[field]]
     always = [word for word in given if word not in once]
     if once and not _only_these_are_out(asked, always, once):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from specvlm.captioner import Captioner, CaptionOptions
+from specvlm.captioner import Captioner
+from specvlm.config import GenerationSettings, SpeculationSettings
 from specvlm_cli.decoding import ReadFailure, ReadJob
 from specvlm_cli.settings import Plain
 from specvlm_cli.training.captions import LeftOut
@@ -29,16 +30,16 @@ class Asking:
 
     Attributes:
         system: The system message.
-        generation: Keywords of `Captioner.caption` that the text depends on.
-        speculation: Those that it does not depend on.
+        generation: What captions depend on.
+        speculation: How the draft guesses.
         settings: All that the text depends on beside frames and prompt, for the key of a caption.
         read: A job that says how videos are read.
         unroll: Passes of the head, for the memory that it takes.
     """
 
     system: str | None
-    generation: CaptionOptions
-    speculation: CaptionOptions
+    generation: GenerationSettings
+    speculation: SpeculationSettings
     settings: Plain
     read: ReadJob
     unroll: int = 0

@@ -17,7 +17,7 @@ import torch
 import transformers
 
 import specvlm
-from specvlm.captioner import Captioner, CaptionOptions
+from specvlm.captioner import Captioner
 from specvlm.drafts.compressor import CompressorConfig
 from specvlm.drafts.head import HeadDraft
 from specvlm.drafts.head_model import HeadConfig, HeadModel
@@ -474,11 +474,13 @@ def _pupil(teacher: Captioner, head: HeadModel) -> Captioner:
 
 def _asking(request: Request, teacher: Captioner, resolved: Plain) -> Asking:
     settings = request.captions
-    names = ("pruner", "prune_ratio", "top_p", "tree", "positions")
-    speculation: Any = {name: getattr(settings.speculation, name) for name in names}
-    generation: CaptionOptions = asdict(settings.generation)  # type: ignore[assignment]
     fingerprint = {name: value for name, value in settings.fingerprint().items() if name != "prompt"}
     read = ReadJob(0, b"", settings.frames, teacher.frame_multiple, request.root)
     return Asking(
-        settings.system, generation, speculation, fingerprint | resolved, read, request.objective.unroll
+        settings.system,
+        settings.generation,
+        settings.speculation,
+        fingerprint | resolved,
+        read,
+        request.objective.unroll,
     )

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from specvlm.batch import is_out_of_memory
-from specvlm.captioner import Captioner, CaptionOptions, PreparedVideo
+from specvlm.captioner import Captioner, PreparedVideo
 from specvlm.drafts.head_model import HeadModel
 from specvlm.errors import GenerationError, TrainingError
 from specvlm.records import Frames
@@ -100,8 +100,7 @@ class Lessons:
         self._samples, self._order, self._head = samples, order, head
         self._captioners, self._asking, self._reader = captioners, asking, reader
         self._captions, self._register, self._ranks = captions, register, ranks
-        options: CaptionOptions = {**asking.generation, **asking.speculation}
-        self._writer = Writer(batch_size, options, listener)
+        self._writer = Writer(batch_size, asking, listener)
         self._announced: dict[int, int] = {}  # samples that the reader was given, by position
         self._ahead: dict[int, Lesson] = {}  # lessons to come whose videos are read, by position
         self._wanted: deque[int] = deque()  # those of them that we are to caption
@@ -139,7 +138,7 @@ class Lessons:
                 prepared = self._captioners.teacher.prepare(frames, prompt, system=self._asking.system)
             except Exception:  # it is told in its turn
                 return
-            missing = self._shortage(prepared, self._asking.generation["max_new_tokens"])
+            missing = self._shortage(prepared, self._asking.generation.max_new_tokens)
             if missing is not None:
                 raise TrainingError(f"the longest of the first {len(first)} videos: {missing}; {_FIXES}")
 
