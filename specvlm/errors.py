@@ -102,9 +102,10 @@ class SettingsError(Exception):
         return tuple(part for part in self.args if isinstance(part, Setting))
 
     def worded(self, name: Callable[[Setting], str]) -> str:
-        """Return the message, with `name` for each setting. Words that begin with a colon follow without a space."""
+        """Return the message, with `name` for each setting. No space before a colon or comma."""
         parts = (name(part) if isinstance(part, Setting) else str(part) for part in self.args)
-        text = "".join(part if part.startswith(":") else f" {part}" for part in parts).removeprefix(" ")
+        spaced = (part if part.startswith((":", ",")) else f" {part}" for part in parts)
+        text = "".join(spaced).removeprefix(" ")
         return f"{text}; {self.fix}" if self.fix else text
 
     def __str__(self) -> str:

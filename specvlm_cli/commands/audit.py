@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from specvlm_cli.commands.caption_flags import FrameFlags, ModelFlags
-from specvlm_cli.commands.choices import check_device
+from specvlm_cli.commands.choices import check_device, read_limits
 from specvlm_cli.commands.options import same_as
-from specvlm_cli.durations import positive_seconds
 from specvlm_cli.text import caption_line
 
 if TYPE_CHECKING:
@@ -92,13 +91,12 @@ def audit(flags: AuditFlags) -> int:
     """
     from specvlm_cli.audit.made_with import Device
     from specvlm_cli.audit.sample import parse_sample
-    from specvlm_cli.decoding import Limits
     from specvlm_cli.run_view import view
     from specvlm_cli.shard import parse_shard
 
     check_device(flags.device_map)
     sample, shard = parse_sample(flags.sample), parse_shard(flags.shard)
-    limits = Limits(timeout_s=positive_seconds("decode_timeout", flags.decode_timeout))
+    limits = read_limits(flags)
     run = view(flags.out)
 
     from specvlm_cli.audit import job

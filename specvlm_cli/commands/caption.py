@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import specvlm
-from specvlm.config import GenerationSettings, SpeculationSettings
 from specvlm.host import usable_cores
 from specvlm.preset import Preset
 from specvlm_cli import engine, job, vocab
@@ -19,22 +18,17 @@ from specvlm_cli.commands.caption_flags import MOST, CaptionFlags
 from specvlm_cli.commands.choices import (
     AUTO_PRESET,
     DEFAULT_PRESET,
-    check_models,
+    caption_settings,
     draft_of,
-    frame_settings,
-    guessable,
     input_options,
-    model_choice,
     pair_of,
-    prompt_texts,
+    read_limits,
     refuse_empty,
-    refuse_for_head,
     root_of,
-    text_of,
+    runtime_limit_s,
     warn_of_unused_times,
 )
 from specvlm_cli.commands.options import PREFIX, picked, variable
-from specvlm_cli.decoding import Limits
 from specvlm_cli.durations import positive_seconds, seconds
 from specvlm_cli.exits import ExitCode, Flag, UsageError, excluding
 from specvlm_cli.gpus import smallest_memory_bytes
@@ -106,33 +100,19 @@ def check(flags: CaptionFlags) -> Policy:
     """
     given = None if flags.preset == AUTO_PRESET and flags.target is None else flags.preset
     pair = pair_of(given, flags.target)
-    settings = _settings(flags, pair)
-    _refuse_pointless_baseline(settings, pair, flags.baseline_sample)
-    return _policy(flags, settings, pair)
+    captions = caption_settings(flags, pair)
+    _refuse_pointless_baseline(captions, pair, flags.baseline_sample)
+    return _policy(flags, captions, pair)
 
 
 def _talk(flags: CaptionFlags) -> Talk:
     return Talk(quiet=flags.quiet, verbose=flags.verbose, progress=flags.progress, log_file=flags.log_file)
 
 
-def _settings(flags: CaptionFlags, pair: Preset | None) -> CaptionSettings:
-    check_models(pair, flags.draft, flags.draft_revision, flags.device_map)
-    draft = draft_of(flags.draft, pair)
-    refuse_for_head(draft, flags)
-    return CaptionSettings(
-        models=model_choice(flags, pair, draft_vocab=guessable(flags.draft_vocab, draft)),
-        prompts=prompt_texts(flags.prompt, pair),
-        system=None if flags.system is None else text_of("system", flags.system),
-        frames=frame_settings(flags, pair),
-        generation=GenerationSettings(**picked(flags, GenerationSettings)),
-        speculation=SpeculationSettings(**picked(flags, SpeculationSettings)),
-    )
-
-
-def _policy(flags: CaptionFlags, settings: CaptionSettings, pair: Preset | None) -> Policy:
+def _policy(flags: CaptionFlags, captions: CaptionSettings, pair: Preset | None) -> Policy:
     devices, all_gpus = _devices(flags)
     return Policy(
-        captions=settings,
+        captions,
         baseline_sample=flags.baseline_sample,
         limit=flags.limit,
         max_failures=_most_failures(flags),
@@ -144,7 +124,7 @@ def _policy(flags: CaptionFlags, settings: CaptionSettings, pair: Preset | None)
         all_gpus=all_gpus,
         cpu_workers=_cpu_workers(flags, pair),
         decode_workers=flags.decode_workers or _decode_workers(),
-        limits=Limits(timeout_s=positive_seconds("decode_timeout", flags.decode_timeout)),
+        limits=read_limits(flags),
         root=root_of(flags.root),
     )
 
@@ -157,22 +137,13 @@ def _request(
     shard: Shard,
 ) -> Request:
     return Request(
-        wanted=wanted,
-        out=flags.out,
+        wanted,
         policy=policy,
         version=specvlm.__version__,
-        shard=shard,
-        reshard=flags.reshard,
         kept=dict(inputs.kept),
         unreadable=len(inputs.report.unreadable) + inputs.report.more_unreadable,
-        overwrite=flags.overwrite,
-        retry_failed=flags.retry_failed,
-        on_config_change=flags.on_config_change,
-        if_locked=flags.if_locked,
-        max_runtime_s=None
-        if flags.max_runtime is None
-        else positive_seconds("max_runtime", flags.max_runtime),
-        exit_zero=flags.exit_zero,
+        max_runtime_s=runtime_limit_s(flags),
+        **picked(flags, Request) | {"shard": shard},
     )
 
 

@@ -7,19 +7,25 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from specvlm.config import FrameSettings
+from specvlm.config import FrameSettings, GenerationSettings, SpeculationSettings
 from specvlm.drafts.kept_tokens import KeptTokens
 from specvlm.drafts.kinds import is_head
 from specvlm.preset import Preset, find_preset, presets
 from specvlm_cli import engine, vocab
-from specvlm_cli.commands.caption_flags import FrameFlags
+from specvlm_cli.commands.caption_flags import CaptionFlags, FrameFlags
 from specvlm_cli.commands.options import picked, variable
-from specvlm_cli.exits import Flag, UsageError, excluding
+from specvlm_cli.decoding import Limits
+from specvlm_cli.durations import positive_seconds
+from specvlm_cli.exits import Flag, UsageError, excluding, flag_name
 from specvlm_cli.inputs import MOST_PROMPTS, InputOptions, Inputs
-from specvlm_cli.settings import ModelChoice
+from specvlm_cli.settings import CaptionSettings, ModelChoice
 from specvlm_cli.text import clean, short
+
+if TYPE_CHECKING:
+    from specvlm_cli.commands.audit import AuditFlags
+    from specvlm_cli.commands.train_flags import TrainFlags
 
 DEFAULT_PRESET, AUTO_PRESET = "demo", "auto"
 _DEVICE = re.compile(r"auto|balanced|balanced_low_0|sequential|cpu|mps|(cuda|xpu)(:[0-9]{1,4})?")
@@ -147,15 +153,10 @@ def frame_settings(flags: FrameFlags, pair: Preset | None) -> FrameSettings:
         base = replace(base, fps=None, num_frames=None)
     fewest, most = chosen.get("min_frames", base.min_frames), chosen.get("max_frames", base.max_frames)
     if fewest > most and ("min_frames" in chosen) != ("max_frames" in chosen):
-        given_name, given_value, other, value = (
-            ("--min-frames", fewest, "--max-frames", most)
-            if "min_frames" in chosen
-            else ("--max-frames", most, "--min-frames", fewest)
-        )
-        whose = f"preset {pair.name}" if pair else "default"
-        raise UsageError(
-            f"{given_name} {given_value} goes against {other} {value}, which the {whose} sets; give {other} too"
-        )
+        both = Flag("min_frames", fewest), Flag("max_frames", most)
+        given, other = both if "min_frames" in chosen else both[::-1]
+        whose = f", which the {f'preset {pair.name}' if pair else 'default'} sets"
+        raise UsageError(given, "goes against", other, whose, fix=f"give {flag_name(other)} too")
     return replace(base, **chosen)
 
 
@@ -182,6 +183,36 @@ def model_choice(flags: object, pair: Preset | None, **more: Any) -> ModelChoice
     target = pair.target if pair else chosen["target"]
     chosen |= {"name": engine.public_name(target), "target": pair.name if pair else target}
     return ModelChoice(**chosen | more)
+
+
+def caption_settings(flags: CaptionFlags | TrainFlags, pair: Preset | None) -> CaptionSettings:
+    """Return what captions depend on, and how they are made.
+
+    Raises:
+        UsageError: Flags contradict each other.
+        ConfigError: A setting is out of range.
+    """
+    check_models(pair, flags.draft, flags.draft_revision, flags.device_map)
+    draft = draft_of(flags.draft, pair)
+    refuse_for_head(draft, flags)
+    return CaptionSettings(
+        models=model_choice(flags, pair, draft_vocab=guessable(getattr(flags, "draft_vocab", None), draft)),
+        prompts=prompt_texts(flags.prompt, pair),
+        system=None if flags.system is None else text_of("system", flags.system),
+        frames=frame_settings(flags, pair),
+        generation=GenerationSettings(**picked(flags, GenerationSettings)),
+        speculation=SpeculationSettings(**picked(flags, SpeculationSettings)),
+    )
+
+
+def read_limits(flags: FrameFlags | AuditFlags) -> Limits:
+    """Return what reading one video may take."""
+    return Limits(timeout_s=positive_seconds("decode_timeout", flags.decode_timeout))
+
+
+def runtime_limit_s(flags: CaptionFlags | TrainFlags) -> float | None:
+    """Return after how many seconds to stop; None: never."""
+    return None if flags.max_runtime is None else positive_seconds("max_runtime", flags.max_runtime)
 
 
 def input_options(flags: object, extensions: str, **more: Any) -> InputOptions:

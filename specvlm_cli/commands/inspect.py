@@ -29,13 +29,13 @@ from specvlm_cli.commands.choices import (
     model_choice,
     pair_of,
     prompt_texts,
+    read_limits,
     refuse_for_head,
     text_of,
 )
 from specvlm_cli.commands.options import output, picked, same_as
-from specvlm_cli.decoding import Limits, ReadJob
+from specvlm_cli.decoding import ReadJob
 from specvlm_cli.decoding.single import read_one
-from specvlm_cli.durations import positive_seconds
 from specvlm_cli.exits import ExitCode, FatalError, Flag, UsageError
 from specvlm_cli.safe_files import new_file
 from specvlm_cli.settings import ModelChoice
@@ -139,7 +139,7 @@ def inspect(flags: InspectFlags) -> int:
     pair = pair_of(flags.preset, flags.target)
     asked = _question(flags, pair)
     frames = frame_settings(flags, pair)
-    limits = Limits(timeout_s=positive_seconds("decode_timeout", flags.decode_timeout))
+    limits = read_limits(flags)
     if flags.preset is None and flags.target is None:
         _tell(f"no --preset or --target: using the tiny {DEFAULT_PRESET} pair, it knows only drawn shapes")
     captioner = engine.load_captioner(asked.models, quiet=flags.json_output)

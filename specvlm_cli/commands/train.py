@@ -11,29 +11,24 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from specvlm.config import GenerationSettings, SpeculationSettings
 from specvlm.errors import ConfigError
 from specvlm.host import usable_cores
-from specvlm.preset import Preset
 from specvlm.training.settings import Schedule, TrainingSettings
 from specvlm_cli.commands.caption_flags import MOST
 from specvlm_cli.commands.choices import (
     DEFAULT_PRESET,
-    check_models,
-    frame_settings,
+    caption_settings,
     input_options,
-    model_choice,
     pair_of,
-    prompt_texts,
+    read_limits,
     refuse_empty,
     root_of,
-    text_of,
+    runtime_limit_s,
     warn_of_unused_times,
 )
 from specvlm_cli.commands.options import picked
 from specvlm_cli.commands.train_flags import TrainFlags
-from specvlm_cli.decoding import Limits
-from specvlm_cli.durations import positive_seconds, seconds
+from specvlm_cli.durations import seconds
 from specvlm_cli.exits import ExitCode, Flag, UsageError
 from specvlm_cli.inputs import Inputs
 from specvlm_cli.settings import CaptionSettings
@@ -60,13 +55,12 @@ def train(flags: TrainFlags) -> int:
     Several GPUs: accelerate launch --multi_gpu -m specvlm_cli train ...
     """
     pair = pair_of(flags.preset, flags.target)
-    settings = _settings(flags, pair)
+    settings = caption_settings(flags, pair)
     training, schedule = TrainingSettings(**picked(flags, TrainingSettings)), _schedule(flags)
     share = _held_out_share(flags.held_out)
     split = Split(share or 0.0, flags.held_out_limit, flags.seed)
     head_device = _head_device(flags.head_device)
-    max_runtime_s = None if flags.max_runtime is None else positive_seconds("max_runtime", flags.max_runtime)
-    limits = Limits(timeout_s=positive_seconds("decode_timeout", flags.decode_timeout))
+    max_runtime_s, limits = runtime_limit_s(flags), read_limits(flags)
 
     from specvlm.training.ranks import ranks_of_this_process
     from specvlm_cli.training import job
@@ -135,18 +129,6 @@ def _speaker(flags: TrainFlags, ranks: Ranks) -> Speaker:
 
 
 # --- what the flags mean ---
-
-
-def _settings(flags: TrainFlags, pair: Preset | None) -> CaptionSettings:
-    check_models(pair, flags.draft, flags.draft_revision, flags.device_map)
-    return CaptionSettings(
-        models=model_choice(flags, pair),
-        prompts=prompt_texts(flags.prompt, pair),
-        system=None if flags.system is None else text_of("system", flags.system),
-        frames=frame_settings(flags, pair),
-        generation=GenerationSettings(**picked(flags, GenerationSettings)),
-        speculation=SpeculationSettings(),
-    )
 
 
 def _schedule(flags: TrainFlags) -> Schedule:

@@ -63,7 +63,7 @@ def cached(asked: list[ModelChoice]) -> Callable[..., Captioner]:
 
     def load(models: ModelChoice, device: str | None = None, *, quiet: bool) -> Captioner:
         asked.append(models)
-        return loaded(models.load, models.dtype)
+        return loaded(models.target, models.dtype)
 
     return load
 
@@ -173,7 +173,7 @@ def test_a_clean_run_is_equal_and_stays_as_it_is(
     assert contents(run) == before
     assert listed(run) == []
     (models,) = loads
-    assert (models.name, models.load, models.draft, models.dtype) == (
+    assert (models.name, models.target, models.draft, models.dtype) == (
         "specvlm-demo/qwen-target",
         str(demo_folder("qwen-target")),
         "none",

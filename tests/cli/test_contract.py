@@ -101,7 +101,7 @@ def test_defaults_are_those_of_the_library(specvlm: Specvlm, videos: Path, out: 
     assert settings.speculation == SpeculationSettings()
     assert settings.generation == GenerationSettings()
     assert settings.frames == FrameSettings()
-    assert (settings.models.name, settings.models.load, settings.models.draft) == (
+    assert (settings.models.name, settings.models.target, settings.models.draft) == (
         *("some/target", "some/target"),
         "some/draft",
     )
@@ -117,7 +117,11 @@ def test_without_a_gpu_the_demo_pair_is_used_and_said_so_even_to_cron(
     demo = find_preset("demo")
     assert demo is not None
     (settings,) = specvlm.loads
-    assert (settings.models.load, settings.frames, settings.prompts) == ("demo", demo.frames, (demo.prompt,))
+    assert (settings.models.target, settings.frames, settings.prompts) == (
+        "demo",
+        demo.frames,
+        (demo.prompt,),
+    )
     (line,) = result.err.splitlines()
     assert (
         "there is no GPU, so these are captions of the demo models, which describe drawn shapes only" in line
@@ -137,7 +141,7 @@ def test_the_largest_preset_that_fits_the_gpus_is_named_before_it_loads(
     for size in GPUS:
         monkeypatch.setattr(caption, "smallest_memory_bytes", lambda size=size: size * GB)
         result = specvlm("caption", videos, "-o", tmp_path / str(size), "--limit", 1)
-        chosen.append(specvlm.loads[-1].models.load)
+        chosen.append(specvlm.loads[-1].models.target)
         first = result.err.splitlines()[0]
         if chosen[-1] == "demo":
             assert first.startswith(
