@@ -102,7 +102,7 @@ class BenchFlags:
         flag(
             _INPUT,
             "--limit",
-            "At most N videos. Without INPUT it lifts the bound of 60 s, too.",
+            "Use at most N videos. Without INPUT, this also removes the time limit of 60 s.",
             metavar="N",
         ),
     ] = None
@@ -111,7 +111,7 @@ class BenchFlags:
         typer.Option(
             "--out",
             "-o",
-            help="Folder for bench.parquet, a row for each timed caption, and bench.html, a page with plots.",
+            help="Folder for bench.parquet (one row per timed caption) and bench.html (plots).",
             rich_help_panel=_INPUT,
             metavar="FOLDER",
             parser=output("out"),
@@ -121,13 +121,14 @@ class BenchFlags:
         list[str] | None,
         typer.Option(
             "--prompt",
-            help="What to ask, once: TEXT, or @FILE. Default: the preset's.",
+            help="The question, as TEXT or @FILE. Default: the preset's.",
             rich_help_panel=_INPUT,
             metavar="TEXT",
         ),
     ] = None
     methods: Annotated[
-        str | None, _list(_COMPARED, "--methods", f"Of {listed(METHODS)}. Default: all that can run.")
+        str | None,
+        _list(_COMPARED, "--methods", f"Methods to compare: {listed(METHODS)}. Default: all that can run."),
     ] = None
     pruner: Annotated[
         str | None,
@@ -143,17 +144,17 @@ class BenchFlags:
         _list(
             _COMPARED,
             "--prune-ratio",
-            "Its shares of video tokens that the draft does not see.",
+            "Shares of video tokens hidden from the draft, one measurement each.",
             show_default=listed(_GRID.prune_ratios),
         ),
     ] = None
-    tree: Annotated[
-        str, _list(_COMPARED, "--tree", f"Trees of the methods sd, specvlm and head, of {listed(TREES)}.")
-    ] = listed(_GRID.trees)
+    tree: Annotated[str, _list(_COMPARED, "--tree", f"Trees for sd, specvlm and head: {listed(TREES)}.")] = (
+        listed(_GRID.trees)
+    )
     num_frames: Annotated[
         str | None,
         _list(
-            _COMPARED, "--num-frames", "Frames to read, each number for itself. Default: as the preset says."
+            _COMPARED, "--num-frames", "Frames to read, one measurement per number. Default: the preset's."
         ),
     ] = None
     batch_size: Annotated[
@@ -161,8 +162,7 @@ class BenchFlags:
         _list(
             _COMPARED,
             "--batch-size",
-            "Captions in the making at once, each number for itself, stock's generate() included; auto: as many as "
-            "caption takes where memory allows.",
+            "Videos to caption together, one measurement per number, stock included; auto: the largest that fits.",
         ),
     ] = listed(_GRID.batch_sizes)
     repeat: Annotated[
@@ -170,7 +170,7 @@ class BenchFlags:
         flag(
             _COMPARED,
             "--repeat",
-            "Timed turns of each video, in batches of all of them, after one of warm-up.",
+            "Timed turns per video, after one for warm-up.",
             metavar="N",
         ),
     ] = REPEAT
@@ -180,7 +180,7 @@ class BenchFlags:
         flag(
             _COMPARED,
             "--exact/--no-exact",
-            "Decide near-ties by plain steps, or not. Default: in bfloat16 and float16 both, to compare.",
+            "Decide near-ties with plain steps. Default: both ways in bfloat16 and float16, to compare.",
         ),
     ] = None
     preset: Annotated[str | None, same_as(CaptionFlags, "preset")] = None
@@ -189,7 +189,7 @@ class BenchFlags:
         list[str] | None,
         typer.Option(
             "--draft",
-            help="What guesses: hub id, folder, folder of a trained head, or none. Several are compared.",
+            help="Draft model or trained head: hub id, folder or none. Repeat to compare several.",
             rich_help_panel=_COMPARED,
             metavar="ID",
         ),
@@ -231,12 +231,12 @@ class BenchFlags:
         ),
     ] = None
     json_output: Annotated[
-        bool, flag(_TALKING, "--json", "Print conditions and summaries as one JSON object, on one line.")
+        bool, flag(_TALKING, "--json", "Print conditions and summaries as one JSON object.")
     ] = False
-    quiet: Annotated[bool, flag(_TALKING, "--quiet -q", "No progress and no notes.")] = False
+    quiet: Annotated[bool, flag(_TALKING, "--quiet -q", "Print no progress and no notes.")] = False
     verbose: Annotated[  # the app looks for it, see app.py
         bool,
-        typer.Option("--verbose", "-v", help="Show the traceback of an error.", rich_help_panel=_TALKING),
+        typer.Option("--verbose", "-v", help="Print the traceback of an error.", rich_help_panel=_TALKING),
     ] = False
 
     @property
