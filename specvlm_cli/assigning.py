@@ -187,12 +187,11 @@ class Assigner:
 
     def _send(self, worker: Worker, read: Read) -> None:
         descriptor, frames = read.video.handle()
-        own = read.claim.item.prompts
-        prompts = own or self._policy.captions.prompts
+        prompts = self._policy.prompts_of(read.claim)
         task = Task(
             key=read.claim.ordinal,
             prompts=tuple(prompts[index] for index in self._policy.asked(read.claim)),
-            own_prompts=own is not None,
+            own_prompts=read.claim.item.prompts is not None,
             frames=frames,
             time_limit_s=self._policy.timeout_s,
             on_oom=self._policy.on_oom,

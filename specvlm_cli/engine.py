@@ -167,18 +167,13 @@ class SpecvlmEngine:
     @property
     def models(self) -> Models:
         info = self._captioner.info
-        resolved = {
-            "target_revision": info.target_revision,
-            "dtype": info.dtype,
-            "processor_options": dict(info.processor_options),
-        }
         return Models(
             target=self._settings.models.name,
             target_revision=info.target_revision,
             draft=None if info.draft is None else public_name(info.draft),
             device=info.device,
             frame_multiple=self._captioner.frame_multiple,
-            resolved=resolved,
+            resolved=resolved(self._captioner),
             warnings=info.warnings,
         )
 
@@ -240,6 +235,16 @@ class SpecvlmEngine:
             return False
         free_what_can_be_freed()
         return True
+
+
+def resolved(captioner: Captioner) -> Plain:
+    """Return what captions depend on beyond the settings."""
+    info = captioner.info
+    return {
+        "target_revision": info.target_revision,
+        "dtype": info.dtype,
+        "processor_options": dict(info.processor_options),
+    }
 
 
 def public_name(model: str) -> str:

@@ -431,7 +431,6 @@ def _provenance(request: Request, models: Models, run_id: str) -> Provenance:
         config_hash=config_hash(request.settings.fingerprint()),
         specvlm_version=request.version,
         run_id=run_id,
-        prompts=request.settings.prompts,
     )
 
 

@@ -66,9 +66,13 @@ class Policy:
             cpu_workers=min(self.cpu_workers, max(1, number // _VIDEOS_OF_WORKER)),
         )
 
+    def prompts_of(self, claim: Claim) -> tuple[str, ...]:
+        """Return the prompts of a video: its own, or those of the run."""
+        return claim.item.prompts or self.captions.prompts
+
     def asked(self, claim: Claim) -> Sequence[int]:
         """Return the indexes of the prompts to ask about a video: all, or those that have no caption yet."""
-        return range(len(claim.item.prompts or self.captions.prompts)) if claim.only is None else claim.only
+        return range(len(self.prompts_of(claim))) if claim.only is None else claim.only
 
     def sequences(self, claim: Claim) -> int:
         """Return how many captions are to be made of a video: one for each prompt to ask."""

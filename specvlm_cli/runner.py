@@ -324,8 +324,9 @@ class Runner:
 
     def _on_made(self, claim: Claim, made: Made) -> None:
         assert self._provenance is not None
+        prompts = self._policy.prompts_of(claim)
         rows = [
-            caption_row(claim, index, caption, comparison, made, self._provenance)
+            caption_row(claim, index, prompts[index], caption, comparison, made, self._provenance)
             for index, (caption, comparison) in zip(self._policy.asked(claim), made.captions, strict=True)
         ]
         self._ledger.finish(claim, rows, _stamp(made))

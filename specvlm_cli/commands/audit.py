@@ -13,7 +13,7 @@ import typer
 
 from specvlm_cli.commands.caption_flags import FrameFlags, ModelFlags
 from specvlm_cli.commands.choices import check_device, read_limits
-from specvlm_cli.commands.options import same_as
+from specvlm_cli.commands.options import picked, same_as
 from specvlm_cli.text import caption_line
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def audit(flags: AuditFlags) -> int:
 
     Exit code 0 where every caption of the sample is equal, 3 where one is not or could not be compared.
     """
-    from specvlm_cli.audit.made_with import Device
+    from specvlm_cli.audit.made_with import How
     from specvlm_cli.audit.sample import parse_sample
     from specvlm_cli.run_view import view
     from specvlm_cli.shard import parse_shard
@@ -101,8 +101,9 @@ def audit(flags: AuditFlags) -> int:
 
     from specvlm_cli.audit import job
 
-    device = Device(flags.device_map, flags.local_files_only, flags.trust_remote_code)
-    request = job.Request(sample, shard, device, limits, flags.again, quiet=flags.quiet or flags.json_output)
+    quiet = flags.quiet or flags.json_output
+    how = How(**picked(flags, How) | {"limits": limits, "quiet": quiet})
+    request = job.Request(sample, shard, how, flags.again)
     with _progress(flags.quiet) as tick:
         found = job.audit(run, request, tick)
     _show(found, flags)

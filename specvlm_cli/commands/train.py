@@ -78,8 +78,8 @@ def train(flags: TrainFlags) -> int:
         if not samples.train:
             talk.note("nothing to do: no videos there")
             return _shown(_nothing(flags, samples), flags, ranks)
+        workers = flags.decode_workers or _decode_workers(ranks.count)
         request = job.Request(
-            out=flags.out,
             samples=samples,
             captions=settings,
             split=split,
@@ -88,13 +88,9 @@ def train(flags: TrainFlags) -> int:
             objective=objective,
             schedule=schedule,
             limits=limits,
-            decode_workers=flags.decode_workers or _decode_workers(ranks.count),
-            batch_size=flags.batch_size,
-            root=root_of(flags.root),
-            if_locked=flags.if_locked,
             max_runtime_s=max_runtime_s,
-            exit_zero=flags.exit_zero,
             unreadable=unreadable,
+            **picked(flags, job.Request) | {"decode_workers": workers, "root": root_of(flags.root)},
         )
         return _run(request, ranks, talk, flags)
 

@@ -30,7 +30,7 @@ from specvlm.records import Frames
 from specvlm_cli import app, engine, lock
 from specvlm_cli.audit import differences, work
 from specvlm_cli.audit.comparing import Asked, Verdict, compare
-from specvlm_cli.audit.made_with import Device, MadeWith
+from specvlm_cli.audit.made_with import How, MadeWith
 from specvlm_cli.audit.sample import Place, parse_sample
 from specvlm_cli.commands.audit import around
 from specvlm_cli.decoding import DecodingPool, keeper
@@ -599,13 +599,13 @@ def test_the_number_format_is_that_of_the_rows_wherever_it_is_audited() -> None:
         ("float16", "float16", True, "float16"),
     ):
         made = replace(MADE_WITH, settings={"dtype": asked}, resolved={"dtype": found})
-        assert made.models(Device("cpu"), has_cuda=has_cuda).dtype == loaded_as
+        assert made.models(How("cpu"), has_cuda=has_cuda).dtype == loaded_as
     commit = replace(
         MADE_WITH, settings={"dtype": "auto", "revision": "main"}, resolved={"target_revision": "a" * 40}
     )
-    assert commit.models(Device(), has_cuda=True).revision == "a" * 40
+    assert commit.models(How(), has_cuda=True).revision == "a" * 40
     hashed = replace(commit, resolved={"target_revision": "sha256:0123456789abcdef"})
-    assert hashed.models(Device(), has_cuda=True).revision == "main"
+    assert hashed.models(How(), has_cuda=True).revision == "main"
 
 
 def test_a_target_that_always_fails_ends_the_audit(
