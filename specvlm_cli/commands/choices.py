@@ -25,6 +25,7 @@ from specvlm_cli.text import clean, short
 
 if TYPE_CHECKING:
     from specvlm_cli.commands.audit import AuditFlags
+    from specvlm_cli.commands.inspect import InspectFlags
     from specvlm_cli.commands.train_flags import TrainFlags
 
 DEFAULT_PRESET, AUTO_PRESET = "demo", "auto"
@@ -185,18 +186,22 @@ def model_choice(flags: object, pair: Preset | None, **more: Any) -> ModelChoice
     return ModelChoice(**chosen | more)
 
 
-def caption_settings(flags: CaptionFlags | TrainFlags, pair: Preset | None) -> CaptionSettings:
-    """Return what captions depend on, and how they are made.
+def caption_settings(
+    flags: CaptionFlags | TrainFlags | InspectFlags, pair: Preset | None, **models: Any
+) -> CaptionSettings:
+    """Return what captions depend on, and how they are made; `models` goes over what the flags say.
 
     Raises:
         UsageError: Flags contradict each other.
         ConfigError: A setting is out of range.
     """
-    check_models(pair, flags.draft, flags.draft_revision, flags.device_map)
-    draft = draft_of(flags.draft, pair)
+    chosen = models.get("draft", flags.draft)
+    check_models(pair, chosen, getattr(flags, "draft_revision", None), flags.device_map)
+    draft = draft_of(chosen, pair)
     refuse_for_head(draft, flags)
+    vocabulary = guessable(getattr(flags, "draft_vocab", None), draft)
     return CaptionSettings(
-        models=model_choice(flags, pair, draft_vocab=guessable(getattr(flags, "draft_vocab", None), draft)),
+        models=model_choice(flags, pair, draft_vocab=vocabulary, **models),
         prompts=prompt_texts(flags.prompt, pair),
         system=None if flags.system is None else text_of("system", flags.system),
         frames=frame_settings(flags, pair),

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from specvlm.bench.words import counted, frames_note, percent
-from specvlm.config import SpeculationSettings
 from specvlm.drafts.kinds import is_head
 from specvlm.preset import Preset
 from specvlm_cli import engine
@@ -24,21 +23,16 @@ from specvlm_cli.commands.bench_flags import in_range, one_prompt
 from specvlm_cli.commands.caption_flags import DtypeName, FrameFlags, InputFlags, ModelFlags, PruningFlags
 from specvlm_cli.commands.choices import (
     DEFAULT_PRESET,
-    check_device,
-    frame_settings,
-    model_choice,
+    caption_settings,
     pair_of,
-    prompt_texts,
     read_limits,
-    refuse_for_head,
-    text_of,
 )
-from specvlm_cli.commands.options import output, picked, same_as
+from specvlm_cli.commands.options import output, same_as
 from specvlm_cli.decoding import ReadJob
 from specvlm_cli.decoding.single import read_one
 from specvlm_cli.exits import ExitCode, FatalError, Flag, UsageError
 from specvlm_cli.safe_files import new_file
-from specvlm_cli.settings import ModelChoice
+from specvlm_cli.settings import CaptionSettings
 from specvlm_cli.talk import STDERR
 from specvlm_cli.text import clean, storable
 
@@ -121,10 +115,7 @@ class _Question:
     """What the flags ask for."""
 
     video: Path
-    models: ModelChoice
-    prompt: str
-    system: str | None
-    speculation: SpeculationSettings
+    captions: CaptionSettings
     sheet: Path
 
 
@@ -138,12 +129,12 @@ def inspect(flags: InspectFlags) -> int:
     in_range("pictures", flags.pictures, _MOST_PICTURES)
     pair = pair_of(flags.preset, flags.target)
     asked = _question(flags, pair)
-    frames = frame_settings(flags, pair)
+    captions, prompt = asked.captions, asked.captions.prompts[0]
     limits = read_limits(flags)
     if flags.preset is None and flags.target is None:
         _tell(f"no --preset or --target: using the tiny {DEFAULT_PRESET} pair, it knows only drawn shapes")
-    captioner = engine.load_captioner(asked.models, quiet=flags.json_output)
-    read = read_one(ReadJob(0, os.fsencode(asked.video), frames, captioner.frame_multiple), limits)
+    captioner = engine.load_captioner(captions.models, quiet=flags.json_output)
+    read = read_one(ReadJob(0, os.fsencode(asked.video), captions.frames, captioner.frame_multiple), limits)
     number = flags.num_frames
     if number and (note := frames_note(number, len(read.pixels), captioner.frame_multiple)):
         _tell(note)
@@ -151,27 +142,19 @@ def inspect(flags: InspectFlags) -> int:
     from specvlm.inspection import look, look_through_head
 
     if captioner.draft is None:
-        found = look(captioner, read, asked.prompt, asked.speculation, system=asked.system)
+        found = look(captioner, read, prompt, captions.speculation, system=captions.system)
     else:
-        found = look_through_head(captioner, read, asked.prompt, system=asked.system)
+        found = look_through_head(captioner, read, prompt, system=captions.system)
     _write(asked.sheet, _picture(found, flags, asked))
     _print(found, captioner, flags, asked)
     return ExitCode.OK
 
 
 def _question(flags: InspectFlags, pair: Preset | None) -> _Question:
-    check_device(flags.device_map)
-    head = _head(flags, pair)
-    refuse_for_head(head, flags)
+    one_prompt(flags.prompt, "inspect")
+    captions = caption_settings(flags, pair, draft=_head(flags, pair) or "none")
     video = _existing_file(flags.video)
-    return _Question(
-        video=video,
-        models=model_choice(flags, pair, draft=head or "none"),
-        prompt=prompt_texts(one_prompt(flags.prompt, "inspect"), pair)[0],
-        system=None if flags.system is None else text_of("system", flags.system),
-        speculation=SpeculationSettings(**picked(flags, SpeculationSettings)),
-        sheet=_sheet_path(video, flags.out, flags.overwrite),
-    )
+    return _Question(video, captions, _sheet_path(video, flags.out, flags.overwrite))
 
 
 def _head(flags: InspectFlags, pair: Preset | None) -> str | None:
@@ -224,7 +207,7 @@ def _tell(message: str) -> None:
 def _picture(found: Inspection, flags: InspectFlags, asked: _Question) -> bytes:
     from specvlm.inspection.sheet import MOST_PICTURES, SheetText, draw_sheet
 
-    text = SheetText(asked.video.name, asked.models.name, asked.prompt)
+    text = SheetText(asked.video.name, asked.captions.models.name, asked.captions.prompts[0])
     png = io.BytesIO()
     draw_sheet(found, text, flags.pictures or MOST_PICTURES).save(png, "PNG")
     return png.getvalue()
@@ -259,13 +242,13 @@ def _print(found: Inspection, captioner: Captioner, flags: InspectFlags, asked: 
         "schema": SCHEMA,
         "video": storable(str(asked.video)),
         "sheet": storable(str(asked.sheet)),
-        "target": asked.models.name,
+        "target": asked.captions.models.name,
         "target_revision": captioner.info.target_revision,
         "draft": None if captioner.info.draft is None else engine.public_name(captioner.info.draft),
         "dtype": captioner.info.dtype,
         "device": captioner.info.device,
-        "prompt": asked.prompt,
-        "system": asked.system,
+        "prompt": asked.captions.prompts[0],
+        "system": asked.captions.system,
     }
     show.as_json(about | found.figures())
 

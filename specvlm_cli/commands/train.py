@@ -37,9 +37,10 @@ from specvlm_cli.training.talk import Speaker, ending
 from specvlm_cli.wanted import Wanted
 
 if TYPE_CHECKING:
+    from specvlm.drafts.compressor import CompressorConfig
     from specvlm.training.objective import ObjectiveSettings
     from specvlm.training.ranks import Ranks
-    from specvlm_cli.training.job import HeadChoice, Outcome, Request
+    from specvlm_cli.training.job import Outcome, Request
 
 _MODES = ("select", "weighted", "concat")
 _MOST_DECODE_WORKERS = 4  # where the flag does not say
@@ -59,13 +60,13 @@ def train(flags: TrainFlags) -> int:
     training, schedule = TrainingSettings(**picked(flags, TrainingSettings)), _schedule(flags)
     share = _held_out_share(flags.held_out)
     split = Split(share or 0.0, flags.held_out_limit, flags.seed)
-    head_device = _head_device(flags.head_device)
+    _check_head_device(flags.head_device)
     max_runtime_s, limits = runtime_limit_s(flags), read_limits(flags)
 
     from specvlm.training.ranks import ranks_of_this_process
     from specvlm_cli.training import job
 
-    head, objective = _head(flags, head_device), _objective(flags)
+    head, objective = _head(flags), _objective(flags)
     ranks = ranks_of_this_process()
     with _speaker(flags, ranks) as talk:
         if flags.preset is None and flags.target is None:
@@ -139,28 +140,25 @@ def _schedule(flags: TrainFlags) -> Schedule:
         raise UsageError(Flag("checkpoint_every", text), "is out of range", fix=fix) from error
 
 
-def _head(flags: TrainFlags, device: str | None) -> HeadChoice:
+def _head(flags: TrainFlags) -> CompressorConfig:
     from specvlm.drafts.compressor import CompressorConfig
-    from specvlm_cli.training.job import HeadChoice
 
     given: dict[str, Any] = {"ratio": flags.compression_ratio, "queries": flags.queries}
     more = {name: value for name, value in given.items() if value is not None}
     if flags.compressor in _MODES:
         if flags.operators is not None:
             more["operators"] = tuple(one for one in re.split(r"[\s,]+", flags.operators) if one)
-        compressor = CompressorConfig(mode=flags.compressor, **more)  # type: ignore[arg-type]
-    else:
-        if flags.operators is not None:
-            raise UsageError(
-                Flag("operators", flags.operators),
-                "has no effect on",
-                Flag("compressor", flags.compressor),
-                fix=f"it is for {', '.join(_MODES)}",
-            )
-        single = flags.compressor != "none"
-        operators = (flags.compressor,) if single else ()
-        compressor = CompressorConfig(mode="single" if single else "none", operators=operators, **more)  # type: ignore[arg-type]
-    return HeadChoice(compressor, device)
+        return CompressorConfig(mode=flags.compressor, **more)  # type: ignore[arg-type]
+    if flags.operators is not None:
+        raise UsageError(
+            Flag("operators", flags.operators),
+            "has no effect on",
+            Flag("compressor", flags.compressor),
+            fix=f"it is for {', '.join(_MODES)}",
+        )
+    single = flags.compressor != "none"
+    operators = (flags.compressor,) if single else ()
+    return CompressorConfig(mode="single" if single else "none", operators=operators, **more)  # type: ignore[arg-type]
 
 
 def _objective(flags: TrainFlags) -> ObjectiveSettings:
@@ -193,12 +191,11 @@ def _held_out_share(text: str) -> float | None:
     return share
 
 
-def _head_device(device: str | None) -> str | None:
+def _check_head_device(device: str | None) -> None:
     if device is not None and not _HEAD_DEVICE.fullmatch(device):
         raise UsageError(
             Flag("head_device", repr(device)), "is unknown", fix="give cuda, cuda:N, xpu, xpu:N, mps or cpu"
         )
-    return device
 
 
 def _samples(

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from specvlm.captioner import Captioner
-from specvlm.config import GenerationSettings, SpeculationSettings
 from specvlm_cli.decoding import ReadFailure, ReadJob
-from specvlm_cli.settings import Plain
+from specvlm_cli.settings import CaptionSettings, Plain
 from specvlm_cli.training.captions import LeftOut
 from specvlm_cli.training.reading import job_of
 from specvlm_cli.training.samples import Video
@@ -29,17 +28,13 @@ class Asking:
     """How the target is asked.
 
     Attributes:
-        system: The system message.
-        generation: What captions depend on.
-        speculation: How the draft guesses.
+        captions: What captions depend on, and how they are made.
         settings: All that the text depends on beside frames and prompt, for the key of a caption.
         read: A job that says how videos are read.
         unroll: Passes of the head, for the memory that it takes.
     """
 
-    system: str | None
-    generation: GenerationSettings
-    speculation: SpeculationSettings
+    captions: CaptionSettings
     settings: Plain
     read: ReadJob
     unroll: int = 0

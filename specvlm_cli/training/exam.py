@@ -82,7 +82,7 @@ class Exam:
             and not self._register.has(Sample(video, 0), step)
         ]
         self._reader.begin(one.job for one in mine if isinstance(one.job, ReadJob))
-        kind = self._pupil.kind_of(replace(self._asking.generation, seed=0), _AS_IN_USE)
+        kind = self._pupil.kind_of(replace(self._asking.captions.generation, seed=0), _AS_IN_USE)
         batch = CaptionBatch(self._pupil, self._batch_size)
         try:
             self._decode(mine, batch, kind)
@@ -126,7 +126,7 @@ class Exam:
             if isinstance(found, ReadFailure):
                 raise one.suspect.unread(found)
             with one.suspect.blamed("generate"):
-                session = self._pupil.session(found, prompts, system=self._asking.system)
+                session = self._pupil.session(found, prompts, system=self._asking.captions.system)
                 for prompt in range(len(prompts)):
                     session.add_to(batch, (number, prompt), prompt, kind)
         except UselessError as error:

@@ -55,19 +55,6 @@ _LOOK_EVERY_S = 1.0  # at a lock that others hold
 
 
 @dataclass(frozen=True, slots=True)
-class HeadChoice:
-    """Which head to train.
-
-    Attributes:
-        compressor: In front of it.
-        device: Where it trains; None: where the target's logits come out.
-    """
-
-    compressor: CompressorConfig
-    device: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Request:
     """What one start is asked to do.
 
@@ -76,10 +63,11 @@ class Request:
         samples: What to learn from, and what is held out.
         captions: How the target captions.
         split: How the held-out videos were chosen.
-        head: Which head.
+        head: The compressor of the head.
         training: How its weights learn.
         objective: What is minimised.
         schedule: How long, and what is done on the way.
+        head_device: Where the head trains; None: where the target's logits come out.
         limits: What reading one video may take.
         decode_workers: Videos that are read at the same time.
         batch_size: Most captions in flight; None: as many as memory holds and as help.
@@ -94,10 +82,11 @@ class Request:
     samples: Samples
     captions: CaptionSettings
     split: Split
-    head: HeadChoice
+    head: CompressorConfig
     training: TrainingSettings
     objective: ObjectiveSettings
     schedule: Schedule
+    head_device: str | None = None
     limits: Limits = field(default_factory=Limits)
     decode_workers: int = 1
     batch_size: int | None = None
@@ -113,7 +102,7 @@ class Request:
 
     def fingerprint(self) -> Plain:
         """Return all that the head that is kept depends on, by the names of flags."""
-        compressor = self.head.compressor
+        compressor = self.head
         return {
             **self.captions.fingerprint(),
             "compressor": compressor.name,
@@ -184,7 +173,7 @@ def run(request: Request, ranks: Ranks, talk: Speaker, *, quiet: bool) -> Outcom
 
 
 def _run(request: Request, ranks: Ranks, talk: Speaker, stop: Stop, quiet: bool) -> Outcome:
-    _check_place(request.head.device)
+    _check_place(request.head_device)
     total = request.order().total_steps(request.schedule)
     with ExitStack() as held:
         standing = ranks.first(_standing(request, total, talk, stop, held) if ranks.rank == 0 else None)
@@ -342,7 +331,7 @@ class _Start:
 
     def _place(self, target: VideoLM) -> tuple[torch.device, torch.dtype]:
         """Where the head trains, and in which number format: on a CPU in float32, elsewhere in the target's."""
-        device = target.device if self.request.head.device is None else torch.device(self.request.head.device)
+        device = target.device if self.request.head_device is None else torch.device(self.request.head_device)
         return device, torch.float32 if device.type == "cpu" else target.dtype
 
     def _reader(self, check: Callable[[], None]) -> Reader:
@@ -460,7 +449,7 @@ def _head_config(request: Request, teacher: Captioner, processes: int) -> HeadCo
         target_revision=teacher.info.target_revision,
         family=target.family.name,
         hidden_size=target.hidden_size,
-        compressor=request.head.compressor,
+        compressor=request.head,
         training=training,
         target_fingerprint=target_fingerprint(teacher.info.target, teacher.info.target_revision),
     )
@@ -476,11 +465,4 @@ def _asking(request: Request, teacher: Captioner, resolved: Plain) -> Asking:
     settings = request.captions
     fingerprint = {name: value for name, value in settings.fingerprint().items() if name != "prompt"}
     read = ReadJob(0, b"", settings.frames, teacher.frame_multiple, request.root)
-    return Asking(
-        settings.system,
-        settings.generation,
-        settings.speculation,
-        fingerprint | resolved,
-        read,
-        request.objective.unroll,
-    )
+    return Asking(settings, fingerprint | resolved, read, request.objective.unroll)

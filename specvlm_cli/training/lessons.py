@@ -135,10 +135,12 @@ class Lessons:
         for frames in sorted(first, key=lambda one: one.pixels.nbytes)[-1:]:
             prompt = self._samples[0].video.prompts[0]
             try:
-                prepared = self._captioners.teacher.prepare(frames, prompt, system=self._asking.system)
+                prepared = self._captioners.teacher.prepare(
+                    frames, prompt, system=self._asking.captions.system
+                )
             except Exception:  # it is told in its turn
                 return
-            missing = self._shortage(prepared, self._asking.generation.max_new_tokens)
+            missing = self._shortage(prepared, self._asking.captions.generation.max_new_tokens)
             if missing is not None:
                 raise TrainingError(f"the longest of the first {len(first)} videos: {missing}; {_FIXES}")
 
@@ -185,7 +187,7 @@ class Lessons:
             raise suspect.unread(found)
         prompt = sample.video.prompts[sample.prompt]
         with suspect.blamed("preprocess"):
-            prepared = self._captioners.teacher.prepare(found, prompt, system=self._asking.system)
+            prepared = self._captioners.teacher.prepare(found, prompt, system=self._asking.captions.system)
         key = caption_key(found, prompt, self._asking.settings) if known is None else known.key
         return Lesson(suspect, key, prepared)
 
@@ -312,7 +314,9 @@ class Lessons:
         frames = self._reader.take_ahead(lesson.position)
         prompt = lesson.suspect.video.prompts[lesson.suspect.prompt]
         try:
-            lesson.prepared = self._captioners.teacher.prepare(frames, prompt, system=self._asking.system)
+            lesson.prepared = self._captioners.teacher.prepare(
+                frames, prompt, system=self._asking.captions.system
+            )
         except Exception as error:
             lesson.failed = "preprocess", error
         return lesson.failed is None

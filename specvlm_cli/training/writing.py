@@ -115,7 +115,8 @@ class Writer:
         if self._batch is None or (author is not self._author and not self._running):
             self._batch = CaptionBatch(author, self._most)
             self._author = author
-            self._kind = author.kind_of(self._asking.generation, self._asking.speculation)
+            captions = self._asking.captions
+            self._kind = author.kind_of(captions.generation, captions.speculation)
         if author is self._author:
             assert self._kind is not None
             while self._waiting and self._batch.has_room():
