@@ -166,9 +166,7 @@ def _grid(flags: BenchFlags) -> Grid:
         pruners=_DEFAULT.pruners if flags.pruner is None else _pruners(flags.pruner),
         prune_ratios=_DEFAULT.prune_ratios if flags.prune_ratio is None else _ratios(flags.prune_ratio),
         trees=cast("tuple[TreeName, ...]", values_of("tree", flags.tree, str, "static,dynamic")),
-        batch_sizes=values_of(
-            "--batch-size", flags.batch_size, partial(_batch_size, flags), "1,8,32 or auto"
-        ),
+        batch_sizes=values_of("batch_size", flags.batch_size, partial(_batch_size, flags), "1,8,32 or auto"),
     )
 
 
