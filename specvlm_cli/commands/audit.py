@@ -101,8 +101,7 @@ def audit(flags: AuditFlags) -> int:
 
     from specvlm_cli.audit import job
 
-    quiet = flags.quiet or flags.json_output
-    how = How(**picked(flags, How) | {"limits": limits, "quiet": quiet})
+    how = How(**picked(flags, How) | {"limits": limits, "quiet": flags.quiet or flags.json_output})
     request = job.Request(sample, shard, how, flags.again)
     with _progress(flags.quiet) as tick:
         found = job.audit(run, request, tick)

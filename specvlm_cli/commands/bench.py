@@ -210,7 +210,7 @@ def _with_drafts(grid: Grid, flags: BenchFlags, pair: Preset | None) -> tuple[Gr
     if unused := [name for name in drafts if name not in used and flags.given_drafts]:
         chosen = ",".join(grid.methods)
         raise UsageError(
-            Flag("draft", unused[0]), f"is used by none of --methods {chosen}", fix="leave it out"
+            Flag("draft", unused[0]), "is used by none of", Flag("methods", chosen), fix="leave it out"
         )
     if known and all(one.is_head for one in known):
         refuse_for_head(next(iter(drafts.values())), flags)

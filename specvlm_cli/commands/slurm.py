@@ -361,7 +361,7 @@ def _stop_before_s(text: str, limit: str | None, grace_s: float) -> int:
     limit_s = None if limit is None else _limit_s(limit)
     if limit_s is not None and limit_s <= stop_s + 60:  # the warning may come a minute early
         raise UsageError(
-            Flag("time", limit), f"leaves no time to work before --stop-before {clean(text)}", fix="give more"
+            Flag("time", limit), "leaves no time to work before", Flag("stop_before", text), fix="give more"
         )
     return stop_s
 
