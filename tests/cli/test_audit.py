@@ -396,7 +396,9 @@ def fake(specvlm: Specvlm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> C
     monkeypatch.setattr(work, "DecodingPool", partial(DecodingPool, reader=READER))
 
     def put(at: int = 0, number: signal.Signals | None = None) -> None:
-        monkeypatch.setattr(work, "open_stock", lambda how: FakeStock(tmp_path / "journal", at, number))
+        monkeypatch.setattr(
+            work, "open_stock", lambda made_with, how: FakeStock(tmp_path / "journal", at, number)
+        )
 
     put()
     return put
