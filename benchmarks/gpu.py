@@ -39,6 +39,7 @@ from gpu_tables import markdown
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import specvlm
+from recipes.demo.clips import render, scene_for, seed_for
 from specvlm.bench.grid import Grid
 from specvlm.bench.measure import Asked, Measurer
 from specvlm.bench.modelled import (
@@ -61,7 +62,6 @@ from specvlm.captioner import Captioner, PreparedVideo
 from specvlm.choosing import TreeChooser
 from specvlm.config import GenerationSettings, SpeculationSettings, TreeName
 from specvlm.costs import CostStore
-from specvlm.demo.clips import render, scene_for, seed_for
 from specvlm.drafts.small_model import SmallModelDraft
 from specvlm.published import (
     LLAVA,

@@ -8,13 +8,11 @@ from __future__ import annotations
 import json
 import shlex
 import signal
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import partial
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NamedTuple, cast
 
@@ -151,9 +149,7 @@ def _of_checkpoints(flags: BenchFlags, grid: Grid, talk: BenchTalk) -> _Measured
     grid, drafts = _with_drafts(grid, flags, pair)
     check_models(None, next(iter(drafts.values()), None), flags.draft_revision, flags.device_map)
     prompt = prompt_texts(flags.prompt, pair)[0]
-    with ExitStack() as stack:
-        videos = _videos(flags, talk, stack)
-        return _measured(flags, pair, _Compared(grid, drafts, prompt), videos, talk)
+    return _measured(flags, pair, _Compared(grid, drafts, prompt), _videos(flags, talk), talk)
 
 
 def _grid(flags: BenchFlags) -> Grid:
@@ -257,14 +253,11 @@ def _refuse_without_draft(grid: Grid) -> None:
     )
 
 
-def _videos(flags: BenchFlags, talk: BenchTalk, stack: ExitStack) -> _Videos:
-    """Return the clips; those that have to be drawn stay until the stack is closed."""
+def _videos(flags: BenchFlags, talk: BenchTalk) -> _Videos:
     if flags.inputs:
         videos = _given(flags.inputs, flags.limit, talk)
     else:
-        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="specvlm-bench-"))
-        clips, words = example_clips(Path(scratch))
-        videos = _Videos(clips[: flags.limit], words)
+        videos = _Videos(example_clips()[: flags.limit], "the example clips")
     if not videos.clips:
         raise FatalError(
             f"{videos.words}: no videos there; give a folder, a video, a quoted glob or a manifest"
