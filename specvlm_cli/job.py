@@ -457,7 +457,9 @@ def _refuse_other_settings(
         return
     if known is None and _hashes(folder, ledger) == {config_hash(fingerprint)}:
         return
-    changes = _listed(differences(known.settings, fingerprint)) if known else "its run.json is gone"
+    changes = (
+        "; ".join(map(str, differences(known.settings, fingerprint))) if known else "its run.json is gone"
+    )
     how = "go on with the new value"
     if known and _adds_prompts(request, known):
         how = "ask only what is new, about all videos"
@@ -528,15 +530,11 @@ def _refuse_changed_files(
         raise _other_target(folder, differences({"target_revision": then}, {"target_revision": now}))
 
 
-def _listed(changes: Sequence[Change]) -> str:
-    return "; ".join(map(str, changes))
-
-
 def _other_target(folder: RunFolder, changes: Sequence[Change]) -> UsageError:
     return UsageError(
         f"{_shown(folder)}: the target is not that of the captions there, although it has its name: "
-        f"{_listed(changes)}; use the old files, --revision and --dtype, accept both with --on-config-change reuse, "
-        "or give another -o folder"
+        f"{'; '.join(map(str, changes))}; use the old files, --revision and --dtype, accept both with "
+        "--on-config-change reuse, or give another -o folder"
     )
 
 

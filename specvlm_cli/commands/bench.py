@@ -147,7 +147,7 @@ def _stopped(error: KeyboardInterrupt, flags: BenchFlags, talk: BenchTalk, code:
 def _of_checkpoints(flags: BenchFlags, grid: Grid, talk: BenchTalk) -> _Measured:
     pair = pair_of(flags.preset, flags.target)
     grid, drafts = _with_drafts(grid, flags, pair)
-    check_models(None, next(iter(drafts.values()), None), flags.draft_revision, flags.device_map)
+    check_models(next(iter(drafts.values()), None), flags.draft_revision, flags.device_map)
     prompt = prompt_texts(flags.prompt, pair)[0]
     return _measured(flags, pair, _Compared(grid, drafts, prompt), _videos(flags, talk), talk)
 

@@ -77,19 +77,17 @@ def refuse_for_head(draft: str | None, flags: object) -> None:
     )
 
 
-def check_models(
-    pair: Preset | None, draft: str | None, draft_revision: str | None, device_map: str | None
-) -> None:
+def check_models(draft: str | None, draft_revision: str | None, device_map: str | None) -> None:
     """Refuse a draft's revision without a draft, or of a head's folder, and a place that no device has by name.
 
     Raises:
         UsageError: It is so.
     """
-    if draft_revision is not None and draft_of(draft, pair) is None:
+    if draft_revision is not None and draft is None:
         raise UsageError(
             Flag("draft_revision", draft_revision), "has no draft to go with", fix="give --draft"
         )
-    if draft_revision is not None and is_head(str(draft_of(draft, pair))):
+    if draft_revision is not None and is_head(str(draft)):
         raise UsageError(
             Flag("draft_revision", draft_revision),
             ": a trained head is a folder, without revisions",
@@ -195,9 +193,8 @@ def caption_settings(
         UsageError: Flags contradict each other.
         ConfigError: A setting is out of range.
     """
-    chosen = models.get("draft", flags.draft)
-    check_models(pair, chosen, getattr(flags, "draft_revision", None), flags.device_map)
-    draft = draft_of(chosen, pair)
+    draft = draft_of(models.get("draft", flags.draft), pair)
+    check_models(draft, getattr(flags, "draft_revision", None), flags.device_map)
     refuse_for_head(draft, flags)
     vocabulary = guessable(getattr(flags, "draft_vocab", None), draft)
     return CaptionSettings(
