@@ -107,6 +107,15 @@ def test_defaults_are_those_of_the_library(specvlm: Specvlm, videos: Path, out: 
     )
 
 
+def test_every_flag_of_a_setting_reaches_it(specvlm: Specvlm, videos: Path, out: Path) -> None:
+    flags = ("--seed", 7, "--top-k", 5, "--pruner", "random", "--nodes", 9, "--video-backend", "pyav")
+    specvlm("caption", videos, "-o", out, *flags, "--max-failures", "5%")
+    (settings,) = specvlm.loads
+    assert settings.generation == GenerationSettings(seed=7, top_k=5)
+    assert settings.speculation == SpeculationSettings(seed=7, pruner="random", nodes=9)
+    assert settings.frames.backend == "pyav"
+
+
 @pytest.mark.parametrize("given", [(), ("--preset", "auto")])
 def test_without_a_gpu_the_demo_pair_is_used_and_said_so_even_to_cron(
     specvlm: Specvlm, videos: Path, out: Path, monkeypatch: pytest.MonkeyPatch, given: tuple[str, ...]
