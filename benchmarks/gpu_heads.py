@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from gpu_held import Held, Times
+from modelled import ModelledCaptioner
 
-from specvlm.bench.modelled import ModelledCaptioner, modelled_video
 from specvlm.captioner import PreparedVideo
 from specvlm.config import TreeName
 from specvlm.drafts.compressor import CompressorConfig
@@ -33,14 +33,13 @@ class Heads:
     """What is asked of a target's heads."""
 
     frames: int
-    frame_size: tuple[int, int]
     rounds: int  # timed in a row
     tokens: int  # that a trimmed vocabulary keeps
 
 
 def time_heads(captioner: ModelledCaptioner, asked: Heads, timed: Timed) -> list[dict[str, Any]]:
     """Heads with and without compressor and trimmed vocabulary, by tree; a plain step stands beside each."""
-    video = modelled_video(captioner, asked.frames, asked.frame_size)
+    video = captioner.video(asked.frames)
     rows = []
     for compressor in COMPRESSORS:
         head = _fresh(captioner, compressor)

@@ -31,7 +31,7 @@ from specvlm.sampling import Choices, TokenRule
 from specvlm.settling import Settling, Worth
 from specvlm.stats import StageClock
 from specvlm.tree import ROOT, Guesses, TreeShape
-from specvlm.verify import Accept, Accepted, accept, ranks_of
+from specvlm.verify import Accepted, accept, ranks_of
 
 # Batches of graphs shrink in these steps, so that few graphs serve all of them.
 GRAPH_ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
@@ -131,7 +131,6 @@ class DecodeSettings:
         rule: Makes the token rule, for no sequence yet.
         chooser: Chooses the tree of each round.
         propose: Makes the draft at work, for no sequence yet, given the rule and the target's cache; None: no draft.
-        accept: What counts as accepted.
         draft: Whose work `propose` makes.
         settling: Decide by plain steps what is not settled; None: take what rounds choose.
     """
@@ -139,7 +138,6 @@ class DecodeSettings:
     rule: Callable[[], TokenRule]
     chooser: TreeChooser
     propose: Callable[[TokenRule, KVCache], Proposer] | None = None
-    accept: Accept = accept
     draft: Draft | None = None
     settling: Settling | None = None
 
@@ -174,7 +172,6 @@ class _Verifier:
 
     def __init__(self, target: VideoLM) -> None:
         self._target, self.cache = target, target.new_cache()
-        self.accept: Accept = accept
         self.exact = False
         self._prompts: list[int] = []  # tokens of each row's prompt
         self._next: list[int] = []  # the position behind it
@@ -218,7 +215,7 @@ class _Verifier:
 
     def host_state(self, index: Lengths) -> Hashable:
         """All that this half depends on besides its tensors and the weights."""
-        return self._target.host_state(self._committed(index), self.cache), self.accept, self.exact
+        return self._target.host_state(self._committed(index), self.cache), self.exact
 
     def verify(
         self, shape: TreeShape, guesses: Guesses, rule: TokenRule, index: Lengths, bound: torch.Tensor
@@ -231,7 +228,7 @@ class _Verifier:
         nodes = Nodes(guesses.tokens, positions[None], slots, sees)
         hidden = self._target.forward_nodes(nodes, self.cache, lengths, shape.nodes)
         choices = _choose(rule, self._target.logits(hidden), guesses, bound if self.exact else None)
-        accepted = self.accept(guesses, choices.tokens, shape.depth)
+        accepted = accept(guesses, choices.tokens, shape.depth)
         finite = choices.finite.gather(1, accepted.path).all(dim=1)
         return _settled(guesses, accepted, finite, choices.margins, bound)
 
@@ -509,7 +506,7 @@ class Decoder:
         self._select([])
         if self._settings is not None and self._settings.draft is not settings.draft:
             self._rounds.proposer = None
-        self._verifier.accept, self._verifier.exact = settings.accept, settings.settling is not None
+        self._verifier.exact = settings.settling is not None
         self._rounds.rule = settings.rule()
         self.follow(settings)
         for model in (self._target, *([] if settings.draft is None else [settings.draft.text])):

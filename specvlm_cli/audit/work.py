@@ -27,7 +27,7 @@ from specvlm_cli.ledger import NO_FILE, FileStamp
 from specvlm_cli.stopping import Stop
 from specvlm_cli.stored_rows import Row
 from specvlm_cli.text import clean, path_bytes
-from specvlm_cli.training.reading import Bounds, Reader, job_of
+from specvlm_cli.training.reading import Bounds, Reader
 
 if TYPE_CHECKING:
     from specvlm.bench.reference import Reference, StockCaption
@@ -121,8 +121,8 @@ class Work:
         for number, (_, group) in enumerate(groupby(todo, key=lambda place: place[:2])):
             if rows := self.rows.of(list(group)):
                 row = rows[0][1]
-                part = row["start"], row["end"]
-                yield _Video(rows, job_of(number, path_bytes(row["path"]), part, like))
+                job = like.for_video(number, path_bytes(row["path"]), row["start"], row["end"])
+                yield _Video(rows, job)
 
     def _verdict(self, place: Place, row: Row, read: Frames | ReadFailure, stock: Reference) -> Verdict:
         if isinstance(read, ReadFailure):

@@ -27,7 +27,6 @@ from specvlm.errors import SpecvlmError
 from specvlm.preset import Preset, head_of
 from specvlm_cli import engine
 from specvlm_cli.commands.bench_flags import MOST_REPEATS, BenchFlags, in_range, one_prompt, values_of
-from specvlm_cli.commands.bench_shapes import modelled, modelled_grid, refuse_mixture
 from specvlm_cli.commands.caption_flags import MOST
 from specvlm_cli.commands.choices import (
     DEFAULT_PRESET,
@@ -88,7 +87,6 @@ def bench(flags: BenchFlags) -> int:
     in_range("limit", flags.limit, MOST)
     in_range("repeat", flags.repeat, MOST_REPEATS)
     one_prompt(flags.prompt, "bench")
-    refuse_mixture(flags)
     GenerationSettings(max_new_tokens=flags.max_new_tokens)
     grid, talk = _grid(flags), BenchTalk(flags.quiet)
     if flags.out is not None:
@@ -102,12 +100,6 @@ def bench(flags: BenchFlags) -> int:
             return _stopped(error, flags, talk, stop.code)
     _show(measured, flags, talk)
     return ExitCode.SOME_FAILED if measured.report.left_out else ExitCode.OK
-
-
-def _found(flags: BenchFlags, grid: Grid, talk: BenchTalk) -> _Measured:
-    if flags.shape is not None:
-        return _Measured(modelled(flags, modelled_grid(flags, grid), _command(flags), talk))
-    return _of_checkpoints(flags, grid, talk)
 
 
 class Stop:
@@ -144,7 +136,7 @@ def _stopped(error: KeyboardInterrupt, flags: BenchFlags, talk: BenchTalk, code:
     return code
 
 
-def _of_checkpoints(flags: BenchFlags, grid: Grid, talk: BenchTalk) -> _Measured:
+def _found(flags: BenchFlags, grid: Grid, talk: BenchTalk) -> _Measured:
     pair = pair_of(flags.preset, flags.target)
     grid, drafts = _with_drafts(grid, flags, pair)
     check_models(next(iter(drafts.values()), None), flags.draft_revision, flags.device_map)

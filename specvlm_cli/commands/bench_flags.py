@@ -22,7 +22,7 @@ from specvlm_cli.commands.options import flag, output, same_as, variable
 from specvlm_cli.exits import Flag, UsageError
 from specvlm_cli.text import clean
 
-_INPUT, _COMPARED, _SHAPES, _TALKING = "Input and output", "What is compared", "Modelled shapes", "Messages"
+_INPUT, _COMPARED, _TALKING = "Input and output", "What is compared", "Messages"
 _GRID = Grid()
 REPEAT = 3
 MOST_REPEATS = 1000
@@ -201,35 +201,6 @@ class BenchFlags:
     device_map: Annotated[str | None, same_as(CaptionFlags, "device_map")] = None
     local_files_only: Annotated[bool, same_as(CaptionFlags, "local_files_only")] = False
     trust_remote_code: Annotated[bool, same_as(CaptionFlags, "trust_remote_code")] = False
-    shape: Annotated[
-        str | None,
-        flag(
-            _SHAPES,
-            "--shape",
-            "Measure a target of this published shape with random weights, e.g. qwen2.5-vl-32b.",
-            metavar="NAME",
-        ),
-    ] = None
-    draft_shape: Annotated[
-        str | None, flag(_SHAPES, "--draft-shape", "The draft's, e.g. qwen2.5-vl-7b.", metavar="NAME")
-    ] = None
-    assume_accepted: Annotated[
-        float | None,
-        flag(_SHAPES, "--assume-accepted", "Accepted guesses of a round, which are given.", metavar="N"),
-    ] = None
-    layers: Annotated[
-        int | None,
-        flag(_SHAPES, "--layers", "Build so many of the target's layers, for a small machine.", metavar="N"),
-    ] = None
-    frame_size: Annotated[
-        str | None,
-        flag(
-            _SHAPES,
-            "--frame-size",
-            "Height and width of its frames. Default: 360x640; LLaVA-OneVision's are 384x384.",
-            metavar="HxW",
-        ),
-    ] = None
     json_output: Annotated[
         bool, flag(_TALKING, "--json", "Print conditions and summaries as one JSON object.")
     ] = False

@@ -25,7 +25,8 @@ from specvlm_cli.commands.options import flag, output, read_config
 from specvlm_cli.exits import Flag, UsageError
 from specvlm_cli.generating.messages import OnOom
 from specvlm_cli.inputs import EXTENSIONS
-from specvlm_cli.job import ChangePolicy, LockedPolicy
+from specvlm_cli.job import ChangePolicy
+from specvlm_cli.lock import LockedPolicy
 from specvlm_cli.talk import ProgressName
 from specvlm_cli.text import short
 

@@ -15,7 +15,7 @@ import typer
 from specvlm.training.settings import Schedule, TrainingSettings
 from specvlm_cli.commands.caption_flags import MOST, CaptionFlags, DtypeName, ReadingFlags
 from specvlm_cli.commands.options import flag, output, read_config, same_as
-from specvlm_cli.job import LockedPolicy
+from specvlm_cli.lock import LockedPolicy
 from specvlm_cli.talk import ProgressName
 
 CompressorName = Literal[

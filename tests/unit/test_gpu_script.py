@@ -243,8 +243,8 @@ def test_a_difference_tells_where_and_how_near_it_was(gpu: Any) -> None:
     plan = gpu.smoke_plan(60.0)
     shape = gpu.TINY[0][0]
     models = [gpu.build(shape, plan.device, plan.dtype, 3) for _ in range(2)]
-    captioner = gpu._Unforced(gpu.Pair(shape, shape, 0.0), *models)
-    video = gpu.modelled_video(captioner, 2, (56, 84), 3)
+    captioner = gpu.RandomCaptioner(gpu.Pair(shape, shape, 0.0), *models, (56, 84))
+    video = captioner.video(2, 3)
     stock = gpu.Measurer(captioner, 8).measure(gpu.Configuration("stock"), video, "", 1).token_ids
     with torch.inference_mode():
         logits = captioner.target.model(**video.inputs.tensors).logits[0, -1]
