@@ -1,6 +1,7 @@
-"""Everything that a GPU is asked, in one go: parity, batches, costs of real shapes, choices, roofline, profile.
+"""Everything that a GPU is asked, in one go: parity, exactness, batches, costs of real shapes, choices, profile.
 
     python benchmarks/gpu.py --out FOLDER --parts batches   many videos in flight alone, under five minutes
+    python benchmarks/gpu.py --out FOLDER --parts exactness   bfloat16 and float16 alone, under five minutes
     python benchmarks/gpu.py --out FOLDER             on a machine with CUDA, under ten minutes
     python benchmarks/gpu.py --out FOLDER --cpu-smoke   the same parts in small, on any machine, in half a minute
 
@@ -33,7 +34,8 @@ import numpy as np
 import torch
 import transformers
 from gpu_batches import Batches, batch_attention, batch_parity, batch_speed
-from gpu_heads import Heads, time_heads
+from gpu_exactness import Exactness, exactness_rows
+from gpu_heads import Heads, fresh_head, time_heads
 from gpu_held import Held, Times
 from gpu_tables import markdown
 from modelled import (
@@ -65,6 +67,8 @@ from specvlm.bench.suite import Step
 from specvlm.captioner import Captioner, PreparedVideo
 from specvlm.config import SpeculationSettings, TreeName
 from specvlm.costs import CostStore
+from specvlm.drafts.compressor import CompressorConfig
+from specvlm.drafts.head import HeadDraft
 from specvlm.drafts.small_model import SmallModelDraft
 from specvlm.published import LLAVA, QWEN25, Shape, TextShape, VisionShape
 from specvlm.records import Frames
@@ -76,8 +80,9 @@ ACCEPTED = 3.9  # SpecVLM, arXiv 2508.16201, reports 3.2 to 4.3 for its pairs
 TOLERANCE = 2.0**-6  # of the best score: what two orders of adding in bfloat16 may move a logit by
 TOP = 15
 PROMPT = "Describe the video."  # of the demo pairs
-PARTS = ("parity", "batches", "shapes", "rounds", "heads")
+PARTS = ("parity", "exactness", "batches", "shapes", "rounds", "heads")
 JSON, MARKDOWN = "gpu.json", "gpu.md"
+Subject = tuple[Captioner, list[PreparedVideo], HeadDraft]  # what captions are compared of
 
 
 # --- what is run ---
@@ -99,6 +104,7 @@ class Plan:
     seeds: int  # of each random pair
     rounds: int  # timed in a row
     head_tokens: int  # that a head with a trimmed vocabulary guesses from
+    exactness: Exactness
     batches: Batches
     batch_pair: tuple[Shape, Shape]
     copy_bytes: int
@@ -116,6 +122,7 @@ def _tiny(family: str, layers: int, vocabulary: int) -> Shape:
 
 
 TINY = tuple((_tiny(family, 4, 320), _tiny(family, 1, 300)) for family in (QWEN25, LLAVA))
+HALF = (torch.bfloat16, torch.float16)
 
 
 def full_plan(budget_s: float) -> Plan:
@@ -134,6 +141,9 @@ def full_plan(budget_s: float) -> Plan:
         seeds=12,
         rounds=12,
         head_tokens=16_384,
+        exactness=Exactness(
+            HALF, TINY, ("split", "varlen"), new_tokens=128, seeds=2, videos=4, budget_s=280.0
+        ),
         batches=Batches((1, 4, 8, 16, 32), turns=1, new_tokens=128, rows=8, rounds=12),
         batch_pair=(find_shape("qwen2.5-vl-7b"), find_shape("qwen2.5-vl-3b")),
         copy_bytes=4 << 30,
@@ -156,6 +166,7 @@ def smoke_plan(budget_s: float) -> Plan:
         seeds=1,
         rounds=3,
         head_tokens=100,
+        exactness=Exactness(HALF[:1], TINY[:1], ("split",), new_tokens=32, seeds=1, videos=1, budget_s=600.0),
         batches=Batches((1, 2), turns=1, new_tokens=8, rows=3, rounds=2),
         batch_pair=TINY[0],
         copy_bytes=64 << 20,
@@ -173,6 +184,7 @@ class Run:
             "conditions": _conditions(plan),
             "bandwidth": {},
             "parity": {},
+            "exactness": [],
             "shapes": [],
             "choices": [],
             "rounds": [],
@@ -389,6 +401,58 @@ def _difference(
     best, second = out.scores[first][0].float().topk(2).values.tolist()
     margin = best - second
     return first, margin, best, margin <= TOLERANCE * max(1.0, abs(best))
+
+
+# --- exactness ---
+
+
+def of_exactness(run: Run) -> None:
+    """Captions in half precision of random models, with and without `exact`, against stock's."""
+    asked = run.plan.exactness
+    for dtype in asked.dtypes:
+        until_s = min(run.plan.budget_s, run.passed_s() + asked.budget_s / len(asked.dtypes))
+        plan = replace(run.plan, dtype=dtype)
+        subjects = [
+            (f"random {shape.family}, seed {seed}", _random(plan, shape, seed))
+            for seed in range(asked.seeds)
+            for shape, _ in asked.pairs
+        ]
+        for model, make in subjects:
+            _exactness_of(run, model, dtype, until_s, make)
+
+
+def _random(plan: Plan, shape: Shape, seed: int) -> Callable[[], Subject]:
+    """A random target that is its own draft, with a fresh head."""
+
+    def make() -> Subject:
+        models = [build(shape, plan.device, plan.dtype, seed) for _ in range(2)]
+        captioner = RandomCaptioner(Pair(shape, shape, 0.0), *models, plan.frame_size(shape))
+        count = plan.exactness.videos
+        videos = [captioner.video(plan.frames[-1], seed + 100 * n) for n in range(count)]
+        head = fresh_head(captioner, CompressorConfig("none", ()))
+        return captioner, videos, HeadDraft(head, captioner.target, None)
+
+    return make
+
+
+def _exactness_of(
+    run: Run, model: str, dtype: torch.dtype, until_s: float, make: Callable[[], Subject]
+) -> None:
+    name = str(dtype).removeprefix("torch.")
+    what = f"exactness of {model}, {name}"
+    if run.passed_s() > until_s:
+        run.skip(what, "the time is over")
+        return
+    with run.part(what):
+        captioner, videos, head = make()
+        asked = run.plan.exactness
+        for attention in asked.attentions:
+            where = {"model": model, "dtype": name, "attention": attention}
+            for row in exactness_rows(captioner, head, videos, asked, attention):
+                run.found["exactness"].append(where | row)
+                if run.passed_s() > until_s:
+                    run.skip(f"the rest of {what}", "the time is over")
+                    return
 
 
 # --- batches ---
@@ -754,6 +818,9 @@ def everything(run: Run) -> None:
         bandwidth(run)
     if "parity" in run.plan.parts:
         parity(run)
+    if "exactness" in run.plan.parts:
+        of_exactness(run)
+        _free(run.plan.device)
     if "batches" in run.plan.parts:
         of_batches(run)
         _free(run.plan.device)

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from gpu_held import Held, Times
-from modelled import ModelledCaptioner
+from modelled import ModelledCaptioner, RandomCaptioner
 
 from specvlm.captioner import PreparedVideo
 from specvlm.config import TreeName
@@ -42,7 +42,7 @@ def time_heads(captioner: ModelledCaptioner, asked: Heads, timed: Timed) -> list
     video = captioner.video(asked.frames)
     rows = []
     for compressor in COMPRESSORS:
-        head = _fresh(captioner, compressor)
+        head = fresh_head(captioner, compressor)
         for ids in (None, range(asked.tokens)):
             with _drafting(captioner, HeadDraft(head, captioner.target, ids)):
                 for tree in HEAD_ACCEPTED:
@@ -51,7 +51,8 @@ def time_heads(captioner: ModelledCaptioner, asked: Heads, timed: Timed) -> list
     return rows
 
 
-def _fresh(captioner: ModelledCaptioner, compressor: CompressorConfig) -> HeadModel:
+def fresh_head(captioner: RandomCaptioner, compressor: CompressorConfig) -> HeadModel:
+    """An untrained head of the target, in its dtype and on its device."""
     target = captioner.target
     config = HeadConfig("modelled", None, target.family.name, target.hidden_size, compressor=compressor)
     head = HeadModel.fresh(target, config, seed=0)

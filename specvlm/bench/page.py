@@ -25,6 +25,7 @@ from specvlm.bench.words import (
     frames_of,
     has_several_frames,
     limits,
+    missing_words,
     ms,
     name_of,
     number,
@@ -255,7 +256,9 @@ def _table(report: Report, summaries: Iterable[Summary], columns: Sequence[Colum
         frames = f"<td>{frames_of(one)}</td>" if several else ""
         frames += f"<td>{one.configuration.batch_size}</td>" if report.is_batched else ""
         if one.error is not None:
-            rest = f'<td class="failed" colspan="{max(len(names), 1)}">failed: {safe(_short(one.error))}</td>'
+            words = missing_words(one, _short(one.error))
+            kind = words.partition(":")[0].replace(" ", "-")
+            rest = f'<td class="{kind}" colspan="{max(len(names), 1)}">{safe(words)}</td>'
         else:
             rest = "".join(_cell("td", cells[name][place], name in listed) for name in names)
         begins = place > 0 and _kin(one) != _kin(shown[place - 1])
@@ -327,7 +330,8 @@ th:first-child{text-align:left;padding-left:0;position:sticky;left:0;background:
 tr.begins>*{border-top:2px solid var(--faint)}
 table+*,.scroll+p{margin-top:10px}
 .listed{text-align:left}
-td.failed{text-align:left;color:var(--alarm);white-space:normal}
+td.failed,td.not-run{text-align:left;color:var(--alarm);white-space:normal}
+td.not-run{color:var(--faint)}
 .plot svg{display:block;width:100%;min-width:640px;height:auto}
 .sheet img{display:block;width:100%;min-width:640px;height:auto;border-radius:8px}
 """

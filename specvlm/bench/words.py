@@ -160,7 +160,7 @@ def limits(report: Report) -> Iterator[tuple[str, str]]:
     """Each configuration, and what is said of its limit, or why it failed."""
     several = has_several_frames(report.summaries)
     for one in report.summaries:
-        said = f"failed: {one.error}" if one.error is not None else one.limit
+        said = missing_words(one, one.error) if one.error is not None else one.limit
         if said:
             yield name_of(one, several), said
 
@@ -190,7 +190,18 @@ def spread(value: Spread | None) -> str:
 
 def speedup_cell(base: MethodName, kind: str) -> Callable[[Summary], str]:
     """A cell of speedups over a method; `kind`: a field of `Speedup`, e.g. `decode`."""
-    return lambda one: number(getattr(one.speedup(base), kind, None))
+
+    def cell(one: Summary) -> str:
+        if one.configuration.method == base and one.error is None:
+            return "1.00"
+        return number(getattr(one.speedup(base), kind, None))
+
+    return cell
+
+
+def missing_words(one: Summary, error: str) -> str:
+    """Why there are no figures. `transformers` refuses assisted generation for many pairs, which is no failure."""
+    return f"{'not run' if one.configuration.method == 'assisted' else 'failed'}: {error}"
 
 
 def spread_columns() -> list[Column]:

@@ -34,6 +34,7 @@ from specvlm.bench.words import (
     frames_of,
     has_several_frames,
     limits,
+    missing_words,
     ms,
     number,
     peak_words,
@@ -115,7 +116,9 @@ class BenchTalk:
 
     def failed(self, how: Configuration, error: str) -> None:
         """Say which method is left out from here on; the table says why."""
-        self.note(f"{how.label} fails, and the others go on")
+        self.note(
+            f"{how.label}: {'not run' if how.method == 'assisted' else 'failed'}; the other methods continue"
+        )
 
 
 class Block(NamedTuple):
@@ -218,7 +221,11 @@ def _width_of(column: Sequence[str]) -> int:
 
 
 def _speed(report: Report) -> list[Column]:
-    columns = [Column("ms/\ntoken", lambda one: "failed" if one.error else ms(one.token_s))]
+    columns = [
+        Column(
+            "ms/\ntoken", lambda one: missing_words(one, "").rstrip(": ") if one.error else ms(one.token_s)
+        )
+    ]
     columns += [Column(f"decode\nx {base}", speedup_cell(base, "decode")) for base in BASELINES]
     columns += [Column(f"end to end\nx {base}", speedup_cell(base, "e2e")) for base in BASELINES]
     columns += [

@@ -279,7 +279,7 @@ def test_the_quick_check_says_what_it_did_not_measure(run: Run, monkeypatch: pyt
     code, said, told = run("--methods", "plain", "--repeat", 1, "--max-new-tokens", 2)
     assert code == 0
     assert "-1 s no further clip was begun: 1 of 8 measured; --limit 8 takes all" in told
-    assert "from examples/videos: 1 video\n" in said
+    assert "the example clips: 1 video\n" in said
 
 
 def test_frames_that_differ_from_those_asked_for_are_told_once(run: Run) -> None:
@@ -374,11 +374,11 @@ def test_the_tables_off_a_terminal(
     assert above.split() == "ms/ decode decode end to end end to end same as video draft".split()
     assert below.split() == "method token x stock x plain x stock x plain accepted stock tokens sees".split()
     assert ours.split() == "specvlm uniform 0.9 static 50.00 2.00 2.00 1.50 1.50 4.00 100 % 100 10".split()
-    assert stock.split() == "stock 100.00 1.00 1.00 100".split()
-    assert stock.index(" 1.00") + 5 == below.index("x plain") + 7, "under its name"
-    assert assisted.split() == ["assisted", "failed"]
+    assert stock.split() == "stock 100.00 1.00 1.00 1.00 1.00 100".split()
+    assert stock.index(" 1.00") + 5 == below.index("x stock") + 7, "under its name"
+    assert assisted.split() == ["assisted", "not", "run"]
     assert plain.split()[2] == "1.00"
-    assert "assisted: failed: its tokenizer \\x1b[31mdiffers" in lines, "harmless on a terminal"
+    assert "assisted: not run: its tokenizer \\x1b[31mdiffers" in lines, "harmless on a terminal"
     assert lines[lines.index("Limits") + 1] == "stock: decoding, token by token, takes 67 % of the time"
     assert lines[-1].startswith(
         "specvlm uniform 0.9 static: verifying 26 nodes costs 1.9 plain steps; for one step, "
@@ -537,7 +537,7 @@ def test_progress_off_a_terminal_is_a_line_now_and_then(capfd: pytest.CaptureFix
         "1 of 4 captions: clip\\x07 1",
         "3 of 4 captions: clip\\x07 3",
         "left out: a\\x0ab.mp4: no video",
-        "stock fails, and the others go on",
+        "stock: failed; the other methods continue",
     ]
 
 
