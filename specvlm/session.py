@@ -106,8 +106,11 @@ class PromptSession:
             GenerationError: No caption came of it. The session goes on.
             GenerationTimeoutError: Not within the time limit. The session goes on.
         """
+        return self.caption_as(self._captioner.kind(speculate, options), index, time_limit_s)
+
+    def caption_as(self, kind: Kind, index: int, time_limit_s: float | None = None) -> Caption:
+        """Caption the video with one of the prompts; see `caption`."""
         began = time.monotonic()
-        kind = self._captioner.kind(speculate, options)
         video, begun, first = self._sequence(index, kind)
         return self._captioner.caption_one(
             video, kind, begun=begun, first=first, began=began, time_limit_s=time_limit_s

@@ -107,7 +107,7 @@ class Assigner:
         worker.group, worker.decodes = None, group
         self._send_all(worker, group)
         for claim in group.claims:
-            self._hold(worker, claim)
+            worker.hold(claim)
         keys = tuple(claim.ordinal for claim in group.claims)
         if not self._queue.is_sampled(group.claims[0]):
             return Admission(worker, group.claims, Admit(keys, alone=True))
@@ -151,11 +151,8 @@ class Assigner:
 
     def _admitted(self, worker: Worker) -> Claim:
         claim = self._queue.take(worker)
-        self._hold(worker, claim)
+        worker.hold(claim)
         return claim
-
-    def _hold(self, worker: Worker, claim: Claim) -> None:
-        worker.hold(claim, self._policy.sequences(claim), self._policy.timeout_s)
 
     # Lending
 
@@ -187,15 +184,12 @@ class Assigner:
 
     def _send(self, worker: Worker, read: Read) -> None:
         descriptor, frames = read.video.handle()
-        own = read.claim.item.prompts
-        prompts = own or self._policy.prompts
+        prompts = self._policy.prompts_of(read.claim)
         task = Task(
             key=read.claim.ordinal,
             prompts=tuple(prompts[index] for index in self._policy.asked(read.claim)),
-            own_prompts=own is not None,
+            own_prompts=read.claim.item.prompts is not None,
             frames=frames,
-            time_limit_s=self._policy.timeout_s,
-            on_oom=self._policy.on_oom,
         )
         if not worker.prepare(task, descriptor) and worker not in self.lost:
             self.lost.append(worker)

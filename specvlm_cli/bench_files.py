@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from specvlm.bench.page import PageSheet, write_page
 from specvlm.bench.records import STAGES, Report, rows_of
 from specvlm.durable import publish
-from specvlm_cli.exits import FatalError, UsageError
+from specvlm_cli.exits import FatalError, Flag, UsageError
 from specvlm_cli.safe_files import new_file
 from specvlm_cli.text import clean, storable
 
@@ -68,9 +68,11 @@ def ready(folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"--out {shown}: {error.strerror}; give a folder that can be made") from error
+        raise UsageError(
+            Flag("out", shown), f": {error.strerror}", fix="give a folder that can be made"
+        ) from error
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise UsageError(f"--out {shown}: no files can be written there; give another folder")
+        raise UsageError(Flag("out", shown), ": no files can be written there", fix="give another folder")
     return folder
 
 

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import IntEnum
+
+from specvlm.errors import Setting, SettingsError
+from specvlm_cli.text import clean
+
+FLAG_NAMES = {"backend": "video_backend"}  # of settings whose flags are not called like them
 
 
 class ExitCode(IntEnum):
@@ -27,10 +33,39 @@ class FatalError(CommandError):
     """The run cannot go on."""
 
 
-class UsageError(CommandError):
+@dataclass(frozen=True, slots=True)
+class Flag(Setting):
+    """A flag as it was typed, without quotes around its value; None: it has none, or the message leaves it out."""
+
+    value: object = None
+
+    @property
+    def shown(self) -> str:
+        return "" if self.value is None else str(self.value)
+
+
+def flag_name(setting: Setting) -> str:
+    """Return the flag of a setting, without its value."""
+    return "--" + FLAG_NAMES.get(setting.name, setting.name).replace("_", "-")
+
+
+def as_flag(setting: Setting) -> str:
+    """Return a setting as people type it: `--prune-ratio 1.5`."""
+    return f"{flag_name(setting)} {clean(setting.shown)}".rstrip()
+
+
+class UsageError(SettingsError, CommandError):
     """What was asked for is wrong or contradicts what is on disk."""
 
     code = ExitCode.USAGE
+
+    def __str__(self) -> str:
+        return self.worded(as_flag)
+
+
+def excluding(one: Flag, other: Flag) -> UsageError:
+    """Return the error about two flags of which only one can be given."""
+    return UsageError(one, "and", other, "exclude each other", fix="give one of them")
 
 
 class BusyError(CommandError):

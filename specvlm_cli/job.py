@@ -7,7 +7,6 @@ before anything is written: a start on a finished run touches no file.
 from __future__ import annotations
 
 import json
-import math
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +20,7 @@ from typing import Literal, Protocol
 from specvlm.checkpoint import can_compare, fingerprint
 from specvlm.errors import SpecvlmError
 from specvlm_cli.engine import EngineFactory, Models
-from specvlm_cli.exits import ExitCode, UsageError
+from specvlm_cli.exits import ExitCode, Flag, UsageError
 from specvlm_cli.ledger import UNREADABLE, Ledger, Planned, is_damage
 from specvlm_cli.lock import LockedPolicy, when_free
 from specvlm_cli.parts import CAPTION_SCHEMA
@@ -31,7 +30,7 @@ from specvlm_cli.results import Outcome
 from specvlm_cli.rows import Provenance
 from specvlm_cli.run_folder import RunFile, RunFolder
 from specvlm_cli.runner import Reporter, Runner
-from specvlm_cli.settings import CaptionSettings, Plain, config_hash, differences
+from specvlm_cli.settings import CaptionSettings, Change, Plain, config_hash, differences
 from specvlm_cli.shard import Shard
 from specvlm_cli.stopping import Stop, listening
 from specvlm_cli.text import clean, short
@@ -39,7 +38,6 @@ from specvlm_cli.wanted import Wanted
 
 ChangePolicy = Literal["error", "reuse", "new"]
 
-_VIDEOS_OF_WORKER = 16  # fewer are not worth loading models once more
 _MOST_TOLD = 20  # rows that name no video; the others stand in the failures file
 
 
@@ -50,8 +48,7 @@ class Request:
     Attributes:
         wanted: The videos.
         out: The run folder.
-        settings: What captions depend on, and how they are made.
-        policy: How to work through the videos.
+        policy: How to work through the videos, and how captions are made.
         version: Version of specvlm, for the rows.
         shard: Which part of the run this is.
         reshard: Divide the run anew, where it has another number of shards.
@@ -62,15 +59,12 @@ class Request:
         on_config_change: What to do where the folder holds captions made with other settings.
         if_locked: What to do where another start is at work on the same shard.
         max_runtime_s: Stop after this time; None: never.
-        max_failures_share: Stop once this share of the videos to do has failed; None: see
-            `policy.max_failures`.
         exit_zero: Failed videos do not change the exit code.
         before_loading: Called where there is something to do, before models are loaded.
     """
 
     wanted: Wanted
     out: Path
-    settings: CaptionSettings
     policy: Policy
     version: str
     shard: Shard = field(default_factory=Shard)
@@ -82,9 +76,13 @@ class Request:
     on_config_change: ChangePolicy = "error"
     if_locked: LockedPolicy = "fail"
     max_runtime_s: float | None = None
-    max_failures_share: float | None = None
     exit_zero: bool = False
     before_loading: Callable[[], None] = lambda: None
+
+    @property
+    def settings(self) -> CaptionSettings:
+        """What captions depend on, and how they are made."""
+        return self.policy.captions
 
 
 class Display(Reporter, Protocol):
@@ -315,11 +313,7 @@ class _Start:
         """Caption what is to be captioned."""
         request = self.request
         todo = self.ledger.count_to_do(request.overwrite, request.retry_failed, request.policy.limit)
-        policy = replace(
-            request.policy,
-            max_failures=_most_failures(request, todo),
-            cpu_workers=min(request.policy.cpu_workers, max(1, todo // _VIDEOS_OF_WORKER)),
-        )
+        policy = request.policy.for_videos(todo)
         runner = Runner(self.ledger, self.folder.parts, factory, policy, self.display, refused=self.refused)
         if todo and self.stop.reason is None and not runner.too_many_failed():
             self._caption(runner, todo)
@@ -394,11 +388,6 @@ class _Start:
             raise _other_target(self.folder, changes)
 
 
-def _most_failures(request: Request, todo: int) -> int | None:
-    share = request.max_failures_share
-    return request.policy.max_failures if share is None else max(1, math.ceil(share * todo))
-
-
 def _outcome(request: Request, folder: RunFolder, ledger: Ledger) -> Outcome:
     counts = ledger.counts()
     return Outcome(
@@ -423,7 +412,6 @@ def _provenance(request: Request, models: Models, run_id: str) -> Provenance:
         config_hash=config_hash(request.settings.fingerprint()),
         specvlm_version=request.version,
         run_id=run_id,
-        prompts=request.settings.prompts,
     )
 
 
@@ -450,7 +438,9 @@ def _refuse_other_settings(
         return
     if known is None and _hashes(folder, ledger) == {config_hash(fingerprint)}:
         return
-    changes = "; ".join(differences(known.settings, fingerprint)) if known else "its run.json is gone"
+    changes = (
+        "; ".join(map(str, differences(known.settings, fingerprint))) if known else "its run.json is gone"
+    )
     how = "go on with the new value"
     if known and _adds_prompts(request, known):
         how = "ask only what is new, about all videos"
@@ -490,9 +480,9 @@ def _refuse_other_order(request: Request, folder: RunFolder, ledger: Ledger, kno
     moved = next((one for one in prompts if one in before and before.index(one) != prompts.index(one)), None)
     if moved is not None and _captions_kept(request, folder, ledger):
         raise UsageError(
-            f"--prompt {short(moved, 60)!r} has the prompt_index {before.index(moved)} in {_shown(folder)} and would "
-            f"get {prompts.index(moved)}; give the prompts of the run first, in their order, and new ones after them, "
-            "or another -o folder"
+            Flag("prompt", repr(short(moved, 60))),
+            f"has the prompt_index {before.index(moved)} in {_shown(folder)} and would get {prompts.index(moved)}",
+            fix="give the prompts of the run first, in their order, and new ones after them, or another -o folder",
         )
 
 
@@ -521,11 +511,11 @@ def _refuse_changed_files(
         raise _other_target(folder, differences({"target_revision": then}, {"target_revision": now}))
 
 
-def _other_target(folder: RunFolder, changes: Sequence[str]) -> UsageError:
+def _other_target(folder: RunFolder, changes: Sequence[Change]) -> UsageError:
     return UsageError(
         f"{_shown(folder)}: the target is not that of the captions there, although it has its name: "
-        f"{'; '.join(changes)}; use the old files, --revision and --dtype, accept both with --on-config-change reuse, "
-        "or give another -o folder"
+        f"{'; '.join(map(str, changes))}; use the old files, --revision and --dtype, accept both with "
+        "--on-config-change reuse, or give another -o folder"
     )
 
 

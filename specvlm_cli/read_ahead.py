@@ -242,7 +242,7 @@ class Queue:
 
     def _job(self, claim: Claim) -> ReadJob | ReadFailure:
         item = claim.item
-        like = ReadJob(0, b"", self._policy.frames, self._frame_multiple, self._policy.root)
+        like = ReadJob(0, b"", self._policy.captions.frames, self._frame_multiple, self._policy.root)
         return like.for_video(claim.ordinal, item.path, item.start_s, item.end_s)
 
     def collect(self) -> Iterator[tuple[Claim, ReadFailure]]:

@@ -25,7 +25,7 @@ from specvlm.records import CaptionStats
 from specvlm_cli.assigning import Admission, Assigner
 from specvlm_cli.decoding import DecodingPool, ReadFailure
 from specvlm_cli.engine import EngineFactory, Models
-from specvlm_cli.exits import FatalError, UsageError
+from specvlm_cli.exits import FatalError, Flag, UsageError
 from specvlm_cli.failing import SameFailure
 from specvlm_cli.failure import BAD_INPUT, Failure
 from specvlm_cli.generating.crew import Crew
@@ -291,7 +291,9 @@ class Runner:
         last = max((int(name.removeprefix("cuda:")) for name in self._policy.devices if name), default=-1)
         if last >= gpus:
             there = "no GPU; leave it out" if not gpus else f"{gpus}, counted from 0; name those, or all"
-            self._fatal = UsageError(f"--gpus: number {last} is asked for, and this machine has {there}")
+            self._fatal = UsageError(
+                Flag("gpus"), f": number {last} is asked for, and this machine has {there}"
+            )
         self._crew.grow(gpus)
 
     def _welcome(self, worker: Worker, models: Models) -> None:
@@ -322,8 +324,9 @@ class Runner:
 
     def _on_made(self, claim: Claim, made: Made) -> None:
         assert self._provenance is not None
+        prompts = self._policy.prompts_of(claim)
         rows = [
-            caption_row(claim, index, caption, comparison, made, self._provenance)
+            caption_row(claim, index, prompts[index], caption, comparison, made, self._provenance)
             for index, (caption, comparison) in zip(self._policy.asked(claim), made.captions, strict=True)
         ]
         self._ledger.finish(claim, rows, _stamp(made))

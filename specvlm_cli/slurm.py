@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from specvlm_cli.exits import UsageError
+from specvlm_cli.exits import Flag, UsageError
 from specvlm_cli.status import array_expression
 from specvlm_cli.text import clean
 
@@ -223,10 +223,8 @@ def _directive(name: str, value: str) -> str:
         return f"--{name}"
     if clean(value) != value or "\\" in value:
         fix = "give another --logs folder" if name == "output" else "give another value"
-        raise UsageError(
-            f"--{name} {clean(value)}: an #SBATCH line can hold no backslash, control character or byte that "
-            f"is not UTF-8; {fix}"
-        )
+        why = ": an #SBATCH line can hold no backslash, control character or byte that is not UTF-8"
+        raise UsageError(Flag(name, value), why, fix=fix)
     return f"--{name}={value}" if _PLAIN.fullmatch(value) else f"--{name}={_double_quoted(value)}"
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from specvlm.bench.records import METHODS, Configuration, MethodName
 from specvlm.config import FrameSettings, PrunerName, SpeculationSettings, TreeName, within
-from specvlm.errors import ConfigError
+from specvlm.errors import ConfigError, Setting
 
 HEAD: MethodName = "head"
 MOST_BATCH = 1024
@@ -60,7 +60,9 @@ class Grid:
     def __post_init__(self) -> None:
         for method in self.methods:
             if method not in METHODS:
-                raise ConfigError(f"methods={method!r} is unknown; choose from {', '.join(METHODS)}")
+                raise ConfigError(
+                    Setting("methods", method), "is unknown", fix=f"choose from {', '.join(METHODS)}"
+                )
         for pruner, ratio, tree in product(self.pruners, self.prune_ratios, self.trees):
             SpeculationSettings(pruner=pruner, prune_ratio=ratio, tree=tree)  # refuses what is out of range
         for number in self.num_frames:

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional
 
 from specvlm.config import SpeculationSettings
-from specvlm.errors import ConfigError
+from specvlm.errors import ConfigError, Setting
 from specvlm.pruning import prune
 
 OperatorName = Literal["prune", "prune-guided", "pool", "conv", "resampler", "text-only"]
@@ -63,11 +63,10 @@ class CompressorConfig:
                 f"compressor mode {self.mode!r} takes {least} to {most} operators, not {len(self.operators)}"
             )
         if not isinstance(self.ratio, int | float) or not LEAST_RATIO <= self.ratio <= MOST_RATIO:
-            raise ConfigError(
-                f"compression_ratio={self.ratio!r} is out of range; give 1 to 1000, 3 to 20 mostly"
-            )
+            ratio = Setting("compression_ratio", self.ratio)
+            raise ConfigError(ratio, "is out of range", fix="give 1 to 1000, 3 to 20 mostly")
         if not isinstance(self.queries, int) or not 1 <= self.queries <= 1024:
-            raise ConfigError(f"queries={self.queries!r} is out of range; give 1 to 1024")
+            raise ConfigError(Setting("queries", self.queries), "is out of range", fix="give 1 to 1024")
 
     @property
     def name(self) -> str:

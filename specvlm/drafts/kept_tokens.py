@@ -17,7 +17,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from specvlm.errors import ConfigError
+from specvlm.errors import ConfigError, Setting
 
 FORMAT = 1
 _BATCH = 1000  # texts that are tokenized at once
@@ -242,10 +242,8 @@ def check_size(size: int, by: Choosing) -> None:
     """
     fewest, most = len(_ends(by)) + 1, by.shared - 1
     if isinstance(size, bool) or not fewest <= size <= most:
-        raise ConfigError(
-            f"draft_vocab={size} is out of range; target and draft share {by.shared} tokens, so give "
-            f"{fewest} to {most}, or leave it out"
-        )
+        fix = f"target and draft share {by.shared} tokens, so give {fewest} to {most}, or leave it out"
+        raise ConfigError(Setting("draft_vocab", size), "is out of range", fix=fix)
 
 
 def most_used(counts: Counter[int], size: int, by: Choosing) -> list[int]:

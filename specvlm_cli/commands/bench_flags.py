@@ -19,7 +19,7 @@ from specvlm.bench.records import METHODS
 from specvlm.config import PRUNERS, TREES
 from specvlm_cli.commands.caption_flags import CaptionFlags, DtypeName
 from specvlm_cli.commands.options import flag, output, same_as, variable
-from specvlm_cli.exits import UsageError
+from specvlm_cli.exits import Flag, UsageError
 from specvlm_cli.text import clean
 
 _INPUT, _COMPARED, _TALKING = "Input and output", "What is compared", "Messages"
@@ -42,7 +42,7 @@ def in_range(name: str, value: int | None, most: int) -> None:
         UsageError: It is so.
     """
     if value is not None and not 1 <= value <= most:
-        raise UsageError(f"{name} {value} is out of range; give 1 to {most}")
+        raise UsageError(Flag(name, value), "is out of range", fix=f"give 1 to {most}")
 
 
 def one_prompt(given: list[str] | None, command: str) -> list[str] | None:
@@ -52,7 +52,9 @@ def one_prompt(given: list[str] | None, command: str) -> list[str] | None:
         UsageError: There are several.
     """
     if given and len(given) > 1:
-        raise UsageError(f"--prompt was given {len(given)} times, and {command} asks one question; give one")
+        raise UsageError(
+            Flag("prompt"), f"was given {len(given)} times, and {command} asks one question", fix="give one"
+        )
     return given or None
 
 
@@ -67,11 +69,14 @@ def values_of(name: str, text: str, kind: Callable[[str], Value], example: str) 
         try:
             found[kind(part)] = None
         except ValueError as error:
-            where = name if part == text.strip() else f"{name} {clean(text)}:"
-            what = "number" if kind is float else "whole number"
-            raise UsageError(f"{where} {clean(part)!r} is no {what}; give e.g. {example}") from error
+            what = f"is no {'number' if kind is float else 'whole number'}"
+            if part == text.strip():
+                raise UsageError(Flag(name, repr(part)), what, fix=f"give e.g. {example}") from error
+            raise UsageError(
+                Flag(name, text), f": {clean(part)!r} {what}", fix=f"give e.g. {example}"
+            ) from error
     if not found:
-        raise UsageError(f"{name} {clean(text)!r} names none; give e.g. {example}")
+        raise UsageError(Flag(name, repr(text)), "names none", fix=f"give e.g. {example}")
     return tuple(found)
 
 
@@ -109,7 +114,7 @@ class BenchFlags:
             help="Folder for bench.parquet (one row per timed caption) and bench.html (plots).",
             rich_help_panel=_INPUT,
             metavar="FOLDER",
-            parser=output("--out"),
+            parser=output("out"),
         ),
     ] = None
     prompt: Annotated[

@@ -22,7 +22,7 @@ from specvlm.config import (
     TreeName,
 )
 from specvlm_cli.commands.options import flag, output, read_config
-from specvlm_cli.exits import UsageError
+from specvlm_cli.exits import Flag, UsageError
 from specvlm_cli.generating.messages import OnOom
 from specvlm_cli.inputs import EXTENSIONS
 from specvlm_cli.job import ChangePolicy
@@ -67,7 +67,7 @@ class InputFlags:
             "--out -o",
             "Run folder for captions, failures and progress.",
             metavar="FOLDER",
-            parser=output("--out"),
+            parser=output("out"),
         ),
     ] = DEFAULT_OUT
     recursive: Annotated[bool, flag(_INPUT, "--recursive/--no-recursive", "Search subfolders.")] = True
@@ -374,9 +374,8 @@ def batch_size(text: str | int) -> int | None:
         return None
     if re.fullmatch(r"[0-9]{1,4}", str(text)) and 1 <= int(text) <= MOST_IN_FLIGHT:
         return int(text)
-    raise UsageError(
-        f"invalid --batch-size {short(str(text), 60)!r}; use auto, or a number from 1 to {MOST_IN_FLIGHT}"
-    )
+    given = Flag("batch_size", repr(short(str(text), 60)))
+    raise UsageError("invalid", given, fix=f"use auto, or a number from 1 to {MOST_IN_FLIGHT}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from specvlm_cli.exits import ExitCode, UsageError
+from specvlm_cli.exits import ExitCode, Flag, UsageError
 from specvlm_cli.text import short
 
 if TYPE_CHECKING:
@@ -47,7 +47,9 @@ def status(
     from specvlm_cli.run_view import view
 
     if verify and only_missing:
-        raise UsageError("--verify and --only-missing answer different questions; give one of them")
+        raise UsageError(
+            Flag("verify"), "and", Flag("only_missing"), "answer different questions", fix="give one of them"
+        )
     run = view(out)
     if verify:
         return _verify(run, as_json)

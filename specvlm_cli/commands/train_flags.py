@@ -60,7 +60,7 @@ class TrainInputFlags:
             "--out",
             "-o",
             help="Folder for the head; pass it to --draft. Run again to resume.",
-            parser=output("--out"),
+            parser=output("out"),
             rich_help_panel=_INPUT,
             metavar="HEAD",
         ),

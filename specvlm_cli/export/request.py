@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from specvlm_cli.exits import UsageError
+from specvlm_cli.exits import Flag, UsageError
 from specvlm_cli.text import clean
 
 FormatName = Literal["parquet", "jsonl", "csv", "txt", "srt", "videofolder"]
@@ -69,5 +69,7 @@ def format_of(destination: Path, wanted: FormatName | None) -> FormatName:
     named = _SUFFIXES.get(destination.suffix.lower())
     if wanted is not None and named is not None and named != wanted:
         shown = clean(str(destination))
-        raise UsageError(f"--format {wanted}: {shown} is the name of a {named} file; change one of them")
+        raise UsageError(
+            Flag("format", wanted), f": {shown} is the name of a {named} file", fix="change one of them"
+        )
     return wanted or named or "parquet"

@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from specvlm_cli.exits import UsageError
+from specvlm_cli.exits import Flag, UsageError
 from specvlm_cli.inputs.options import InputOptions
 from specvlm_cli.text import clean, short, storable
 
@@ -165,7 +165,7 @@ def row_names(options: InputOptions) -> dict[str, str]:
 
     for name in options.keep_columns:
         if not name or storable(name) != name:
-            raise UsageError(f"--keep-columns {clean(name)!r} is no name of a column; give another")
+            raise UsageError(Flag("keep_columns", repr(name)), "is no name of a column", fix="give another")
     taken = {*CAPTION_SCHEMA.names, *options.keep_columns}
     names: dict[str, str] = {}
     for name in dict.fromkeys(options.keep_columns):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from specvlm.captioner import Captioner, CaptionOptions
+from specvlm.captioner import Captioner
 from specvlm_cli.decoding import ReadFailure, ReadJob
-from specvlm_cli.settings import Plain
+from specvlm_cli.settings import CaptionSettings, Plain
 from specvlm_cli.training.captions import LeftOut
 from specvlm_cli.training.samples import Video
 
@@ -27,17 +27,13 @@ class Asking:
     """How the target is asked.
 
     Attributes:
-        system: The system message.
-        generation: Keywords of `Captioner.caption` that the text depends on.
-        speculation: Those that it does not depend on.
+        captions: What captions depend on, and how they are made.
         settings: All that the text depends on beside frames and prompt, for the key of a caption.
         read: A job that says how videos are read.
         unroll: Passes of the head, for the memory that it takes.
     """
 
-    system: str | None
-    generation: CaptionOptions
-    speculation: CaptionOptions
+    captions: CaptionSettings
     settings: Plain
     read: ReadJob
     unroll: int = 0

@@ -17,7 +17,7 @@ import torch
 import transformers
 
 import specvlm
-from specvlm.captioner import Captioner, CaptionOptions
+from specvlm.captioner import Captioner
 from specvlm.drafts.compressor import CompressorConfig
 from specvlm.drafts.head import HeadDraft
 from specvlm.drafts.head_model import HeadConfig, HeadModel
@@ -32,7 +32,7 @@ from specvlm.training.settings import Schedule, TrainingSettings
 from specvlm.training.trainer import Ending, Interrupted, Parts, Trainer
 from specvlm_cli import engine
 from specvlm_cli.decoding import DecodingPool, Limits, ReadJob
-from specvlm_cli.exits import ExitCode, FatalError, UsageError
+from specvlm_cli.exits import ExitCode, FatalError, Flag, UsageError
 from specvlm_cli.lock import LockedPolicy, take, when_free
 from specvlm_cli.settings import CaptionSettings, Plain
 from specvlm_cli.stopping import Stop, listening
@@ -51,19 +51,6 @@ from specvlm_cli.training.talk import Speaker
 
 
 @dataclass(frozen=True, slots=True)
-class HeadChoice:
-    """Which head to train.
-
-    Attributes:
-        compressor: In front of it.
-        device: Where it trains; None: where the target's logits come out.
-    """
-
-    compressor: CompressorConfig
-    device: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Request:
     """What one start is asked to do.
 
@@ -72,10 +59,11 @@ class Request:
         samples: What to learn from, and what is held out.
         captions: How the target captions.
         split: How the held-out videos were chosen.
-        head: Which head.
+        head: The compressor of the head.
         training: How its weights learn.
         objective: What is minimised.
         schedule: How long, and what is done on the way.
+        head_device: Where the head trains; None: where the target's logits come out.
         limits: What reading one video may take.
         decode_workers: Videos that are read at the same time.
         batch_size: Most captions in flight; None: as many as memory holds and as help.
@@ -90,10 +78,11 @@ class Request:
     samples: Samples
     captions: CaptionSettings
     split: Split
-    head: HeadChoice
+    head: CompressorConfig
     training: TrainingSettings
     objective: ObjectiveSettings
     schedule: Schedule
+    head_device: str | None = None
     limits: Limits = field(default_factory=Limits)
     decode_workers: int = 1
     batch_size: int | None = None
@@ -109,7 +98,7 @@ class Request:
 
     def fingerprint(self) -> Plain:
         """Return all that the head that is kept depends on, by the names of flags."""
-        compressor = self.head.compressor
+        compressor = self.head
         return {
             **self.captions.fingerprint(),
             "compressor": compressor.name,
@@ -180,7 +169,7 @@ def run(request: Request, ranks: Ranks, talk: Speaker, *, quiet: bool) -> Outcom
 
 
 def _run(request: Request, ranks: Ranks, talk: Speaker, stop: Stop, quiet: bool) -> Outcome:
-    _check_place(request.head.device)
+    _check_place(request.head_device)
     total = request.order().total_steps(request.schedule)
     with ExitStack() as held:
         standing = ranks.first(_standing(request, total, talk, stop, held) if ranks.rank == 0 else None)
@@ -323,7 +312,7 @@ class _Start:
 
     def _place(self, target: VideoLM) -> tuple[torch.device, torch.dtype]:
         """Where the head trains, and in which number format: on a CPU in float32, elsewhere in the target's."""
-        device = target.device if self.request.head.device is None else torch.device(self.request.head.device)
+        device = target.device if self.request.head_device is None else torch.device(self.request.head_device)
         return device, torch.float32 if device.type == "cpu" else target.dtype
 
     def _reader(self, check: Callable[[], None]) -> Reader:
@@ -363,7 +352,9 @@ def _check_place(device: str | None) -> None:
     counts = {"cuda": torch.cuda.device_count, "xpu": torch.xpu.device_count}
     count = counts[kind]() if kind in counts else int(torch.backends.mps.is_available())
     if int(number or 0) >= count:
-        raise UsageError(f"--head-device {device}: there is none here; this machine has {count} of {kind}")
+        raise UsageError(
+            Flag("head_device", device), ": there is none here", fix=f"this machine has {count} of {kind}"
+        )
 
 
 def _left_out(request: Request) -> list[LeftOut]:
@@ -413,7 +404,9 @@ def _resolved(teacher: Captioner) -> Plain:
 
 def _refuse_float16(target: VideoLM) -> None:
     if target.dtype == torch.float16:
-        raise UsageError("--dtype float16 overflows in training; give --dtype bfloat16 or float32")
+        raise UsageError(
+            Flag("dtype", "float16"), "overflows in training", fix="give --dtype bfloat16 or float32"
+        )
 
 
 def _head_config(request: Request, teacher: Captioner, processes: int) -> HeadConfig:
@@ -437,7 +430,7 @@ def _head_config(request: Request, teacher: Captioner, processes: int) -> HeadCo
         target_revision=teacher.info.target_revision,
         family=target.family.name,
         hidden_size=target.hidden_size,
-        compressor=request.head.compressor,
+        compressor=request.head,
         training=training,
         target_fingerprint=target_fingerprint(teacher.info.target, teacher.info.target_revision),
     )
@@ -451,11 +444,6 @@ def _pupil(teacher: Captioner, head: HeadModel) -> Captioner:
 
 def _asking(request: Request, teacher: Captioner, resolved: Plain) -> Asking:
     settings = request.captions
-    names = ("pruner", "prune_ratio", "top_p", "tree", "positions")
-    speculation: Any = {name: getattr(settings.speculation, name) for name in names}
-    generation: CaptionOptions = asdict(settings.generation)  # type: ignore[assignment]
     fingerprint = {name: value for name, value in settings.fingerprint().items() if name != "prompt"}
     read = ReadJob(0, b"", settings.frames, teacher.frame_multiple, request.root)
-    return Asking(
-        settings.system, generation, speculation, fingerprint | resolved, read, request.objective.unroll
-    )
+    return Asking(settings, fingerprint | resolved, read, request.objective.unroll)

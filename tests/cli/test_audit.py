@@ -30,7 +30,7 @@ from specvlm.records import Frames
 from specvlm_cli import app, engine, lock
 from specvlm_cli.audit import differences, work
 from specvlm_cli.audit.comparing import Asked, Verdict, compare
-from specvlm_cli.audit.made_with import Device, MadeWith
+from specvlm_cli.audit.made_with import How, MadeWith
 from specvlm_cli.audit.sample import Place, parse_sample
 from specvlm_cli.commands.audit import around
 from specvlm_cli.decoding import DecodingPool, keeper
@@ -55,7 +55,7 @@ LOAD = engine.load_captioner
 
 @cache
 def loaded(name: str, dtype: str) -> Captioner:
-    return LOAD(ModelChoice(name=name, load=name, draft="none", dtype=dtype), quiet=True)
+    return LOAD(ModelChoice(name, draft="none", dtype=dtype, name=name), quiet=True)
 
 
 def cached(asked: list[ModelChoice]) -> Callable[..., Captioner]:
@@ -63,7 +63,7 @@ def cached(asked: list[ModelChoice]) -> Callable[..., Captioner]:
 
     def load(models: ModelChoice, device: str | None = None, *, quiet: bool) -> Captioner:
         asked.append(models)
-        return loaded(models.load, models.dtype)
+        return loaded(models.target, models.dtype)
 
     return load
 
@@ -173,7 +173,7 @@ def test_a_clean_run_is_equal_and_stays_as_it_is(
     assert contents(run) == before
     assert listed(run) == []
     (models,) = loads
-    assert (models.name, models.load, models.draft, models.dtype) == (
+    assert (models.name, models.target, models.draft, models.dtype) == (
         "specvlm-demo/qwen-target",
         str(demo_folder("qwen-target")),
         "none",
@@ -395,7 +395,7 @@ def test_another_target_of_the_same_name_is_refused(specvlm: Specvlm, run: Path)
 # With a fake target: which rows, and what becomes of an audit that is cut short
 
 SETTINGS = CaptionSettings(
-    ModelChoice(name="fake/target", load="fake/target"),
+    ModelChoice("fake/target", name="fake/target"),
     ("Describe it.",),
     None,
     FrameSettings(),
@@ -428,7 +428,9 @@ def fake(specvlm: Specvlm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> C
     monkeypatch.setattr(work, "DecodingPool", partial(DecodingPool, reader=READER))
 
     def put(at: int = 0, number: signal.Signals | None = None) -> None:
-        monkeypatch.setattr(work, "open_stock", lambda how: FakeStock(tmp_path / "journal", at, number))
+        monkeypatch.setattr(
+            work, "open_stock", lambda made_with, how: FakeStock(tmp_path / "journal", at, number)
+        )
 
     put()
     return put
@@ -631,13 +633,13 @@ def test_the_number_format_is_that_of_the_rows_wherever_it_is_audited() -> None:
         ("float16", "float16", True, "float16"),
     ):
         made = replace(MADE_WITH, settings={"dtype": asked}, resolved={"dtype": found})
-        assert made.models(Device("cpu"), has_cuda=has_cuda).dtype == loaded_as
+        assert made.models(How("cpu"), has_cuda=has_cuda).dtype == loaded_as
     commit = replace(
         MADE_WITH, settings={"dtype": "auto", "revision": "main"}, resolved={"target_revision": "a" * 40}
     )
-    assert commit.models(Device(), has_cuda=True).revision == "a" * 40
+    assert commit.models(How(), has_cuda=True).revision == "a" * 40
     hashed = replace(commit, resolved={"target_revision": "sha256:0123456789abcdef"})
-    assert hashed.models(Device(), has_cuda=True).revision == "main"
+    assert hashed.models(How(), has_cuda=True).revision == "main"
 
 
 def test_a_target_that_always_fails_ends_the_audit(
