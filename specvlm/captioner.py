@@ -440,7 +440,7 @@ class Captioner:
             ConfigError: An option is unknown, out of range, or of another type.
             VideoError: The file gives no frames.
             PromptError: The prompt cannot be used.
-            GenerationError: No caption came of it.
+            GenerationError: There is no caption.
             GenerationTimeoutError: Not within the time limit.
         """
         began = time.monotonic()
@@ -464,7 +464,7 @@ class Captioner:
         See `CaptionBatch.add` for the other arguments.
 
         Raises:
-            GenerationError: No caption came of it.
+            GenerationError: There is no caption.
             GenerationTimeoutError: Not within the time limit.
         """
         batch = CaptionBatch(self, 1)

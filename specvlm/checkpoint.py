@@ -237,7 +237,7 @@ def files_read(folder: Path) -> list[Path]:
 
 
 def fingerprint(folder: Path, *, at_once: bool = False) -> str | None:
-    """Return `sha256:` and 16 hex digits that stand for the content of every file that loading reads.
+    """Return `sha256:` and 16 hex digits for the content of every file that loading reads.
 
     Large files are hashed once: their hashes are kept in the user's cache folder, as long as size, inode and times
     of the file stay the same.

@@ -167,7 +167,7 @@ class GenerationSettings:
     Attributes:
         max_new_tokens: Most tokens of a caption, the end-of-sequence token included.
         temperature: 0 is greedy, whatever `do_sample` the checkpoint ships; above 0 samples.
-        top_k: Sample from the k likeliest tokens; None takes the checkpoint's own, 0 is off.
+        top_k: Sample from the k most likely tokens; None takes the checkpoint's own, 0 is off.
         seed: Seed of the sampling noise. The same seed gives the same caption.
         exact: Decide near-ties as stock `generate()` would for the video alone, by plain steps. Without it, bfloat16
             and float16 may choose otherwise where two tokens are about equally likely.
@@ -191,7 +191,7 @@ class GenerationSettings:
         within("seed", self.seed, 0, (1 << 63) - 1, "give 0 to 2**63 - 1")
         if self.top_k is not None:
             whole("top_k", self.top_k)
-            within("top_k", self.top_k, 0, 1 << 31, "give the number of likeliest tokens, or 0 for all")
+            within("top_k", self.top_k, 0, 1 << 31, "give the number of most likely tokens, or 0 for all")
 
 
 @dataclass(frozen=True, slots=True)

@@ -251,7 +251,7 @@ def _not_finite() -> NonFiniteLogitsError:
 
 
 class _Verified(NamedTuple):
-    """What a round's commit is told."""
+    """Input of a round's commit."""
 
     guesses: Guesses
     accepted: Accepted  # cut off before what is not settled
@@ -430,7 +430,7 @@ class _Report(NamedTuple):
     margins: list[float]  # of the tokens written
     next_token: int  # that would have followed, if it had been settled; else meaningless
     next_margin: float  # of that token
-    told: list[int]  # what a chooser is told, see `RoundReport`
+    told: list[int]  # for the chooser, see `RoundReport`
 
     @classmethod
     def of(cls, numbers: list[int], depth: int) -> _Report:
@@ -529,7 +529,7 @@ class Decoder:
             model.told_step = 1 if self._rig is None else TOLD_STEP
 
     def follow(self, settings: DecodeSettings) -> None:
-        """Go on with the same draft, whose vocabulary may be another one by now."""
+        """Continue with the same draft, whose vocabulary may have changed."""
         self._settings = settings
         if self._rounds.proposer is not None and settings.draft is not None:
             assert self._rounds.rule is not None
@@ -606,7 +606,7 @@ class Decoder:
         self._retire()
 
     def _measure(self, most_rows: int) -> None:
-        """Measure what makes choices unsettled, once, after the shortest prompt whose caption goes on."""
+        """Measure what makes choices unsettled, once, after the shortest prompt whose caption is not done."""
         settling = self.settings.settling
         if settling is None or settling.bound is not None:
             return

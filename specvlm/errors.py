@@ -8,7 +8,7 @@
     │   └── IncompatibleDraftError   the draft does not fit the target
     ├── PromptError          the prompt cannot be turned into a model input
     ├── PreprocessError      the model's processor cannot take these frames
-    ├── GenerationError      the models ran, but no caption came of it
+    ├── GenerationError      the models ran, but there is no caption
     │   ├── NonFiniteLogitsError     NaN or infinite logits
     │   └── GenerationTimeoutError   not within the time limit
     ├── TrainingError        a head cannot be trained: no memory, a loss that is not finite, damaged checkpoints
@@ -141,7 +141,7 @@ class PreprocessError(SpecvlmError):
 
 
 class GenerationError(SpecvlmError):
-    """The models ran, but no caption came of it."""
+    """The models ran, but there is no caption."""
 
 
 class NonFiniteLogitsError(GenerationError):

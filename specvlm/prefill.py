@@ -128,7 +128,7 @@ def packs(tokens: Sequence[int], most: int) -> Iterator[list[int]]:
 
 
 def embed(model: VideoLM, videos: Sequence[ToSee], *, alone: bool = False) -> list[Prompt]:
-    """Look up the text of each prompt, and put its video's features in; what no one has seen yet is seen in packs.
+    """Look up the text of each prompt, and put its video's features in; what is not encoded yet is encoded in packs.
 
     `alone`: each video in a pass of its own.
     """
@@ -197,7 +197,7 @@ def _pass(
 def _deep_arguments(
     model: VideoLM, readings: Sequence[Reading], segments: Sequence[Segment]
 ) -> dict[str, Any]:
-    """What the text model is told of the video tokens of a pass besides their embeddings."""
+    """What the text model gets about the video tokens of a pass besides their embeddings."""
     if not any(one.prompt.deep for one in readings):
         return {}
     rows, places = list[tuple[torch.Tensor, ...]](), list[torch.Tensor]()

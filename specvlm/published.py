@@ -125,7 +125,7 @@ def _qwen3(size: str, text: TextShape, vision: VisionShape, parameters: int) -> 
 
 
 def _llava(size: str, text: TextShape, parameters: int) -> Shape:
-    """LLaVA-OneVision (arXiv 2408.03326): Qwen2 with its vocabulary padded anew, SigLIP less its last layer."""
+    """LLaVA-OneVision (arXiv 2408.03326): Qwen2 with another padding of its vocabulary, SigLIP less its last layer."""
     checkpoint = f"llava-hf/llava-onevision-qwen2-{size}-ov-hf"
     vision = VisionShape(26, 1152, 4304, 16)
     return Shape(f"llava-onevision-{size}", checkpoint, LLAVA, text, vision, parameters, 151647)
@@ -204,7 +204,7 @@ def video_tokens(shape: Shape, frames: int, size: tuple[int, int]) -> int:
 
 
 def has_stamps(shape: Shape) -> bool:
-    """Whether the prompt tells the time of each step."""
+    """Whether the prompt states the time of each step."""
     return shape.family in (QWEN3, QWEN3_MOE)
 
 

@@ -103,8 +103,8 @@ class PromptSession:
         Raises:
             ConfigError: There is no such prompt, or an option is unknown or out of range.
             PromptError: The prompt cannot be used.
-            GenerationError: No caption came of it. The session goes on.
-            GenerationTimeoutError: Not within the time limit. The session goes on.
+            GenerationError: There is no caption. The session can be used further.
+            GenerationTimeoutError: Not within the time limit. The session can be used further.
         """
         return self.caption_as(self._captioner.kind(speculate, options), index, time_limit_s)
 

@@ -23,7 +23,7 @@ SAFETY = 1.5  # the next 48 tokens may change more than the first
 
 FIRST_SPELL, LONGEST_SPELL = 64, 4096  # plain steps in a row
 WINDOW, FEWEST_DECIDED = 256, 3  # tokens of a caption that are looked at together
-# Plain steps for each token, beside what its round took. A pass over a batch saves more than one over a sequence.
+# Plain steps for each token, on top of its round. A pass over a batch saves more than one over a sequence.
 MOST_REPLAYED, MOST_REPLAYED_OF_BATCH = 0.4, 0.8
 
 

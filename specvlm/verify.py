@@ -47,7 +47,7 @@ def accept(guesses: Guesses, choices: torch.Tensor, depth: int) -> Accepted:
 def ranks_of(guesses: Guesses, accepted: Accepted) -> torch.Tensor:
     """Where the draft ranked each token that the target wrote, int64 [B, D + 1].
 
-    0 is the draft's first choice at the node that the token follows, K: none of its K likeliest; -1: not known,
+    0 is the draft's first choice at the node that the token follows, K: none of its K most likely; -1: not known,
     because the node was not expanded, or the round ended above it.
     """
     assert guesses.likeliest is not None

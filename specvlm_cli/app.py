@@ -64,7 +64,7 @@ _RESUMED = (
     "caption",
     "audit",
     "train",
-)  # commands that a signal ends in order, and that go on when started again
+)  # commands that stop in order on a signal, and resume when started again
 
 
 def _print_version(wanted: bool) -> None:
@@ -98,18 +98,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()  # here, where a reader that has gone can still be dealt with
         return code
     except NotBegunError as error:
-        error_line(f"stopped by {error}; start again to go on")
+        error_line(f"stopped by {error}; start again to resume")
         return ExitCode.STOPPED
     except KeyboardInterrupt:
         return ExitCode.INTERRUPTED
-    except BrokenPipeError:  # the reader of our output has gone; there is nobody to tell
+    except BrokenPipeError:  # the reader of our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ExitCode.FATAL
     except Exception as error:
         if was_interrupted(error):  # by a signal, while a ledger was read
             if given[0] not in _RESUMED:
                 return ExitCode.INTERRUPTED
-            error_line("stopped by a signal; start again to go on")
+            error_line("stopped by a signal; start again to resume")
             return ExitCode.STOPPED
         if _verbose(given):
             error_trace(traceback.format_exc())
@@ -172,7 +172,7 @@ def _explained(error: Exception) -> tuple[str, ExitCode]:
         return "the ledger is in use by another program; close it there, then start again", ExitCode.STOPPED
     if isinstance(error, (OSError, sqlite3.Error)):
         return (
-            f"{error}; mend this and start again (a run folder keeps what was captioned so far)",
+            f"{error}; fix this and start again (the run folder keeps all captions so far)",
             ExitCode.FATAL,
         )
     return f"{type(error).__name__}: {error}; run it with -v for the traceback", ExitCode.FATAL

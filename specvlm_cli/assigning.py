@@ -1,4 +1,4 @@
-"""Which worker decodes which video: lend it to be prepared, admit it while there are slots, keep groups apart.
+"""Which worker decodes which video: pass it on to be prepared, admit it while there are slots, keep groups apart.
 
 A video that is read is lent to a worker, which prepares it; it is admitted, and claimed in the ledger, when the worker
 has a slot for it, or nearly so. For a group, a sampled set or a suspect alone, a worker first finishes what it has in
@@ -163,7 +163,7 @@ class Assigner:
                 return
 
     def _may_lend(self, worker: Worker) -> bool:
-        """Say whether a worker is to prepare one more; not beside a suspect, nor before a group."""
+        """Say whether a worker is to prepare one more; not next to a suspect, nor before a group."""
         if self._queue.has_charged or _is_alone(worker):
             return False
         if worker.group is not None and not worker.group.unread:
@@ -210,5 +210,5 @@ class Assigner:
 
 
 def _is_alone(worker: Worker) -> bool:
-    """Say whether a worker decodes a suspect, beside which nothing is even prepared."""
+    """Say whether a worker decodes a suspect, next to which nothing is even prepared."""
     return worker.decodes is not None and worker.decodes.alone

@@ -5,7 +5,7 @@
     caches = target's x (video tokens + text) + draft's x (video tokens it keeps + text)
 
 in bf16, for the longest video that the preset reads, 1024 tokens of prompt and caption, with the times that some
-models are told, nine video tokens in ten pruned for the draft. Working memory of the vision towers and of the prefill
+models are given, nine of ten video tokens pruned for the draft. Working memory of the vision towers and of the prefill
 comes on top and is not in here. Asks no network and imports no torch.
 """
 

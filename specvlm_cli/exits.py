@@ -12,14 +12,14 @@ FLAG_NAMES = {"backend": "video_backend"}  # of settings whose flags are not cal
 
 
 class ExitCode(IntEnum):
-    """A contract with people's scripts; the same numbers stand in the README."""
+    """A contract with people's scripts; the same numbers are in docs/caption.md."""
 
     OK = 0  # all done, or nothing to do
     FATAL = 1  # a model does not load, the disk is full, the ledger is damaged
     USAGE = 2  # usage or configuration, a config change included
     SOME_FAILED = 3  # finished, but at least one video failed
     TOO_MANY_FAILED = 4  # --max-failures tripped
-    STOPPED = 75  # stopped early and can go on: a signal, or locked by another run
+    STOPPED = 75  # stopped early and can resume: a signal, or locked by another run
     INTERRUPTED = 130  # second Ctrl-C
 
 
@@ -30,7 +30,7 @@ class CommandError(Exception):
 
 
 class FatalError(CommandError):
-    """The run cannot go on."""
+    """The run cannot continue."""
 
 
 @dataclass(frozen=True, slots=True)

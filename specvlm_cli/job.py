@@ -38,7 +38,7 @@ from specvlm_cli.wanted import Wanted
 
 ChangePolicy = Literal["error", "reuse", "new"]
 
-_MOST_TOLD = 20  # rows that name no video; the others stand in the failures file
+_MOST_TOLD = 20  # rows that name no video; the others are in the failures file
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +51,10 @@ class Request:
         policy: How to work through the videos, and how captions are made.
         version: Version of specvlm, for the rows.
         shard: Which part of the run this is.
-        reshard: Divide the run anew, where it has another number of shards.
+        reshard: Redistribute the run, if it has another number of shards.
         kept: Columns that pass through from a manifest to the rows, and their kinds.
         unreadable: Folders that could not be listed; videos in them were not found, which counts as a failure.
-        overwrite: Caption all given videos anew.
+        overwrite: Caption all given videos again.
         retry_failed: Try the given videos again that failed before.
         on_config_change: What to do where the folder holds captions made with other settings.
         if_locked: What to do where another start is at work on the same shard.
@@ -99,7 +99,7 @@ def run(request: Request, factory: EngineFactory, display: Display) -> Outcome:
     """Caption what is to be captioned, and say how it ended.
 
     Raises:
-        CommandError: The start could not be made, or could not go on.
+        CommandError: The start could not be made, or could not continue.
     """
     started = time.monotonic()
     with listening() as stop:
@@ -135,7 +135,7 @@ def _run(request: Request, factory: EngineFactory, display: Display, stop: Stop)
 
 
 def _divide(request: Request, folder: RunFolder, display: Display) -> bool:
-    """Finish a division into shards that was cut short, and divide anew where that was asked for."""
+    """Finish an interrupted redistribution, and redistribute if asked to."""
     finish(folder.root)
     if request.reshard and reshard(folder.root, request.shard.count):
         display.note(f"{_shown(folder)} is divided into {request.shard.count} shards now")
@@ -232,7 +232,7 @@ def _kept(request: Request, folder: RunFolder, known: RunFile) -> Mapping[str, s
         had = "1 shard" if known.shards == 1 else f"{known.shards} shards"
         raise UsageError(
             f"{_shown(folder)} was begun with {had}, this start has {request.shard.count}; give --shard I/N "
-            "with that number, or --reshard to have it divided anew"
+            "with that number, or --reshard to redistribute it"
         )
     if not request.kept.items() <= known.kept.items():
         had = ", ".join(f"{name} ({kind})" for name, kind in known.kept.items()) or "none"
@@ -244,7 +244,7 @@ def _kept(request: Request, folder: RunFolder, known: RunFile) -> Mapping[str, s
     if taken := sorted(known.kept.keys() & set(CAPTION_SCHEMA.names)):
         raise UsageError(
             f"{_shown(folder)} was begun by an earlier version with --keep-columns {clean(', '.join(taken))}, which a "
-            "row has of its own by now; export reads it as it is, captions go on in another -o folder"
+            "row has of its own by now; export reads it as it is, use another -o folder for further captions"
         )
     return known.kept
 
@@ -265,7 +265,7 @@ def _nothing_to_do(request: Request, folder: RunFolder) -> Outcome | None:
                 _refuse_changed_files(request, folder, ledger, at_once=True)
             return None if work or not folder.parts.in_order(ledger) else _outcome(request, folder, ledger)
     except UNREADABLE as error:
-        if is_damage(error):  # opening it for writing tells what is wrong
+        if is_damage(error):  # opening it for writing shows what is wrong
             return None
         raise
 
@@ -441,12 +441,12 @@ def _refuse_other_settings(
     changes = (
         "; ".join(map(str, differences(known.settings, fingerprint))) if known else "its run.json is gone"
     )
-    how = "go on with the new value"
+    how = "continue with the new value"
     if known and _adds_prompts(request, known):
         how = "ask only what is new, about all videos"
     raise UsageError(
         f"{_shown(folder)} holds captions made with other settings: {clean(changes)}; give the old value, or "
-        f"--on-config-change reuse (keep them, {how}) or new (a new folder beside it)"
+        f"--on-config-change reuse (keep them, {how}) or new (a new folder next to it)"
     )
 
 

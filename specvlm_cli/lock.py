@@ -28,7 +28,7 @@ _TRY_EVERY_S = 1.0  # to get a folder that another process is using
 
 
 class Lock:
-    """A lock that is held. The holder's name stands in the file until the holder ends in order.
+    """A lock that is held. The holder's name is in the file until the holder ends in order.
 
     Attributes:
         after_crash: The holder before left its name, so it died.
@@ -125,7 +125,7 @@ def share(path: Path, *, alone: bool = False, patient: bool = False) -> TextIO:
     try:
         while not _is_locked(file, kind, patient):
             time.sleep(_LOOK_EVERY_S)
-            if is_asked():  # waiting in the kernel would go on after a signal
+            if is_asked():  # waiting in the kernel would continue after a signal
                 raise NotBegunError("a signal")
     except BlockingIOError:
         file.close()

@@ -1,9 +1,9 @@
-"""Parquet files derived from the ledger: written beside their name, checked, renamed, and only then recorded.
+"""Parquet files derived from the ledger: written next to their name, checked, renamed, and only then recorded.
 
 Every part has one schema, declared here. Page checksums and zstd; names that begin with a dot are unfinished
 and are ignored by Parquet readers. A crash at any point leaves a file that the ledger does not know; the next
 start removes it and writes its rows again, from the ledger. A part whose rows change, or whose file is
-damaged, is written anew under its own name, so that a reader sees the old rows or the new, never both or
+damaged, is rewritten under its own name, so that a reader sees the old rows or the new, never both or
 neither. It knows files and rows; it decides nothing about videos.
 """
 
@@ -215,7 +215,7 @@ class Parts:
         return _write(self._root, name, table)
 
     def close_part(self, ledger: Ledger, most_rows: int) -> None:
-        """Write the captions that stand in no part yet, at most `most_rows` to a part, and renew old parts."""
+        """Write the captions that are in no part yet, at most `most_rows` to a part, and renew old parts."""
         self._renew(ledger)
         while rows := ledger.rows_without_part(most_rows):
             name = f"{CAPTIONS}/part-{self._shard:05d}-{ledger.take_part_number():05d}.parquet"
@@ -271,7 +271,7 @@ class Parts:
         for path in strays:
             path.unlink(missing_ok=True)
         done = [f"removed {path}, left by a crash" for path in strays if not path.name.startswith(".")]
-        outdated = set(ledger.outdated_parts())  # written anew in any case
+        outdated = set(ledger.outdated_parts())  # rewritten in any case
         for part in self._listed(ledger):
             if part.name not in outdated and not self._whole(part, content=True):
                 done.append(f"{self._root / part.name} was missing or damaged, written again from the ledger")
@@ -304,7 +304,7 @@ class Parts:
             rows = _read(path, caption_schema(self.kept))
         except _TooLargeError:
             raise
-        except FatalError:  # nobody can read it, so nothing is lost with it
+        except FatalError:  # it cannot be read, so nothing is lost with it
             return
         if not all(ledger.holds(row) for row in rows):
             raise FatalError(

@@ -26,7 +26,7 @@ class Policy:
             this start; None: never.
         retries: Further tries of a video after a fault that may pass.
         timeout_s: Most time to generate all captions of one video; None: no limit.
-        grace_s: Most time to finish the videos in hand once stopping was asked for.
+        grace_s: Most time to finish the videos in progress after a signal to stop.
         on_oom: Whether a video may be captioned from fewer frames where memory runs out.
         devices: Where workers load their models, one each; None: where the settings say, or all GPUs.
         all_gpus: One worker for each GPU that the first worker sees.

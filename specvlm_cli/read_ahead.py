@@ -41,7 +41,7 @@ class Group:
     """Videos that a worker decodes by themselves: a sampled set, or a suspect alone.
 
     Attributes:
-        alone: It is one video, in whose company a worker died; nothing is even prepared beside it.
+        alone: It is one video, in whose company a worker died; nothing is even prepared next to it.
         unread: Ordinals of those that are still being read.
         read: Those whose frames wait for the worker.
         claims: Those that are read, whether the worker has them or not.
@@ -268,7 +268,7 @@ class Queue:
                 group.add(claim, outcome)
 
     def _leave_out(self, claim: Claim) -> None:
-        """Have a group go on without a video that cannot be read."""
+        """Continue a group without a video that cannot be read."""
         group = self._group_of.pop(claim.ordinal, None)
         if group is not None:
             group.unread.discard(claim.ordinal)

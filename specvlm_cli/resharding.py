@@ -1,9 +1,9 @@
-"""Dividing a run folder anew: its ledgers become others, one for each new shard, with the same videos in all.
+"""Redistributing a run folder: its ledgers become others, one for each new shard, with the same videos in all.
 
 Every video goes to the shard of its id; captions, failures and attempts go with it. The new ledgers are made in
-a folder beside the old ones, and one rename says that they are complete: a crash before it leaves the old
+a folder next to the old ones, and one rename says that they are complete: a crash before it leaves the old
 shards as they are, a crash after it is finished by the next start. Parts belong to a shard, so all of them are
-written anew from the new ledgers; while that is done, the captions stand in the ledgers alone. It needs the
+rewritten from the new ledgers; while that is done, the captions are in the ledgers alone. It needs the
 whole run folder for itself.
 """
 
@@ -163,7 +163,7 @@ def _take_over(root: Path, *, made_now: bool) -> None:
 
 
 def _count(complete: Path, known: RunFile) -> int:
-    """Return the new number of shards, which stands in a file as long as anything is left to do."""
+    """Return the new number of shards, which is in a file as long as anything is left to do."""
     try:
         count = int(read_whole(complete / _NOTE)[:20])
         if 1 <= count <= MOST_SHARDS:
@@ -201,7 +201,7 @@ def _require_complete(complete: Path, before: int, count: int) -> None:
 
 
 def _captions_lost(old: Path, new: Path, index: int, count: int) -> int:
-    """Return how many captions of videos of a new shard stand in an old ledger and not in the new one."""
+    """Return how many captions of videos of a new shard are in an old ledger and not in the new one."""
     with _beside(new, old, count) as database:
         sql = """SELECT count(*) FROM old.caption AS theirs JOIN old.item AS held ON held.ordinal = theirs.item
                  LEFT JOIN main.item AS ours ON ours.id = held.id

@@ -116,7 +116,7 @@ class RunFolder:
             except OSError as error:
                 reason = f"{clean(str(self.root))}: cannot be used as the output folder ({error.strerror})"
                 if error.errno in _OF_THE_DISK:
-                    raise FatalError(f"{reason}; start again once this is mended") from error
+                    raise FatalError(f"{reason}; start again once this is fixed") from error
                 raise UsageError(f"{reason}; give another -o folder") from error
             yield ours
 

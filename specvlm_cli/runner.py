@@ -48,7 +48,7 @@ _LOST_IN_A_ROW = (
 
 
 class Reporter(Protocol):
-    """Told what happens, as it happens."""
+    """Receives events as they happen."""
 
     def captioned(self, claim: Claim, rows: list[Row]) -> None: ...
 
@@ -108,7 +108,7 @@ class Runner:
         self._lost: set[int] = set()  # videos that killed their workers since the last caption
         self._lost_loading = 0
         self._fatal: Exception | None = None  # ends the run once what was heard before is stored
-        self._news: list[Callable[[], None]] = []  # to be told once it is stored
+        self._news: list[Callable[[], None]] = []  # reported once it is stored
         self._counted_s: float | None = None  # until when waiting was counted
         self._part_started = time.monotonic()
 
@@ -133,7 +133,7 @@ class Runner:
         return self._crew.models
 
     def run(self, stop: Stop, provenance: Provenance) -> None:
-        """Caption what is pending. What was made stands in finished parts when this returns."""
+        """Caption what is pending. All captions are in finished parts when this returns."""
         self._provenance, self._run_began_s = provenance, time.monotonic()
         assert self._crew.models is not None
         assert self._pool is not None
@@ -166,7 +166,7 @@ class Runner:
                     self._ledger.release(claim)
 
     def close_parts(self) -> None:
-        """Write all captions and failures that stand in the ledger alone."""
+        """Write all captions and failures that are in the ledger alone."""
         self._parts.close_part(self._ledger, self._policy.part_rows)
         self._parts.write_failures(self._ledger)
         self._part_started = time.monotonic()

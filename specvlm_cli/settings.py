@@ -70,7 +70,7 @@ def _generation(generation: GenerationSettings) -> Plain:
 
 
 def config_hash(fingerprint: Plain) -> str:
-    """Return 16 hex digits that stand for these settings."""
+    """Return 16 hex digits for these settings."""
     text = json.dumps(fingerprint, sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

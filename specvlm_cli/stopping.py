@@ -46,7 +46,7 @@ class Stop:
 
     @property
     def reason(self) -> str | None:
-        """Why to stop; None: go on."""
+        """Why to stop; None: continue."""
         if self._reason is None and self._end_s is not None and time.monotonic() >= self._end_s:
             self.ask(MAX_RUNTIME)
         return self._reason

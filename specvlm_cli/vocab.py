@@ -1,6 +1,6 @@
 """Which tokens a draft may guess: what `--draft-vocab` says, and the file that `specvlm vocab` writes.
 
-Captions are read from ledgers as a bystander reads them, so a run may go on meanwhile. Imports no torch; the
+Captions are read from ledgers read-only, also during a run. Imports no torch; the
 tokenizer is an argument.
 """
 
@@ -70,7 +70,7 @@ def most_used(size: int, out: Path) -> MostUsed:
 
 
 def origin(wanted: MostUsed) -> str:
-    """Tell which tokens a number stands for, in `caption`."""
+    """Return the tokens that a number means, in `caption`."""
     number = len(wanted.texts)
     if not number:
         return "counted in the captions to come; until they tell enough, the draft guesses from every token"
@@ -132,10 +132,10 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """What came of it.
+    """The result.
 
     Attributes:
-        kept: What stands in the file.
+        kept: Content of the file.
         captions: Captions counted.
         files: Text files counted.
         vocabulary: Tokens of the tokenizer, those added to it left out.

@@ -130,7 +130,7 @@ class Measurer:
                 return generate(
                     target.model, target.embedding_device, inputs, self._limit, self._clock, **more
                 )
-            except Exception as error:  # whatever it is, it is its own error, and the others go on
+            except Exception as error:  # whatever it is, it is its own error, and the others continue
                 raise MethodError(one_line(error)) from error
 
         with stock_attention([target.model, *more.values()]), torch.inference_mode():
@@ -286,7 +286,7 @@ def conditions(captioner: Captioner, asked: Asked, videos: tuple[str, ...]) -> C
 
 
 def _processor() -> str:
-    """Name of the CPU, where the system tells."""
+    """Name of the CPU, if the system says."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

@@ -22,7 +22,7 @@ from matplotlib.ticker import MaxNLocator
 from specvlm.bench.records import STAGES, MethodName, Report, Summary
 from specvlm.bench.words import STAGE_NAMES, baseline_of, frames_of, has_several_frames, name_of
 
-INK = "#010203"  # stands for the page's text colour
+INK = "#010203"  # replaced by the page's text colour
 # Told apart by colour-blind eyes, and clear on white as on near-black.
 COLOURS = ("#2b83c6", "#e0762b", "#2a9d72", "#c2549c", "#a48a00", "#7a6bd6", "#cf4a45", "#2aa0ad")
 MOST_SERIES = 2 * len(COLOURS)  # lines of one plot

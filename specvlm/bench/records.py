@@ -22,7 +22,7 @@ BASELINES: tuple[MethodName, ...] = ("stock", "plain")  # what speedups are give
 
 @dataclass(frozen=True, slots=True)
 class Configuration:
-    """One way to caption the videos; what a row of the table stands for.
+    """One way to caption the videos; one row of the table.
 
     Attributes:
         method: `stock` and `assisted` are `transformers`' own `generate()`, without and with its
@@ -76,8 +76,8 @@ class Configuration:
 class Stages:
     """Where the wall time of a caption went. The stages follow each other, and their sum is the whole.
 
-    What cannot be had apart is 0 here, null in JSON, and its time stands in a coarser stage: `generate()` of
-    `transformers` tells only when its first token came, so its captions have `prefill_s` and `steps_s` in place of
+    What cannot be had apart is 0 here, null in JSON, and its time is in a coarser stage: `generate()` of
+    `transformers` reports only when its first token came, so its captions have `prefill_s` and `steps_s` in place of
     what lies between; see `untold`.
 
     Attributes:
@@ -170,7 +170,7 @@ class Sample:
     settled_tokens: int = 0
 
     def as_row(self) -> dict[str, Any]:
-        """One flat row: the configuration's and the stages' fields stand beside the others."""
+        """One flat row: with the fields of the configuration and the stages."""
         row = asdict(self)
         flat = {**row.pop("configuration"), **row, **row["stages"]}
         del flat["stages"], flat["draft_label"]
@@ -420,7 +420,7 @@ class Report:
 
     @property
     def process_peak_bytes(self) -> int | None:
-        """The process's peak with all methods; None where a device tells of each caption, or nothing was measured."""
+        """The process's peak with all methods; None if the device reports each caption's, or nothing was measured."""
         if self.conditions.peak_memory_of == "device":
             return None
         return max((one.peak_memory_bytes for one in self.summaries), default=0) or None

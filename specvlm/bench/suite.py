@@ -2,7 +2,7 @@
 
 Of each video, one turn warms up and is not kept, and each further turn begins with the next method, so that no
 method always runs first, or always after the same one. One video is in memory at a time; in batches all of them are,
-and a turn takes all of them. Knows neither files of results nor a terminal; what goes on is told to whoever listens.
+and a turn takes all of them. Knows neither files of results nor a terminal; events go to a listener.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Step(NamedTuple):
 
 
 class Listener(Protocol):
-    """Hears what goes on."""
+    """Receives events of a bench."""
 
     def step(self, step: Step) -> None:
         """A caption is about to be made."""
@@ -46,7 +46,7 @@ class Listener(Protocol):
         """A video could not be read, or not be preprocessed."""
 
     def failed(self, how: Configuration, error: str) -> None:
-        """A method cannot go on, and is left out from here on."""
+        """A method failed, and is left out from here on."""
 
 
 class Measuring(Protocol):
@@ -308,7 +308,7 @@ def bench(
     Args:
         captioner: With the target of all, and the draft of all methods but those of `others`.
         setup: What is compared, and on what.
-        listener: Hears what goes on.
+        listener: Receives events.
         others: The same target with other drafts (`specvlm.loading.with_draft`), by the names that the grid gives them.
 
     Raises:

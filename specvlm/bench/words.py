@@ -143,7 +143,7 @@ def clips_words(report: Report) -> str:
 
 
 def peak_words(report: Report) -> str:
-    """The peak of a process, which no method has for itself; empty where a device tells of each."""
+    """The peak of a process, which no method has for itself; empty if the device reports each method's."""
     most = report.process_peak_bytes
     return "" if most is None else f"{amount(most)}, of the process with all methods"
 

@@ -221,7 +221,7 @@ class HeadModel(nn.Module):
     def save(self, folder: Path, config: HeadConfig | None = None) -> None:
         """Write the head into a folder: weights, then the config, each in one stroke and durably.
 
-        `config`: with what is to be told of its training; None: its own.
+        `config`: with facts about its training; None: its own.
         """
         folder.mkdir(parents=True, exist_ok=True)
         told = json.dumps((config or self.config).as_json(), indent=1, sort_keys=True) + "\n"

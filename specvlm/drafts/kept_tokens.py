@@ -21,7 +21,7 @@ from specvlm.errors import ConfigError, Setting
 
 FORMAT = 1
 _BATCH = 1000  # texts that are tokenized at once
-_REMEDY = "write it anew with specvlm vocab"
+_REMEDY = "write it again with specvlm vocab"
 
 
 class MostUsed(NamedTuple):
@@ -62,7 +62,7 @@ class KeptTokens:
         return sum(count for _, count in self.counts) / self.tokens if self.tokens else None
 
     def as_json(self) -> dict[str, Any]:
-        """What stands in the file."""
+        """Content of the file."""
         return {
             "specvlm_vocab": FORMAT,
             "tokenizer": self.tokenizer,
@@ -80,7 +80,7 @@ DraftVocab = int | str | os.PathLike[str] | Sequence[int] | MostUsed | KeptToken
 
 
 def fingerprint(tokenizer: Any) -> str:
-    """16 hex digits that stand for a tokenizer's tokens and their ids."""
+    """16 hex digits for a tokenizer's tokens and their ids."""
     tokens = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
     return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:16]
 

@@ -1,4 +1,4 @@
-"""Which kind of draft a folder holds, told from its files. Imports neither torch nor models."""
+"""Which kind of draft a folder holds, by its files. Imports neither torch nor models."""
 
 from __future__ import annotations
 

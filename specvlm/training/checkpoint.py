@@ -1,6 +1,6 @@
 """Checkpoints of a training: tensors and facts, in a folder that appears whole or not at all. Knows no models.
 
-Two are kept, so that a training goes on from the one before where the newest is damaged. Each is a folder with
+Two are kept, so that a training resumes from the older one if the newest is damaged. Each is a folder with
 `state.safetensors` and `state.json`, which holds the other's SHA-256; it is written under another name, made
 durable, and renamed.
 """
@@ -28,7 +28,7 @@ _CHUNK = 1 << 22
 
 
 class Checkpoint(NamedTuple):
-    """What a training goes on from."""
+    """What a training resumes from."""
 
     step: int
     facts: Mapping[str, Any]  # plain values
@@ -40,7 +40,7 @@ class DamagedCheckpointError(Exception):
 
 
 class Found(NamedTuple):
-    """What is there to go on from."""
+    """A checkpoint to resume from."""
 
     checkpoint: Checkpoint | None  # the newest that is whole; None: there is none
     damaged: list[str]  # what is wrong with newer ones, which are removed where there is a whole one

@@ -127,5 +127,5 @@ def _first_difference(
 
     length = len(stock.token_ids)
     index = bisect_left(range(1, length + 1), True, key=leaves)
-    # Where the caption goes on behind all that stock wrote, stock's end of sequence is what differs.
+    # If the caption continues after all that stock wrote, stock's end of sequence is what differs.
     return length - 1 if index == length and stock.finish_reason == "stop" else index

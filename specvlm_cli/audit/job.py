@@ -1,4 +1,4 @@
-"""One audit, from what was asked for to what came of it. Knows no terminal.
+"""One audit, from request to result. Knows no terminal.
 
 Ledgers are opened read-only, as by every other reader, also while a run writes to them. What is written is in
 OUT/audit: verdicts, as they are made, and the file of differences, at the end.

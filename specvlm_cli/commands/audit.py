@@ -85,7 +85,7 @@ def audit(flags: AuditFlags) -> int:
     """Make captions of a run again with stock generate() alone, and compare them with the rows.
 
     The same frames are read again, one video at a time. Run it again to resume; what was compared is kept in OUT/audit.
-    Nothing else in OUT is written, and a run may go on in it.
+    Nothing else in OUT is written, and a run may continue in it.
 
     Exit code 0 where every caption of the sample is equal, 3 where one is not or could not be compared.
     """

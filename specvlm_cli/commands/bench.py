@@ -69,7 +69,7 @@ class _Compared(NamedTuple):
 
 
 class _Measured(NamedTuple):
-    """What came of it, and pictures for the page."""
+    """The result, and pictures for the page."""
 
     report: Report
     sheets: tuple[PageSheet, ...] = ()
@@ -206,10 +206,10 @@ def _with_drafts(grid: Grid, flags: BenchFlags, pair: Preset | None) -> tuple[Gr
 
 
 def _drafts(flags: BenchFlags, pair: Preset | None) -> dict[str, str]:
-    """Return the drafts: their names -> what to load. A preset's own small model has the target's head beside it.
+    """Return the drafts: their names -> what to load. A preset's own small model comes with the target's head.
 
     Raises:
-        UsageError: One was given twice, or none beside others, or one revision to several.
+        UsageError: One was given twice, or none together with others, or one revision for several.
     """
     given = flags.given_drafts
     if not given and pair is not None:

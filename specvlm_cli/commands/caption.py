@@ -154,7 +154,7 @@ def _input_options(flags: CaptionFlags, shard: Shard) -> InputOptions:
 
 
 def _tell_unknown_variables(talk: Talk) -> None:
-    """A misspelt variable would else do nothing, and nobody would know."""
+    """A misspelt variable would otherwise do nothing, unnoticed."""
     known = {variable(f"--{name.replace('_', '-')}") for name in CaptionFlags.__dataclass_fields__}
     known |= {variable(long) for long in ("--json", "--inputs")}
     for name in sorted(set(os.environ) - known):
@@ -174,7 +174,7 @@ def _tell_what_was_left_out(inputs: Inputs, wanted: Wanted, talk: Talk) -> None:
     if report.more_unreadable:
         talk.warn(f"left out, not readable: {counted(report.more_unreadable, 'more folder')}")
     if wanted.doubles:
-        talk.note(f"{counted(wanted.doubles, 'row')} put together with earlier ones of the same video")
+        talk.note(f"{counted(wanted.doubles, 'row')} merged with earlier ones of the same video")
     if report.too_young:
         talk.note(f"{counted(report.too_young, 'file')} left for the next start: younger than --min-age")
 

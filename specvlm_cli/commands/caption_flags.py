@@ -229,7 +229,7 @@ class ModelFlags:
 
 @dataclass(frozen=True, kw_only=True)
 class PruningFlags:
-    """What the draft sees of a video; None: as by default, where the draft can be told."""
+    """What the draft sees of a video; None: the default, if the draft takes it."""
 
     pruner: Annotated[
         PrunerName | None,

@@ -298,4 +298,4 @@ def _attention(share: float) -> str:
 def _by_step(kept: list[int]) -> str:
     if len(kept) <= _MOST_STEPS:
         return " ".join(map(str, kept))
-    return f"{min(kept)} to {max(kept)}, {sum(kept) / len(kept):.1f} in the mean; --json tells all"
+    return f"{min(kept)} to {max(kept)}, {sum(kept) / len(kept):.1f} on average; --json has all"

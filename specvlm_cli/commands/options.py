@@ -103,7 +103,7 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
     except OSError as error:
         raise UsageError(f"{shown}: {error.strerror}; give a TOML file that can be read") from error
     except ValueError as error:
-        raise UsageError(f"{shown}: no valid TOML ({error}); mend it") from error
+        raise UsageError(f"{shown}: no valid TOML ({error}); fix it") from error
     names = _names_of_flags(context)
     if unknown := sorted(set(found) - set(names)):
         raise UsageError(

@@ -249,7 +249,7 @@ def _caption_words(words: Sequence[str]) -> tuple[list[str], list[str], float]:
     always = [word for word in given if word not in once]
     if once and not _only_these_are_out(asked, always, once):
         raise UsageError(
-            f"{' '.join(once)} would begin anew after each requeue; give it as a flag of its own, not by a "
+            f"{' '.join(once)} would start over after each requeue; give it as a flag of its own, not by a "
             "variable, a file or as another flag's value"
         )
     return always, once, grace_s
@@ -292,7 +292,7 @@ def _only_these_are_out(before: Any, words: Sequence[str], once: Sequence[str]) 
     )
 
 
-# What Slurm is told
+# Options for Slurm
 
 
 _MEMORY = re.compile(r"[0-9]+[KMGT]?")

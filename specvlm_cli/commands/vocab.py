@@ -106,7 +106,7 @@ class VocabFlags:
 def vocab(flags: VocabFlags) -> int:
     """Count the tokens that captions use, and write a file for --draft-vocab.
 
-    Captions come from a run folder, also while a run goes on there, from text files, or from both.
+    Captions come from a run folder, also during a run, from text files, or from both.
     """
     from specvlm_cli import vocab as job
 

@@ -2,7 +2,7 @@
 
     python -m specvlm_cli.doctor.probe PRESET [TARGET [DRAFT]]
 
-A driver that hangs or crashes takes this process with it and not the one that tells of it (`models.py`).
+A driver that hangs or crashes takes this process with it and not the one that reports it (`models.py`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One export, from what was asked for to what came of it. Knows the formats by name, and no terminal."""
+"""One export, from request to result. Knows the formats by name, and no terminal."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def _explained(destination: Path) -> Iterator[None]:
         yield
     except (OSError, sqlite3.Error, pa.ArrowException) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        text = f"{clean(str(destination))}: {clean(reason)}; nothing was exported, mend that and start again"
+        text = f"{clean(str(destination))}: {clean(reason)}; nothing was exported, fix that and start again"
         raise FatalError(text) from error
 
 
@@ -209,7 +209,7 @@ class _Export:
         self._paths = Paths(index.db, request.paths)
 
     def write(self, notes: list[str]) -> Exported:
-        """Write it, and return what came of it; `notes` are passed on with what else is to be said."""
+        """Write it, and return the result; `notes` are added to its own."""
         request = self._request
         captions = failures = missing = 0
         if request.one_file:

@@ -27,7 +27,7 @@ class Request:
         destination: A file for one table, a folder for everything else.
         format: See `FormatName`.
         overwrite: Replace an earlier export.
-        failures: Failures beside the captions, none, or nothing else.
+        failures: Failures with the captions, without, or only.
         columns: Columns of the captions, in this order; None: those that suit the format.
         rows_per_file: Most rows of one Parquet file of a folder.
         videos: How videos come into a videofolder.
@@ -49,7 +49,7 @@ class Request:
         return self.format in ("jsonl", "csv") or self.destination.suffix.lower() == ".parquet"
 
 
-# Names of files of other formats, of which nobody means a folder.
+# Names of files of other formats, which are never meant as folders.
 _NOT_WRITTEN = frozenset(
     ".arrow .db .feather .json .ndjson .ods .orc .sqlite .tar .tsv .xls .xlsx .xml .yaml .zip".split()
 )

@@ -1,4 +1,4 @@
-"""Text beside videos: a .txt or .srt for each video and prompt, in the folders that the videos have.
+"""Text next to videos: a .txt or .srt for each video and prompt, in the folders that the videos have.
 
 A .txt of a whole video is its caption; where parts of a video were captioned it has a line for each part. A .srt
 has one cue for each part, or one from the beginning to the end. Files of further prompts are called
@@ -40,7 +40,7 @@ class Piece:
 def write_sidecars(
     root: Path, kind: SidecarName, captions: Iterator[tuple[Place, Row]], names: Names, manifest: Manifest
 ) -> int:
-    """Write a file for each video and prompt; return how many captions stand in them."""
+    """Write a file for each video and prompt; return how many captions they hold."""
     written = 0
     content = _text if kind == "txt" else _subtitles
     for path, group in groupby(captions, key=lambda one: one[0].path):

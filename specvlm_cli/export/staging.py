@@ -1,4 +1,4 @@
-"""All of it or nothing: an export is written beside its destination and gets its name when it is on disk.
+"""All of it or nothing: an export is written next to its destination and gets its name when it is on disk.
 
 What was there before is replaced only where the caller says so and it is an earlier export; it is looked at again
 after it was put aside, so that a file that came into it meanwhile is never lost. A process that dies leaves a
@@ -49,10 +49,10 @@ def staged(destination: Path, refusal: Refusal | None) -> Iterator[Staging]:
 
     Args:
         destination: Where the export goes.
-        refusal: Asked about what stands there already; None: nothing may stand there.
+        refusal: Judges what is there already; None: nothing may be there.
 
     Raises:
-        UsageError: Something stands there that may not be replaced.
+        UsageError: Something is there that may not be replaced.
         BusyError: Another process is exporting to the same place.
         OSError: The disk is full, or cannot be written.
     """

@@ -106,7 +106,7 @@ class Crew:
         return how
 
     def remove(self, worker: Worker) -> None:
-        """Go on without a worker that is of no use."""
+        """Continue without a worker that is of no use."""
         worker.kill()
         self._workers.remove(worker)
 

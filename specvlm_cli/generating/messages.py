@@ -47,7 +47,7 @@ class Admit:
     """Caption these videos as soon as there are slots."""
 
     keys: tuple[int, ...]
-    alone: bool = False  # one video, and nothing runs beside it
+    alone: bool = False  # one video, and nothing runs next to it
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,7 @@ class Worker:
     """One worker process, and the videos that were claimed for it.
 
     Attributes:
-        device: Where it was told to load the models; None: where the settings say.
+        device: Where to load the models; None: where the settings say.
         models: What it loaded; None before that.
         batch_size: The most sequences that it has in flight.
         group: Videos that it decodes by themselves once it has nothing else in flight; None: there are none.

@@ -121,7 +121,7 @@ class Inputs:
         kept: Column that passes through from manifests, by its name in a caption's row -> `bool`, `int64`, `float64`
             or `string`.
         renamed: Column of a manifest -> its name in a caption's row, where that is another.
-        report: What was seen beside the videos; filled while they are read.
+        report: What was seen besides the videos; filled while they are read.
     """
 
     def __init__(

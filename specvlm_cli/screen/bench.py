@@ -60,7 +60,7 @@ _NAME_CHARACTERS = 60
 
 
 class BenchTalk:
-    """Tells how far a bench is: a bar on a terminal, elsewhere a line every 30 s. Warnings come in any case."""
+    """Shows the progress of a bench: a bar on a terminal, elsewhere a line every 30 s. Warnings come in any case."""
 
     def __init__(
         self, quiet: bool, clock: Callable[[], float] = time.monotonic, console: Console | None = None

@@ -23,7 +23,7 @@ STDERR = Stderr()
 
 
 class Voice:
-    """Says things; what shows progress beside them is for those who inherit."""
+    """Prints messages; subclasses show progress too."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class Voice:
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         if self._log is not None:
-            if error is not None:  # on stderr it is told by who ends the command
+            if error is not None:  # on stderr whoever ends the command prints it
                 self._log.line(short(f"error: {str(error) or type(error).__name__}", MOST_CHARACTERS))
             self._log.close()
 

@@ -13,7 +13,7 @@ from specvlm_cli.training.samples import Video
 
 
 class Listener(Protocol):
-    """Told what happens to samples."""
+    """Receives what happens to samples."""
 
     def left_out(self, left: LeftOut) -> None: ...
 
@@ -28,7 +28,7 @@ class Asking:
 
     Attributes:
         captions: What captions depend on, and how they are made.
-        settings: All that the text depends on beside frames and prompt, for the key of a caption.
+        settings: All that the text depends on besides frames and prompt, for the key of a caption.
         read: A job that says how videos are read.
         unroll: Passes of the head, for the memory that it takes.
     """

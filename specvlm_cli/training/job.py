@@ -157,7 +157,7 @@ def run(request: Request, ranks: Ranks, talk: Speaker, *, quiet: bool) -> Outcom
     """Train, and say how it ended; of several processes each calls this, with its own `ranks`.
 
     Raises:
-        CommandError: The start could not be made, or could not go on.
+        CommandError: The start could not be made, or could not continue.
         SpecvlmError: The models cannot be loaded, or the head cannot be trained.
     """
     began_s = time.monotonic()
@@ -194,7 +194,7 @@ def _standing(request: Request, total: int, talk: Speaker, stop: Stop, held: Exi
 
 
 def _finished(request: Request, total: int, talk: Speaker) -> Outcome | None:
-    """Return the outcome of a training that has nothing left to do; its head may still have to be written anew."""
+    """Return the outcome of a training that has nothing left to do; its head may still have to be rewritten."""
     if _known(request) is None or (progress := stored.finished(request.out, total)) is None:
         return None
     if (damage := stored.damage(request.out)) is not None:
@@ -206,7 +206,7 @@ def _finished(request: Request, total: int, talk: Speaker) -> Outcome | None:
         )
     done = progress.log[-1]["step"]
     more = "" if done == total else f", and {total:,} were asked for"
-    talk.note(f"nothing to do: {done:,} steps are done{more}; give more --epochs to go on")
+    talk.note(f"nothing to do: {done:,} steps are done{more}; give more --epochs to continue")
     return _outcome(request, Ending(done, done, None, progress), _left_out(request), Tally())
 
 

@@ -138,7 +138,7 @@ class Lessons:
                 prepared = self._captioners.teacher.prepare(
                     frames, prompt, system=self._asking.captions.system
                 )
-            except Exception:  # it is told in its turn
+            except Exception:  # it is reported in its turn
                 return
             missing = self._shortage(prepared, self._asking.captions.generation.max_new_tokens)
             if missing is not None:

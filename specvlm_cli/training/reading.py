@@ -52,7 +52,7 @@ class Reader:
 
     def take(self, key: int) -> Frames | ReadFailure:
         """Return the video of a key, or why there is none; those with smaller keys are dropped."""
-        self.drop_before(key)  # what nobody will ask for must not take the room of what is waited for
+        self.drop_before(key)  # what is not needed must not take the room of what is waited for
         self._wait(lambda: key in self._read)
         found = self._read.pop(key)
         if isinstance(found, ReadVideo):

@@ -86,7 +86,7 @@ def agree(root: Path, before: Plain, now: Plain, *, flags: bool = True) -> None:
         UsageError: They differ.
     """
     changed = differences(before, json.loads(json.dumps(now)))
-    # What one side does not have follows from another setting, which is told first.
+    # What one side does not have follows from another setting, which is reported first.
     changed.sort(key=lambda one: one.name not in before.keys() & now.keys())
     if changed:
         first, *others = changed
@@ -101,7 +101,7 @@ def agree(root: Path, before: Plain, now: Plain, *, flags: bool = True) -> None:
 
 
 def damage(root: Path) -> str | None:
-    """What is wrong with the head in a folder, in words; None: it can be loaded, as far as can be told at a glance."""
+    """What is wrong with the head in a folder, in words; None: it can be loaded, as far as a quick look shows."""
     try:
         read_config(root)
         with safe_open(root / WEIGHTS, "pt"):

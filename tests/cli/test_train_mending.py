@@ -160,7 +160,7 @@ def test_a_start_that_skips_says_so(train: Train, videos: Path, out: Path) -> No
         said = train(videos, "-o", out, if_locked="skip")
     assert (said.code, said.json["stopped"]) == (0, "locked")
     assert "skipped: another start is at work there" in said.err
-    assert "start again to go on" not in said.err
+    assert "start again to resume" not in said.err
 
 
 def test_a_start_that_waited_asks_again_whether_it_is_finished(
