@@ -17,8 +17,8 @@ import torch
 import transformers
 
 import specvlm
+from recipes.demo.clips import render, scene_for, seed_for
 from specvlm.config import PRUNERS, FrameSettings
-from specvlm.demo.clips import render, scene_for, seed_for
 from specvlm.preset import find_preset
 
 PROMPT = "Describe the video."

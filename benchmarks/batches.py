@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -77,15 +75,12 @@ def with_random_draft(captioner: Captioner, preset: Preset) -> Captioner:
 
 def clips_of(captioner: Captioner, count: int) -> list[Clip]:
     """The example clips as frames, over and over, each under a name of its own."""
-    with tempfile.TemporaryDirectory() as scratch:
-        clips = example_clips(Path(scratch)).clips
-        frames = [
-            read_video(one.video, captioner.frames, frame_multiple=captioner.frame_multiple)._replace(
-                source=None
-            )
-            for one in clips
-            if isinstance(one.video, str)
-        ]
+    clips = example_clips()
+    frames = [
+        read_video(one.video, captioner.frames, frame_multiple=captioner.frame_multiple)._replace(source=None)
+        for one in clips
+        if isinstance(one.video, str)
+    ]
     return [
         Clip(f"{clips[number % len(clips)].name} {number}", frames[number % len(clips)])
         for number in range(count)

@@ -46,9 +46,9 @@ from head_study import (
     training_of,
 )
 
+from recipes.demo.captions import compare, facts_in, facts_of
+from recipes.demo.clips import scene_for, seed_for
 from specvlm.captioner import CaptionOptions
-from specvlm.demo.captions import compare, facts_in, facts_of
-from specvlm.demo.clips import scene_for, seed_for
 from specvlm.drafts.compressor import CompressorConfig
 from specvlm.drafts.head_model import HeadModel
 

@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 import torch
 
 import specvlm
+from recipes.demo.draw import LONGER, SQUARE, WIDE, DrawnSplit, Format, draw_clips
 from specvlm.bench.measure import Measurer
 from specvlm.bench.records import Configuration
 from specvlm.captioner import Captioner, CaptionOptions, PreparedVideo
 from specvlm.config import FrameSettings
-from specvlm.demo.draw import LONGER, SQUARE, WIDE, DrawnSplit, Format, draw_clips
 from specvlm.drafts.base import Draft
 from specvlm.drafts.compressor import OPERATORS, CompressorConfig, CompressorMode, OperatorName
 from specvlm.drafts.head import HeadDraft

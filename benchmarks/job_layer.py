@@ -24,8 +24,8 @@ import numpy as np
 import pyarrow.parquet as pq
 
 import specvlm
-from specvlm.demo.clips import render, scene_for, seed_for
-from specvlm.demo.examples import frame_times, write_video
+from recipes.demo.clips import render, scene_for, seed_for
+from recipes.demo.examples import frame_times, write_video
 from specvlm_cli import app, runner
 
 _STAGES = ("preprocess_s", "vision_s", "target_prefill_s", "draft_prefill_s", "decode_s")

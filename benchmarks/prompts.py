@@ -25,9 +25,9 @@ import torch
 import transformers
 
 import specvlm
-from specvlm.demo.captions import PROMPTS
-from specvlm.demo.clips import render, scene_for, seed_for
-from specvlm.demo.examples import write_video
+from recipes.demo.captions import PROMPTS
+from recipes.demo.clips import render, scene_for, seed_for
+from recipes.demo.examples import write_video
 
 SECONDS, RATE = 60, 12
 ASKED = PROMPTS[:3]

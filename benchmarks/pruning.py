@@ -27,11 +27,11 @@ import torch
 from acceptance import conditions, drawn
 
 import specvlm
+from recipes.demo.clips import CLIP_SECONDS
 from specvlm.batch import CaptionBatch
 from specvlm.bench.stock import generate, stock_attention
 from specvlm.captioner import Captioner, CaptionOptions, PreparedVideo
 from specvlm.config import PRUNERS, TREES, FrameSettings
-from specvlm.demo.clips import CLIP_SECONDS
 from specvlm.prefill import Begun, ToSee, embed
 
 PAIR = Path(__file__).parent / "long_pair"

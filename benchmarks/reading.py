@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
+from recipes.demo.clips import render, scene_for, seed_for
+from recipes.demo.examples import write_video
 from specvlm.config import BackendName, FrameSettings
-from specvlm.demo.clips import render, scene_for, seed_for
-from specvlm.demo.examples import write_video
 from specvlm.video import read_video
 
 SECONDS, RATE, TURNS = 60, 12, 7

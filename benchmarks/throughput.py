@@ -44,11 +44,10 @@ def copies(folder: Path, times: int) -> None:
     """Lay the example clips into the folder, `times` times."""
     from specvlm.bench.clips import example_clips
 
-    with tempfile.TemporaryDirectory() as scratch:
-        for clip in example_clips(Path(scratch)).clips:
-            path = Path(str(clip.video))
-            for number in range(times):
-                shutil.copyfile(path, folder / f"{number:02d}-{path.name}")
+    for clip in example_clips():
+        path = Path(str(clip.video))
+        for number in range(times):
+            shutil.copyfile(path, folder / f"{number:02d}-{path.name}")
 
 
 # --- in processes of their own ---

@@ -45,7 +45,6 @@ from specvlm.sampling import TokenRule, logits_rules
 from specvlm.settling import Settling
 from specvlm.stats import StageClock, device_words, peak_memory_bytes
 from specvlm.tree import ROOT, make_shape
-from specvlm.verify import Accept, accept
 from specvlm.video import read_video
 
 if TYPE_CHECKING:
@@ -168,7 +167,6 @@ class Captioner:
         self.target, self.draft = target, draft
         self.processor, self.info, self.frames, self.prompt = processor, info, frames, prompt
         self.generation_config = target.model.generation_config
-        self.accept: Accept = accept
         self.costs = CostStore()
         self.settling: Settling | None = Settling()
         self.make_capture: Callable[[torch.device], Capture] = CudaCapture
@@ -222,11 +220,11 @@ class Captioner:
 
         settling = self.settling if kind.generation.exact else None
         if kind.speculation is None:
-            return DecodeSettings(rule, FixedTree(ROOT), accept=self.accept, settling=settling)
+            return DecodeSettings(rule, FixedTree(ROOT), settling=settling)
         chooser, draft = self.chooser(kind.speculation, kind.generation), self.draft
         assert draft is not None
         propose = partial(draft.proposer, kind.speculation)
-        return DecodeSettings(rule, chooser, propose, self.accept, draft, settling)
+        return DecodeSettings(rule, chooser, propose, draft, settling)
 
     def take_decoder(self, kind: Kind) -> Decoder:
         """A decoder that has nothing in flight: the one that decoded this kind before, where it is free."""

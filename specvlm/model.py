@@ -129,6 +129,11 @@ class TextModel:
         )
 
     @property
+    def most_slots(self) -> int | None:
+        """The most tokens of a sequence; None: no limit. Layers with a sliding window see no more than this."""
+        return self._window
+
+    @property
     def slot_bytes(self) -> int:
         """Memory of one token in a cache."""
         return self._slab_shape.slot_bytes

@@ -237,15 +237,11 @@ def prefill_target(
         most = 0 if alone else model.packed_tokens
         for pack in packs([readings[index].count for index in mine], most):
             some = [readings[mine[index]] for index in pack]
-            scores = [_score_sum(one.prompt) for one in some]
+            scores = [ScoreSum(one.prompt.video_at, one.prompt.embeds.device) for one in some]
             logits = model.logits(_pass(model, cache, some, scores if scored else [None] * len(some)))
             for at, index in enumerate(pack):
                 found[mine[index]] = TargetPrefill(logits[:, at : at + 1], scores[at].mean())
     return [found[index] for index in range(len(readings))]
-
-
-def _score_sum(prompt: Prompt) -> ScoreSum:
-    return ScoreSum(prompt.video_at, prompt.embeds.device)
 
 
 def prefill_draft(model: VideoLM, cache: KVCache, readings: Sequence[Reading]) -> None:

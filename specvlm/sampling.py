@@ -280,12 +280,13 @@ class TokenRule:
         best = scores.max(dim=-1)
         margins = None
         if bound is not None:
+            slack = bound.clamp(min=0.0)
             # Of two that are best, either may come first here: the margin is 0 then.
-            rivals = self.scores(logits, depths, path, slack=bound) if self.leaves_out else scores
+            rivals = self.scores(logits, depths, path, slack=slack) if self.leaves_out else scores
             top = rivals.topk(2, dim=-1).values
             margins = top[..., 0] - top[..., 1]
             if self.leaves_out:
-                surely = self.scores(logits, depths, path, slack=-bound).gather(-1, best.indices[..., None])
+                surely = self.scores(logits, depths, path, slack=-slack).gather(-1, best.indices[..., None])
                 same = (top[..., 0] == best.values) & (surely[..., 0] == best.values)
                 margins = margins.where(same, 0.0)
         return Choices(best.indices, best.values.isfinite(), margins)

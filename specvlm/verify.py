@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -18,10 +17,6 @@ class Accepted(NamedTuple):
     )  # int64 [B, D + 1], node index at each depth, the root first; past `guessed` meaningless
     guessed: torch.Tensor  # int64 [B], accepted guesses on it, 0..D
     tokens: torch.Tensor  # int64 [B, D + 1], what the caption gains: accepted guesses, then the bonus token
-
-
-# Guesses, the target's choice after each node [B, N], and D -> what is accepted.
-Accept = Callable[[Guesses, torch.Tensor, int], Accepted]
 
 
 def accept(guesses: Guesses, choices: torch.Tensor, depth: int) -> Accepted:

@@ -7,7 +7,7 @@ import re
 import sqlite3
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Annotated
 
@@ -22,6 +22,7 @@ from specvlm_cli.commands.caption import caption
 from specvlm_cli.commands.caption_flags import CaptionFlags
 from specvlm_cli.commands.doctor import doctor
 from specvlm_cli.commands.export import export
+from specvlm_cli.commands.help import HelpCommand, HelpGroup
 from specvlm_cli.commands.inspect import InspectFlags, inspect
 from specvlm_cli.commands.options import command, variable
 from specvlm_cli.commands.presets import presets
@@ -39,21 +40,26 @@ from specvlm_cli.text import short
 
 app = typer.Typer(
     name="specvlm",
-    help="Caption folders of videos with a large video LLM: the stock model's tokens, in less time.",
+    cls=HelpGroup,
+    help="Caption folders of videos with a large video LLM: the same tokens, faster.",
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-app.command(name="caption")(command(CaptionFlags, caption))
-app.command(name="slurm")(command(SlurmFlags, slurm))
-app.command(name="status")(status)
-app.command(name="export")(export)
-app.command(name="audit")(command(AuditFlags, audit))
-app.command(name="inspect")(command(InspectFlags, inspect))
-app.command(name="vocab")(command(VocabFlags, vocab))
-app.command(name="presets")(presets)
-app.command(name="doctor")(doctor)
-app.command(name="bench")(command(BenchFlags, bench))
-app.command(name="train")(command(TrainFlags, train))
+_COMMANDS: tuple[Callable[..., int], ...] = (
+    command(CaptionFlags, caption),
+    status,
+    export,
+    command(AuditFlags, audit),
+    command(BenchFlags, bench),
+    command(InspectFlags, inspect),
+    command(TrainFlags, train),
+    command(VocabFlags, vocab),
+    command(SlurmFlags, slurm),
+    presets,
+    doctor,
+)
+for _run in _COMMANDS:
+    app.command(name=_run.__name__, cls=HelpCommand)(_run)
 
 _RESUMED = (
     "caption",

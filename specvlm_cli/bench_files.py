@@ -54,7 +54,6 @@ SCHEMA = pa.schema(
         ("peak_memory_bytes", pa.int64()),
         ("mean_batch_size", pa.float64()),
         ("settled_tokens", pa.int64()),
-        ("modelled", pa.bool_()),
     ]
 )
 
@@ -96,8 +95,8 @@ def write(report: Report, folder: Path, sheets: Sequence[PageSheet] = ()) -> Non
 
 
 def _write_rows(report: Report, path: Path) -> None:
-    rows = [row | _texts(row) | {"modelled": report.modelled} for row in rows_of(report.samples)]
-    note = json.dumps({"label": report.label, "conditions": asdict(report.conditions)})
+    rows = [row | _texts(row) for row in rows_of(report.samples)]
+    note = json.dumps({"conditions": asdict(report.conditions)})
     table = pa.Table.from_pylist(rows, SCHEMA.with_metadata({_METADATA: note}))
     with _whole(path) as temporary:
         pq.write_table(table, temporary.absolute(), compression="zstd")  # it takes `b:1` for an address

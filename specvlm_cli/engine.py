@@ -234,7 +234,8 @@ class SpecvlmEngine:
                 self._batch.step()
 
     def is_out_of_memory(self, error: Exception) -> bool:
-        from specvlm.batch import free_what_can_be_freed, is_out_of_memory
+        from specvlm.batch import free_what_can_be_freed
+        from specvlm.stats import is_out_of_memory
 
         if not is_out_of_memory(error):
             return False

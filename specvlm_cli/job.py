@@ -16,13 +16,14 @@ from dataclasses import dataclass, field, replace
 from os import fsdecode
 from os.path import lexists
 from pathlib import Path
-from typing import Literal, Protocol, TypeVar
+from typing import Literal, Protocol
 
 from specvlm.checkpoint import can_compare, fingerprint
 from specvlm.errors import SpecvlmError
 from specvlm_cli.engine import EngineFactory, Models
-from specvlm_cli.exits import BusyError, ExitCode, UsageError
+from specvlm_cli.exits import ExitCode, UsageError
 from specvlm_cli.ledger import UNREADABLE, Ledger, Planned, is_damage
+from specvlm_cli.lock import LockedPolicy, when_free
 from specvlm_cli.parts import CAPTION_SCHEMA
 from specvlm_cli.policy import Policy
 from specvlm_cli.resharding import finish, is_unfinished, reshard
@@ -37,12 +38,8 @@ from specvlm_cli.text import clean, short
 from specvlm_cli.wanted import Wanted
 
 ChangePolicy = Literal["error", "reuse", "new"]
-LockedPolicy = Literal["fail", "skip", "wait"]
-
-T = TypeVar("T")
 
 _VIDEOS_OF_WORKER = 16  # fewer are not worth loading models once more
-_LOOK_EVERY_S = 1.0  # at a lock that others hold
 _MOST_TOLD = 20  # rows that name no video; the others stand in the failures file
 
 
@@ -118,8 +115,8 @@ def _run(request: Request, factory: EngineFactory, display: Display, stop: Stop)
     folder = choose_folder(request)
     if str(folder.root) != str(request.out):
         display.note(f"settings changed: captions go to {clean(str(folder.root))}")
-    if (request.reshard or is_unfinished(folder.root)) and not _when_free(
-        request, stop, display, lambda: _divide(request, folder, display)
+    if (request.reshard or is_unfinished(folder.root)) and not when_free(
+        request.if_locked, stop, display.note, lambda: _divide(request, folder, display)
     ):
         return _not_begun(request, folder, stop)
     _agree(request, folder)
@@ -127,7 +124,9 @@ def _run(request: Request, factory: EngineFactory, display: Display, stop: Stop)
         return outcome
     run_id = uuid.uuid4().hex
     with ExitStack() as held:
-        lock = _when_free(request, stop, display, lambda: held.enter_context(folder.locked(run_id)))
+        lock = when_free(
+            request.if_locked, stop, display.note, lambda: held.enter_context(folder.locked(run_id))
+        )
         if lock is None:
             return _not_begun(request, folder, stop)
         stop.tell(lock.sign_off)
@@ -135,24 +134,6 @@ def _run(request: Request, factory: EngineFactory, display: Display, stop: Stop)
             start = _Start(request, folder, ledger, run_id, display, stop)
             start.settle(lock.after_crash)
             return start.work(factory)
-
-
-def _when_free(request: Request, stop: Stop, display: Display, enter: Callable[[], T]) -> T | None:
-    """Do what needs the folder; None where another start holds it and that is a reason to skip, or to stop."""
-    told = False
-    while stop.reason is None:
-        try:
-            return enter()
-        except BusyError as error:
-            if request.if_locked == "fail":
-                raise
-            if not told:
-                display.note(str(error) if request.if_locked == "skip" else f"waiting: {error}")
-            if request.if_locked == "skip":
-                break
-            told = True
-            time.sleep(_LOOK_EVERY_S)
-    return None
 
 
 def _divide(request: Request, folder: RunFolder, display: Display) -> bool:

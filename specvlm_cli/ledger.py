@@ -23,6 +23,7 @@ from sqlite_utils import Database
 
 from specvlm_cli import database as sqlite_file
 from specvlm_cli.exits import FatalError
+from specvlm_cli.failure import BAD_INPUT
 from specvlm_cli.failure import Failure as Failure
 from specvlm_cli.inputs.item import Item
 from specvlm_cli.migrations import READABLE, STEPS, migrate, require_schema, schema_version, sign
@@ -38,7 +39,6 @@ _MOST_ATTEMPTS = 1 << 31
 MOST_CRASHES = 3  # a video that was running at so many crashes, alone at the last, is not tried again
 SUSPECT_CRASHES = MOST_CRASHES - 1  # one that was running at so many runs with nothing else
 BUSY_TIMEOUT_S = 60.0
-BAD_INPUT = "BadInput"  # error type of a manifest's row that names no video
 UNREADABLE = (sqlite3.DatabaseError, UnicodeDecodeError)  # SQLite's message may quote damaged bytes
 _REBUILD = "delete it to have it rebuilt from captions/"
 

@@ -13,10 +13,9 @@ from dataclasses import replace
 from itertools import count
 from typing import NamedTuple
 
-from specvlm.errors import ConfigError
 from specvlm_cli import baseline
 from specvlm_cli.decoding import DecodingPool, ReadFailure, ReadJob, ReadVideo
-from specvlm_cli.ledger import BAD_INPUT, Claim, Ledger
+from specvlm_cli.ledger import Claim, Ledger
 from specvlm_cli.policy import Policy
 
 _FETCH = 64  # claims taken from the ledger at a time
@@ -154,11 +153,9 @@ class Queue:
             claim = self._next()
             if claim is None:
                 return
-            try:
-                job = self._job(claim)
-            except ConfigError as error:  # its own start and end are impossible
-                failure = ReadFailure(claim.ordinal, "open", BAD_INPUT, str(error), transient=False)
-                self._impossible.append((claim, failure))
+            job = self._job(claim)
+            if isinstance(job, ReadFailure):
+                self._impossible.append((claim, job))
                 continue
             self._reading[claim.ordinal] = claim
             self._pool.submit(job)
@@ -243,11 +240,10 @@ class Queue:
                 (self._aside if self.is_sampled(claim) else self._coming).append(claim)
         return bool(self._coming)
 
-    def _job(self, claim: Claim) -> ReadJob:
-        item, frames = claim.item, self._policy.frames
-        if item.start_s is not None or item.end_s is not None:
-            frames = replace(frames, start_s=item.start_s or 0.0, end_s=item.end_s)
-        return ReadJob(claim.ordinal, item.path, frames, self._frame_multiple, self._policy.root)
+    def _job(self, claim: Claim) -> ReadJob | ReadFailure:
+        item = claim.item
+        like = ReadJob(0, b"", self._policy.frames, self._frame_multiple, self._policy.root)
+        return like.for_video(claim.ordinal, item.path, item.start_s, item.end_s)
 
     def collect(self) -> Iterator[tuple[Claim, ReadFailure]]:
         """Take what was read; yield what could not be."""

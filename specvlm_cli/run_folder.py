@@ -84,11 +84,7 @@ class RunFile:
 
 
 class RunFolder:
-    """The files of one shard of a run.
-
-    Attributes:
-        was_rebuilt: `open` made the ledger anew from the parts.
-    """
+    """The files of one shard of a run."""
 
     def __init__(self, root: Path, shard: Shard = Shard()) -> None:  # noqa: B008  frozen
         self.root = root
@@ -97,7 +93,6 @@ class RunFolder:
         self._state = root / ".specvlm"
         self._run_file = self._state / "run.json"
         self._ledger = self.ledger_path(shard.index)
-        self.was_rebuilt = False
 
     def ledger_path(self, shard: int) -> Path:
         """Return where the ledger of a shard is."""
@@ -250,7 +245,6 @@ class RunFolder:
         with Ledger.create(temporary) as ledger:
             self.parts.rebuild(ledger)
         publish(temporary, self._ledger)
-        self.was_rebuilt = True
 
 
 def _is_deeper(value: Any, depth: int) -> bool:

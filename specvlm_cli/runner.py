@@ -27,11 +27,11 @@ from specvlm_cli.decoding import DecodingPool, ReadFailure
 from specvlm_cli.engine import EngineFactory, Models
 from specvlm_cli.exits import FatalError, UsageError
 from specvlm_cli.failing import SameFailure
-from specvlm_cli.failure import Failure
+from specvlm_cli.failure import BAD_INPUT, Failure
 from specvlm_cli.generating.crew import Crew
 from specvlm_cli.generating.messages import Broken, Failed, FromWorker, Hello, Lost, Made, Ready, Report
 from specvlm_cli.generating.worker import Worker
-from specvlm_cli.ledger import BAD_INPUT, NO_FILE, Claim, FileStamp, Ledger, Row
+from specvlm_cli.ledger import NO_FILE, Claim, FileStamp, Ledger, Row
 from specvlm_cli.parts import Parts
 from specvlm_cli.policy import Policy
 from specvlm_cli.read_ahead import Queue

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
+import textwrap
 from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
@@ -42,6 +44,23 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _plain(one) for name, one in value.items()}
     return [_plain(one) for one in value] if isinstance(value, (list, tuple)) else value
+
+
+def hanging(first: str, rest: str, indent: int, style: str = "") -> None:
+    """Print a first word in a style and what follows; on a terminal, its further lines are indented.
+
+    Long words, such as paths and names of models, are not broken.
+    """
+    text = clean(f"{first}{rest}")
+    if sys.stdout.isatty():
+        width = max(shutil.get_terminal_size().columns, indent + 20)
+        wrapped = textwrap.wrap(
+            text, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
+        )
+        text = "\n".join(wrapped)
+    shown = Text(text)
+    shown.stylize(style, 0, len(first))
+    console().print(shown)
 
 
 def pairs(lines: Sequence[tuple[str, str]]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Any
@@ -18,6 +19,7 @@ Row = dict[str, Any]
 Check = Callable[[Any], bool]  # says whether a value, not null, fits a column
 
 _NEVER_NULL = ("id", "path", "prompt_index", "caption", "created_at")
+_SURROGATE = re.compile("[\\ud800-\\udfff]")  # UTF-8 holds none
 _MOST_INTEGER = 1 << 63
 _MOST_EXACT = 1 << 53  # whole numbers up to here are numbers of 64-bit floating point too
 
@@ -79,7 +81,7 @@ def _check_of(kind: pa.DataType) -> Check:
 
 
 def _is_text(value: Any) -> bool:
-    return type(value) is str
+    return type(value) is str and not _SURROGATE.search(value)
 
 
 def _is_flag(value: Any) -> bool:
@@ -106,4 +108,4 @@ def _is_time(value: Any) -> bool:
 
 
 def _is_scalar(value: Any) -> bool:
-    return type(value) in (str, bool) or _is_finite(value) or _is_integer(value)
+    return type(value) is bool or _is_text(value) or _is_finite(value) or _is_integer(value)

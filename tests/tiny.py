@@ -29,11 +29,11 @@ from transformers import (
     Qwen3VLVideoProcessor,
 )
 
+from recipes.demo.models import llava_processor, qwen_processor
+from recipes.demo.tokenizer import tokenizer_from
 from specvlm.attention import ATTENTION, register_attention
 from specvlm.captioner import Captioner, ModelInfo, PreparedVideo
 from specvlm.config import FrameSettings
-from specvlm.demo.models import llava_processor, qwen_processor
-from specvlm.demo.tokenizer import tokenizer_from
 from specvlm.drafts.base import Draft
 from specvlm.drafts.small_model import SmallModelDraft
 from specvlm.families import family_of

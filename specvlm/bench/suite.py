@@ -324,14 +324,14 @@ def bench(
         prompt = asked.prompt if clip.prompt is None else clip.prompt
         if isinstance(clip.video, Frames):
             return captioner.prepare(_spread(clip.video, num_frames), prompt)
-        return captioner.prepare(clip.video, prompt, frames=_frames_of(base, clip, num_frames))
+        return captioner.prepare(clip.video, prompt, frames=clip.frame_settings(base, num_frames))
 
     def read(clip: Clip, num_frames: int | None) -> SetVideo:
         prompt, frames = asked.prompt if clip.prompt is None else clip.prompt, clip.video
         if isinstance(frames, Frames):
             frames = _spread(frames, num_frames)
         else:
-            settings = _frames_of(base, clip, num_frames)
+            settings = clip.frame_settings(base, num_frames)
             frames = read_video(frames, settings, frame_multiple=captioner.frame_multiple)
         seen = captioner.prepare(frames, prompt)
         return SetVideo(facts_of(clip.name, seen)._replace(preprocess_s=0.0), frames, prompt)
@@ -394,11 +394,6 @@ def conditions_of(
     videos = tuple(name for name in names if name in made)
     found = conditions(captioner, asked, videos)
     return replace(found, repeated_to=len(made)) if len(made) > len(videos) else found
-
-
-def _frames_of(base: FrameSettings, clip: Clip, num_frames: int | None) -> FrameSettings:
-    settings = replace(base, start_s=clip.start_s, end_s=clip.end_s)
-    return settings if num_frames is None else replace(settings, fps=None, num_frames=num_frames)
 
 
 def _spread(frames: Frames, num_frames: int | None) -> Frames:

@@ -1,8 +1,8 @@
 """The tiny trained model pairs that ship with the package, and where their folders are.
 
-They are real checkpoints of real architectures, trained on clips of moving shapes that this package
-draws itself, so that every part of the tool can be tried on any machine. They know nothing about
-real videos. `docs/demo-models.md` tells how they were made.
+They are real checkpoints of real architectures, trained on drawn clips of moving shapes, so that you can try
+every part of the tool on any machine. They know nothing about real videos. `docs/demo-models.md` says how they
+were made, with the code in `recipes/demo`.
 """
 
 from importlib.resources import files

@@ -27,7 +27,7 @@ from specvlm_cli.ledger import NO_FILE, FileStamp
 from specvlm_cli.stopping import NotBegunError, Stop
 from specvlm_cli.stored_rows import Row
 from specvlm_cli.text import clean, path_bytes
-from specvlm_cli.training.reading import Bounds, Reader, job_of
+from specvlm_cli.training.reading import Bounds, Reader
 
 if TYPE_CHECKING:
     from specvlm.bench.reference import Reference, StockCaption
@@ -140,8 +140,8 @@ class Work:
         for number, (_, group) in enumerate(groupby(todo, key=lambda place: place[:2])):
             if rows := self.rows.of(list(group)):
                 row = rows[0][1]
-                part = row["start"], row["end"]
-                yield _Video(rows, job_of(number, path_bytes(row["path"]), part, like))
+                job = like.for_video(number, path_bytes(row["path"]), row.get("start"), row.get("end"))
+                yield _Video(rows, job)
 
     def _verdict(self, place: Place, row: Row, read: Frames | ReadFailure, stock: Reference) -> Verdict:
         if isinstance(read, ReadFailure):
@@ -150,9 +150,12 @@ class Work:
         source = read.source
         if source is not None and _is_other(place.stamp, FileStamp(source.size_bytes, source.mtime_ns)):
             return _CHANGED
+        prompt = row.get("prompt")
+        if prompt is None:
+            return _NO_PROMPT
         frames = _as_captioned(read, row)
         try:
-            made = stock.caption(frames, row["prompt"], lambda: self.stop.reason is not None)
+            made = stock.caption(frames, prompt, lambda: self.stop.reason is not None)
         except ConfigError:
             raise  # every other row would fail in the same way
         except Exception as error:
@@ -215,6 +218,7 @@ def _announce(videos: Iterator[_Video], announced: deque[_Video]) -> Iterator[Re
             yield video.job
 
 
+_NO_PROMPT = Verdict("different", ("prompt",), error="the row holds no prompt")
 _CHANGED = Verdict("changed", error="its size or time is not that of the file that was captioned")
 
 

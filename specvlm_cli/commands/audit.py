@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from specvlm_cli.audit.job import Audited
     from specvlm_cli.audit.work import Tick
 
-_WHICH, _MODELS, _TALKING = "Which captions", "Models and reading", "Talking"
+_WHICH, _MODELS, _TALKING = "Which captions", "Models and reading", "Messages"
 _LOG_EVERY_S = 30.0
 _BEFORE, _BEHIND = 20, 40  # characters of a caption that are shown around what differs
 _MEANINGS = {
@@ -61,7 +61,7 @@ class AuditFlags:
     ] = "0/1"
     again: Annotated[
         bool,
-        typer.Option("--again", help="Forget what was compared before.", rich_help_panel=_WHICH),
+        typer.Option("--again", help="Discard earlier results and start over.", rich_help_panel=_WHICH),
     ] = False
     device_map: Annotated[str | None, same_as(ModelFlags, "device_map")] = None
     local_files_only: Annotated[bool, same_as(ModelFlags, "local_files_only")] = False
@@ -78,7 +78,7 @@ class AuditFlags:
     ] = False
     verbose: Annotated[  # the app looks for it, see app.py
         bool,
-        typer.Option("--verbose", "-v", help="Show the traceback of an error.", rich_help_panel=_TALKING),
+        typer.Option("--verbose", "-v", help="Print the traceback of an error.", rich_help_panel=_TALKING),
     ] = False
 
 

@@ -8,13 +8,11 @@ from __future__ import annotations
 import json
 import shlex
 import signal
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import partial
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NamedTuple, cast
 
@@ -29,7 +27,6 @@ from specvlm.errors import SpecvlmError
 from specvlm.preset import Preset, head_of
 from specvlm_cli import engine
 from specvlm_cli.commands.bench_flags import MOST_REPEATS, BenchFlags, in_range, one_prompt, values_of
-from specvlm_cli.commands.bench_shapes import modelled, modelled_grid, refuse_mixture
 from specvlm_cli.commands.caption_flags import MOST
 from specvlm_cli.commands.choices import (
     DEFAULT_PRESET,
@@ -90,7 +87,6 @@ def bench(flags: BenchFlags) -> int:
     in_range("--limit", flags.limit, MOST)
     in_range("--repeat", flags.repeat, MOST_REPEATS)
     one_prompt(flags.prompt, "bench")
-    refuse_mixture(flags)
     GenerationSettings(max_new_tokens=flags.max_new_tokens)
     grid, talk = _grid(flags), BenchTalk(flags.quiet)
     if flags.out is not None:
@@ -104,12 +100,6 @@ def bench(flags: BenchFlags) -> int:
             return _stopped(error, flags, talk, stop.code)
     _show(measured, flags, talk)
     return ExitCode.SOME_FAILED if measured.report.left_out else ExitCode.OK
-
-
-def _found(flags: BenchFlags, grid: Grid, talk: BenchTalk) -> _Measured:
-    if flags.shape is not None:
-        return _Measured(modelled(flags, modelled_grid(flags, grid), _command(flags), talk))
-    return _of_checkpoints(flags, grid, talk)
 
 
 class Stop:
@@ -146,14 +136,12 @@ def _stopped(error: KeyboardInterrupt, flags: BenchFlags, talk: BenchTalk, code:
     return code
 
 
-def _of_checkpoints(flags: BenchFlags, grid: Grid, talk: BenchTalk) -> _Measured:
+def _found(flags: BenchFlags, grid: Grid, talk: BenchTalk) -> _Measured:
     pair = pair_of(flags.preset, flags.target)
     grid, drafts = _with_drafts(grid, flags, pair)
     check_models(None, next(iter(drafts.values()), None), flags.draft_revision, flags.device_map)
     prompt = prompt_texts(flags.prompt, pair)[0]
-    with ExitStack() as stack:
-        videos = _videos(flags, talk, stack)
-        return _measured(flags, pair, _Compared(grid, drafts, prompt), videos, talk)
+    return _measured(flags, pair, _Compared(grid, drafts, prompt), _videos(flags, talk), talk)
 
 
 def _grid(flags: BenchFlags) -> Grid:
@@ -254,14 +242,11 @@ def _refuse_without_draft(grid: Grid) -> None:
     raise UsageError(f"--methods {method} needs {kind} as its draft, and there is none; give --draft")
 
 
-def _videos(flags: BenchFlags, talk: BenchTalk, stack: ExitStack) -> _Videos:
-    """Return the clips; those that have to be drawn stay until the stack is closed."""
+def _videos(flags: BenchFlags, talk: BenchTalk) -> _Videos:
     if flags.inputs:
         videos = _given(flags.inputs, flags.limit, talk)
     else:
-        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="specvlm-bench-"))
-        clips, words = example_clips(Path(scratch))
-        videos = _Videos(clips[: flags.limit], words)
+        videos = _Videos(example_clips()[: flags.limit], "the example clips")
     if not videos.clips:
         raise FatalError(
             f"{videos.words}: no videos there; give a folder, a video, a quoted glob or a manifest"

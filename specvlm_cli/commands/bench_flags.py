@@ -22,7 +22,7 @@ from specvlm_cli.commands.options import flag, output, same_as, variable
 from specvlm_cli.exits import UsageError
 from specvlm_cli.text import clean
 
-_INPUT, _COMPARED, _SHAPES, _TALKING = "Input and output", "What is compared", "Modelled shapes", "Messages"
+_INPUT, _COMPARED, _TALKING = "Input and output", "What is compared", "Messages"
 _GRID = Grid()
 REPEAT = 3
 MOST_REPEATS = 1000
@@ -97,7 +97,7 @@ class BenchFlags:
         flag(
             _INPUT,
             "--limit",
-            "At most N videos. Without INPUT it lifts the bound of 60 s, too.",
+            "Use at most N videos. Without INPUT, this also removes the time limit of 60 s.",
             metavar="N",
         ),
     ] = None
@@ -106,7 +106,7 @@ class BenchFlags:
         typer.Option(
             "--out",
             "-o",
-            help="Folder for bench.parquet, a row for each timed caption, and bench.html, a page with plots.",
+            help="Folder for bench.parquet (one row per timed caption) and bench.html (plots).",
             rich_help_panel=_INPUT,
             metavar="FOLDER",
             parser=output("--out"),
@@ -116,13 +116,14 @@ class BenchFlags:
         list[str] | None,
         typer.Option(
             "--prompt",
-            help="What to ask, once: TEXT, or @FILE. Default: the preset's.",
+            help="The question, as TEXT or @FILE. Default: the preset's.",
             rich_help_panel=_INPUT,
             metavar="TEXT",
         ),
     ] = None
     methods: Annotated[
-        str | None, _list(_COMPARED, "--methods", f"Of {listed(METHODS)}. Default: all that can run.")
+        str | None,
+        _list(_COMPARED, "--methods", f"Methods to compare: {listed(METHODS)}. Default: all that can run."),
     ] = None
     pruner: Annotated[
         str | None,
@@ -138,17 +139,17 @@ class BenchFlags:
         _list(
             _COMPARED,
             "--prune-ratio",
-            "Its shares of video tokens that the draft does not see.",
+            "Shares of video tokens hidden from the draft, one measurement each.",
             show_default=listed(_GRID.prune_ratios),
         ),
     ] = None
-    tree: Annotated[
-        str, _list(_COMPARED, "--tree", f"Trees of the methods sd, specvlm and head, of {listed(TREES)}.")
-    ] = listed(_GRID.trees)
+    tree: Annotated[str, _list(_COMPARED, "--tree", f"Trees for sd, specvlm and head: {listed(TREES)}.")] = (
+        listed(_GRID.trees)
+    )
     num_frames: Annotated[
         str | None,
         _list(
-            _COMPARED, "--num-frames", "Frames to read, each number for itself. Default: as the preset says."
+            _COMPARED, "--num-frames", "Frames to read, one measurement per number. Default: the preset's."
         ),
     ] = None
     batch_size: Annotated[
@@ -156,8 +157,7 @@ class BenchFlags:
         _list(
             _COMPARED,
             "--batch-size",
-            "Captions in the making at once, each number for itself, stock's generate() included; auto: as many as "
-            "caption takes where memory allows.",
+            "Videos to caption together, one measurement per number, stock included; auto: the largest that fits.",
         ),
     ] = listed(_GRID.batch_sizes)
     repeat: Annotated[
@@ -165,7 +165,7 @@ class BenchFlags:
         flag(
             _COMPARED,
             "--repeat",
-            "Timed turns of each video, in batches of all of them, after one of warm-up.",
+            "Timed turns per video, after one for warm-up.",
             metavar="N",
         ),
     ] = REPEAT
@@ -175,7 +175,7 @@ class BenchFlags:
         flag(
             _COMPARED,
             "--exact/--no-exact",
-            "Decide near-ties by plain steps, or not. Default: in bfloat16 and float16 both, to compare.",
+            "Decide near-ties with plain steps. Default: both ways in bfloat16 and float16, to compare.",
         ),
     ] = None
     preset: Annotated[str | None, same_as(CaptionFlags, "preset")] = None
@@ -184,7 +184,7 @@ class BenchFlags:
         list[str] | None,
         typer.Option(
             "--draft",
-            help="What guesses: hub id, folder, folder of a trained head, or none. Several are compared.",
+            help="Draft model or trained head: hub id, folder or none. Repeat to compare several.",
             rich_help_panel=_COMPARED,
             metavar="ID",
         ),
@@ -196,42 +196,13 @@ class BenchFlags:
     device_map: Annotated[str | None, same_as(CaptionFlags, "device_map")] = None
     local_files_only: Annotated[bool, same_as(CaptionFlags, "local_files_only")] = False
     trust_remote_code: Annotated[bool, same_as(CaptionFlags, "trust_remote_code")] = False
-    shape: Annotated[
-        str | None,
-        flag(
-            _SHAPES,
-            "--shape",
-            "Measure a target of this published shape with random weights, e.g. qwen2.5-vl-32b.",
-            metavar="NAME",
-        ),
-    ] = None
-    draft_shape: Annotated[
-        str | None, flag(_SHAPES, "--draft-shape", "The draft's, e.g. qwen2.5-vl-7b.", metavar="NAME")
-    ] = None
-    assume_accepted: Annotated[
-        float | None,
-        flag(_SHAPES, "--assume-accepted", "Accepted guesses of a round, which are given.", metavar="N"),
-    ] = None
-    layers: Annotated[
-        int | None,
-        flag(_SHAPES, "--layers", "Build so many of the target's layers, for a small machine.", metavar="N"),
-    ] = None
-    frame_size: Annotated[
-        str | None,
-        flag(
-            _SHAPES,
-            "--frame-size",
-            "Height and width of its frames. Default: 360x640; LLaVA-OneVision's are 384x384.",
-            metavar="HxW",
-        ),
-    ] = None
     json_output: Annotated[
-        bool, flag(_TALKING, "--json", "Print conditions and summaries as one JSON object, on one line.")
+        bool, flag(_TALKING, "--json", "Print conditions and summaries as one JSON object.")
     ] = False
-    quiet: Annotated[bool, flag(_TALKING, "--quiet -q", "No progress and no notes.")] = False
+    quiet: Annotated[bool, flag(_TALKING, "--quiet -q", "Print no progress and no notes.")] = False
     verbose: Annotated[  # the app looks for it, see app.py
         bool,
-        typer.Option("--verbose", "-v", help="Show the traceback of an error.", rich_help_panel=_TALKING),
+        typer.Option("--verbose", "-v", help="Print the traceback of an error.", rich_help_panel=_TALKING),
     ] = False
 
     @property

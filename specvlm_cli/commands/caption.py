@@ -54,10 +54,10 @@ _FEWEST_DECODE_WORKERS, _MOST_DECODE_WORKERS = 4, 8  # where the flag does not s
 
 
 def caption(flags: CaptionFlags) -> int:
-    """Caption what is new; run it again to go on.
+    """Caption new videos. Run again to resume.
 
     Each flag can also be set by an environment variable, e.g. SPECVLM_PRUNE_RATIO for --prune-ratio, or in a
-    TOML file given with --config. Flags go over the environment, and that over the file.
+    TOML file given with --config. Flags override the environment, which overrides the file.
     """
     if flags.dry_run and flags.reshard:
         raise UsageError("--dry-run touches nothing, and --reshard divides the run folder; give one of them")

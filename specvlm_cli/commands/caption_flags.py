@@ -21,12 +21,12 @@ from specvlm.config import (
     SpeculationSettings,
     TreeName,
 )
-from specvlm.preset import presets
 from specvlm_cli.commands.options import flag, output, read_config
 from specvlm_cli.exits import UsageError
 from specvlm_cli.generating.messages import OnOom
 from specvlm_cli.inputs import EXTENSIONS
-from specvlm_cli.job import ChangePolicy, LockedPolicy
+from specvlm_cli.job import ChangePolicy
+from specvlm_cli.lock import LockedPolicy
 from specvlm_cli.talk import ProgressName
 from specvlm_cli.text import short
 
@@ -44,7 +44,7 @@ _BATCH, _WRITING, _RESUME, _TALKING = (
     "Batch",
     "Generation",
     "Resume, failures and stopping",
-    "Messages, measuring and configuration",
+    "Messages, measurement and configuration",
 )
 
 
@@ -62,35 +62,48 @@ class InputFlags:
     ]
     out: Annotated[
         Path,
-        flag(_INPUT, "--out -o", "Run folder for captions, failures and progress.", parser=output("--out")),
+        flag(
+            _INPUT,
+            "--out -o",
+            "Run folder for captions, failures and progress.",
+            metavar="FOLDER",
+            parser=output("--out"),
+        ),
     ] = DEFAULT_OUT
-    recursive: Annotated[
-        bool, flag(_INPUT, "--recursive/--no-recursive", "Enter folders below a folder.")
-    ] = True
+    recursive: Annotated[bool, flag(_INPUT, "--recursive/--no-recursive", "Search subfolders.")] = True
     extensions: Annotated[
         str,
-        flag(_INPUT, "--extensions", "Names that count as videos in folders and globs, separated by commas."),
+        flag(
+            _INPUT,
+            "--extensions",
+            "File extensions of videos in folders and globs, separated by commas.",
+            metavar="LIST",
+        ),
     ] = ",".join(EXTENSIONS)
     path_column: Annotated[
         str | None,
         flag(
-            _INPUT, "--path-column", "Manifest column of the path; found by its usual names.", metavar="NAME"
+            _INPUT, "--path-column", "Manifest column with the path. Default: a usual name.", metavar="NAME"
         ),
     ] = None
     id_column: Annotated[
         str | None,
-        flag(_INPUT, "--id-column", "Manifest column of the id; found by its usual names.", metavar="NAME"),
+        flag(_INPUT, "--id-column", "Manifest column with the id. Default: a usual name.", metavar="NAME"),
     ] = None
     start_column: Annotated[
-        str | None, flag(_INPUT, "--start-column", "Manifest column of a part's start.", metavar="NAME")
+        str | None,
+        flag(_INPUT, "--start-column", "Manifest column with the start of a clip.", metavar="NAME"),
     ] = None
     end_column: Annotated[
-        str | None, flag(_INPUT, "--end-column", "Manifest column of a part's end.", metavar="NAME")
+        str | None, flag(_INPUT, "--end-column", "Manifest column with the end of a clip.", metavar="NAME")
     ] = None
     prompt_column: Annotated[
         str | None,
         flag(
-            _INPUT, "--prompt-column", "Manifest column of a video's own prompt, or prompts.", metavar="NAME"
+            _INPUT,
+            "--prompt-column",
+            "Manifest column with a prompt, or prompts, for each video.",
+            metavar="NAME",
         ),
     ] = None
     keep_columns: Annotated[
@@ -98,7 +111,7 @@ class InputFlags:
         flag(
             _INPUT,
             "--keep-columns",
-            "Manifest columns that pass through to the rows, separated by commas.",
+            "Manifest columns to copy to the rows, separated by commas.",
             metavar="NAMES",
         ),
     ] = ""
@@ -107,7 +120,7 @@ class InputFlags:
         flag(
             _INPUT,
             "--limit",
-            "Work on at most N videos, after what is already done.",
+            "Caption at most N videos, not counting finished ones.",
             metavar="N",
             min=1,
             max=MOST,
@@ -118,34 +131,34 @@ class InputFlags:
         flag(
             _INPUT,
             "--min-age",
-            "Leave files that changed within this time for the next start, e.g. 60s.",
+            "Skip files changed within this time, e.g. 60s; the next run takes them.",
             metavar="TIME",
         ),
     ] = "0s"
     allow_empty: Annotated[
-        bool, flag(_INPUT, "--allow-empty", "An input without a video is no mistake, only nothing to do.")
+        bool, flag(_INPUT, "--allow-empty", "Exit 0 if an input holds no video, instead of 2.")
     ] = False
     root: Annotated[
         Path | None,
-        flag(_INPUT, "--root", "Read nothing outside this folder, wherever links lead.", metavar="FOLDER"),
+        flag(_INPUT, "--root", "Read no file outside this folder, not even through links.", metavar="FOLDER"),
     ] = None
     shard: Annotated[
         str | None,
         flag(
             _INPUT,
             "--shard",
-            "Caption shard I of N only; auto asks the job scheduler's variables.",
+            "Caption only shard I of N; auto reads the job scheduler's variables.",
             metavar="I/N|auto",
         ),
     ] = None
     reshard: Annotated[
-        bool, flag(_INPUT, "--reshard", "Divide the run folder anew, where it has another number of shards.")
+        bool, flag(_INPUT, "--reshard", "Redistribute the run folder over a different number of shards.")
     ] = False
     prompt: Annotated[
         list[str] | None,
         typer.Option(
             "--prompt",
-            help="What to ask: TEXT, or @FILE. Default: the preset's.",
+            help="The question, as TEXT or @FILE; repeat for several. Default: the preset's.",
             rich_help_panel=_INPUT,
             metavar="TEXT",
         ),
@@ -164,21 +177,20 @@ class ModelFlags:
         flag(
             _MODELS,
             "--preset",
-            "A named pair: "
-            + ", ".join(one.name for one in presets())
-            + "; auto: the largest that fits the GPUs.",
+            "Named pair of target and draft, see specvlm presets; auto: the largest that fits the GPUs.",
+            metavar="NAME",
         ),
     ] = None
     target: Annotated[
         str | None,
-        flag(_MODELS, "--target", "Model whose captions these are: hub id or folder.", metavar="ID"),
+        flag(_MODELS, "--target", "Large model that writes the captions: hub id or folder.", metavar="ID"),
     ] = None
     draft: Annotated[
         str | None,
         flag(
             _MODELS,
             "--draft",
-            "What guesses: hub id or folder of a model, folder of a trained head, or none.",
+            "Draft model or trained head: hub id, folder or none.",
             metavar="ID",
         ),
     ] = None
@@ -188,23 +200,30 @@ class ModelFlags:
     draft_revision: Annotated[
         str | None, flag(_MODELS, "--draft-revision", "Branch, tag or commit of the draft.", metavar="NAME")
     ] = None
-    dtype: Annotated[DtypeName, flag(_MODELS, "--dtype", "auto, float32, bfloat16 or float16.")] = "auto"
+    dtype: Annotated[DtypeName, flag(_MODELS, "--dtype", "Number format of the weights.")] = "auto"
     device_map: Annotated[
         str | None,
-        flag(_MODELS, "--device-map", "Where the target goes, e.g. cuda:1 or auto.", metavar="MAP"),
+        flag(
+            _MODELS,
+            "--device-map",
+            "Device of the target, e.g. cuda:1; auto spreads it over all GPUs.",
+            metavar="MAP",
+        ),
     ] = None
     gpus: Annotated[
         str | None,
         flag(
             _MODELS,
             "--gpus",
-            "all, how many, or which, e.g. 0,2: one worker on each. Default: all.",
+            "GPUs to use: all, a number, or a list such as 0,2. Default: all.",
             metavar="GPUS",
         ),
     ] = None
-    local_files_only: Annotated[bool, flag(_MODELS, "--local-files-only", "Never ask the model hub.")] = False
+    local_files_only: Annotated[
+        bool, flag(_MODELS, "--local-files-only", "Use local files only; never contact the model hub.")
+    ] = False
     trust_remote_code: Annotated[
-        bool, flag(_MODELS, "--trust-remote-code", "Run code that comes with a checkpoint.")
+        bool, flag(_MODELS, "--trust-remote-code", "Allow checkpoints to run their own code.")
     ] = False
 
 
@@ -217,7 +236,7 @@ class PruningFlags:
         flag(
             _GUESSING,
             "--pruner",
-            "Which video tokens the draft sees.",
+            "How to choose the video tokens that the draft sees.",
             show_default=_SPECULATION.pruner,
         ),
     ] = None
@@ -226,7 +245,7 @@ class PruningFlags:
         flag(
             _GUESSING,
             "--prune-ratio",
-            "Share of video tokens that the draft does not see.",
+            "Share of video tokens hidden from the draft.",
             metavar="SHARE",
             show_default=f"{_SPECULATION.prune_ratio:g}",
         ),
@@ -236,7 +255,7 @@ class PruningFlags:
         flag(
             _GUESSING,
             "--top-p",
-            "Share of the attention that the specvlm pruner takes first.",
+            "Share of the attention that the specvlm pruner keeps first.",
             metavar="SHARE",
             show_default=f"{_SPECULATION.top_p:g}",
         ),
@@ -247,21 +266,23 @@ class PruningFlags:
 class SpeculationFlags(PruningFlags):
     """How the draft guesses."""
 
-    tree: Annotated[TreeName, flag(_GUESSING, "--tree", "Shape of one round's guesses.")] = _SPECULATION.tree
+    tree: Annotated[
+        TreeName, flag(_GUESSING, "--tree", "Shape of the draft's guesses in each round; auto adapts it.")
+    ] = _SPECULATION.tree
     depth: Annotated[
         int | None,
-        flag(_GUESSING, "--depth", "Depth of chain and dynamic trees, most depth of auto.", metavar="N"),
+        flag(_GUESSING, "--depth", "Depth of chain and dynamic trees; limit for auto.", metavar="N"),
     ] = _SPECULATION.depth
     nodes: Annotated[
         int | None,
-        flag(_GUESSING, "--nodes", "Most nodes of dynamic and auto trees, root included.", metavar="N"),
+        flag(_GUESSING, "--nodes", "Most nodes of dynamic and auto trees, including the root.", metavar="N"),
     ] = _SPECULATION.nodes
     draft_vocab: Annotated[
         str | None,
         flag(
             _GUESSING,
             "--draft-vocab",
-            "Have the draft guess from the N tokens that captions use most, or from those in a file of specvlm vocab.",
+            "Restrict the draft to the N most used tokens, or to those in a file written by specvlm vocab.",
             metavar="N|FILE",
         ),
     ] = None
@@ -270,7 +291,7 @@ class SpeculationFlags(PruningFlags):
         flag(
             _GUESSING,
             "--positions",
-            "Whether kept video tokens keep their positions.",
+            "Positions of the video tokens that the draft sees.",
             show_default=_SPECULATION.positions,
         ),
     ] = None
@@ -280,32 +301,38 @@ class SpeculationFlags(PruningFlags):
 class FrameFlags:
     """Which frames are read, and how."""
 
-    fps: Annotated[float | None, flag(_READING, "--fps", "Frames to read per second.", metavar="RATE")] = None
+    fps: Annotated[
+        float | None, flag(_READING, "--fps", "Frames to read per second of video.", metavar="RATE")
+    ] = None
     num_frames: Annotated[
-        int | None, flag(_READING, "--num-frames", "Frames to read, whatever the length.", metavar="N")
+        int | None,
+        flag(_READING, "--num-frames", "Frames to read from each video, whatever its length.", metavar="N"),
     ] = None
     min_frames: Annotated[
-        int | None, flag(_READING, "--min-frames", "Fewest frames with --fps.", metavar="N")
+        int | None, flag(_READING, "--min-frames", "Minimum number of frames with --fps.", metavar="N")
     ] = None
     max_frames: Annotated[
-        int | None, flag(_READING, "--max-frames", "Most frames with --fps.", metavar="N")
+        int | None, flag(_READING, "--max-frames", "Maximum number of frames with --fps.", metavar="N")
     ] = None
     max_pixels: Annotated[
         int | None,
-        flag(_READING, "--max-pixels", "Most pixels of a frame; larger ones are scaled down.", metavar="N"),
+        flag(
+            _READING, "--max-pixels", "Maximum pixels per frame; larger frames are scaled down.", metavar="N"
+        ),
     ] = None
     total_pixels: Annotated[
-        int | None, flag(_READING, "--total-pixels", "Most pixels of all frames of a video.", metavar="N")
+        int | None,
+        flag(_READING, "--total-pixels", "Maximum pixels per video, all frames together.", metavar="N"),
     ] = None
     video_backend: Annotated[
-        BackendName, flag(_READING, "--video-backend", "Which reader to use; auto is PyAV.")
+        BackendName, flag(_READING, "--video-backend", "Video reader; auto is PyAV.")
     ] = _FRAMES.backend
     min_decoded: Annotated[
         float,
         flag(
             _READING,
             "--min-decoded",
-            "Share of the frames that must be intact in a damaged video.",
+            "Share of frames of a damaged video that must be readable.",
             metavar="SHARE",
         ),
     ] = _FRAMES.min_decoded
@@ -314,7 +341,7 @@ class FrameFlags:
         flag(
             _READING,
             "--decode-timeout",
-            "Most time to read one video, by each reader that is tried.",
+            "Time limit for reading one video with one reader.",
             metavar="TIME",
         ),
     ] = "60s"
@@ -329,7 +356,7 @@ class ReadingFlags(FrameFlags):
         flag(
             _READING,
             "--decode-workers",
-            "Videos read at the same time. Default: by the cores.",
+            "Videos to read in parallel. Default: depends on the CPU cores.",
             metavar="N",
             min=1,
             max=256,
@@ -361,7 +388,7 @@ class BatchFlags:
         flag(
             _BATCH,
             "--batch-size",
-            "Videos decoded together on each GPU; auto: as many as memory holds and as help.",
+            "Videos to caption together on each GPU; auto: as many as fit and pay.",
             metavar="auto|N",
             parser=batch_size,
             show_default="auto",
@@ -374,21 +401,21 @@ class GenerationFlags:
     """What the target writes."""
 
     max_new_tokens: Annotated[
-        int, flag(_WRITING, "--max-new-tokens", "Most tokens of a caption.", metavar="N")
+        int, flag(_WRITING, "--max-new-tokens", "Maximum tokens per caption.", metavar="N")
     ] = _GENERATION.max_new_tokens
     temperature: Annotated[
-        float, flag(_WRITING, "--temperature", "0 is greedy; above 0 samples.", metavar="T")
+        float, flag(_WRITING, "--temperature", "Sampling temperature; 0 is greedy.", metavar="T")
     ] = _GENERATION.temperature
     top_k: Annotated[
-        int | None, flag(_WRITING, "--top-k", "Sample from the K likeliest tokens.", metavar="K")
+        int | None, flag(_WRITING, "--top-k", "Sample from the K most likely tokens.", metavar="K")
     ] = _GENERATION.top_k
-    seed: Annotated[int, flag(_WRITING, "--seed", "Seed of sampling.", metavar="N")] = _GENERATION.seed
+    seed: Annotated[int, flag(_WRITING, "--seed", "Seed for sampling.", metavar="N")] = _GENERATION.seed
     exact: Annotated[
         bool,
         flag(
             _WRITING,
             "--exact/--no-exact",
-            "Decide near-ties as stock generate() does, by plain steps; matters in bfloat16 and float16.",
+            "Decide near-ties as stock generate() does, with plain steps. Matters in bfloat16 and float16.",
         ),
     ] = _GENERATION.exact
 
@@ -397,48 +424,53 @@ class GenerationFlags:
 class ResumeFlags:
     """What is done again, what failures mean, when to stop."""
 
-    overwrite: Annotated[bool, flag(_RESUME, "--overwrite", "Caption the given videos anew.")] = False
-    retry_failed: Annotated[bool, flag(_RESUME, "--retry-failed", "Try videos again that failed before.")] = (
-        False
-    )
+    overwrite: Annotated[bool, flag(_RESUME, "--overwrite", "Caption finished videos again.")] = False
+    retry_failed: Annotated[bool, flag(_RESUME, "--retry-failed", "Retry videos that failed before.")] = False
     on_config_change: Annotated[
         ChangePolicy,
         flag(
             _RESUME,
             "--on-config-change",
-            "With captions of other settings there: stop, keep both, or a new folder.",
+            "If the folder holds captions made with other settings: error stops, reuse keeps both, "
+            "new starts a new folder.",
         ),
     ] = "error"
     if_locked: Annotated[
         LockedPolicy,
-        flag(_RESUME, "--if-locked", "With another start at work: fail (exit 75), skip (exit 0) or wait."),
+        flag(
+            _RESUME,
+            "--if-locked",
+            "If another process uses the folder: fail (exit 75), skip (exit 0) or wait.",
+        ),
     ] = "fail"
     retries: Annotated[
         int,
-        flag(_RESUME, "--retries", "Further tries after faults that may pass.", metavar="N", min=0, max=100),
+        flag(_RESUME, "--retries", "Retries after temporary errors.", metavar="N", min=0, max=100),
     ] = 2
     timeout: Annotated[
-        str, flag(_RESUME, "--timeout", "Most time to generate the captions of one video.", metavar="TIME")
+        str, flag(_RESUME, "--timeout", "Time limit for the captions of one video.", metavar="TIME")
     ] = "10m"
     on_oom: Annotated[
         OnOom,
         flag(
-            _RESUME, "--on-oom", "Where memory runs out twice: fail, or reduce the frames (the row says so)."
+            _RESUME,
+            "--on-oom",
+            "If memory runs out twice for a video: fail it, or reduce its frames (recorded in the row).",
         ),
     ] = "fail"
     max_runtime: Annotated[
         str | None,
-        flag(_RESUME, "--max-runtime", "Stop after this time, exit 75, e.g. 3h50m.", metavar="TIME"),
+        flag(_RESUME, "--max-runtime", "Stop after this time with exit code 75, e.g. 3h50m.", metavar="TIME"),
     ] = None
     grace: Annotated[
-        str, flag(_RESUME, "--grace", "Most time to finish what is in hand after a signal.", metavar="TIME")
+        str, flag(_RESUME, "--grace", "Time to finish videos in progress after a signal.", metavar="TIME")
     ] = "60s"
     fail_fast: Annotated[bool, flag(_RESUME, "--fail-fast", "Stop at the first failed video.")] = False
     max_failures: Annotated[
         str | None,
-        flag(_RESUME, "--max-failures", "Stop once N videos, or P% of them, have failed.", metavar="N|P%"),
+        flag(_RESUME, "--max-failures", "Stop after N failed videos, or P% of them.", metavar="N|P%"),
     ] = None
-    exit_zero: Annotated[bool, flag(_RESUME, "--exit-zero", "Exit 0 although videos failed.")] = False
+    exit_zero: Annotated[bool, flag(_RESUME, "--exit-zero", "Exit 0 even if videos failed.")] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -450,24 +482,25 @@ class TalkingFlags:
         flag(
             _TALKING,
             "--baseline-sample",
-            "Share of videos also decoded plainly, compared and timed.",
+            "Share of videos to decode plainly too, to compare and time.",
             metavar="SHARE",
             min=0.0,
             max=1.0,
         ),
     ] = 0.0
-    dry_run: Annotated[bool, flag(_TALKING, "--dry-run -n", "Print the videos that would be captioned.")] = (
-        False
-    )
-    json_output: Annotated[bool, flag(_TALKING, "--json", "Print the outcome as one JSON object.")] = False
-    quiet: Annotated[bool, flag(_TALKING, "--quiet -q", "Say nothing unless something fails.")] = False
-    verbose: Annotated[bool, flag(_TALKING, "--verbose -v", "Show each caption, and tracebacks.")] = False
+    dry_run: Annotated[bool, flag(_TALKING, "--dry-run -n", "Print the videos to caption, and exit.")] = False
+    json_output: Annotated[bool, flag(_TALKING, "--json", "Print the result as one JSON object.")] = False
+    quiet: Annotated[bool, flag(_TALKING, "--quiet -q", "Print nothing unless something fails.")] = False
+    verbose: Annotated[
+        bool, flag(_TALKING, "--verbose -v", "Print each caption, and tracebacks of errors.")
+    ] = False
     log_file: Annotated[
         Path | None,
         flag(_TALKING, "--log-file", "Append messages and progress to this file.", metavar="FILE"),
     ] = None
     progress: Annotated[
-        ProgressName, flag(_TALKING, "--progress", "Bar, a line every 30 s, or none; auto asks the terminal.")
+        ProgressName,
+        flag(_TALKING, "--progress", "Progress bar, a line every 30 s, or none; auto: bar on a terminal."),
     ] = "auto"
     config: Annotated[
         Path | None,

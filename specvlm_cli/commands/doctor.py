@@ -1,4 +1,4 @@
-"""`specvlm doctor [OUT]`: what is wrong with this machine, and how to mend it."""
+"""`specvlm doctor [OUT]`: what is wrong with this machine, and how to fix it."""
 
 from __future__ import annotations
 
@@ -15,32 +15,31 @@ if TYPE_CHECKING:
     from specvlm_cli.doctor.checks import Finding
 
 _STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
+_INDENT = 20  # of what a check found
 
 
 def doctor(
     out: Annotated[
-        Path, typer.Argument(metavar="[OUT]", help="Where captions will go; default: this folder.")
+        Path, typer.Argument(metavar="[OUT]", help="Run folder to check. Default: the current folder.")
     ] = Path(),
     preset: Annotated[
-        str, typer.Option("--preset", help="The pair to generate with; nothing is downloaded.")
+        str, typer.Option("--preset", help="Pair for the generation test. Nothing is downloaded.")
     ] = "demo",
     target: Annotated[
         str | None,
         typer.Option(
             "--target",
             metavar="ID",
-            help="A checkpoint on disk to look at: folder or hub id; no weights are loaded.",
+            help="Checkpoint to check: folder or hub id on disk. No weights are loaded.",
         ),
     ] = None,
-    draft: Annotated[
-        str | None, typer.Option("--draft", metavar="ID", help="The draft that is meant for it.")
-    ] = None,
+    draft: Annotated[str | None, typer.Option("--draft", metavar="ID", help="Draft for that target.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     verbose: Annotated[  # the app looks for it, see app.py
-        bool, typer.Option("--verbose", "-v", help="Show the traceback of an error.")
+        bool, typer.Option("--verbose", "-v", help="Print the traceback of an error.")
     ] = False,
 ) -> int:
-    """Look at this machine: packages, devices, readers, disks, limits. Exit code 1 where something fails.
+    """Check this machine: packages, devices, readers, disks, limits. Exit code 1 if a check fails.
 
     Takes about half a minute. What it writes for a test it removes again.
     """
@@ -60,10 +59,8 @@ def doctor(
 
 
 def _tell(finding: Finding) -> None:
-    from rich.text import Text
-
     from specvlm_cli import show
 
     fix = f" -> {finding.fix}" if finding.fix else ""
-    rest = clean(f"{finding.name:<14} {finding.detail}{fix}")
-    show.console().print(Text.assemble((f"{finding.status:<5}", _STYLES[finding.status]), rest))
+    status = f"{finding.status:<5}"
+    show.hanging(status, f"{finding.name:<14} {finding.detail}{fix}", _INDENT, _STYLES[finding.status])

@@ -26,7 +26,7 @@ from specvlm_cli.text import clean
 if TYPE_CHECKING:
     from specvlm_cli.export.job import Exported
 
-_HOW = "How it is written"
+_HOW = "Format details"
 
 
 def export(
@@ -41,29 +41,29 @@ def export(
     ],
     format: Annotated[  # noqa: A002  the name of the flag
         FormatName | None,
-        typer.Option("--format", help="Default: what DEST's name says, else parquet."),
+        typer.Option("--format", help="Format. Default: the extension of DEST, else parquet."),
     ] = None,
     columns: Annotated[
         str | None,
-        typer.Option("--columns", help="Columns of the captions, separated by commas.", metavar="A,B"),
+        typer.Option("--columns", help="Columns to write, separated by commas.", metavar="A,B"),
     ] = None,
     failures: Annotated[
         FailuresName | None,
         typer.Option(
             "--failures",
-            help="Failures beside the captions, none, or nothing else. "
+            help="Write captions with failures, without, or failures only. "
             "Default: with in a folder, without in a file.",
         ),
     ] = None,
     overwrite: Annotated[
         bool,
-        typer.Option("--overwrite", help="Replace DEST where it is an earlier export, and nothing else."),
+        typer.Option("--overwrite", help="Replace DEST if it is an earlier export."),
     ] = False,
     paths: Annotated[
         PathsName,
         typer.Option(
             "--paths",
-            help="How rows name videos: below their input folder, by their absolute path, or as the input named them.",
+            help="Paths in the rows: relative to the input folder, absolute, or as given in the input.",
             rich_help_panel=_HOW,
         ),
     ] = "relative",
@@ -71,31 +71,32 @@ def export(
         int,
         typer.Option(
             "--rows-per-file",
-            help="Most rows of one Parquet file of a folder.",
+            help="Maximum rows per Parquet file.",
             min=1,
             max=100_000_000,
+            metavar="N",
             rich_help_panel=_HOW,
         ),
     ] = ROWS_PER_FILE,
     videos: Annotated[
         LinkName,
-        typer.Option("--videos", help="How videos come into a videofolder.", rich_help_panel=_HOW),
+        typer.Option("--videos", help="How to place videos in a videofolder.", rich_help_panel=_HOW),
     ] = "symlink",
     as_json: Annotated[
         bool,
-        typer.Option("--json", help="Print what came of it as one JSON object.", rich_help_panel="Talking"),
+        typer.Option("--json", help="Print the result as one JSON object.", rich_help_panel="Messages"),
     ] = False,
     quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Say nothing unless it fails.", rich_help_panel="Talking")
+        bool, typer.Option("--quiet", "-q", help="Print nothing unless it fails.", rich_help_panel="Messages")
     ] = False,
     verbose: Annotated[  # the app looks for it, see app.py
         bool,
-        typer.Option("--verbose", "-v", help="Show the traceback of an error.", rich_help_panel="Talking"),
+        typer.Option("--verbose", "-v", help="Print the traceback of an error.", rich_help_panel="Messages"),
     ] = False,
 ) -> int:
-    """Write the captions of all shards as one dataset, each caption once. Works while the run goes on.
+    """Write all captions of a run as one dataset. Works during the run.
 
-    The same ledger gives the same bytes. DEST appears when all of it is on disk, or not at all.
+    Each caption appears once. The same ledger gives the same bytes. DEST appears only when it is complete.
     """
     from specvlm_cli import show
     from specvlm_cli.export import job

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from specvlm.inspection import Inspection
 
 SCHEMA = 1
-_SHEET = "The sheet"
+_SHEET = "Output"
 _MOST_PICTURES = 400
 _MOST_STEPS = 24  # whose numbers fit on a line
 
@@ -60,7 +60,7 @@ class InspectFlags(FrameFlags, PruningFlags):
         list[str] | None,
         typer.Option(
             "--prompt",
-            help="What to ask, once: TEXT, or @FILE. Default: the preset's.",
+            help="The question, as TEXT or @FILE. Default: the preset's.",
             rich_help_panel="Input and output",
             metavar="TEXT",
         ),
@@ -72,7 +72,7 @@ class InspectFlags(FrameFlags, PruningFlags):
         Path | None,
         typer.Option(
             "--draft",
-            help="Folder of a trained head: show what its compressor makes of the video. Default: the preset's.",
+            help="Folder of a trained head, to show what its compressor keeps. Default: the preset's.",
             rich_help_panel="Models",
             metavar="FOLDER",
         ),
@@ -88,30 +88,30 @@ class InspectFlags(FrameFlags, PruningFlags):
         typer.Option(
             "--out",
             "-o",
-            help="The sheet, a PNG. Default: the video's name and -inspect.png, in this folder.",
+            help="PNG to write. Default: VIDEO-inspect.png in the current folder.",
             parser=output("--out"),
             rich_help_panel=_SHEET,
             metavar="FILE",
         ),
     ] = None
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the sheet.", rich_help_panel=_SHEET)
+        bool, typer.Option("--overwrite", help="Replace the PNG if it exists.", rich_help_panel=_SHEET)
     ] = False
     pictures: Annotated[
         int | None,
         typer.Option(
             "--pictures",
-            help="Most pictures on the sheet; more steps are chosen from evenly. Default: 12.",
+            help="Maximum number of frames to show, evenly spaced. Default: 12.",
             rich_help_panel=_SHEET,
             metavar="N",
         ),
     ] = None
     json_output: Annotated[
-        bool, typer.Option("--json", help="Print the numbers as one JSON object.", rich_help_panel=_SHEET)
+        bool, typer.Option("--json", help="Print the figures as one JSON object.", rich_help_panel=_SHEET)
     ] = False
     verbose: Annotated[  # the app looks for it, see app.py
         bool,
-        typer.Option("--verbose", "-v", help="Show the traceback of an error.", rich_help_panel=_SHEET),
+        typer.Option("--verbose", "-v", help="Print the traceback of an error.", rich_help_panel=_SHEET),
     ] = False
 
 
@@ -128,7 +128,7 @@ class _Question:
 
 
 def inspect(flags: InspectFlags) -> int:
-    """Draw what the target looked at in a video, and what of it the draft would be given.
+    """Draw what the target attends to in a video, and what the draft would see.
 
     The target reads the video and the prompt; nothing is generated, and no draft is loaded but a trained head.
 

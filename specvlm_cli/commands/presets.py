@@ -13,39 +13,42 @@ if TYPE_CHECKING:
     from specvlm_cli.checkpoints import PresetView
 
 SCHEMA = 1
-_HEADER = ("preset", "target", "draft", "family", "frames", "memory", "on disk")
+_WIDTH = 80
 
 
 def presets(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     verbose: Annotated[  # the app looks for it, see app.py
-        bool, typer.Option("--verbose", "-v", help="Show the traceback of an error.")
+        bool, typer.Option("--verbose", "-v", help="Print the traceback of an error.")
     ] = False,
 ) -> int:
-    """List the named pairs of target and draft, and whether they are on disk already. Asks no network.
+    """List the named pairs of target and draft, and which are on disk. Works offline.
 
     Memory is an estimate: the weights of both models in bf16, and their caches for the longest video that the
     preset reads. Working memory comes on top; leave a fifth more.
     """
     from specvlm_cli import show
     from specvlm_cli.checkpoints import preset_views
+    from specvlm_cli.screen.words import amount
 
     found = preset_views()
     if as_json:
         plain = [{**asdict(one), "memory_bytes": one.memory_bytes} for one in found]
         show.as_json({"schema": SCHEMA, "presets": plain})
     else:
-        show.table(_HEADER, [_line(one) for one in found], right={5})
+        for one in found:
+            frames = one.frames.removesuffix(" frames")
+            show.line(f"{one.name:<20}{amount(one.memory_bytes):>9}   {_disk(one):<12}   frames: {frames}")
+            pair = f"    {one.target} + {one.draft}"
+            if len(pair) > _WIDTH:
+                pair = pair.replace(" + ", "\n    + ")
+            for text in pair.splitlines():
+                show.line(text, "dim")
     return ExitCode.OK
 
 
-def _line(one: PresetView) -> tuple[str, ...]:
-    from specvlm_cli.screen.words import amount
-
-    return one.name, one.target, one.draft, one.family, one.frames, amount(one.memory_bytes), _disk(one)
-
-
 def _disk(one: PresetView) -> str:
+    words = {"yes": "on disk", "partly": "part on disk", "no": "not on disk"}
     if one.target_on_disk == one.draft_on_disk:
-        return one.target_on_disk
-    return f"target {one.target_on_disk}, draft {one.draft_on_disk}"
+        return words[one.target_on_disk]
+    return f"target {words[one.target_on_disk]}, draft {words[one.draft_on_disk]}"

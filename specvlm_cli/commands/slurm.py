@@ -37,7 +37,7 @@ from specvlm_cli.slurm import (
 from specvlm_cli.talk import STDERR
 from specvlm_cli.text import clean
 
-_JOB, _NEEDS = "The job", "What each task asks for"
+_JOB, _NEEDS = "The job", "Resources of each task"
 _ONCE = {"overwrite": "--overwrite", "retry_failed": "--retry-failed"}
 _OURS = frozenset(
     "array job-name no-requeue nodes ntasks open-mode output parsable requeue signal wrap".split()
@@ -58,33 +58,34 @@ class SlurmFlags:
         flag(
             _JOB,
             "--shards",
-            "Tasks to share the videos among. Default: what OUT was begun with.",
+            "Number of tasks. Default: the number of shards of OUT.",
             metavar="N",
             min=1,
             max=MOST_SHARDS,
         ),
     ] = None
     only_missing: Annotated[
-        bool, flag(_JOB, "--only-missing", "Only the shards that still have work; no script where none has.")
+        bool, flag(_JOB, "--only-missing", "Only unfinished shards; print no script if there are none.")
     ] = False
-    name: Annotated[str, flag(_JOB, "--name", "Name of the job, and of its logs.")] = "specvlm"
+    name: Annotated[str, flag(_JOB, "--name", "Name of the job and its logs.", metavar="NAME")] = "specvlm"
     logs: Annotated[
         str | None,
-        flag(_JOB, "--logs", "Folder of the tasks' logs; it is made. Default: OUT/logs.", metavar="FOLDER"),
+        flag(_JOB, "--logs", "Folder for the tasks' logs. Default: OUT/logs.", metavar="FOLDER"),
     ] = None
     max_running: Annotated[
-        int | None, flag(_JOB, "--max-running", "Most tasks at the same time.", metavar="N", min=1)
+        int | None,
+        flag(_JOB, "--max-running", "Maximum number of tasks at the same time.", metavar="N", min=1),
     ] = None
     stop_before: Annotated[
         str,
-        flag(_JOB, "--stop-before", "Tell a task to stop this long before its time limit.", metavar="TIME"),
+        flag(_JOB, "--stop-before", "Stop each task this long before its time limit.", metavar="TIME"),
     ] = f"{STOP_BEFORE_S}s"
     max_requeues: Annotated[
         int,
         flag(
             _JOB,
             "--max-requeues",
-            "Requeue a task at most N times in a row without a new caption.",
+            "Requeue a task at most N times in a row without progress.",
             metavar="N",
             min=0,
             max=10_000,
@@ -107,7 +108,7 @@ class SlurmFlags:
         list[str] | None,
         typer.Option(
             "--sbatch",
-            help="Another option of sbatch, e.g. constraint=a100 or exclusive; may be repeated.",
+            help="Another sbatch option, e.g. constraint=a100. Repeat for several.",
             rich_help_panel=_NEEDS,
             metavar="KEY[=VALUE]",
         ),
@@ -116,7 +117,7 @@ class SlurmFlags:
         list[str] | None,
         typer.Option(
             "--setup",
-            help="A line of bash for the top of the script, e.g. 'module load cuda'; may be repeated.",
+            help="Line of bash for the top of the script, e.g. 'module load cuda'. Repeat for several.",
             rich_help_panel=_NEEDS,
             metavar="LINE",
         ),

@@ -25,22 +25,22 @@ def status(
         bool,
         typer.Option(
             "--verify",
-            help="Hold ledgers and parts against each other; print what is wrong, a line each, and exit 1.",
+            help="Check ledgers against parts; print one line per problem and exit 1.",
         ),
     ] = False,
     only_missing: Annotated[
         bool,
         typer.Option(
             "--only-missing",
-            help="Print the shards with work left as Slurm's --array takes them, e.g. 0,3-5; nothing if none.",
+            help="Print unfinished shards in the form of Slurm's --array, e.g. 0,3-5.",
         ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     verbose: Annotated[  # the app looks for it, see app.py
-        bool, typer.Option("--verbose", "-v", help="Show the traceback of an error.")
+        bool, typer.Option("--verbose", "-v", help="Print the traceback of an error.")
     ] = False,
 ) -> int:
-    """Tell how far a run is. Touches no file, and works while the run goes on.
+    """Show the progress of a run. Changes no file; works during the run.
 
     Exit code 0, also where videos failed; 1 where --verify finds something wrong; 2 where OUT is no run folder.
     """

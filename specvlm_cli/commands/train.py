@@ -52,7 +52,7 @@ _HEAD_DEVICE = re.compile(r"cpu|mps|(cuda|xpu)(:[0-9]{1,4})?")
 
 
 def train(flags: TrainFlags) -> int:
-    """Train a draft head for a target, on videos without captions; run it again to go on.
+    """Train a draft head for a target on uncaptioned videos. Run again to resume.
 
     The frozen target captions the videos itself, and the head learns to guess what it writes. The folder HEAD is what
     --draft takes, from the first evaluation on: the best head so far, by accepted tokens on held-out videos.

@@ -15,7 +15,7 @@ import typer
 from specvlm.training.settings import Schedule, TrainingSettings
 from specvlm_cli.commands.caption_flags import MOST, CaptionFlags, DtypeName, ReadingFlags
 from specvlm_cli.commands.options import flag, output, read_config, same_as
-from specvlm_cli.job import LockedPolicy
+from specvlm_cli.lock import LockedPolicy
 from specvlm_cli.talk import ProgressName
 
 CompressorName = Literal[
@@ -36,7 +36,7 @@ _INPUT, _HEAD, _LEARNING, _STOPPING, _TALKING = (
     "The head",
     "Learning",
     "Held-out videos and checkpoints",
-    "Messages, measuring and configuration",
+    "Messages, measurement and configuration",
 )
 _TRAINING, _SCHEDULE = TrainingSettings(), Schedule()
 HELD_OUT, HELD_OUT_LIMIT = "0.05", 32
@@ -59,7 +59,7 @@ class TrainInputFlags:
         typer.Option(
             "--out",
             "-o",
-            help="Folder of the head; run it again to go on. Use it with --draft.",
+            help="Folder for the head; pass it to --draft. Run again to resume.",
             parser=output("--out"),
             rich_help_panel=_INPUT,
             metavar="HEAD",
@@ -73,14 +73,14 @@ class TrainInputFlags:
     end_column: Annotated[str | None, same_as(CaptionFlags, "end_column")] = None
     prompt_column: Annotated[str | None, same_as(CaptionFlags, "prompt_column")] = None
     limit: Annotated[
-        int | None, flag(_INPUT, "--limit", "Take the first N videos.", metavar="N", min=1, max=MOST)
+        int | None, flag(_INPUT, "--limit", "Use the first N videos.", metavar="N", min=1, max=MOST)
     ] = None
     root: Annotated[Path | None, same_as(CaptionFlags, "root")] = None
     prompt: Annotated[
         list[str] | None,
         typer.Option(
             "--prompt",
-            help="What to ask, several times if you like: TEXT, or @FILE. Default: the preset's.",
+            help="The question, as TEXT or @FILE; repeat for several. Default: the preset's.",
             rich_help_panel=_INPUT,
             metavar="TEXT",
         ),
@@ -113,27 +113,41 @@ class HeadFlags:
 
     compressor: Annotated[
         CompressorName,
-        flag(_HEAD, "--compressor", "What becomes of the video tokens: a choice of several, or one alone."),
+        flag(
+            _HEAD,
+            "--compressor",
+            "How to compress the video tokens: a learned choice of operators, or one operator.",
+        ),
     ] = "select"
     operators: Annotated[
         str | None,
         flag(
             _HEAD,
             "--operators",
-            "What select, weighted and concat choose from. Default: prune,pool,conv,resampler,text-only.",
+            "Operators that select, weighted and concat choose from. Default: prune,pool,conv,resampler,text-only.",
             metavar="LIST",
         ),
     ] = None
     compression_ratio: Annotated[
         float | None,
-        flag(_HEAD, "--compression-ratio", "Video tokens per token that is left. Default: 5.", metavar="X"),
+        flag(
+            _HEAD,
+            "--compression-ratio",
+            "Compression ratio: video tokens per remaining token. Default: 5.",
+            metavar="X",
+        ),
     ] = None
     queries: Annotated[
-        int | None, flag(_HEAD, "--queries", "Tokens that the resampler makes. Default: 2.", metavar="N")
+        int | None, flag(_HEAD, "--queries", "Tokens that the resampler outputs. Default: 2.", metavar="N")
     ] = None
     head_device: Annotated[
         str | None,
-        flag(_HEAD, "--head-device", "Where the head trains, e.g. cuda:1. Default: beside the target."),
+        flag(
+            _HEAD,
+            "--head-device",
+            "Device to train the head on, e.g. cuda:1. Default: the target's.",
+            metavar="DEVICE",
+        ),
     ] = None
     cross_entropy: Annotated[
         float | None,
@@ -158,7 +172,7 @@ class HeadFlags:
         flag(
             _HEAD,
             "--unroll",
-            "Further passes, in which the head reads its own features. Default: 0.",
+            "Extra passes in which the head reads its own features. Default: 0.",
             metavar="N",
         ),
     ] = None
@@ -168,10 +182,10 @@ class HeadFlags:
 class LearningFlags:
     """How the weights learn, and how long."""
 
-    learning_rate: Annotated[float, flag(_LEARNING, "--learning-rate", "Of AdamW.", metavar="RATE")] = (
-        _TRAINING.learning_rate
-    )
-    accumulate: Annotated[int, flag(_LEARNING, "--accumulate", "Samples of a step.", metavar="N")] = (
+    learning_rate: Annotated[
+        float, flag(_LEARNING, "--learning-rate", "Learning rate of AdamW.", metavar="RATE")
+    ] = _TRAINING.learning_rate
+    accumulate: Annotated[int, flag(_LEARNING, "--accumulate", "Samples per step.", metavar="N")] = (
         _TRAINING.accumulate
     )
     clip_norm: Annotated[
@@ -179,20 +193,22 @@ class LearningFlags:
         flag(
             _LEARNING,
             "--clip-norm",
-            "Scale a gradient of a larger norm down to it. Default: off.",
+            "Clip gradients to this norm. Default: off.",
             metavar="NORM",
         ),
     ] = _TRAINING.clip_norm
-    epochs: Annotated[
-        int, flag(_LEARNING, "--epochs", "How often each sample is learned from.", metavar="N")
-    ] = _SCHEDULE.epochs
-    max_steps: Annotated[int | None, flag(_LEARNING, "--max-steps", "Most steps.", metavar="N")] = None
+    epochs: Annotated[int, flag(_LEARNING, "--epochs", "Passes over the samples.", metavar="N")] = (
+        _SCHEDULE.epochs
+    )
+    max_steps: Annotated[
+        int | None, flag(_LEARNING, "--max-steps", "Maximum number of steps.", metavar="N")
+    ] = None
     seed: Annotated[
         int,
         flag(
             _LEARNING,
             "--seed",
-            "Of first weights, order, noise, held-out videos, and sampling.",
+            "Seed for weights, order, noise, held-out videos and sampling.",
             metavar="N",
         ),
     ] = _TRAINING.seed
@@ -207,36 +223,38 @@ class StoppingFlags:
         flag(
             _STOPPING,
             "--held-out",
-            "Videos that are not learned from: a share of all, 0 for none, or a folder of others.",
+            "Videos for evaluation only: a share of all, 0 for none, or a folder.",
             metavar="SHARE|FOLDER",
         ),
     ] = HELD_OUT
     held_out_limit: Annotated[
         int,
-        flag(_STOPPING, "--held-out-limit", "Most of them.", metavar="N", min=1, max=MOST),
+        flag(
+            _STOPPING, "--held-out-limit", "Maximum number of held-out videos.", metavar="N", min=1, max=MOST
+        ),
     ] = HELD_OUT_LIMIT
     evaluate_every: Annotated[
         int,
-        flag(_STOPPING, "--evaluate-every", "Steps between two looks at the held-out videos.", metavar="N"),
+        flag(_STOPPING, "--evaluate-every", "Steps between evaluations.", metavar="N"),
     ] = _SCHEDULE.evaluate_every
     checkpoint_every: Annotated[
         str,
         flag(
             _STOPPING,
             "--checkpoint-every",
-            "Steps between two checkpoints, or a time, e.g. 10m.",
+            "Steps, or time such as 10m, between checkpoints.",
             metavar="N|TIME",
         ),
     ] = CHECKPOINT_EVERY
     max_runtime: Annotated[str | None, same_as(CaptionFlags, "max_runtime")] = None
     if_locked: Annotated[LockedPolicy, same_as(CaptionFlags, "if_locked")] = "fail"
     exit_zero: Annotated[
-        bool, flag("Resume, failures and stopping", "--exit-zero", "Exit 0 although samples were left out.")
+        bool, flag("Resume, failures and stopping", "--exit-zero", "Exit 0 even if samples were skipped.")
     ] = False
-    json_output: Annotated[bool, flag(_TALKING, "--json", "Print the outcome as one JSON object.")] = False
-    quiet: Annotated[bool, flag(_TALKING, "--quiet -q", "Say nothing unless something fails.")] = False
+    json_output: Annotated[bool, flag(_TALKING, "--json", "Print the result as one JSON object.")] = False
+    quiet: Annotated[bool, flag(_TALKING, "--quiet -q", "Print nothing unless something fails.")] = False
     verbose: Annotated[
-        bool, flag(_TALKING, "--verbose -v", "Show each step and new caption, and tracebacks.")
+        bool, flag(_TALKING, "--verbose -v", "Print each step and new caption, and tracebacks of errors.")
     ] = False
     log_file: Annotated[Path | None, same_as(CaptionFlags, "log_file")] = None
     progress: Annotated[ProgressName, same_as(CaptionFlags, "progress")] = "auto"

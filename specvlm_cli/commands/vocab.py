@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from specvlm_cli.vocab import Made, Wanted
 
 SCHEMA = 1
-_COUNTED, _KEPT, _TALKING = "What is counted", "What is kept", "Messages"
+_COUNTED, _KEPT, _TALKING = "Input", "Output", "Messages"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class VocabFlags:
         list[Path] | None,
         typer.Option(
             "--text",
-            help="Text file with captions; may be repeated.",
+            help="Text file with captions. Repeat for several.",
             rich_help_panel=_COUNTED,
             metavar="FILE",
         ),
@@ -51,7 +51,7 @@ class VocabFlags:
         typer.Option(
             "--out",
             "-o",
-            help="The file for --draft-vocab; an earlier one is replaced.",
+            help="File to write, for --draft-vocab. Replaces an earlier one.",
             parser=output("--out"),
             rich_help_panel=_KEPT,
             metavar="FILE",
@@ -61,7 +61,7 @@ class VocabFlags:
         int | None,
         typer.Option(
             "--size",
-            help="Keep the N most used tokens; where fewer are used, the tokenizer's first ones fill up.",
+            help="Keep the N most used tokens, filled up with the tokenizer's first ones.",
             rich_help_panel=_KEPT,
             metavar="N",
             min=1,
@@ -72,8 +72,7 @@ class VocabFlags:
         float | None,
         typer.Option(
             "--coverage",
-            help="Keep the fewest tokens that make up this share of all that were counted, e.g. 0.999. "
-            "Default: every token that is used.",
+            help="Keep the fewest tokens that cover this share of the captions, e.g. 0.999. Default: every used token.",
             rich_help_panel=_KEPT,
             metavar="SHARE",
         ),
@@ -83,7 +82,7 @@ class VocabFlags:
         str | None,
         typer.Option(
             "--target",
-            help="Model whose tokenizer counts: hub id or folder. Default: the run's target.",
+            help="Model whose tokenizer to use: hub id or folder. Default: the run's target.",
             rich_help_panel="Models",
             metavar="ID",
         ),
@@ -93,19 +92,19 @@ class VocabFlags:
     trust_remote_code: Annotated[bool, same_as(ModelFlags, "trust_remote_code")] = False
     json_output: Annotated[
         bool,
-        typer.Option("--json", help="Print what came of it as one JSON object.", rich_help_panel=_TALKING),
+        typer.Option("--json", help="Print the result as one JSON object.", rich_help_panel=_TALKING),
     ] = False
     quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Say nothing unless it fails.", rich_help_panel=_TALKING)
+        bool, typer.Option("--quiet", "-q", help="Print nothing unless it fails.", rich_help_panel=_TALKING)
     ] = False
     verbose: Annotated[  # the app looks for it, see app.py
         bool,
-        typer.Option("--verbose", "-v", help="Show the traceback of an error.", rich_help_panel=_TALKING),
+        typer.Option("--verbose", "-v", help="Print the traceback of an error.", rich_help_panel=_TALKING),
     ] = False
 
 
 def vocab(flags: VocabFlags) -> int:
-    """Count which tokens captions use, and write the file that --draft-vocab takes.
+    """Count the tokens that captions use, and write a file for --draft-vocab.
 
     Captions come from a run folder, also while a run goes on there, from text files, or from both.
     """

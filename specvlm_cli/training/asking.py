@@ -9,7 +9,6 @@ from specvlm.captioner import Captioner, CaptionOptions
 from specvlm_cli.decoding import ReadFailure, ReadJob
 from specvlm_cli.settings import Plain
 from specvlm_cli.training.captions import LeftOut
-from specvlm_cli.training.reading import job_of
 from specvlm_cli.training.samples import Video
 
 
@@ -45,7 +44,7 @@ class Asking:
 
     def job(self, key: int, video: Video) -> ReadJob | ReadFailure:
         """Return what reads a video, or why it cannot be read."""
-        return job_of(key, video.path, (video.start_s, video.end_s), self.read)
+        return self.read.for_video(key, video.path, video.start_s, video.end_s)
 
 
 class Captioners(NamedTuple):

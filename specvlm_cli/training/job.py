@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import transformers
@@ -32,8 +32,8 @@ from specvlm.training.settings import Schedule, TrainingSettings
 from specvlm.training.trainer import Ending, Interrupted, Parts, Trainer
 from specvlm_cli import engine
 from specvlm_cli.decoding import DecodingPool, Limits, ReadJob
-from specvlm_cli.exits import BusyError, ExitCode, FatalError, UsageError
-from specvlm_cli.lock import take
+from specvlm_cli.exits import ExitCode, FatalError, UsageError
+from specvlm_cli.lock import LockedPolicy, take, when_free
 from specvlm_cli.settings import CaptionSettings, Plain
 from specvlm_cli.stopping import Stop, listening
 from specvlm_cli.text import clean
@@ -48,10 +48,6 @@ from specvlm_cli.training.samples import Samples, Split
 from specvlm_cli.training.source import VideoSource
 from specvlm_cli.training.stored import Stored
 from specvlm_cli.training.talk import Speaker
-
-LockedPolicy = Literal["fail", "skip", "wait"]
-
-_LOOK_EVERY_S = 1.0  # at a lock that others hold
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +194,11 @@ def _standing(request: Request, total: int, talk: Speaker, stop: Stop, held: Exi
     if (finished := _finished(request, total, talk)) is not None:
         return finished
     (request.out / STATE).mkdir(parents=True, exist_ok=True)
-    if not _locked(request, talk, stop, held):
+    lock = request.out / STATE / "lock"
+    taken = when_free(
+        request.if_locked, stop, talk.note, lambda: held.enter_context(take(lock, uuid.uuid4().hex))
+    )
+    if taken is None:
         code = ExitCode.OK if stop.reason is None else ExitCode.STOPPED
         return Outcome(code, str(request.out), 0, total, stopped=stop.reason or "locked")
     return _finished(request, total, talk)  # it may have changed before we had it
@@ -226,25 +226,6 @@ def _known(request: Request) -> Stored | None:
     if known is not None:
         stored.agree(request.out, known.settings, request.fingerprint())
     return known
-
-
-def _locked(request: Request, talk: Speaker, stop: Stop, held: ExitStack) -> bool:
-    """Take the folder's lock; False: another start has it, and that is a reason to skip, or to stop."""
-    told = False
-    while stop.reason is None:
-        try:
-            held.enter_context(take(request.out / STATE / "lock", uuid.uuid4().hex))
-            return True
-        except BusyError as error:
-            if request.if_locked == "fail":
-                raise
-            if not told:
-                talk.note(str(error) if request.if_locked == "skip" else f"waiting: {error}")
-            if request.if_locked == "skip":
-                return False
-            told = True
-            time.sleep(_LOOK_EVERY_S)
-    return False
 
 
 @dataclass(slots=True)

@@ -13,11 +13,11 @@ from typing import NamedTuple
 
 import torch
 
-from specvlm.batch import is_out_of_memory
 from specvlm.captioner import Captioner, CaptionOptions, PreparedVideo
 from specvlm.drafts.head_model import HeadModel
 from specvlm.errors import GenerationError, TrainingError
 from specvlm.records import Frames
+from specvlm.stats import is_out_of_memory
 from specvlm.training.example import read_example
 from specvlm.training.memory import Sample as Size
 from specvlm.training.memory import shortage

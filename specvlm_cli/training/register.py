@@ -19,10 +19,9 @@ from specvlm.errors import ConfigError, ModelError, PreprocessError, PromptError
 from specvlm.training.ranks import Ranks
 from specvlm_cli.decoding import ReadFailure
 from specvlm_cli.exits import FatalError
-from specvlm_cli.failure import Failure, failure_of
+from specvlm_cli.failure import BAD_INPUT, Failure, failure_of
 from specvlm_cli.text import clean
 from specvlm_cli.training.captions import ALL_PROMPTS, Blame, LeftOut, LeftOuts
-from specvlm_cli.training.reading import BAD_INPUT
 from specvlm_cli.training.samples import Sample, Video
 
 MOST_IN_A_ROW = 8  # samples that may fail one after another before that is no matter of single videos

@@ -30,7 +30,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import typer.main
 
@@ -48,6 +48,7 @@ from tests.cli import family
 from tests.cli.fake import FakeFactory, with_demo
 from tests.cli.fake_reader import READER
 
+ROOT = Path(__file__).parents[2]
 # A third of what a short start takes of the processor is making the commands of the functions, the same each time.
 typer.main.get_command = functools.cache(typer.main.get_command)
 
@@ -148,6 +149,43 @@ class Order:
         kill = said.pop("kill")
         fault = said.pop("fault")
         return cls(**said, kill=kill and Kill(**kill), fault=fault and Fault(**fault))
+
+
+class Starter:
+    """A process that makes starts as it is ordered: one JSON object a line in, one answer out."""
+
+    def __init__(self, module: str, *arguments: str, **environment: str) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", module, *arguments],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={"PATH": os.defpath, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.stdout.close()
+        self._process.wait(30)
+
+    def wait(self, process: int, most_s: float = 120.0) -> int | None:
+        """Return the exit code of a start, or minus the signal that ended it; None: it still runs."""
+        return self.ask(json.dumps({"wait": process, "most_s": most_s}))
+
+    def ask(self, line: str) -> int | None:
+        """Give an order; return the answer."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(f"{line}\n")
+        self._process.stdin.flush()
+        answer: int | None = json.loads(self._process.stdout.readline())
+        return answer
 
 
 class Forked(subprocess.Popen[bytes]):

@@ -68,7 +68,10 @@ def test_suspect_of_three_crashes_is_not_tried_again(ground: Ground) -> None:
     """A video in whose company the process dies three times fails; the others get their captions."""
     trial = ground.trial()
     kill = Kill("finish", "before", 1)
-    one_reader = ("--decode-workers", "1")  # of several, any may be the first: another video would be the suspect
+    one_reader = (
+        "--decode-workers",
+        "1",
+    )  # of several, any may be the first: another video would be the suspect
     for _ in range(3):
         assert trial.run(trial.order(*one_reader, kill=kill)) == -9
     assert trial.run(trial.order()) == 3

@@ -13,7 +13,7 @@ import pytest
 from tokenizers.pre_tokenizers import ByteLevel
 
 import specvlm
-from specvlm.demo.tokenizer import tokenizer_from
+from recipes.demo.tokenizer import tokenizer_from
 from specvlm.drafts.head_model import HeadConfig, HeadModel
 from specvlm_cli import app
 from tests.cli import invariants

@@ -143,8 +143,6 @@ def test_two_heads_are_named_and_need_no_small_model(run: Run, head: Path, tmp_p
             ["--draft", "HEAD", "--draft", "a/b", "--draft-revision", "v1"],
             "does not say of which of 2 drafts",
         ),
-        (["--shape", "qwen2.5-vl-7b", "--draft", "HEAD"], "--draft and --shape exclude each other"),
-        (["--shape", "qwen2.5-vl-7b", "--methods", "head"], "'head' cannot be modelled"),
     ],
 )
 def test_what_a_bench_refuses_of_heads(run: Run, head: Path, arguments: list[str], words: str) -> None:

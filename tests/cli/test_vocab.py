@@ -213,9 +213,8 @@ def test_a_wrong_flag_is_refused(
 
 
 @pytest.fixture(scope="module")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    clips, _ = example_clips(tmp_path_factory.mktemp("clips"))
-    return Path(str(clips[0].video))
+def clip() -> Path:
+    return Path(str(example_clips()[0].video))
 
 
 def test_the_demo_pair_guesses_from_what_was_counted(

@@ -14,69 +14,31 @@ import gc
 import json
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Self
 
-from tests.cli.drive import _redirect, _wait
-
-ROOT = Path(__file__).parents[2]
+from tests.cli.drive import Starter, _redirect, _wait
 
 
-class TrainDriver:
+class TrainDriver(Starter):
     """The other end: makes starts, and waits for them."""
 
     def __init__(self, target: Path) -> None:
         """`target` is loaded once, so that all it brings is imported."""
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.cli.train_drive", str(target)],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={
-                "PATH": os.defpath,
-                "PYTHONPATH": str(ROOT),
-                "OMP_NUM_THREADS": "1",
-                "MPLCONFIGDIR": str(target),
-            },
-        )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.close()
-        self._process.stdout.close()
-        self._process.wait(30)
+        super().__init__("tests.cli.train_drive", str(target), MPLCONFIGDIR=str(target))
 
     def start(self, arguments: Sequence[object], stderr: Path, **environment: object) -> int:
         """Make a start; return its process id."""
         more = {name: str(value) for name, value in environment.items()}
         words = [str(one) for one in arguments]
-        process = self._ask({"start": words, "stderr": str(stderr), "environment": more})
+        process = self.ask(json.dumps({"start": words, "stderr": str(stderr), "environment": more}))
         assert process is not None
         return process
-
-    def wait(self, process: int, most_s: float = 120.0) -> int | None:
-        """Return how a start ended; None: it still runs."""
-        return self._ask({"wait": process, "most_s": most_s})
 
     def run(self, arguments: Sequence[object], stderr: Path) -> int | None:
         """Make a start and wait for it."""
         return self.wait(self.start(arguments, stderr))
-
-    def _ask(self, order: dict[str, object]) -> int | None:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(order) + "\n")
-        self._process.stdin.flush()
-        answer: int | None = json.loads(self._process.stdout.readline())
-        return answer
 
 
 def _start(arguments: list[str], stderr: Path, environment: dict[str, str]) -> int:

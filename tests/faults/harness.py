@@ -9,8 +9,6 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -21,12 +19,12 @@ from dataclasses import dataclass, field
 from io import StringIO
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import TypeVar
 
 from specvlm_cli import app
 from specvlm_cli.parts import CAPTION_SCHEMA
 from tests.cli import family
-from tests.cli.drive import Fault, Kill, Order
+from tests.cli.drive import Fault, Kill, Order, Starter
 
 ROOT = Path(__file__).parents[2]
 CHILDREN_END_S = 20.0  # after their parent was killed
@@ -66,46 +64,17 @@ def make_videos(folder: Path, number: int, *, bad: bool = True, word: str = "vid
     return folder
 
 
-class Driver:
+class Driver(Starter):
     """A process that has everything imported and forks a start on request."""
 
     def __init__(self, **environment: str) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.cli.drive", "serve"],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={"PATH": os.defpath, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **FORK, **environment},
-        )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.close()
-        self._process.stdout.close()
-        self._process.wait(30)
+        super().__init__("tests.cli.drive", "serve", **FORK, **environment)
 
     def start(self, order: Order) -> int:
         """Make a start; return its process id, which is its process group too."""
-        process = self._ask(order.line())
+        process = self.ask(order.line())
         assert process is not None
         return process
-
-    def wait(self, process: int, most_s: float = LONGEST_START_S) -> int | None:
-        """Return the exit code of a start, or minus the signal that ended it; None: it still runs."""
-        return self._ask(json.dumps({"wait": process, "most_s": most_s}))
-
-    def _ask(self, line: str) -> int | None:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(f"{line}\n")
-        self._process.stdin.flush()
-        answer: int | None = json.loads(self._process.stdout.readline())
-        return answer
 
 
 @dataclass
@@ -142,7 +111,7 @@ class Trial:
     def run(self, order: Order) -> int:
         """Run one start to its end; one that does not end is killed, and that is a violation."""
         process = self.driver.start(order)
-        code = self.driver.wait(process)
+        code = self.driver.wait(process, LONGEST_START_S)
         if code is None:
             os.killpg(process, 9)
             raise AssertionError(f"did not end within {LONGEST_START_S} s: {' '.join(order.arguments)}")

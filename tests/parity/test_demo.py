@@ -84,7 +84,7 @@ def test_a_repetition_penalty_as_real_checkpoints_ship_it(
 
 def test_demo_captions_tell_the_truth() -> None:
     """At least 95 % of the facts of the example clips, read from the files as shipped."""
-    from specvlm.demo.captions import compare, facts_in
+    from recipes.demo.captions import compare, facts_in
 
     told = (EXAMPLES / "README.md").read_text(encoding="utf-8")
     right = asked = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import astuple, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+import specvlm
 from specvlm.bench.clips import Clip, example_clips
 from specvlm.bench.grid import Grid
 from specvlm.bench.measure import Asked, Measurer, MethodError
@@ -37,6 +39,7 @@ from tests.tiny import FamilyName, Size, random_frames, stock_ids, tiny_captione
 
 STOCK, PLAIN = Configuration("stock"), Configuration("plain")
 OURS = Configuration("specvlm", None, "specvlm", 0.9, "static")
+VIDEOS = Path(__file__).parents[2] / "examples" / "videos"
 ASKED = Asked("specvlm bench", "tiny", "tiny", "What is it?", 12, 2, "noise")
 FAMILIES: tuple[FamilyName, ...] = ("qwen", "llava")
 
@@ -631,11 +634,15 @@ def test_a_bench_without_a_draft_needs_methods_without_one() -> None:
     assert [one.exact_match for one in report.summaries] == [None, 1.0]
 
 
-def test_example_clips_are_drawn_where_there_are_none(tmp_path: Path) -> None:
-    drawn = example_clips(tmp_path, shipped=tmp_path / "nowhere")
-    assert drawn.words == "the example clips, drawn anew"
-    assert len(drawn.clips) == 8
-    assert all(Path(str(clip.video)).parent == tmp_path for clip in drawn.clips)
-    shipped = example_clips(tmp_path / "unused")
-    assert [clip.name for clip in shipped.clips] == [clip.name for clip in drawn.clips]
-    assert not (tmp_path / "unused").exists()
+def test_example_clips_are_the_files_of_the_checkout_or_of_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = example_clips()
+    assert len(here) == 8
+    assert {str(Path(str(clip.video)).parent) for clip in here} == {str(VIDEOS)}
+    installed = tmp_path / "specvlm"
+    (installed / "demo").mkdir(parents=True)
+    shutil.copytree(VIDEOS, installed / "demo" / "videos")
+    monkeypatch.setattr(specvlm, "__file__", str(installed / "__init__.py"))
+    assert [clip.name for clip in example_clips()] == [clip.name for clip in here]
+    assert all(Path(str(clip.video)).is_relative_to(installed) for clip in example_clips())

@@ -3,9 +3,9 @@
 import pytest
 from transformers import Qwen2Tokenizer
 
-from specvlm.demo.captions import FACT_KINDS, PROMPTS, caption_for, compare, facts_in, facts_of
-from specvlm.demo.clips import scene_for
-from specvlm.demo.tokenizer import Family, train_tokenizer
+from recipes.demo.captions import FACT_KINDS, PROMPTS, caption_for, compare, facts_in, facts_of
+from recipes.demo.clips import scene_for
+from recipes.demo.tokenizer import Family, train_tokenizer
 
 SEEDS = range(1500)
 

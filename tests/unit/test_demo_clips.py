@@ -5,8 +5,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from specvlm.demo.batches import cell_facts
-from specvlm.demo.clips import (
+from recipes.demo.batches import cell_facts
+from recipes.demo.clips import (
     BACKGROUNDS,
     COLOURS,
     EXAMPLE_SEEDS,

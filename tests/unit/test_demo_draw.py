@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 import specvlm
+from recipes.demo.captions import compare, facts_in, facts_of
+from recipes.demo.clips import EXAMPLE_SEEDS, FIRST_TRAINING_SEED, scene_for, seed_for
+from recipes.demo.draw import LONGER, SIZES, SQUARE, WIDE, DrawnSplit, Format, draw_clips, main
 from specvlm.config import FrameSettings
-from specvlm.demo.captions import compare, facts_in, facts_of
-from specvlm.demo.clips import EXAMPLE_SEEDS, FIRST_TRAINING_SEED, scene_for, seed_for
-from specvlm.demo.draw import LONGER, SIZES, SQUARE, WIDE, DrawnSplit, Format, draw_clips, main
 from specvlm.video import read_video
 
 

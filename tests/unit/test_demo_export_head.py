@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import specvlm
-from specvlm.demo.export_head import export_head, main
+from recipes.demo.export_head import export_head, main
 from specvlm.drafts.compressor import CompressorConfig
 from specvlm.drafts.head_model import HeadConfig, HeadModel
 from specvlm.training.objective import ObjectiveSettings

@@ -12,11 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from specvlm.demo import demo_folder
-from specvlm.demo.batches import Batch, Drawer
-from specvlm.demo.clips import render, scene_for
-from specvlm.demo.evaluate import prepared
-from specvlm.demo.models import (
+from recipes.demo.batches import Batch, Drawer
+from recipes.demo.clips import render, scene_for
+from recipes.demo.evaluate import prepared
+from recipes.demo.models import (
     CHECKPOINTS,
     FRAMES,
     Role,
@@ -28,8 +27,8 @@ from specvlm.demo.models import (
     qwen_processor,
     text_layers,
 )
-from specvlm.demo.tokenizer import Family, train_tokenizer
-from specvlm.demo.train import (
+from recipes.demo.tokenizer import Family, train_tokenizer
+from recipes.demo.train import (
     CellHead,
     Plan,
     Seen,
@@ -42,6 +41,7 @@ from specvlm.demo.train import (
     video_spots,
     video_tokens,
 )
+from specvlm.demo import demo_folder
 
 FAMILIES: tuple[Family, ...] = get_args(Family)
 MAKERS = {"qwen": qwen_processor, "llava": llava_processor, "qwen3": qwen3_processor}

@@ -11,12 +11,12 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from recipes.demo.evaluate import load_processor, prepared
+from recipes.demo.examples import EXAMPLES
+from recipes.demo.models import CHECKPOINTS, Role
+from recipes.demo.tokenizer import Family
+from recipes.demo.train import load_model
 from specvlm.demo import DemoName, demo_folder
-from specvlm.demo.evaluate import load_processor, prepared
-from specvlm.demo.examples import EXAMPLES
-from specvlm.demo.models import CHECKPOINTS, Role
-from specvlm.demo.tokenizer import Family
-from specvlm.demo.train import load_model
 
 VIDEOS = Path(__file__).parents[2] / "examples" / "videos"
 NAMES: tuple[DemoName, ...] = get_args(DemoName)

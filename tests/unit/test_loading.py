@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
 
 import specvlm
-from specvlm.demo.tokenizer import tokenizer_from
+from recipes.demo.tokenizer import tokenizer_from
 from specvlm.families import FAMILIES
 from specvlm.loading import target_fingerprint
 from tests.tiny import FamilyName, Size, processor_for, random_frames, stock_ids, tiny_model

@@ -12,8 +12,8 @@ from tokenizers import Tokenizer, models, trainers
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import Qwen2Tokenizer
 
-from specvlm.demo.captions import PROMPTS, caption_for
-from specvlm.demo.clips import scene_for, seed_for
+from recipes.demo.captions import PROMPTS, caption_for
+from recipes.demo.clips import scene_for, seed_for
 
 Family = Literal["qwen", "llava", "qwen3"]
 

@@ -1,4 +1,4 @@
-"""Write the eight example clips as real video files: `python -m specvlm.demo.examples examples/videos`.
+"""Write the eight example clips as real video files: `python -m recipes.demo.examples examples/videos`.
 
 They are held-out scenes, chosen by fixed rules from seeds that training never uses: h264 and vp9, one stored
 on its side with a display matrix that turns it upright, one with an irregular frame rate. The pictures are
@@ -17,8 +17,8 @@ import numpy as np
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
-from specvlm.demo.captions import caption_for
-from specvlm.demo.clips import CLIP_SECONDS, EXAMPLE_SEEDS, Scene, render, scene_for, seed_for
+from recipes.demo.captions import caption_for
+from recipes.demo.clips import CLIP_SECONDS, EXAMPLE_SEEDS, Scene, render, scene_for, seed_for
 
 FPS: Final = 12
 _TICKS_PER_SECOND: Final = 12_000
@@ -117,7 +117,7 @@ def write_examples(folder: Path) -> list[Path]:
         "# Example clips",
         "",
         "Eight clips of four seconds that the demo models have not been trained on, drawn and encoded by",
-        "`python -m specvlm.demo.examples examples/videos`. The true caption of each:",
+        "`python -m recipes.demo.examples examples/videos`. The true caption of each:",
         "",
     ]
     paths = []

@@ -1,4 +1,4 @@
-"""Put a trained head into the package: `python -m specvlm.demo.export_head HEAD qwen-head`.
+"""Put a trained head into the package: `python -m recipes.demo.export_head HEAD qwen-head`.
 
 HEAD is a folder as `specvlm train` leaves it. The head alone is copied, without the state to go on from, with a card
 that says what it is, how it was trained and what was reached on the way. Nothing is trained or measured here.
@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, get_args
 
+from recipes.demo.export import WEIGHTS
 from specvlm.demo import HeadName
-from specvlm.demo.export import WEIGHTS
 
 _FILES: Final = ("model.safetensors", "config.json")
 _CARD: Final = """---
@@ -34,7 +34,7 @@ writes next. It ships with `specvlm` as `--preset {preset}`, so that heads can b
 
 ## What it is not
 
-Its target has seen nothing but clips drawn by `specvlm/demo/clips.py`, and so has this head. It holds no weights of
+Its target has seen nothing but clips drawn by `recipes/demo/clips.py`, and so has this head. It holds no weights of
 any published model. What it gains says how well the loop works, not what a head gains on a large target.
 
 ## How it was trained
@@ -115,7 +115,7 @@ def _header(weights: Path) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(prog="python -m specvlm.demo.export_head", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m recipes.demo.export_head", description=__doc__)
     parser.add_argument("head", type=Path)
     parser.add_argument("name", choices=get_args(HeadName))
     options = parser.parse_args(argv)

@@ -1,7 +1,7 @@
-"""Put trained checkpoints into the package: `python -m specvlm.demo.export WORK`.
+"""Put trained checkpoints into the package: `python -m recipes.demo.export WORK`.
 
-WORK holds one folder per checkpoint as `specvlm.demo.train` leaves it, and beside them `qwen.json`, `llava.json`
-and `qwen3.json`, the reports of `specvlm.demo.evaluate`. Each checkpoint is copied with a model card that says what
+WORK holds one folder per checkpoint as `recipes.demo.train` leaves it, and beside them `qwen.json`, `llava.json`
+and `qwen3.json`, the reports of `recipes.demo.evaluate`. Each checkpoint is copied with a model card that says what
 it is, what it is not and what was measured. Nothing is trained or measured here.
 """
 
@@ -11,12 +11,13 @@ import shutil
 from pathlib import Path
 from typing import Any, Final, get_args
 
+import specvlm.demo
+from recipes.demo.captions import FACT_KINDS
+from recipes.demo.models import CHECKPOINTS, Role
+from recipes.demo.tokenizer import Family
 from specvlm.demo import DemoName
-from specvlm.demo.captions import FACT_KINDS
-from specvlm.demo.models import CHECKPOINTS, Role
-from specvlm.demo.tokenizer import Family
 
-WEIGHTS: Final = Path(__file__).parent / "weights"
+WEIGHTS: Final = Path(specvlm.demo.__file__).parent / "weights"
 _ARCHITECTURES: Final = {
     "qwen": "Qwen2_5_VLForConditionalGeneration (M-RoPE, window attention in the vision tower)",
     "llava": "LlavaOnevisionForConditionalGeneration (SigLIP tower, pooled frames, newline token)",
@@ -40,7 +41,7 @@ pipeline_tag: video-text-to-text
 
 ## What it is not
 
-It has seen nothing but clips drawn by `specvlm/demo/clips.py`: one or two flat shapes over a plain or
+It has seen nothing but clips drawn by `recipes/demo/clips.py`: one or two flat shapes over a plain or
 patterned background. It knows no photographs, no films, no other shapes, no other questions than six ways of
 asking for a description, and no still pictures. On anything else its captions are confident nonsense. It
 holds no weights of Qwen2.5-VL, LLaVA-OneVision or Qwen3-VL and is not by their authors; it shares the
@@ -152,7 +153,7 @@ def _acceptance(report: dict[str, Any]) -> str:
     lead = (
         "Mean accepted tokens per round (accepted / rounds, the bonus token not counted; at most 5) for its "
         f"target's greedy captions of {report['clips']} held-out clips, kept video tokens evenly spread, replayed "
-        "on recorded logits by `specvlm.demo.evaluate`:"
+        "on recorded logits by `recipes.demo.evaluate`:"
     )
     alone = f"Captioning alone and unpruned it gets {100 * report['draft_alone']['facts']:.1f} % of all facts right."
     head = ["| prune ratio | static tree | chain |", "| --- | --- | --- |"]

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass, fields
 from typing import Final
 
-from specvlm.demo.clips import BACKGROUNDS, COLOURS, SHAPES, SIZES, Scene, Thing
+from recipes.demo.clips import BACKGROUNDS, COLOURS, SHAPES, SIZES, Scene, Thing
 
 PROMPTS: Final = (
     "Describe the video.",

@@ -1,6 +1,6 @@
 """Measure demo checkpoints on held-out clips, through the stock processor and the stock `generate()`.
 
-`python -m specvlm.demo.evaluate --target FOLDER [--draft FOLDER] [--clips 300] [--frames 8]` prints JSON: the share of
+`python -m recipes.demo.evaluate --target FOLDER [--draft FOLDER] [--clips 300] [--frames 8]` prints JSON: the share of
 facts right by kind, the share of captions exactly right, and for a draft the mean accepted tokens per round
 that its ranking of the target's own tokens gives. That last figure replays rounds on recorded logits with
 uniform pruning; it runs no speculative decoding, but for greedy decoding the accepted tokens are the same.
@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoProcessor, PreTrainedModel
 
-from specvlm.demo.batches import Batch
-from specvlm.demo.captions import FACT_KINDS, PROMPTS, caption_for, compare, facts_in, facts_of
-from specvlm.demo.clips import CLIP_SECONDS, Scene, render, scene_for, seed_for
-from specvlm.demo.models import FRAMES
-from specvlm.demo.train import caption_logits, load_model, video_tokens
+from recipes.demo.batches import Batch
+from recipes.demo.captions import FACT_KINDS, PROMPTS, caption_for, compare, facts_in, facts_of
+from recipes.demo.clips import CLIP_SECONDS, Scene, render, scene_for, seed_for
+from recipes.demo.models import FRAMES
+from recipes.demo.train import caption_logits, load_model, video_tokens
 
 SIDE: Final = 192
 _ROWS: Final = 25

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers.video_utils import VideoMetadata
 
-from specvlm.demo.captions import PROMPTS, caption_for, fact_words
-from specvlm.demo.clips import (
+from recipes.demo.captions import PROMPTS, caption_for, fact_words
+from recipes.demo.clips import (
     BACKGROUNDS,
     CLIP_SECONDS,
     COLOURS,
@@ -27,8 +27,8 @@ from specvlm.demo.clips import (
     seed_for,
     state_at,
 )
-from specvlm.demo.models import CELL, FRAMES, LLAVA_SIDE
-from specvlm.demo.tokenizer import Family
+from recipes.demo.models import CELL, FRAMES, LLAVA_SIDE
+from recipes.demo.tokenizer import Family
 
 FPS: Final = 2.0
 _QWEN_SHAPES: Final = ((96, 96), (80, 112), (112, 80), (64, 128), (128, 64))

@@ -30,7 +30,7 @@ from transformers import (
     Qwen3VLVideoProcessor,
 )
 
-from specvlm.demo.tokenizer import Family, token_id, train_tokenizer
+from recipes.demo.tokenizer import Family, token_id, train_tokenizer
 
 Role = Literal["target", "draft"]
 

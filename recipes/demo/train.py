@@ -1,4 +1,4 @@
-"""Train a demo checkpoint: `python -m specvlm.demo.train --family qwen --role target --work D --minutes 33`.
+"""Train a demo checkpoint: `python -m recipes.demo.train --family qwen --role target --work D --minutes 33`.
 
 One recipe for all families and both roles. A target goes through three stages by the clock: the vision
 tower alone, taught what each cell of the picture shows; then a shallow text model on captions; then, with
@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AttentionInterface, AutoModelForImageTextToText, PreTrainedModel
 
-from specvlm.demo.batches import CELL_FACTS, IGNORED, Batch, Drawer
-from specvlm.demo.models import (
+from recipes.demo.batches import CELL_FACTS, IGNORED, Batch, Drawer
+from recipes.demo.models import (
     CHECKPOINTS,
     FRAMES,
     Role,
@@ -39,7 +39,7 @@ from specvlm.demo.models import (
     save_folder,
     text_layers,
 )
-from specvlm.demo.tokenizer import Family
+from recipes.demo.tokenizer import Family
 
 SECONDS_BETWEEN_SAVES: Final = 120
 PRUNE_RATIOS: Final = (0.0, 0.5, 0.9, 0.9, 0.95)

@@ -1,4 +1,4 @@
-"""Draw clips of the demo world as video files: `python -m specvlm.demo.draw FOLDER --count N`.
+"""Draw clips of the demo world as video files: `python -m recipes.demo.draw FOLDER --count N`.
 
 They are what a head for a demo target is trained on (`--split head`) and measured on (`--split held-out`). The
 clip with a given number is always the same, and no clip of one set is in another, nor was any of them seen by the
@@ -16,8 +16,8 @@ from typing import Final, Literal, get_args
 
 import numpy as np
 
-from specvlm.demo.clips import CLIP_SECONDS, HEAD_SEEDS, HELD_OUT_SEEDS, render, scene_for, seed_for
-from specvlm.demo.examples import write_video
+from recipes.demo.clips import CLIP_SECONDS, HEAD_SEEDS, HELD_OUT_SEEDS, render, scene_for, seed_for
+from recipes.demo.examples import write_video
 
 DrawnSplit = Literal["head", "held-out"]
 
@@ -90,7 +90,7 @@ def _draw(folder: Path, split: DrawnSplit, number: int, stored: Format) -> Path:
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m specvlm.demo.draw", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m recipes.demo.draw", description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--count", type=int, required=True, help="clips to draw")
     parser.add_argument("--first", type=int, default=0, help="number of the first one in its set")
