@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils.hub import cached_file, extract_commit_hash
 
@@ -29,7 +29,7 @@ from specvlm.drafts.head_model import HeadModel, read_config
 from specvlm.drafts.kept_tokens import Choosing, DraftVocab, choose_ids
 from specvlm.drafts.kinds import has_head_weights, is_head
 from specvlm.drafts.small_model import SmallModelDraft
-from specvlm.errors import ConfigError, IncompatibleDraftError, ModelLoadError, PromptError
+from specvlm.errors import ConfigError, IncompatibleDraftError, ModelLoadError, PromptError, SpecvlmError
 from specvlm.families import family_of
 from specvlm.model import VideoLM
 from specvlm.preset import DEFAULT_PROMPT, find_preset, presets
@@ -67,16 +67,30 @@ class _Loaded(NamedTuple):
 
 
 def _one_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    more = f" {lines[1].strip()}" if lines[0].endswith(":") and len(lines) > 1 else ""
+    return (lines[0] + more).rstrip(".")
 
 
 def _guarded(source: _Source, what: str, loader: Any, **options: Any) -> Any:
     """Call a `from_pretrained`; whatever it raises becomes one line."""
-    try:
+    with _explained(source.name, what):
         return loader(source.name, **source.options(), **options)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise ModelLoadError(f"{source.name}: cannot load {what} ({_one_line(error)}); {_ADVICE}") from error
+
+
+@contextmanager
+def _explained(name: str, what: str) -> Iterator[None]:
+    """Name the checkpoint in whatever a block raises: values of wrong types in its files fail in many ways.
+
+    Raises:
+        ModelLoadError: The block raised an error that is not one of this library.
+    """
+    try:
+        yield
+    except SpecvlmError:
+        raise
+    except Exception as error:
+        raise ModelLoadError(f"{name}: cannot load {what} ({_one_line(error)}); {_ADVICE}") from error
 
 
 def _refuse_misspelt(name: str) -> None:
@@ -175,8 +189,9 @@ def _load_one(source: _Source, dtype: torch.dtype | str, device_map: Any) -> _Lo
     )
     _refuse_gaps(source.name, report)
     model.eval().requires_grad_(False)
-    loaded = _Loaded(VideoLM(model, family), processor, _revision(source))
-    _refuse_tokens(source.name, loaded)
+    with _explained(source.name, "its model"):
+        loaded = _Loaded(VideoLM(model, family), processor, _revision(source))
+        _refuse_tokens(source.name, loaded)
     return loaded
 
 
@@ -216,7 +231,8 @@ def _refuse_tokens(name: str, loaded: _Loaded) -> None:
 def _refuse_template(name: str, target: _Loaded) -> None:
     """Refuse a target whose chat template asks about no video, or with tokens that the model does not have."""
     try:
-        ids = target.model.family.template_ids(target.processor)
+        with _explained(name, "its chat template"):
+            ids = target.model.family.template_ids(target.processor)
     except PromptError as error:
         raise ModelLoadError(f"{name}: {error}") from error
     if max(ids) >= target.model.embedded_tokens:

@@ -32,7 +32,7 @@ from specvlm_cli.run_folder import RunFile, RunFolder
 from specvlm_cli.runner import Reporter, Runner
 from specvlm_cli.settings import CaptionSettings, Change, Plain, config_hash, differences
 from specvlm_cli.shard import Shard
-from specvlm_cli.stopping import Stop, listening
+from specvlm_cli.stopping import Stop, end_if_asked, listening
 from specvlm_cli.text import clean, short
 from specvlm_cli.wanted import Wanted
 
@@ -498,7 +498,7 @@ def _refuse_changed_files(
     if not target.is_dir():
         return
     try:
-        now = fingerprint(target, at_once=at_once)
+        now = fingerprint(target, at_once=at_once, between_pieces=end_if_asked)
     except SpecvlmError:
         if at_once:
             return

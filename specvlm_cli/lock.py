@@ -16,7 +16,7 @@ from typing import Literal, Self, TextIO, TypeVar
 
 from specvlm_cli.exits import BusyError, FatalError
 from specvlm_cli.safe_files import open_lock, read_whole
-from specvlm_cli.stopping import NotBegunError, Stop, is_asked
+from specvlm_cli.stopping import Stop, end_if_asked
 from specvlm_cli.text import clean
 
 LockedPolicy = Literal["fail", "skip", "wait"]
@@ -125,8 +125,7 @@ def share(path: Path, *, alone: bool = False, patient: bool = False) -> TextIO:
     try:
         while not _is_locked(file, kind, patient):
             time.sleep(_LOOK_EVERY_S)
-            if is_asked():  # waiting in the kernel would continue after a signal
-                raise NotBegunError("a signal")
+            end_if_asked()  # waiting in the kernel would continue after a signal
     except BlockingIOError:
         file.close()
         what = "a start of it is at work" if alone else "its shard count is being changed"

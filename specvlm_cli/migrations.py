@@ -134,6 +134,9 @@ def require_schema(connection: sqlite3.Connection, version: int) -> None:
     Raises:
         FatalError: It has others, as only another program can have made them.
     """
+    encoding = connection.execute("PRAGMA encoding").fetchone()[0]
+    if encoding != "UTF-8":
+        raise FatalError(f"its texts are in {encoding}; delete the ledger to have it rebuilt from captions/")
     wanted, found = _schema(version), schema_of(connection)
     if odd := wanted.items() ^ found.items():
         kind, name = min((one for one, _ in odd), key=lambda one: (one[0] == "index", one))

@@ -10,7 +10,6 @@ whole run folder for itself.
 from __future__ import annotations
 
 import re
-import shutil
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -19,6 +18,7 @@ from os.path import lexists
 from pathlib import Path
 
 from specvlm.durable import publish, sync
+from specvlm.files import remove
 from specvlm_cli.database import connect
 from specvlm_cli.exits import FatalError
 from specvlm_cli.ledger import BUSY_TIMEOUT_S, Ledger
@@ -26,6 +26,7 @@ from specvlm_cli.parts import listed
 from specvlm_cli.run_folder import RunFile, RunFolder
 from specvlm_cli.safe_files import new_file, read_whole, require_file, require_folder
 from specvlm_cli.shard import MOST_SHARDS, Shard, shard_of
+from specvlm_cli.stopping import end_if_asked
 from specvlm_cli.text import clean
 
 _BUILDING, _COMPLETE = ".resharding", "resharded"
@@ -77,13 +78,14 @@ def _divide(root: Path, known: RunFile, count: int) -> None:
     """Write the new ledgers, and say in one step that they are complete."""
     state = root / ".specvlm"
     building = state / _BUILDING
-    if lexists(building) and not building.is_symlink():
-        shutil.rmtree(building)
-    building.unlink(missing_ok=True)
+    if lexists(building):
+        remove(building)
     building.mkdir()
     for index in range(count):
+        end_if_asked()
         Ledger.create(building / _name(index)).close()
     for index in range(known.shards):
+        end_if_asked()
         folder = RunFolder(root, Shard(index, known.shards))
         if folder.ledger_path(index).exists() or folder.parts.exist():
             folder.parts.kept = known.kept
@@ -158,7 +160,7 @@ def _take_over(root: Path, *, made_now: bool) -> None:
     RunFolder(root).write(replace(known, shards=count))
     for index in range(count):
         _write_parts(RunFolder(root, Shard(index, count)), known)
-    shutil.rmtree(complete)
+    remove(complete)
     sync(complete.parent)
 
 

@@ -182,6 +182,8 @@ class _Shard:
             text = "its rows have changed since it was written; the next start rewrites it"
             return [Finding(f"{name}: {text}", wrong=not self._live)]
         try:
+            if path.lstat().st_size != part.size_bytes:  # before a file is read that may have any size
+                return [Finding(f"{name}: is not what was written (size); the next start rewrites it")]
             if _sha256(path) != part.sha256:
                 return [Finding(f"{name}: is not what was written (sha256); the next start rewrites it")]
             return self._content(ledger, part, path)

@@ -24,7 +24,7 @@ from specvlm_cli.decoding import DecodingPool, ReadFailure, ReadJob
 from specvlm_cli.exits import FatalError
 from specvlm_cli.generating.messages import REDUCED
 from specvlm_cli.ledger import NO_FILE, FileStamp
-from specvlm_cli.stopping import Stop
+from specvlm_cli.stopping import NotBegunError, Stop
 from specvlm_cli.stored_rows import Row
 from specvlm_cli.text import clean, path_bytes
 from specvlm_cli.training.reading import Bounds, Reader
@@ -103,8 +103,11 @@ class Work:
         return False
 
     def _compare_all(self, todo: Sequence[Place], held: ExitStack) -> None:
-        stock = open_stock(self.made_with, self.how)
-        self._check()
+        try:
+            with self.stop.at_once():
+                stock = open_stock(self.made_with, self.how)
+        except NotBegunError:
+            raise _StoppedError from None
         pool = held.enter_context(DecodingPool(_READERS, self.how.limits))
         reader = Reader(pool, Bounds(_READERS), self._check)
         like = ReadJob(0, b"", self.made_with.frames, stock.captioner.frame_multiple)

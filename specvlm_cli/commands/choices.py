@@ -228,8 +228,8 @@ def warn_of_unused_times(inputs: Inputs, warn: Callable[[str], None]) -> None:
     for manifest, columns in inputs.report.unused_times.items():
         names = short(", ".join(columns), 200)
         warn(
-            f"{manifest}: whole videos are captioned, {names} is not read; for parts, give columns of numbers or "
-            "H:MM:SS with --start-column and --end-column, or an empty name to say that none are meant"
+            f"{manifest}: whole videos are captioned, without the times in {names}; for parts, give columns of numbers "
+            "or H:MM:SS with --start-column and --end-column, or an empty name to say that none are meant"
         )
 
 

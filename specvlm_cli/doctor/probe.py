@@ -14,6 +14,8 @@ import time
 import warnings
 from typing import TYPE_CHECKING, Any
 
+from specvlm_cli.process import watch_parent
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -131,4 +133,5 @@ def main(preset: str, *checkpoints: str) -> int:
 
 
 if __name__ == "__main__":
+    watch_parent(os.getppid())
     sys.exit(main(*sys.argv[1:]))

@@ -83,10 +83,14 @@ def _subtitles(pieces: Sequence[Piece]) -> str:
 
 def _span(piece: Piece, point: str, between: str) -> str:
     """Return start and end of a piece; an end that is not known is the video's, else the latest that fits."""
-    start_ms = max(round((piece.start_s or 0.0) * 1000), 0)
+    start_ms = max(_milliseconds(piece.start_s or 0.0), 0)
     end_s = piece.duration_s if piece.end_s is None else piece.end_s
-    end_ms = _LONGEST_MS if end_s is None or not math.isfinite(end_s) else round(end_s * 1000)
+    end_ms = _LONGEST_MS if end_s is None else _milliseconds(end_s)
     return f"{_clock(start_ms, point)}{between}{_clock(max(end_ms, start_ms + 1), point)}"
+
+
+def _milliseconds(seconds: float) -> int:
+    return round(1000 * seconds) if math.isfinite(1000 * seconds) else _LONGEST_MS
 
 
 def _clock(time_ms: int, point: str) -> str:

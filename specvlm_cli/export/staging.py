@@ -19,6 +19,7 @@ from itertools import islice
 from pathlib import Path
 
 from specvlm.durable import sync
+from specvlm.files import remove
 from specvlm_cli.exits import BusyError, UsageError
 from specvlm_cli.safe_files import UnsafeFileError, require_folder
 from specvlm_cli.text import clean
@@ -94,7 +95,7 @@ def _held(folder: Path) -> Iterator[None]:
             raise UnsafeFileError(f"{clean(str(folder))}: of another user; have that user remove it")
         _lock(descriptor, folder)
         for name in os.listdir(descriptor):
-            _remove(folder / name)
+            remove(folder / name)
         yield
     finally:
         os.close(descriptor)
@@ -109,13 +110,6 @@ def _lock(descriptor: int, folder: Path) -> None:
         pass
     where = clean(str(folder.parent))
     raise BusyError(f"another export to the same place in {where} is at work; wait for it to end")
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
 
 
 def _publish(data: Path, destination: Path, refusal: Refusal | None) -> None:

@@ -231,7 +231,8 @@ class _Start:
         """Load, train, and say how it ended."""
         request = self.request
         self.talk.note(f"loading {clean(request.captions.models.name)}")
-        teacher = engine.load_captioner(request.captions.models, self._device(), quiet=quiet)
+        with self.stop.at_once():
+            teacher = engine.load_captioner(request.captions.models, self._device(), quiet=quiet)
         resolved = _resolved(teacher)
         _refuse_float16(teacher.target)
         self._agree(resolved)
