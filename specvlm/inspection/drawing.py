@@ -5,15 +5,24 @@ from __future__ import annotations
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import ImageDraw, ImageFont
 
 Colour = tuple[int, int, int]
 
-PAPER: Colour = (21, 24, 29)
-INK: Colour = (236, 239, 243)
-FAINT: Colour = (150, 158, 170)
-RULE: Colour = (58, 64, 73)
+
+class Theme(NamedTuple):
+    """Colours of everything but pictures, heat and outlines."""
+
+    paper: Colour
+    ink: Colour
+    faint: Colour
+    rule: Colour
+
+
+DARK = Theme(paper=(21, 24, 29), ink=(236, 239, 243), faint=(150, 158, 170), rule=(58, 64, 73))
+LIGHT = Theme(paper=(255, 255, 255), ink=(27, 31, 36), faint=(91, 101, 112), rule=(200, 206, 213))
 HEAT: Colour = (255, 50, 25)
 FIRST_COLOUR: Colour = (255, 222, 40)
 SECOND_COLOUR: Colour = (60, 214, 255)
@@ -53,7 +62,7 @@ def write(
     at: tuple[int, int],
     text: str,
     face: ImageFont.FreeTypeFont,
-    colour: Colour = INK,
+    colour: Colour,
     anchor: str = "la",
 ) -> int:
     """Write one line; return where it ends on the right."""

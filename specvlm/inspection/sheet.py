@@ -15,14 +15,12 @@ from PIL import Image, ImageDraw
 
 from specvlm.bench.words import counted, percent
 from specvlm.inspection.drawing import (
-    FAINT,
+    DARK,
     FIRST_COLOUR,
     HEAT,
-    INK,
-    PAPER,
-    RULE,
     SECOND_COLOUR,
     Colour,
+    Theme,
     cut,
     font,
     one_line,
@@ -62,6 +60,7 @@ class _Layout(NamedTuple):
     picture: tuple[int, int]  # width and height of one
     slot: int  # width that one picture and its label take
     per_line: int  # pictures side by side
+    theme: Theme
 
 
 @dataclass(frozen=True)
@@ -92,23 +91,26 @@ class Heat:
         return opacity
 
 
-def draw_sheet(found: Inspection, text: SheetText, most: int = MOST_PICTURES) -> Image.Image:
+def draw_sheet(
+    found: Inspection, text: SheetText, most: int = MOST_PICTURES, theme: Theme = DARK
+) -> Image.Image:
     """Draw the sheet, RGB.
 
     Args:
         found: What was looked at and kept.
         text: What it is about.
         most: Most pictures; of more steps these are chosen evenly, first and last included.
+        theme: `DARK` or `LIGHT`.
     """
     chosen = evenly_chosen(len(found.steps), most)
-    layout = _layout(found, len(chosen))
+    layout = _layout(found, len(chosen), theme)
     lines = -(-len(chosen) // layout.per_line)
     heat = Heat.of(found.scores)
     parts: list[tuple[int, Callable[[ImageDraw.ImageDraw, Image.Image, int], None]]] = [
         (146, lambda draw, _, top: _draw_head(draw, top, layout, found, text)),
         (
             _LEGEND_LINE * (len(found.stages) + 1) + 18,
-            lambda draw, _, top: _draw_legend(draw, top, found, heat),
+            lambda draw, _, top: _draw_legend(draw, top, found, heat, theme),
         ),
     ]
     for line in range(lines):
@@ -117,7 +119,7 @@ def draw_sheet(found: Inspection, text: SheetText, most: int = MOST_PICTURES) ->
         parts.append((layout.picture[1] + _LABEL_HEIGHT + _GAP, draw_line))
     parts.append((_TIMELINE_HEIGHT + 56, lambda draw, _, top: _draw_timeline(draw, top, layout, found)))
     parts.append((20, lambda draw, _, top: _draw_foot(draw, top, layout, found, len(chosen))))
-    sheet = Image.new("RGB", (layout.width, 2 * _MARGIN + sum(height for height, _ in parts)), PAPER)
+    sheet = Image.new("RGB", (layout.width, 2 * _MARGIN + sum(height for height, _ in parts)), theme.paper)
     draw, top = ImageDraw.Draw(sheet), _MARGIN
     for height, part in parts:
         part(draw, sheet, top)
@@ -134,7 +136,7 @@ def evenly_chosen(count: int, most: int) -> list[int]:
     return [round(place) for place in np.linspace(0, count - 1, most)]
 
 
-def _layout(found: Inspection, pictures: int) -> _Layout:
+def _layout(found: Inspection, pictures: int, theme: Theme) -> _Layout:
     height, width = found.frames.pixels.shape[1:3]
     wide = min(max(found.grid.columns * _CELL, _PICTURE.start), _PICTURE.stop - 1)
     tall = round(wide * height / width)
@@ -144,7 +146,7 @@ def _layout(found: Inspection, pictures: int) -> _Layout:
     fit = max(1, (_WIDEST - 2 * _MARGIN + _GAP) // (slot + _GAP))
     per_line = -(-pictures // -(-pictures // fit))  # lines as equal as can be
     content = per_line * (slot + _GAP) - _GAP
-    return _Layout(max(_NARROWEST, content + 2 * _MARGIN), (wide, max(1, tall)), slot, per_line)
+    return _Layout(max(_NARROWEST, content + 2 * _MARGIN), (wide, max(1, tall)), slot, per_line, theme)
 
 
 # Head and legend
@@ -155,14 +157,14 @@ def _draw_head(
 ) -> None:
     room = layout.width - 2 * _MARGIN
     title, plain = font(26, bold=True), font(15)
-    write(draw, (_MARGIN, top), cut(one_line(text.video), title, room), title)
+    write(draw, (_MARGIN, top), cut(one_line(text.video), title, room), title, layout.theme.ink)
     about = f"{one_line(text.target)}  ·  {one_line(text.prompt)}"
-    write(draw, (_MARGIN, top + 38), cut(about, plain, room), plain, FAINT)
+    write(draw, (_MARGIN, top + 38), cut(about, plain, room), plain, layout.theme.faint)
     left = _MARGIN
     for value, name in _headline(found):
         number, small = font(24, bold=True), font(13)
-        end = write(draw, (left, top + 72), value, number)
-        left = max(end, write(draw, (left, top + 104), name, small, FAINT)) + 36
+        end = write(draw, (left, top + 72), value, number, layout.theme.ink)
+        left = max(end, write(draw, (left, top + 104), name, small, layout.theme.faint)) + 36
 
 
 def _headline(found: Inspection) -> list[tuple[str, str]]:
@@ -180,30 +182,30 @@ def _headline(found: Inspection) -> list[tuple[str, str]]:
     return [*lines, (f"{percent(found.attention_to_video)}", "of all attention is on the video")]
 
 
-def _draw_legend(draw: ImageDraw.ImageDraw, top: int, found: Inspection, heat: Heat) -> None:
+def _draw_legend(draw: ImageDraw.ImageDraw, top: int, found: Inspection, heat: Heat, theme: Theme) -> None:
     face = font(14)
     for one in found.stages:
         outline(draw, (_MARGIN, top, _MARGIN + 18, top + 18), *_STROKES[one.stage])
         tokens = f"{one.kept:,} token{'' if one.kept == 1 else 's'}"
         label = f"{one.name}: {tokens}, {percent(one.attention)} of the attention"
-        write(draw, (_MARGIN + 27, top + 1), label, face)
+        write(draw, (_MARGIN + 27, top + 1), label, face, theme.ink)
         top += _LEGEND_LINE
-    _draw_heat_scale(draw, top, heat)
+    _draw_heat_scale(draw, top, heat, theme)
 
 
 _GREY = 96  # of a picture, on the heat scale
 _STROKES: dict[int, tuple[Colour, int]] = {FIRST: (FIRST_COLOUR, 3), SECOND: (SECOND_COLOUR, 2)}
 
 
-def _draw_heat_scale(draw: ImageDraw.ImageDraw, top: int, heat: Heat) -> None:
+def _draw_heat_scale(draw: ImageDraw.ImageDraw, top: int, heat: Heat, theme: Theme) -> None:
     face, width = font(14), 160
-    left = write(draw, (_MARGIN, top + 1), f"attention: {heat.low / heat.mean:.2f} x", face) + 8
+    left = write(draw, (_MARGIN, top + 1), f"attention: {heat.low / heat.mean:.2f} x", face, theme.ink) + 8
     opacity = heat.opacity(np.linspace(heat.low, heat.high, width))[:, None]
     mixed = np.rint(_GREY * (1 - opacity) + np.array(HEAT) * opacity).astype(int)
     for x, colour in enumerate(mixed.tolist()):
         draw.line((left + x, top, left + x, top + 18), fill=tuple(colour))
     words = f"{heat.high / heat.mean:.2f} x the mean of a video token"
-    write(draw, (left + width + 8, top + 1), words, face)
+    write(draw, (left + width + 8, top + 1), words, face, theme.ink)
 
 
 # Pictures
@@ -216,7 +218,7 @@ def _pictures_drawer(
         for place, number in enumerate(numbers):
             left = _MARGIN + place * (layout.slot + _GAP)
             sheet.paste(step_picture(found, number, layout.picture, heat), (left, top))
-            _draw_label(draw, (left, top + layout.picture[1] + 5), layout.slot, found, number)
+            _draw_label(draw, (left, top + layout.picture[1] + 5), layout, found, number)
 
     return draw_them
 
@@ -256,13 +258,13 @@ def _cell_box(
 
 
 def _draw_label(
-    draw: ImageDraw.ImageDraw, at: tuple[int, int], width: int, found: Inspection, number: int
+    draw: ImageDraw.ImageDraw, at: tuple[int, int], layout: _Layout, found: Inspection, number: int
 ) -> None:
     step, face = found.steps[number], font(13)
-    write(draw, at, cut(_frames_and_times(step), face, width), face)
+    write(draw, at, cut(_frames_and_times(step), face, layout.slot), face, layout.theme.ink)
     kept = f"kept {step.kept} of {found.grid.rows * found.grid.columns}  ·  " if found.has_cells else ""
     below = f"{kept}{percent(step.attention)} of attention"
-    write(draw, (at[0], at[1] + 17), cut(below, face, width), face, FAINT)
+    write(draw, (at[0], at[1] + 17), cut(below, face, layout.slot), face, layout.theme.faint)
 
 
 def _frames_and_times(step: Step) -> str:
@@ -280,8 +282,14 @@ def _draw_timeline(draw: ImageDraw.ImageDraw, top: int, layout: _Layout, found: 
     steps, face = found.steps, font(13)
     most = max(step.kept for step in steps), max(step.attention for step in steps)
     bars = f" kept cells (bars, at most {most[0]}) and" if found.has_cells else ""
-    end = write(draw, (_MARGIN, top), f"{counted(len(steps), 'step')} in all:{bars}", face)
-    write(draw, (end, top), f" share of the attention (line, at most {percent(most[1])})", face, FAINT)
+    end = write(draw, (_MARGIN, top), f"{counted(len(steps), 'step')} in all:{bars}", face, layout.theme.ink)
+    write(
+        draw,
+        (end, top),
+        f" share of the attention (line, at most {percent(most[1])})",
+        face,
+        layout.theme.faint,
+    )
     bottom, right = top + 24 + _TIMELINE_HEIGHT, layout.width - _MARGIN
     edges = np.rint(np.linspace(_MARGIN, right, len(steps) + 1)).astype(int).tolist()
     line: list[tuple[int, int]] = []
@@ -289,11 +297,11 @@ def _draw_timeline(draw: ImageDraw.ImageDraw, top: int, layout: _Layout, found: 
         _draw_bar(draw, step, (left, end - 1), bottom, most[0])
         level = bottom - round(_TIMELINE_HEIGHT * step.attention / (most[1] or 1.0))
         line += [(left, level), (max(left, end - 1), level)]
-    draw.line((_MARGIN, bottom, right, bottom), fill=RULE, width=1)
-    draw.line(line, fill=PAPER, width=5)
-    draw.line(line, fill=INK, width=2)
-    write(draw, (_MARGIN, bottom + 5), f"{steps[0].times_s[0]:.2f} s", face, FAINT)
-    write(draw, (right, bottom + 5), f"{steps[-1].times_s[1]:.2f} s", face, FAINT, "ra")
+    draw.line((_MARGIN, bottom, right, bottom), fill=layout.theme.rule, width=1)
+    draw.line(line, fill=layout.theme.paper, width=5)
+    draw.line(line, fill=layout.theme.ink, width=2)
+    write(draw, (_MARGIN, bottom + 5), f"{steps[0].times_s[0]:.2f} s", face, layout.theme.faint)
+    write(draw, (right, bottom + 5), f"{steps[-1].times_s[1]:.2f} s", face, layout.theme.faint, "ra")
 
 
 def _draw_bar(draw: ImageDraw.ImageDraw, step: Step, span: tuple[int, int], low: int, most: int) -> None:
@@ -315,7 +323,7 @@ def _muted(colour: Colour) -> Colour:
 def _draw_foot(draw: ImageDraw.ImageDraw, top: int, layout: _Layout, found: Inspection, shown: int) -> None:
     face = font(13)
     said = cut("  ".join(_remarks(found, shown)), face, layout.width - 2 * _MARGIN)
-    write(draw, (_MARGIN, top), said, face, FAINT)
+    write(draw, (_MARGIN, top), said, face, layout.theme.faint)
 
 
 def _remarks(found: Inspection, shown: int) -> list[str]:

@@ -92,6 +92,9 @@ class InspectFlags(FrameFlags, PruningFlags):
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the PNG if it exists.", rich_help_panel=_SHEET)
     ] = False
+    light: Annotated[
+        bool, typer.Option("--light", help="Draw on white instead of black.", rich_help_panel=_SHEET)
+    ] = False
     pictures: Annotated[
         int | None,
         typer.Option(
@@ -205,11 +208,13 @@ def _tell(message: str) -> None:
 
 
 def _picture(found: Inspection, flags: InspectFlags, asked: _Question) -> bytes:
+    from specvlm.inspection.drawing import DARK, LIGHT
     from specvlm.inspection.sheet import MOST_PICTURES, SheetText, draw_sheet
 
     text = SheetText(asked.video.name, asked.captions.models.name, asked.captions.prompts[0])
     png = io.BytesIO()
-    draw_sheet(found, text, flags.pictures or MOST_PICTURES).save(png, "PNG")
+    theme = LIGHT if flags.light else DARK
+    draw_sheet(found, text, flags.pictures or MOST_PICTURES, theme).save(png, "PNG")
     return png.getvalue()
 
 

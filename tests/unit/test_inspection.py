@@ -21,7 +21,7 @@ from specvlm.drafts.head_model import HeadConfig, HeadModel
 from specvlm.errors import ConfigError, NonFiniteLogitsError, PromptError
 from specvlm.families.base import VideoGrid
 from specvlm.inspection import Compression, Inspection, look, look_through_head
-from specvlm.inspection.drawing import FIRST_COLOUR, PAPER, SECOND_COLOUR, cut, font, one_line
+from specvlm.inspection.drawing import DARK, FIRST_COLOUR, LIGHT, SECOND_COLOUR, cut, font, one_line
 from specvlm.inspection.sheet import Heat, SheetText, draw_sheet, evenly_chosen, step_picture
 from specvlm.pruning import budget_for
 from specvlm.records import Frames
@@ -210,7 +210,7 @@ def test_a_head_is_given_what_a_caption_s_is(
     sheet = np.asarray(draw_sheet(found, TEXT))
     assert has(sheet, SECOND_COLOUR) == found.has_cells
     assert not has(sheet, FIRST_COLOUR)
-    assert (sheet[:, -24:] == PAPER).all()
+    assert (sheet[:, -24:] == DARK.paper).all()
 
 
 def test_words_tell_what_chose_the_operator() -> None:
@@ -305,8 +305,8 @@ def test_any_shape_fits_on_the_sheet(steps: int, rows: int, columns: int, size: 
     found = made(steps, rows, columns, size)
     sheet = np.asarray(draw_sheet(found, TEXT))
     assert 1000 <= sheet.shape[1] <= 1440
-    assert (sheet[:, -24:] == PAPER).all()  # nothing runs over the margin
-    assert (sheet[-20:] == PAPER).all()
+    assert (sheet[:, -24:] == DARK.paper).all()  # nothing runs over the margin
+    assert (sheet[-20:] == DARK.paper).all()
     assert has(sheet, FIRST_COLOUR)
 
 
@@ -333,10 +333,18 @@ def test_text_from_outside_is_one_line_and_cut_to_the_width() -> None:
     assert face.getlength(cut(line, face, 200)) <= 200
     assert cut("short", face, 200) == "short"
     sheet = draw_sheet(made(), SheetText(hostile, hostile, hostile))
-    assert (np.asarray(sheet)[:, -24:] == PAPER).all()
+    assert (np.asarray(sheet)[:, -24:] == DARK.paper).all()
 
 
 def test_a_sheet_is_a_plain_rgb_picture() -> None:
     sheet = draw_sheet(made(), TEXT)
     assert isinstance(sheet, Image.Image)
     assert sheet.mode == "RGB"
+
+
+def test_a_light_sheet_differs_in_paper_and_ink_alone() -> None:
+    dark, light = (np.asarray(draw_sheet(made(), TEXT, theme=theme)) for theme in (DARK, LIGHT))
+    assert dark.shape == light.shape
+    assert (light[:, -24:] == LIGHT.paper).all()
+    assert has(light, LIGHT.ink)
+    assert not has(light, DARK.paper)
