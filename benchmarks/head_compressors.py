@@ -1,13 +1,13 @@
 """Compare the visual compressors of a head at equal training: each operator, each ratio, three modes, none, text alone.
 
-    python benchmarks/head_compressors.py --work work/compressors --figures docs/images
+    python benchmarks/head_compressors.py --work work/compressors
 
-All heads learn from the same clips in the same order, in the same number of steps, from the very same passes of the
+All heads learn from the same clips in the same order, in the same number of steps, from the same passes of the
 target. Then all of them caption held-out clips with 128, 256 and 1,024 video tokens in turns, in this one process, and
 all captions must be equal to plain decoding. The demo target learned from clips of about 140 video tokens; with 1,024
-its captions ramble, so there only their first 64 tokens count, and the tables say how many facts are right. Given
-again, the command goes on where it was. Prints JSON; the tables for docs/benchmarks.md go to WORK/compressors.md, the
-plot to FIGURES/head-compressors.png.
+its captions ramble, so there only their first 64 tokens count, and the tables say how many facts are right. Run
+again, the command resumes. Prints JSON; the tables for docs/benchmarks.md go to WORK/compressors.md, and
+`benchmarks/chart.py` draws them from there.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import json
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -212,39 +211,8 @@ def _used(operators: Mapping[str, int]) -> str:
     return f" ({', '.join(f'{name} {count / total:.0%}' for name, count in sorted(operators.items()))})"
 
 
-def plot(kinds: Sequence[Found], path: Path) -> None:
-    """Accepted tokens over the video tokens that a head sees."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9.6, 4.8), layout="constrained")
-    colours = ("#2b83c6", "#e0762b", "#2a9d72", "#c2549c", "#a48a00", "#7a6bd6", "#cf4a45", "#2aa0ad")
-    panels = figure.subplots(1, len(kinds), squeeze=False)[0]
-    for axes, found in zip(panels, kinds, strict=True):
-        groups: dict[str, list[Row]] = {}
-        for one in found.rows:
-            groups.setdefault(one.compressor.split()[0], []).append(one)
-        names = sorted(groups, key=lambda name: name not in BY_RATIO)  # those with lines first
-        for number, name in enumerate(names):
-            some = sorted(groups[name], key=lambda one: one.kept)
-            mark = "o-" if name in BY_RATIO else "*"
-            seen = [max(one.kept, 0.7) for one in some]  # none stands left of one
-            colour = colours[number % len(colours)]
-            axes.plot(seen, [one.chain for one in some], mark, color=colour, label=name,
-                      markerfacecolor="none" if number >= len(colours) else colour)  # fmt: skip
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.set(title=f"{found.video_tokens:,} video tokens", ylim=(0, max(1.0, 1.08 * axes.dataLim.y1)))
-        axes.grid(alpha=0.2)
-    panels[len(panels) // 2].set_xlabel("video tokens that the head sees; left of 1: none")
-    panels[0].set_ylabel("accepted tokens a round, chain of 16")
-    handles, labels = panels[-1].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-
-
 def report(world: World, options: argparse.Namespace) -> dict[str, Any]:
-    """Train, measure, write tables and plot."""
+    """Train, measure, write tables."""
     trainees, training = train(world, options)
     kinds = [
         compare_heads(world, trainees, kind, count)
@@ -258,7 +226,6 @@ def report(world: World, options: argparse.Namespace) -> dict[str, Any]:
         f"{options.seed}. {conditions()}."
     )
     (world.work / "compressors.md").write_text("\n\n".join([lead, *map(table, kinds)]) + "\n")
-    plot(kinds, options.figures / "head-compressors.png")
     return {
         "settings": asked(options),
         "conditions": conditions(),

@@ -160,5 +160,3 @@ def test_heads_are_compared_on_the_same_clips_and_tokens(scripts: Any, scaling: 
     text = script.table(found)
     assert "| none | 128 |" in text
     assert "| select 4x (" in text
-    script.plot([found], scaling.asked.work / "compressors.png")
-    assert (scaling.asked.work / "compressors.png").read_bytes().startswith(b"\x89PNG")
