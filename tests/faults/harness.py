@@ -9,28 +9,25 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from io import StringIO
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import TypeVar
 
 from specvlm_cli import app
 from specvlm_cli.parts import CAPTION_SCHEMA
 from tests.cli import family
-from tests.cli.drive import Fault, Kill, Order
+from tests.cli.drive import Fault, Kill, Start
+from tests.cli.fork_server import LONGEST_START_S, ForkServer
 
-ROOT = Path(__file__).parents[2]
 CHILDREN_END_S = 20.0  # after their parent was killed
-LONGEST_START_S = 90.0
 VOLATILE = (
     "created_at",
     "run_id",
@@ -66,46 +63,15 @@ def make_videos(folder: Path, number: int, *, bad: bool = True, word: str = "vid
     return folder
 
 
-class Driver:
+class Driver(ForkServer):
     """A process that has everything imported and forks a start on request."""
 
     def __init__(self, **environment: str) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.cli.drive", "serve"],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={"PATH": os.defpath, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **FORK, **environment},
-        )
+        super().__init__("tests.cli.drive", "serve", **FORK, **environment)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.close()
-        self._process.stdout.close()
-        self._process.wait(30)
-
-    def start(self, order: Order) -> int:
+    def start(self, order: Start) -> int:
         """Make a start; return its process id, which is its process group too."""
-        process = self._ask(order.line())
-        assert process is not None
-        return process
-
-    def wait(self, process: int, most_s: float = LONGEST_START_S) -> int | None:
-        """Return the exit code of a start, or minus the signal that ended it; None: it still runs."""
-        return self._ask(json.dumps({"wait": process, "most_s": most_s}))
-
-    def _ask(self, line: str) -> int | None:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(f"{line}\n")
-        self._process.stdin.flush()
-        answer: int | None = json.loads(self._process.stdout.readline())
-        return answer
+        return self.fork(asdict(order))
 
 
 @dataclass
@@ -128,18 +94,18 @@ class Trial:
 
     def order(
         self, *flags: str, kill: Kill | None = None, fault: Fault | None = None, quiet: bool = True
-    ) -> Order:
+    ) -> Start:
         """Return the order for one start of `specvlm caption`."""
         arguments = ("caption", str(self.videos), "-o", str(self.out), *(["-q"] if quiet else []))
         return self.command(*arguments, *self.flags, *flags, kill=kill, fault=fault)
 
-    def command(self, *arguments: str, kill: Kill | None = None, fault: Fault | None = None) -> Order:
+    def command(self, *arguments: str, kill: Kill | None = None, fault: Fault | None = None) -> Start:
         """Return the order for any command."""
         (self.folder / "tmp").mkdir(parents=True, exist_ok=True)
         more = {"DRIVE_JOURNAL": str(self.journal), "TMPDIR": str(self.folder / "tmp")} | self.environment
-        return Order(tuple(arguments), str(self.folder), environment=more, kill=kill, fault=fault)
+        return Start(tuple(arguments), str(self.folder), environment=more, kill=kill, fault=fault)
 
-    def run(self, order: Order) -> int:
+    def run(self, order: Start) -> int:
         """Run one start to its end; one that does not end is killed, and that is a violation."""
         process = self.driver.start(order)
         code = self.driver.wait(process)
