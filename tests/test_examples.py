@@ -95,7 +95,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
     `test_caption_one` and `test_demo_and_read_captions` run the real one.
     """
     command = tmp_path / ".venv" / "bin" / "specvlm"
-    command.parent.mkdir()
+    command.parent.mkdir(parents=True)
     command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m tests.cli.drive run "$@"\n')
     command.chmod(0o755)
     return {
