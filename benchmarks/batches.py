@@ -27,6 +27,7 @@ from specvlm.bench.measure import Asked
 from specvlm.bench.records import Configuration, Left, MethodName, Report, Spread, Summary
 from specvlm.bench.suite import Setup, Step, bench
 from specvlm.captioner import Captioner
+from specvlm.config import ModelSettings
 from specvlm.costs import CostStore
 from specvlm.loading import with_draft
 from specvlm.preset import Preset, find_preset
@@ -63,7 +64,7 @@ class Progress:
 
 def with_random_draft(captioner: Captioner, preset: Preset) -> Captioner:
     """The same target with the preset's draft, its decoder's weights drawn at random; nothing is known of its costs."""
-    other = with_draft(captioner, preset.draft)
+    other = with_draft(captioner, ModelSettings(preset.target, preset.draft))
     draft: Any = other.draft
     generator = torch.Generator().manual_seed(0)
     with torch.inference_mode():

@@ -22,14 +22,11 @@ from typing import Any, NamedTuple
 
 import torch
 from acceptance import PROMPT, conditions, drawn
+from modelled import Pair, RandomCaptioner, build, find_shape
 
 import specvlm
-from specvlm.bench.modelled import ModelledCaptioner, Pair, modelled_video
-from specvlm.bench.shapes import build
 from specvlm.bench.words import counted
 from specvlm.captioner import Captioner, PreparedVideo
-from specvlm.choosing import TreeChooser
-from specvlm.config import GenerationSettings, SpeculationSettings
 from specvlm.drafts.base import Draft
 from specvlm.drafts.compressor import CompressorConfig
 from specvlm.drafts.head import HeadDraft
@@ -37,11 +34,11 @@ from specvlm.drafts.head_model import HeadConfig, HeadModel
 from specvlm.drafts.kept_tokens import Choosing, MostUsed, choose_ids
 from specvlm.drafts.small_model import SmallModelDraft
 from specvlm.preset import find_preset
-from specvlm.published import Shape, find_shape
+from specvlm.published import Shape
 from specvlm.sampling import id_list
 
 TREES = ("chain", "static", "dynamic")
-FRAMES, FRAME_SIZE = 2, (360, 640)
+FRAMES = 2
 LEVEL = 4  # nodes of a tree's level whose LM head is timed alone
 
 
@@ -187,16 +184,6 @@ def demo(options: argparse.Namespace) -> None:
 # --- published shapes ---
 
 
-class RandomCaptioner(ModelledCaptioner):
-    """Random weights whose rounds accept what the target really writes."""
-
-    def chooser(
-        self, settings: SpeculationSettings, generation: GenerationSettings, videos: Sequence[PreparedVideo]
-    ) -> TreeChooser:
-        """As any captioner's."""
-        return Captioner.chooser(self, settings, generation, videos)
-
-
 def few_layers(shape: Shape, layers: int) -> Shape:
     """A shape with so many layers in the decoder and one in the vision tower, which no draft step runs through.
 
@@ -275,6 +262,7 @@ def compare(
         asked = {"tree": tree, "max_new_tokens": options.max_new_tokens, "prune_ratio": 0.0}
         tell(in_turns(captioner, videos, drafts, options.repeat, asked), tree, alone)
     captioner.draft = None
+    captioner._decoders.clear()  # a head needs features, which their caches lack
 
 
 def shapes(options: argparse.Namespace) -> None:
@@ -283,7 +271,7 @@ def shapes(options: argparse.Namespace) -> None:
     shape = few_layers(find_shape(options.shape), options.layers)
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     captioner = RandomCaptioner(Pair(shape, None, 0.0), build(shape, device, dtype), None)
-    videos = [modelled_video(captioner, FRAMES, FRAME_SIZE, seed) for seed in range(options.clips)]
+    videos = [captioner.video(FRAMES, seed) for seed in range(options.clips)]
     written = [
         captioner.caption(v, speculate=False, max_new_tokens=options.max_new_tokens).token_ids for v in videos
     ]

@@ -1,12 +1,13 @@
-"""Everything that a GPU is asked, in one go: parity, batches, costs of real shapes, choices, roofline, profile.
+"""Everything that a GPU is asked, in one go: parity, exactness, batches, costs of real shapes, choices, profile.
 
     python benchmarks/gpu.py --out FOLDER --parts batches   many videos in flight alone, under five minutes
+    python benchmarks/gpu.py --out FOLDER --parts exactness   bfloat16 and float16 alone, under five minutes
     python benchmarks/gpu.py --out FOLDER             on a machine with CUDA, under ten minutes
     python benchmarks/gpu.py --out FOLDER --cpu-smoke   the same parts in small, on any machine, in half a minute
 
 Needs no checkpoint and no network. Writes gpu.json, anew after every part, and gpu.md with the tables for
 docs/benchmarks.md. What does not fit into the time is left out and named, and so is what fails. Figures of pairs
-with published shapes are modelled: random weights, and as many accepted tokens as were told.
+with published shapes are modelled: random weights, and as many accepted tokens as are assumed.
 
 A new choice for the hot path is one row of `CHOICES`: a name and a context manager that switches it on.
 """
@@ -33,47 +34,43 @@ import numpy as np
 import torch
 import transformers
 from gpu_batches import Batches, batch_attention, batch_parity, batch_speed
-from gpu_heads import Heads, time_heads
+from gpu_exactness import Exactness, exactness_rows
+from gpu_heads import Heads, fresh_head, time_heads
 from gpu_held import Held, Times
 from gpu_tables import markdown
+from modelled import (
+    FRAME_SIZE,
+    TEXT_AFTER,
+    TEXT_BEFORE,
+    ModelledCaptioner,
+    Pair,
+    RandomCaptioner,
+    build,
+    build_pair,
+    find_shape,
+    frame_size_of,
+    make_pair,
+    pass_bytes,
+    prompt_tokens,
+    reference_depth,
+)
+from shapes import Load, bench_pair, refuse_without_memory
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import specvlm
 from recipes.demo.clips import render, scene_for, seed_for
 from specvlm.bench.grid import Grid
 from specvlm.bench.measure import Asked, Measurer
-from specvlm.bench.modelled import (
-    Load,
-    ModelledCaptioner,
-    ModelledSetup,
-    Pair,
-    bench_modelled,
-    build_pair,
-    make_pair,
-    modelled_video,
-    reference_depth,
-    refuse_without_memory,
-)
 from specvlm.bench.records import Configuration, Report, Summary
-from specvlm.bench.shapes import FRAME_SIZE, build, frame_size_of
 from specvlm.bench.stock import stock_attention
 from specvlm.bench.suite import Step
 from specvlm.captioner import Captioner, PreparedVideo
-from specvlm.choosing import TreeChooser
-from specvlm.config import GenerationSettings, SpeculationSettings, TreeName
+from specvlm.config import SpeculationSettings, TreeName
 from specvlm.costs import CostStore
+from specvlm.drafts.compressor import CompressorConfig
+from specvlm.drafts.head import HeadDraft
 from specvlm.drafts.small_model import SmallModelDraft
-from specvlm.published import (
-    LLAVA,
-    QWEN25,
-    TEXT_AFTER,
-    TEXT_BEFORE,
-    Shape,
-    TextShape,
-    VisionShape,
-    find_shape,
-    prompt_tokens,
-)
+from specvlm.published import LLAVA, QWEN25, Shape, TextShape, VisionShape
 from specvlm.records import Frames
 from specvlm.stats import device_words
 from specvlm.tree import ROOT, STATIC_PATHS, TreeShape
@@ -82,8 +79,10 @@ SCHEMA = 1
 ACCEPTED = 3.9  # SpecVLM, arXiv 2508.16201, reports 3.2 to 4.3 for its pairs
 TOLERANCE = 2.0**-6  # of the best score: what two orders of adding in bfloat16 may move a logit by
 TOP = 15
-PARTS = ("parity", "batches", "shapes", "rounds", "heads")
+PROMPT = "Describe the video."  # of the demo pairs
+PARTS = ("parity", "exactness", "batches", "shapes", "rounds", "heads")
 JSON, MARKDOWN = "gpu.json", "gpu.md"
+Subject = tuple[Captioner, list[PreparedVideo], HeadDraft]  # what captions are compared of
 
 
 # --- what is run ---
@@ -105,6 +104,7 @@ class Plan:
     seeds: int  # of each random pair
     rounds: int  # timed in a row
     head_tokens: int  # that a head with a trimmed vocabulary guesses from
+    exactness: Exactness
     batches: Batches
     batch_pair: tuple[Shape, Shape]
     copy_bytes: int
@@ -122,6 +122,7 @@ def _tiny(family: str, layers: int, vocabulary: int) -> Shape:
 
 
 TINY = tuple((_tiny(family, 4, 320), _tiny(family, 1, 300)) for family in (QWEN25, LLAVA))
+HALF = (torch.bfloat16, torch.float16)
 
 
 def full_plan(budget_s: float) -> Plan:
@@ -140,6 +141,9 @@ def full_plan(budget_s: float) -> Plan:
         seeds=12,
         rounds=12,
         head_tokens=16_384,
+        exactness=Exactness(
+            HALF, TINY, ("split", "varlen"), new_tokens=128, seeds=2, videos=4, budget_s=280.0
+        ),
         batches=Batches((1, 4, 8, 16, 32), turns=1, new_tokens=128, rows=8, rounds=12),
         batch_pair=(find_shape("qwen2.5-vl-7b"), find_shape("qwen2.5-vl-3b")),
         copy_bytes=4 << 30,
@@ -162,6 +166,7 @@ def smoke_plan(budget_s: float) -> Plan:
         seeds=1,
         rounds=3,
         head_tokens=100,
+        exactness=Exactness(HALF[:1], TINY[:1], ("split",), new_tokens=32, seeds=1, videos=1, budget_s=600.0),
         batches=Batches((1, 2), turns=1, new_tokens=8, rows=3, rounds=2),
         batch_pair=TINY[0],
         copy_bytes=64 << 20,
@@ -179,6 +184,7 @@ class Run:
             "conditions": _conditions(plan),
             "bandwidth": {},
             "parity": {},
+            "exactness": [],
             "shapes": [],
             "choices": [],
             "rounds": [],
@@ -308,20 +314,14 @@ class Difference:
     within_tolerance: bool
 
 
-class _Unforced(ModelledCaptioner):
-    """Random weights whose rounds accept what really matches."""
-
-    def chooser(self, settings: SpeculationSettings, generation: GenerationSettings) -> TreeChooser:
-        return Captioner.chooser(self, settings, generation)
-
-
 def parity(run: Run) -> None:
     """Captions of the demo pairs and of random ones, each way, against stock `generate()`."""
     found = run.found["parity"]
     found |= {"tolerance": TOLERANCE, "captions": [], "differences": []}
     for preset in ("demo", "demo-llava"):
         with run.part(f"parity of the {preset} pair"):
-            _compare(run, preset, *_demo(run.plan, preset))
+            captioner, clips = _demo(run.plan, preset)
+            _compare(run, preset, captioner, [captioner.prepare(clip, PROMPT) for clip in clips])
     for shape, _ in TINY:
         with run.part(f"parity of a random pair, {shape.family}"):
             _compare_random(run, shape)
@@ -335,7 +335,7 @@ def parity(run: Run) -> None:
     }
 
 
-def _demo(plan: Plan, preset: str) -> tuple[Captioner, list[PreparedVideo]]:
+def _demo(plan: Plan, preset: str) -> tuple[Captioner, list[Frames]]:
     """The pair, and held-out clips of four seconds."""
     captioner = specvlm.load(
         preset, dtype=str(plan.dtype).removeprefix("torch."), device_map={"": str(plan.device)}
@@ -343,8 +343,8 @@ def _demo(plan: Plan, preset: str) -> tuple[Captioner, list[PreparedVideo]]:
     captioner.costs = CostStore()
     count = 8 // captioner.frame_multiple * captioner.frame_multiple
     times = np.array([i * 4.0 / count for i in range(count)])
-    clips = [render(scene_for(seed_for("held-out", i)), times, 96, 96) for i in range(plan.clips)]
-    return captioner, [captioner.prepare(Frames(clip, times), "Describe the video.") for clip in clips]
+    scenes = [scene_for(seed_for("held-out", i)) for i in range(plan.clips)]
+    return captioner, [Frames(render(scene, times, 96, 96), times) for scene in scenes]
 
 
 def _compare_random(run: Run, shape: Shape) -> None:
@@ -352,9 +352,8 @@ def _compare_random(run: Run, shape: Shape) -> None:
     plan = run.plan
     for seed in range(plan.seeds):
         models = [build(shape, plan.device, plan.dtype, seed) for _ in range(2)]
-        captioner = _Unforced(Pair(shape, shape, 0.0), *models)
-        video = modelled_video(captioner, plan.frames[-1], plan.frame_size(shape), seed)
-        _compare(run, f"random {shape.family}", captioner, [video])
+        captioner = RandomCaptioner(Pair(shape, shape, 0.0), *models, plan.frame_size(shape))
+        _compare(run, f"random {shape.family}", captioner, [captioner.video(plan.frames[-1], seed)])
 
 
 def _compare(run: Run, model: str, captioner: Captioner, videos: Sequence[PreparedVideo]) -> None:
@@ -404,6 +403,58 @@ def _difference(
     return first, margin, best, margin <= TOLERANCE * max(1.0, abs(best))
 
 
+# --- exactness ---
+
+
+def of_exactness(run: Run) -> None:
+    """Captions in half precision of random models, with and without `exact`, against stock's."""
+    asked = run.plan.exactness
+    for dtype in asked.dtypes:
+        until_s = min(run.plan.budget_s, run.passed_s() + asked.budget_s / len(asked.dtypes))
+        plan = replace(run.plan, dtype=dtype)
+        subjects = [
+            (f"random {shape.family}, seed {seed}", _random(plan, shape, seed))
+            for seed in range(asked.seeds)
+            for shape, _ in asked.pairs
+        ]
+        for model, make in subjects:
+            _exactness_of(run, model, dtype, until_s, make)
+
+
+def _random(plan: Plan, shape: Shape, seed: int) -> Callable[[], Subject]:
+    """A random target that is its own draft, with a fresh head."""
+
+    def make() -> Subject:
+        models = [build(shape, plan.device, plan.dtype, seed) for _ in range(2)]
+        captioner = RandomCaptioner(Pair(shape, shape, 0.0), *models, plan.frame_size(shape))
+        count = plan.exactness.videos
+        videos = [captioner.video(plan.frames[-1], seed + 100 * n) for n in range(count)]
+        head = fresh_head(captioner, CompressorConfig("none", ()))
+        return captioner, videos, HeadDraft(head, captioner.target, None)
+
+    return make
+
+
+def _exactness_of(
+    run: Run, model: str, dtype: torch.dtype, until_s: float, make: Callable[[], Subject]
+) -> None:
+    name = str(dtype).removeprefix("torch.")
+    what = f"exactness of {model}, {name}"
+    if run.passed_s() > until_s:
+        run.skip(what, "the time is over")
+        return
+    with run.part(what):
+        captioner, videos, head = make()
+        asked = run.plan.exactness
+        for attention in asked.attentions:
+            where = {"model": model, "dtype": name, "attention": attention}
+            for row in exactness_rows(captioner, head, videos, asked, attention):
+                run.found["exactness"].append(where | row)
+                if run.passed_s() > until_s:
+                    run.skip(f"the rest of {what}", "the time is over")
+                    return
+
+
 # --- batches ---
 
 
@@ -412,19 +463,19 @@ def of_batches(run: Run) -> None:
     plan, found = run.plan, run.found["batches"]
     asked = plan.batches
     with run.part("batches of the demo pair"):
-        captioner, videos = _demo(plan, "demo")
-        many = [videos[number % len(videos)] for number in range(max(asked.sizes))]
-        found["parity"] += batch_parity(captioner, "demo", many, asked)
+        captioner, clips = _demo(plan, "demo")
+        many = [clips[number % len(clips)] for number in range(max(asked.sizes))]
+        found["parity"] += batch_parity(captioner, "demo", many, PROMPT, asked)
     target, draft = plan.batch_pair
     name, frames, size = f"{target.name} + {draft.name}", plan.frames[-1], plan.frame_size(target)
     with run.part(f"batches of {name}"):
         pair = make_pair(target, draft, ACCEPTED)
         load = Load(frames, size, asked.new_tokens, max(asked.sizes))
         refuse_without_memory(pair, load, plan.dtype, plan.device)
-        modelled = build_pair(pair, plan.device, plan.dtype)
-        for row in batch_speed(modelled, frames, size, asked, run.fits):
+        modelled = build_pair(pair, plan.device, plan.dtype, size)
+        for row in batch_speed(modelled, frames, asked, run.fits):
             found["speed"].append(row)
-        found["attention"] += batch_attention(modelled, plan.frames[-2:], size, asked)
+        found["attention"] += batch_attention(modelled, plan.frames[-2:], asked)
 
 
 # --- pairs of published shapes ---
@@ -454,7 +505,7 @@ def expected_s(run: Run, pair: Pair, frames: int) -> float:
         return 0.0
     length, element = prompt_tokens(pair.target, frames, plan.frame_size(pair.target)), plan.dtype.itemsize
     prefill_s: float = 2.0 * pair.target.parameters * length / (machine["flops_per_s"] / 2)
-    step_s: float = pair.target.text.pass_bytes(length, element) / (machine["bytes_per_s"] / 2)
+    step_s: float = pass_bytes(pair.target.text, length, element) / (machine["bytes_per_s"] / 2)
     captions = (1 + len(plan.trees)) * (1 + plan.turns)
     return captions * (2.0 * prefill_s + 0.6 * plan.new_tokens * step_s)
 
@@ -468,15 +519,15 @@ def shape_bench(run: Run, captioner: ModelledCaptioner, frames: int) -> None:
     asked = Asked(
         command, pair.target.name, pair.draft.name, "", plan.new_tokens, plan.turns, "random pixels"
     )
-    report = bench_modelled(captioner, ModelledSetup(grid, plan.frame_size(pair.target), asked), _Quiet(run))
+    report = bench_pair(captioner, grid, asked, _Quiet(run))
     run.found["shapes"].append(
         {
             "target": pair.target.name,
             "draft": pair.draft.name,
             "frames": frames,
             "modelled": True,
-            "label": report.label,
-            "prompt_tokens": prompt_tokens(pair.target, frames, plan.frame_size(pair.target)),
+            "label": pair.label,
+            "prompt_tokens": prompt_tokens(pair.target, frames, captioner.frame_size),
             "rows": [_row(run, pair, report, one) for one in report.summaries],
         }
     )
@@ -525,11 +576,11 @@ def roofline(run: Run, pair: Pair, one: Summary, round_s: float | None) -> dict[
     if tree == "auto" or not known or not round_s or one.error:
         return nothing
     text, written = TEXT_BEFORE + TEXT_AFTER, one.completion_tokens / 2
-    verify = pair.target.text.pass_bytes(round(text + one.video_tokens + written), element)
+    verify = pass_bytes(pair.target.text, round(text + one.video_tokens + written), element)
     draft = 0
     if tree is not None and pair.draft is not None:
         levels = reference_depth(SpeculationSettings(tree=tree))
-        draft = levels * pair.draft.text.pass_bytes(round(text + one.video_tokens_kept + written), element)
+        draft = levels * pass_bytes(pair.draft.text, round(text + one.video_tokens_kept + written), element)
     return {
         "round_bytes": verify + draft,
         "roofline": (verify + draft) / known / round_s,
@@ -722,8 +773,7 @@ def profile(
 
 def of_rounds(run: Run, captioner: ModelledCaptioner, frames: int) -> None:
     """Choices and profile, of the static tree and of plain steps, on one prefilled state."""
-    video = modelled_video(captioner, frames, run.plan.frame_size(captioner.pair.target))
-    held = Held(captioner, [video], "static", run.plan.rounds)
+    held = Held(captioner, [captioner.video(frames)], "static", run.plan.rounds)
     for tree, shape in (("static", held.tree), ("plain", ROOT)):
         compare_choices(run, captioner, held, tree, shape, frames)
         profile(run, captioner, held, tree, shape, frames)
@@ -739,7 +789,7 @@ def of_a_pair(run: Run, target: Shape, draft: Shape) -> None:
         pair, Load(plan.frames[0], plan.frame_size(target), longest), plan.dtype, plan.device
     )
     start = time.perf_counter()
-    captioner = build_pair(pair, plan.device, plan.dtype)
+    captioner = build_pair(pair, plan.device, plan.dtype, plan.frame_size(target))
     _wait(plan.device)
     print(f"built in {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
     name = f"{target.name} + {draft.name}"
@@ -758,7 +808,7 @@ def of_a_pair(run: Run, target: Shape, draft: Shape) -> None:
         what = f"a head of {target.name} at {frames} frames"
         if run.fits(what, expected_s(run, pair, frames) / 4):
             with run.part(what):
-                asked = Heads(frames, plan.frame_size(target), plan.rounds, plan.head_tokens)
+                asked = Heads(frames, plan.rounds, plan.head_tokens)
                 run.found["heads"] += time_heads(captioner, asked, lambda work: _timed(plan.device, work))
 
 
@@ -768,6 +818,9 @@ def everything(run: Run) -> None:
         bandwidth(run)
     if "parity" in run.plan.parts:
         parity(run)
+    if "exactness" in run.plan.parts:
+        of_exactness(run)
+        _free(run.plan.device)
     if "batches" in run.plan.parts:
         of_batches(run)
         _free(run.plan.device)

@@ -1,7 +1,7 @@
 """Many videos in flight on a GPU: one part of benchmarks/gpu.py.
 
 Stock `generate()` left-padded, plain decoding and each tree at several batch sizes: on a demo pair, whose captions are
-compared, and on a pair of published shapes, whose time is measured (modelled: random weights, acceptance as told). Then
+compared, and on a pair of published shapes, whose time is measured (modelled: random weights, assumed acceptance). Then
 the ways in which rounds attend, on one batch of videos of different lengths.
 """
 
@@ -13,14 +13,15 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, get_args
 
 from gpu_held import Held
+from modelled import ModelledCaptioner, random_clip
 
 from specvlm.attention import RoundAttention
 from specvlm.bench.batches import SetMeasurer, SetVideo
 from specvlm.bench.measure import MethodError, facts_of
-from specvlm.bench.modelled import ModelledCaptioner, modelled_video
 from specvlm.bench.records import Configuration, Sample
-from specvlm.captioner import Captioner, PreparedVideo
+from specvlm.captioner import Captioner
 from specvlm.drafts.small_model import SmallModelDraft
+from specvlm.records import Frames
 from specvlm.tree import ROOT
 
 WAYS = (
@@ -42,8 +43,12 @@ class Batches:
     rounds: int  # timed in a row
 
 
-def _set_of(videos: Sequence[PreparedVideo]) -> list[SetVideo]:
-    return [SetVideo(facts_of(str(number), video), video) for number, video in enumerate(videos)]
+def _set_of(captioner: Captioner, clips: Sequence[Frames], prompt: str) -> list[SetVideo]:
+    found = []
+    for number, clip in enumerate(clips):
+        facts = facts_of(str(number), captioner.prepare(clip, prompt))
+        found.append(SetVideo(facts._replace(preprocess_s=0.0), clip, prompt))
+    return found
 
 
 def way_of(how: Configuration) -> str:
@@ -52,10 +57,10 @@ def way_of(how: Configuration) -> str:
 
 
 def batch_parity(
-    captioner: Captioner, model: str, videos: Sequence[PreparedVideo], asked: Batches
+    captioner: Captioner, model: str, clips: Sequence[Frames], prompt: str, asked: Batches
 ) -> list[dict[str, Any]]:
     """How many captions of each way and batch size equal those that stock `generate()` writes of each video alone."""
-    measurer, some = SetMeasurer(captioner, asked.new_tokens), _set_of(videos)
+    measurer, some = SetMeasurer(captioner, asked.new_tokens), _set_of(captioner, clips, prompt)
     alone = [one.token_ids for one in measurer.measure_set(WAYS[0], some, 1)]
     rows = []
     for size in asked.sizes:
@@ -75,7 +80,7 @@ def batch_parity(
 
 
 def batch_speed(
-    captioner: ModelledCaptioner, frames: int, frame_size: tuple[int, int], asked: Batches, fits: Fits
+    captioner: ModelledCaptioner, frames: int, asked: Batches, fits: Fits
 ) -> Iterator[dict[str, Any]]:
     """Full batches of videos of one length, from prepared inputs to tokens; figures are medians over turns.
 
@@ -92,7 +97,7 @@ def batch_speed(
     for size in asked.sizes:
         if not fits(f"batches of {size}", 4 * last_s):
             return
-        some = _set_of([modelled_video(captioner, frames, frame_size, seed) for seed in range(size)])
+        some = _set_of(captioner, [random_clip(frames, seed) for seed in range(size)], "")
         turns = [_one_turn(measurer, some, size, turn) for turn in range(asked.turns + 1)]
         last_s = sum(sum(one.total_s for one in found) for turn in turns for found, _ in turn)
         yield from _speed_rows(turns[1:], size, where)
@@ -153,13 +158,10 @@ def _ratio(base: Sequence[float], mine: Sequence[float]) -> float | None:
 
 
 def batch_attention(
-    captioner: ModelledCaptioner, frames: Sequence[int], frame_size: tuple[int, int], asked: Batches
+    captioner: ModelledCaptioner, frames: Sequence[int], asked: Batches
 ) -> list[dict[str, Any]]:
     """Each way to attend, on one batch of videos of different lengths: the very same rounds, medians over turns."""
-    videos = [
-        modelled_video(captioner, frames[number % len(frames)], frame_size, number)
-        for number in range(asked.rows)
-    ]
+    videos = [captioner.video(frames[number % len(frames)], number) for number in range(asked.rows)]
     held = Held(captioner, videos, "static", asked.rounds)
     assert isinstance(captioner.draft, SmallModelDraft)
     models = (captioner.target, captioner.draft.model)

@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from gpu_held import Held, Times
+from modelled import ModelledCaptioner, RandomCaptioner
 
-from specvlm.bench.modelled import ModelledCaptioner, modelled_video
 from specvlm.captioner import PreparedVideo
 from specvlm.config import TreeName
 from specvlm.drafts.compressor import CompressorConfig
@@ -33,17 +33,16 @@ class Heads:
     """What is asked of a target's heads."""
 
     frames: int
-    frame_size: tuple[int, int]
     rounds: int  # timed in a row
     tokens: int  # that a trimmed vocabulary keeps
 
 
 def time_heads(captioner: ModelledCaptioner, asked: Heads, timed: Timed) -> list[dict[str, Any]]:
     """Heads with and without compressor and trimmed vocabulary, by tree; a plain step stands beside each."""
-    video = modelled_video(captioner, asked.frames, asked.frame_size)
+    video = captioner.video(asked.frames)
     rows = []
     for compressor in COMPRESSORS:
-        head = _fresh(captioner, compressor)
+        head = fresh_head(captioner, compressor)
         for ids in (None, range(asked.tokens)):
             with _drafting(captioner, HeadDraft(head, captioner.target, ids)):
                 for tree in HEAD_ACCEPTED:
@@ -52,7 +51,8 @@ def time_heads(captioner: ModelledCaptioner, asked: Heads, timed: Timed) -> list
     return rows
 
 
-def _fresh(captioner: ModelledCaptioner, compressor: CompressorConfig) -> HeadModel:
+def fresh_head(captioner: RandomCaptioner, compressor: CompressorConfig) -> HeadModel:
+    """An untrained head of the target, in its dtype and on its device."""
     target = captioner.target
     config = HeadConfig("modelled", None, target.family.name, target.hidden_size, compressor=compressor)
     head = HeadModel.fresh(target, config, seed=0)

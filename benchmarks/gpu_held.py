@@ -8,14 +8,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
+from modelled import ModelledCaptioner
 
-from specvlm.bench.modelled import ModelledCaptioner
 from specvlm.captioner import PreparedVideo
 from specvlm.choosing import FixedTree
 from specvlm.config import GenerationSettings, SpeculationSettings, TreeName
-from specvlm.decode import TOLD_STEP, CaptionSequence, CaptionText, Decoder, DecodeSettings
+from specvlm.decode import TOLD_STEP, CaptionSequence, CaptionText, DecodeSettings
 from specvlm.sampling import TokenRule, logits_rules
-from specvlm.stats import StageClock
 from specvlm.tree import TreeShape, make_shape
 
 
@@ -52,17 +51,14 @@ class Held:
         def rule() -> TokenRule:
             return TokenRule(rules, generation, target.vocabulary, target.device)
 
-        captioner.chooser(settings, generation)  # sets what rounds accept
         draft = captioner.draft
         self._settings = DecodeSettings(
             rule,
             FixedTree(self.tree),
             lambda rule, cache: draft.proposer(settings, rule, cache),
-            captioner.accept,
             draft,
         )
-        self._clock = StageClock(target.device)
-        self._decoder = Decoder(target, self._clock, captioner.make_capture)
+        self._decoder = captioner.decoder(settings)
         self._decoder.configure(self._settings)
         self._rig = self._decoder._rig
         self._sequences = [

@@ -30,7 +30,7 @@ def markdown(found: dict[str, Any]) -> str:
             "",
         ]
     lines += _parity_lines(found["parity"]) + _shape_lines(found["shapes"])
-    lines += _batch_lines(found["batches"])
+    lines += _exactness_lines(found["exactness"]) + _batch_lines(found["batches"])
     lines += _choice_lines(found["choices"]) + _round_lines(found["rounds"])
     lines += _head_lines(found["heads"])
     for one in found["profiles"]:
@@ -66,6 +66,30 @@ def _parity_lines(parity: dict[str, Any]) -> list[str]:
         for o in parity["differences"]
     ]
     return lines + (_table(["model", "way", "clip", "first", "margin", "best"], rows) if rows else [])
+
+
+def _exactness_lines(exactness: Sequence[dict[str, Any]]) -> list[str]:
+    rows = [
+        [
+            one["model"],
+            one["dtype"],
+            one["attention"],
+            one["way"],
+            str(one["batch_size"]),
+            "yes" if one["exact"] else "no",
+            f"{one['equal']}/{one['captions']}",
+            f"{one['settled_share']:.2%}",
+            _cell(one["bound"], ".4f"),
+            _cell(one["smallest_margin"], ".4f"),
+            ", ".join(f"{made_by}: {count}" for made_by, count in one["first_differences"].items()),
+        ]
+        for one in exactness
+    ]
+    head = (
+        "model|dtype|attention|way|batch|exact|equal|settled|bound|smallest margin|first differences by rows"
+    )
+    title = "## Exactness in half precision: captions equal to stock's of each video alone"
+    return [title, "", *_table(head.split("|"), rows)] if rows else []
 
 
 def _shape_lines(shapes: Sequence[dict[str, Any]]) -> list[str]:

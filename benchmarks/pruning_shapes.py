@@ -14,8 +14,10 @@ import argparse
 from itertools import product
 from typing import NamedTuple
 
+from modelled import find_shape, pass_bytes
+
 from specvlm.pruning import budget_for
-from specvlm.published import Shape, find_shape
+from specvlm.published import Shape
 
 BYTES = 2  # of a number, bfloat16
 PAIRS = (("qwen2.5-vl-7b", "qwen2.5-vl-3b"), ("llava-onevision-7b", "llava-onevision-0.5b"))
@@ -51,7 +53,7 @@ def round_of(
     """A round whose draft sees `kept` of the video tokens."""
     target_kv = batch * (video_tokens + text_tokens) * target.text.slot_bytes(BYTES)
     draft_kv = batch * (kept + text_tokens) * draft.text.slot_bytes(BYTES)
-    target_weights, draft_weights = (one.text.pass_bytes(0, BYTES) for one in (target, draft))
+    target_weights, draft_weights = (pass_bytes(one.text, 0, BYTES) for one in (target, draft))
     return Round(target_weights + target_kv, depth * (draft_weights + draft_kv), target_kv, draft_kv)
 
 

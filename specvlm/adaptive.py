@@ -25,7 +25,7 @@ from specvlm.tree import ROOT, StaticShape, TreeShape
 
 Path = tuple[int, ...]
 
-RANKS = 4  # choices of the draft that are told apart; the fifth and later ones are never guessed
+RANKS = 4  # choices of the draft that are counted apart; the fifth and later ones are never guessed
 MOST_DEPTH = 64  # of any tree that is asked for
 _PRIOR = (0.6, 0.12, 0.05, 0.03)  # before anything was seen
 _PRIOR_WEIGHT = 2.0
@@ -38,7 +38,7 @@ _SIZES = (2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 20, 24, 32, 48, 64)
 # Trees that are tried first on a machine that nothing is known of: they tell the costs of depth, width and nodes.
 _TRIALS = ((3, 4), (3, 4), (0, 1), (0, 1), (6, 7), (6, 7), (3, 12), (3, 12), (0, 1))
 assert len(_TRIALS) == TRIALS
-_HOPELESS = 0.3  # of the root's likeliest guesses are right
+_HOPELESS = 0.3  # of the root's most likely guesses are right
 _PAYS_AGAIN = 1.1
 _RETRY_ROUNDS = 3
 _RETRY_SHARE = 0.005  # of all time may go into finding out whether guessing pays again
@@ -48,14 +48,14 @@ _PLAIN_AGAIN = 150  # rounds with guesses after which a plain step is timed, for
 
 
 class Acceptance:
-    """How often the target writes each of the draft's likeliest tokens, by depth; recent rounds count more."""
+    """How often the target writes each of the draft's most likely tokens, by depth; recent rounds count more."""
 
     def __init__(self) -> None:
         self._counts = [[0.0] * (RANKS + 1) for _ in range(MOST_DEPTH)]
         self._shares: list[tuple[float, ...]] | None = None  # of these counts
 
     def hear(self, ranks: Sequence[int]) -> None:
-        """Ranks by depth of one round of one row, as `ranks_of` tells them; -1 is not known."""
+        """Ranks by depth of one round of one row, as `ranks_of` gives them; -1 is not known."""
         self._shares = None
         for counts, rank in zip(self._counts, ranks, strict=False):
             if rank >= 0:
@@ -83,7 +83,7 @@ class Acceptance:
 
 
 def likeliest_nodes(shares: Sequence[Sequence[float]], count: int) -> Iterator[tuple[float, Path]]:
-    """The nodes that are most likely accepted, the likeliest first: probability, path of ranks. No root.
+    """The nodes that are most likely accepted, most likely first: probability, path of ranks. No root.
 
     Parents come before their children, and first choices before second ones, so that any number of them is a tree.
     """

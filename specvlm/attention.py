@@ -1,6 +1,6 @@
 """The attention function of text models: causal prefill with scores, and rounds, over a cache of slabs.
 
-It is registered with `transformers` under the name `specvlm` and is told what to do by an `AttentionPlan`, which
+It is registered with `transformers` under the name `specvlm` and receives an `AttentionPlan`, which
 text models hand through to it as they do with every keyword that they do not know. Called without a plan, by stock
 `generate()` say, it is stock sdpa. It knows nothing of videos, drafts or caches.
 """
@@ -86,7 +86,7 @@ class Rows:
     Attributes:
         where: Their places in the batch: a slice, or int64 [rows].
         mask: Additive, [rows, 1, groups * n, visible - prefix], groups being query heads per key head; None: they
-            see all visible slots, by the very kernel that stock `generate()` runs in a step. `varlen`: of the round's
+            see all visible slots, by the kernel that stock `generate()` runs in a step. `varlen`: of the round's
             own slots alone.
         prefix: This many first slots are seen by all nodes of these rows, and `mask` begins after them.
         lengths: `varlen`: int64 [rows], committed slots; None: another kernel.
@@ -233,7 +233,7 @@ def has_flash(device: torch.device, dtype: torch.dtype, width: int) -> bool:
 def _part(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float
 ) -> _Part:
-    """Attention of packed queries over some slots by the best kernel that tells its log-sum-exp."""
+    """Attention of packed queries over some slots by the best kernel that returns its log-sum-exp."""
     aten = torch.ops.aten
     if query.device.type == "cpu":
         return _Part(
@@ -303,7 +303,7 @@ def committed_part(
 ) -> _Part:
     """Attention of queries [B, H, n, d] over the first `lengths` [B] slots of each row, by `varlen_attn` on CUDA.
 
-    Rows of a slab follow each other in memory, so their starts are those of a packed batch, and `seqused_k` tells how
+    Rows of a slab follow each other in memory, so their starts are those of a packed batch, and `seqused_k` says how
     much of each counts.
     """
     if query.device.type != "cuda":

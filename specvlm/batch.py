@@ -20,7 +20,7 @@ from specvlm.prefill import Begun
 from specvlm.pruning import budget_for
 from specvlm.records import Caption
 from specvlm.scheduler import Entry, Scheduler
-from specvlm.stats import free_memory_bytes, reset_peak_memory
+from specvlm.stats import free_memory_bytes, is_out_of_memory, reset_peak_memory
 
 if TYPE_CHECKING:
     from specvlm.captioner import Captioner, PreparedVideo
@@ -291,13 +291,6 @@ class CaptionBatch:
         self._scheduler = Scheduler(self._scheduler.batch_size)
         self._requests.clear()
         self._decoder = self._kind = None
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that memory ran out, on whatever device."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: " in str(error)
 
 
 def is_poisoned(error: BaseException) -> bool:

@@ -350,7 +350,7 @@ class KVCache(Cache):
         self._regroup()
 
     def _make_room(self, capacity: int, wanted: Mapping[int, int], spare: int) -> None:
-        """Have free rows of a capacity for all that want one; slabs that no one is in or wants go."""
+        """Have free rows of a capacity for all that want one; slabs that nothing uses or needs are freed."""
         here = [slab for slab in self._slabs if slab.capacity == capacity]
         lacking = wanted[capacity] - sum(slab.rows - slab.taken for slab in here)
         if lacking <= 0:

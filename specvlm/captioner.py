@@ -26,15 +26,22 @@ from specvlm.config import (
     PrunerName,
     SpeculationSettings,
     TreeName,
-    brief,
     of_type,
+    one_of,
     whole,
     within,
 )
 from specvlm.costs import CostStore
 from specvlm.decode import CaptionSequence, Decoder, DecodeSettings
 from specvlm.drafts.base import Draft
-from specvlm.errors import ConfigError, GenerationError, GenerationTimeoutError, SpecvlmError
+from specvlm.errors import (
+    ConfigError,
+    GenerationError,
+    GenerationTimeoutError,
+    Setting,
+    SpecvlmError,
+    brief,
+)
 from specvlm.families.base import ModelInputs
 from specvlm.graphs import Capture, CudaCapture
 from specvlm.model import VideoLM
@@ -45,7 +52,6 @@ from specvlm.sampling import TokenRule, logits_rules
 from specvlm.settling import Settling
 from specvlm.stats import StageClock, device_words, peak_memory_bytes
 from specvlm.tree import ROOT, make_shape
-from specvlm.verify import Accept, accept
 from specvlm.video import read_video
 
 if TYPE_CHECKING:
@@ -168,7 +174,6 @@ class Captioner:
         self.target, self.draft = target, draft
         self.processor, self.info, self.frames, self.prompt = processor, info, frames, prompt
         self.generation_config = target.model.generation_config
-        self.accept: Accept = accept
         self.costs = CostStore()
         self.settling: Settling | None = Settling()
         self.make_capture: Callable[[torch.device], Capture] = CudaCapture
@@ -222,11 +227,11 @@ class Captioner:
 
         settling = self.settling if kind.generation.exact else None
         if kind.speculation is None:
-            return DecodeSettings(rule, FixedTree(ROOT), accept=self.accept, settling=settling)
+            return DecodeSettings(rule, FixedTree(ROOT), settling=settling)
         chooser, draft = self.chooser(kind.speculation, kind.generation), self.draft
         assert draft is not None
         propose = partial(draft.proposer, kind.speculation)
-        return DecodeSettings(rule, chooser, propose, self.accept, draft, settling)
+        return DecodeSettings(rule, chooser, propose, draft, settling)
 
     def take_decoder(self, kind: Kind) -> Decoder:
         """A decoder that has nothing in flight: the one that decoded this kind before, where it is free."""
@@ -381,9 +386,8 @@ class Captioner:
         from specvlm.session import PromptSession  # which captions with this module
 
         if not isinstance(prompts, Sequence) or isinstance(prompts, (str, bytes)) or not prompts:
-            raise ConfigError(
-                f"prompts={brief(prompts)} is not a list of prompts; give at least one, in a list"
-            )
+            fix = "give at least one, in a list"
+            raise ConfigError(Setting("prompts", prompts), "is not a list of prompts", fix=fix)
         _check_texts(prompts, system)
         read, decode_s = self._read(video, frames)
         return PromptSession(self, read, prompts, system, decode_s)
@@ -404,13 +408,10 @@ class Captioner:
         Each caption is what `caption` gives for its prompt. Arguments and errors are those of `caption`;
         `time_limit_s` is for each caption.
         """
-        self.kind(speculate, options)  # wrong options fail before a video is read
+        kind = self.kind(speculate, options)  # wrong options fail before a video is read
         _check_limit(time_limit_s)
         session = self.session(video, prompts, system=system, frames=frames)
-        return [
-            session.caption(index, speculate=speculate, time_limit_s=time_limit_s, **options)
-            for index in range(len(prompts))
-        ]
+        return [session.caption_as(kind, index, time_limit_s) for index in range(len(prompts))]
 
     def caption(
         self,
@@ -439,7 +440,7 @@ class Captioner:
             ConfigError: An option is unknown, out of range, or of another type.
             VideoError: The file gives no frames.
             PromptError: The prompt cannot be used.
-            GenerationError: No caption came of it.
+            GenerationError: There is no caption.
             GenerationTimeoutError: Not within the time limit.
         """
         began = time.monotonic()
@@ -463,7 +464,7 @@ class Captioner:
         See `CaptionBatch.add` for the other arguments.
 
         Raises:
-            GenerationError: No caption came of it.
+            GenerationError: There is no caption.
             GenerationTimeoutError: Not within the time limit.
         """
         batch = CaptionBatch(self, 1)
@@ -566,13 +567,13 @@ class Captioner:
             SpecvlmError: With `on_error="raise"`, why a video has no caption.
         """
         kind = self.kind(speculate, options)
-        if on_error not in ("return", "raise"):
-            raise ConfigError(f"on_error={on_error!r} is unknown; choose one of return, raise")
+        one_of("on_error", on_error, ("return", "raise"))
         if batch_size is not None:
             whole("batch_size", batch_size)
             within("batch_size", batch_size, 1, 1024, "give 1 to 1024 videos, or None")
         if isinstance(videos, (*_VIDEO, PreparedVideo)):
-            raise ConfigError(f"videos={brief(videos)} is one video; give a list of videos, or use caption()")
+            fix = "give a list of videos, or use caption()"
+            raise ConfigError(Setting("videos", videos), "is one video", fix=fix)
         of_type("videos", videos, Iterable, "give a list of videos")
         asked = _Asked(prompt, system, frames, kind)
         return self._caption_many(

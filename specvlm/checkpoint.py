@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from importlib.util import find_spec
@@ -18,6 +18,7 @@ from typing import Any
 
 from specvlm.durable import write_whole
 from specvlm.errors import ConfigError, ModelLoadError
+from specvlm.files import open_plain, read_text, refuse_size
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Everything that `from_pretrained` may read besides the weights, in the folder itself.
@@ -32,6 +33,7 @@ _LFS_POINTER = b"version https://git-lfs"
 _KEPT_FROM_BYTES = 1 << 24  # the hash of a file of this size is kept; smaller ones are hashed every time
 _SETTLED_S = 2.0  # a file that changed later than this before it was read may change again unseen
 _HASH_THREADS = 8
+_PIECE = 1 << 20  # bytes that are hashed at once
 _MARK = "sha256:"
 # Formats of quantised weights that are supported, and the package that transformers needs for each. Not
 # compressed-tensors: its version 0.20 breaks stock generate() of LLaVA-OneVision in transformers 5.23.
@@ -45,11 +47,12 @@ def read_json(path: Path) -> dict[str, Any]:
         ModelLoadError: The file cannot be read, or is not a JSON object.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        found = json.loads(read_text(path))
+    except (OSError, ValueError, RecursionError) as error:
         if _is_pointer(path):
             raise ModelLoadError(_pointer(path)) from error
-        raise ModelLoadError(f"{path}: not readable as JSON ({error}); download it again") from error
+        reason = getattr(error, "strerror", None) or error
+        raise ModelLoadError(f"{path}: not readable as JSON ({reason}); download it again") from error
     if not isinstance(found, dict):
         raise ModelLoadError(f"{path}: not a JSON object; download it again")
     return found
@@ -129,9 +132,13 @@ def refuse_folder(folder: Path) -> None:
     """
     if (folder / "adapter_config.json").exists():
         refuse_adapter(str(folder), folder / "adapter_config.json")
-    if not (folder / "config.json").exists():
-        raise ModelLoadError(f"{folder}: {_without(folder, 'config.json')}")
+    _require_config(folder)
     refuse_config(str(folder), read_json(folder / "config.json"))
+
+
+def _require_config(folder: Path) -> None:
+    if not os.path.lexists(folder / "config.json"):
+        raise ModelLoadError(f"{folder}: {_without(folder, 'config.json')}")
 
 
 def refuse_files(folder: Path) -> None:
@@ -179,7 +186,7 @@ def _without(folder: Path, missing: str) -> str:
 
 
 def _is_pointer(file: Path) -> bool:
-    with suppress(OSError), file.open("rb") as stream:
+    with suppress(OSError), open_plain(file) as stream:
         return stream.read(len(_LFS_POINTER)) == _LFS_POINTER
     return False
 
@@ -198,6 +205,7 @@ def weight_files(folder: Path) -> list[Path]:
         ModelLoadError: There are none, or one that the index names is missing.
         ConfigError: The index names a file outside the folder.
     """
+    _require_config(folder)
     first = str(read_json(folder / "config.json").get("transformers_weights") or WEIGHTS)
     if (folder / first).is_file() and not first.endswith(".index.json"):
         return _inside(folder, "config.json", [first])
@@ -228,16 +236,27 @@ def _inside(folder: Path, index: str, names: Sequence[str]) -> list[Path]:
 
 
 def files_read(folder: Path) -> list[Path]:
-    """Return all files that loading a local checkpoint may read, in order; errors are those of `weight_files`."""
+    """Return all files that loading a local checkpoint may read, in order.
+
+    Raises:
+        ModelLoadError, ConfigError: As `weight_files`, or a file that is read whole is too large for that.
+    """
     small = {file for pattern in _READ for file in folder.glob(pattern) if file.is_file()}
+    try:
+        for file in sorted(small):
+            refuse_size(file, file.stat().st_size)
+    except OSError as error:
+        raise ModelLoadError(f"{error.filename}: {error.strerror}; download it again") from error
     return sorted(small | set(weight_files(folder)))
 
 
 # --- hashes ---
 
 
-def fingerprint(folder: Path, *, at_once: bool = False) -> str | None:
-    """Return `sha256:` and 16 hex digits that stand for the content of every file that loading reads.
+def fingerprint(
+    folder: Path, *, at_once: bool = False, between_pieces: Callable[[], None] = lambda: None
+) -> str | None:
+    """Return `sha256:` and 16 hex digits for the content of every file that loading reads.
 
     Large files are hashed once: their hashes are kept in the user's cache folder, as long as size, inode and times
     of the file stay the same.
@@ -245,11 +264,12 @@ def fingerprint(folder: Path, *, at_once: bool = False) -> str | None:
     Args:
         folder: A local checkpoint, or the folder of a trained head.
         at_once: Return None rather than read a large file whose hash is not kept.
+        between_pieces: Called while a file is read; may raise, to end it.
 
     Raises:
         ModelLoadError, ConfigError: As `weight_files`, or a file cannot be read.
     """
-    return _hash_of(folder, files_read(folder), at_once=at_once)
+    return _hash_of(folder, files_read(folder), at_once=at_once, between_pieces=between_pieces)
 
 
 def model_fingerprint(folder: Path) -> str:
@@ -263,8 +283,14 @@ def model_fingerprint(folder: Path) -> str:
     return found
 
 
-def _hash_of(folder: Path, files: Sequence[Path], *, at_once: bool = False) -> str | None:
-    kept = _Kept(folder)
+def _hash_of(
+    folder: Path,
+    files: Sequence[Path],
+    *,
+    at_once: bool = False,
+    between_pieces: Callable[[], None] = lambda: None,
+) -> str | None:
+    kept = _Kept(folder, between_pieces)
     try:
         if at_once and not all(map(kept.knows, files)):
             return None
@@ -290,7 +316,8 @@ def can_compare(one: str | None, other: str | None) -> bool:
 class _Kept:
     """Hashes of the large files of one folder, kept in the user's cache folder where that can be written."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, between_pieces: Callable[[], None]) -> None:
+        self._between_pieces = between_pieces
         self._hashes: dict[str, list[Any]] = {}  # path -> its stamp and its hash
         self._path: Path | None = None
         self._is_new = False
@@ -319,8 +346,12 @@ class _Kept:
         if known is not None:
             return known
         began_s = time.time()
-        with file.open("rb") as stream:
-            found = hashlib.file_digest(stream, "sha256").hexdigest()
+        digest = hashlib.sha256()
+        with open_plain(file) as stream:
+            while piece := stream.read(_PIECE):
+                digest.update(piece)
+                self._between_pieces()
+        found = digest.hexdigest()
         is_settled = began_s - max(stamp[2:]) / 1e9 > _SETTLED_S
         if stamp[0] >= _KEPT_FROM_BYTES and is_settled and self._found(file)[0] == stamp:
             self._hashes[os.fspath(file.resolve())] = [*stamp, found]

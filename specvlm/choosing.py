@@ -26,7 +26,7 @@ class RoundReport(NamedTuple):
 
     shape: TreeShape
     rows: int  # sequences that took part
-    # of each whose logits were finite: accepted guesses, tokens [D + 1], and if the shape tells them ranks [D + 1];
+    # of each whose logits were finite: accepted guesses, tokens [D + 1], and if the shape has them ranks [D + 1];
     # see `ranks_of`
     accepted: Sequence[Sequence[int]]
     times_s: dict[str, float]  # of the stages `draft`, `verify`, `commit`, and of the whole `round`

@@ -5,12 +5,14 @@ Defaults live here and nowhere else; the command line reads them from these clas
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from specvlm.errors import ConfigError
+from specvlm.errors import ConfigError, Setting
+
+if TYPE_CHECKING:
+    from specvlm.drafts.kept_tokens import DraftVocab
 
 PrunerName = Literal["specvlm", "uniform", "attention", "random", "window", "none"]
 TreeName = Literal["auto", "static", "dynamic", "chain"]
@@ -23,39 +25,62 @@ POSITIONS: tuple[PositionsName, ...] = get_args(PositionsName)
 BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
 
 
-def _one_of(name: str, value: str, known: Collection[str]) -> None:
+def one_of(name: str, value: object, known: Collection[str]) -> None:
+    """Refuse what is not one of these words."""
     if not isinstance(value, str) or value not in known:
-        raise ConfigError(f"{name}={brief(value)} is unknown; choose one of {', '.join(known)}")
-
-
-def brief(value: object) -> str:
-    """Return a value as it may stand in a message: on one line, and not all of a long one."""
-    return " ".join(reprlib.repr(value).split())
+        raise ConfigError(Setting(name, value), "is unknown", fix=f"choose one of {', '.join(known)}")
 
 
 def of_type(name: str, value: object, kinds: type | tuple[type, ...], fix: str) -> None:
     """Refuse what is of none of these types; `fix` says what to give."""
     if not isinstance(value, kinds):
-        raise ConfigError(f"{name}={brief(value)} is of type {type(value).__name__}; {fix}")
+        raise ConfigError(Setting(name, value), f"is of type {type(value).__name__}", fix=fix)
 
 
 def whole(name: str, value: object) -> None:
     """Refuse what is no whole number."""
     if not isinstance(value, int) or isinstance(value, bool):
-        raise ConfigError(f"{name}={brief(value)} is not a whole number; give one")
+        raise ConfigError(Setting(name, value), "is not a whole number", fix="give one")
 
 
 def number(name: str, value: object, fix: str) -> None:
     """Refuse what is no number; `fix` says what to give."""
     if not isinstance(value, int | float) or isinstance(value, bool):
-        raise ConfigError(f"{name}={brief(value)} is not a number; {fix}")
+        raise ConfigError(Setting(name, value), "is not a number", fix=fix)
 
 
 def within(name: str, value: float, low: float, high: float, fix: str) -> None:
     """Refuse what is no number from `low` to `high`; `fix` says what to give."""
     number(name, value, fix)
     if not low <= value <= high:  # also refuses NaN
-        raise ConfigError(f"{name}={value!r} is out of range; {fix}")
+        raise ConfigError(Setting(name, value), "is out of range", fix=fix)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSettings:
+    """Which models to load, and how; the arguments of `specvlm.load`, where they are explained.
+
+    Attributes:
+        target: A preset's name, a hub id, or a folder.
+        draft: A hub id or a folder; "none": no draft; None: the preset's own, or none.
+        draft_vocab: What the draft may guess; None: every token.
+        revision: Branch, tag or commit of the target.
+        draft_revision: The same for the draft.
+        dtype: Number format of the weights.
+        device_map: Where the target goes.
+        local_files_only: Never ask the hub.
+        trust_remote_code: Run code that comes with a checkpoint.
+    """
+
+    target: str
+    draft: str | None = None
+    draft_vocab: DraftVocab | None = None
+    revision: str | None = None
+    draft_revision: str | None = None
+    dtype: str = "auto"
+    device_map: str | dict[str, Any] | None = None
+    local_files_only: bool = False
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +115,9 @@ class SpeculationSettings:
         for name in ("depth", "nodes", "width", "seed"):
             if getattr(self, name) is not None:
                 whole(name, getattr(self, name))
-        _one_of("pruner", self.pruner, PRUNERS)
-        _one_of("tree", self.tree, TREES)
-        _one_of("positions", self.positions, POSITIONS)
+        one_of("pruner", self.pruner, PRUNERS)
+        one_of("tree", self.tree, TREES)
+        one_of("positions", self.positions, POSITIONS)
         within("prune_ratio", self.prune_ratio, 0.0, 1.0, "give a share between 0 (see all) and 1 (see one)")
         within("top_p", self.top_p, 0.0, 1.0, "give a share of the attention between 0 and 1")
         if self.depth is not None:
@@ -107,7 +132,10 @@ class SpeculationSettings:
     def _refuse_without_effect(self, name: str, value: int, trees: Collection[TreeName]) -> None:
         if self.tree not in trees:
             raise ConfigError(
-                f"{name}={value} has no effect on tree={self.tree!r}; it is for {', '.join(trees)}"
+                Setting(name, value),
+                "has no effect on",
+                Setting("tree", self.tree),
+                fix=f"it is for {', '.join(trees)}",
             )
 
     @property
@@ -139,7 +167,7 @@ class GenerationSettings:
     Attributes:
         max_new_tokens: Most tokens of a caption, the end-of-sequence token included.
         temperature: 0 is greedy, whatever `do_sample` the checkpoint ships; above 0 samples.
-        top_k: Sample from the k likeliest tokens; None takes the checkpoint's own, 0 is off.
+        top_k: Sample from the k most likely tokens; None takes the checkpoint's own, 0 is off.
         seed: Seed of the sampling noise. The same seed gives the same caption.
         exact: Decide near-ties as stock `generate()` would for the video alone, by plain steps. Without it, bfloat16
             and float16 may choose otherwise where two tokens are about equally likely.
@@ -158,13 +186,12 @@ class GenerationSettings:
         within("max_new_tokens", self.max_new_tokens, 1, 1 << 20, "give 1 to 1048576 tokens")
         within("temperature", self.temperature, 0.0, 100.0, "give 0 (greedy) to 100")
         if 0 < self.temperature < 1e-6:
-            raise ConfigError(
-                f"temperature={self.temperature!r} is too small; give 0 (greedy), or 1e-6 to 100"
-            )
+            fix = "give 0 (greedy), or 1e-6 to 100"
+            raise ConfigError(Setting("temperature", self.temperature), "is too small", fix=fix)
         within("seed", self.seed, 0, (1 << 63) - 1, "give 0 to 2**63 - 1")
         if self.top_k is not None:
             whole("top_k", self.top_k)
-            within("top_k", self.top_k, 0, 1 << 31, "give the number of likeliest tokens, or 0 for all")
+            within("top_k", self.top_k, 0, 1 << 31, "give the number of most likely tokens, or 0 for all")
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,9 +225,10 @@ class FrameSettings:
     min_decoded: float = 0.5
 
     def __post_init__(self) -> None:
-        _one_of("video backend", self.backend, BACKENDS)
+        one_of("backend", self.backend, BACKENDS)
         if self.fps is not None and self.num_frames is not None:
-            raise ConfigError(f"fps={self.fps} and num_frames={self.num_frames} exclude each other; give one")
+            both = (Setting("fps", self.fps), "and", Setting("num_frames", self.num_frames))
+            raise ConfigError(*both, "exclude each other", fix="give one")
         for name in ("num_frames", "min_frames", "max_frames", "max_pixels", "total_pixels"):
             if getattr(self, name) is not None:
                 whole(name, getattr(self, name))
@@ -219,4 +247,5 @@ class FrameSettings:
         if self.end_s is not None:
             number("end_s", self.end_s, "give seconds from the start of the video")
             if not self.end_s > self.start_s:
-                raise ConfigError(f"end_s={self.end_s} is not after start_s={self.start_s}; give a later end")
+                both = (Setting("end_s", self.end_s), "is not after", Setting("start_s", self.start_s))
+                raise ConfigError(*both, fix="give a later end")

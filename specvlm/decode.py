@@ -12,7 +12,6 @@ import struct
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -29,9 +28,9 @@ from specvlm.prefill import Begun, Prompt, Reading, ToSee, embed, prefill_target
 from specvlm.records import FinishReason
 from specvlm.sampling import Choices, TokenRule
 from specvlm.settling import Settling, Worth
-from specvlm.stats import StageClock
+from specvlm.stats import StageClock, is_out_of_memory
 from specvlm.tree import ROOT, Guesses, TreeShape
-from specvlm.verify import Accept, Accepted, accept, ranks_of
+from specvlm.verify import Accepted, accept, ranks_of
 
 # Batches of graphs shrink in these steps, so that few graphs serve all of them.
 GRAPH_ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
@@ -131,7 +130,6 @@ class DecodeSettings:
         rule: Makes the token rule, for no sequence yet.
         chooser: Chooses the tree of each round.
         propose: Makes the draft at work, for no sequence yet, given the rule and the target's cache; None: no draft.
-        accept: What counts as accepted.
         draft: Whose work `propose` makes.
         settling: Decide by plain steps what is not settled; None: take what rounds choose.
     """
@@ -139,7 +137,6 @@ class DecodeSettings:
     rule: Callable[[], TokenRule]
     chooser: TreeChooser
     propose: Callable[[TokenRule, KVCache], Proposer] | None = None
-    accept: Accept = accept
     draft: Draft | None = None
     settling: Settling | None = None
 
@@ -174,7 +171,6 @@ class _Verifier:
 
     def __init__(self, target: VideoLM) -> None:
         self._target, self.cache = target, target.new_cache()
-        self.accept: Accept = accept
         self.exact = False
         self._prompts: list[int] = []  # tokens of each row's prompt
         self._next: list[int] = []  # the position behind it
@@ -218,7 +214,7 @@ class _Verifier:
 
     def host_state(self, index: Lengths) -> Hashable:
         """All that this half depends on besides its tensors and the weights."""
-        return self._target.host_state(self._committed(index), self.cache), self.accept, self.exact
+        return self._target.host_state(self._committed(index), self.cache), self.exact
 
     def verify(
         self, shape: TreeShape, guesses: Guesses, rule: TokenRule, index: Lengths, bound: torch.Tensor
@@ -231,7 +227,7 @@ class _Verifier:
         nodes = Nodes(guesses.tokens, positions[None], slots, sees)
         hidden = self._target.forward_nodes(nodes, self.cache, lengths, shape.nodes)
         choices = _choose(rule, self._target.logits(hidden), guesses, bound if self.exact else None)
-        accepted = self.accept(guesses, choices.tokens, shape.depth)
+        accepted = accept(guesses, choices.tokens, shape.depth)
         finite = choices.finite.gather(1, accepted.path).all(dim=1)
         return _settled(guesses, accepted, finite, choices.margins, bound)
 
@@ -255,7 +251,7 @@ def _not_finite() -> NonFiniteLogitsError:
 
 
 class _Verified(NamedTuple):
-    """What a round's commit is told."""
+    """Input of a round's commit."""
 
     guesses: Guesses
     accepted: Accepted  # cut off before what is not settled
@@ -264,7 +260,9 @@ class _Verified(NamedTuple):
     gained: (
         torch.Tensor
     )  # int64 [B], tokens that the caption gains: these guesses, the bonus token if it is settled
-    margin: torch.Tensor  # float32 [B], the least of those tokens' and of the one that is not settled
+    margins: (
+        torch.Tensor
+    )  # float32 [B, D + 1], of the accepted guesses and the bonus token; infinite: not measured
 
 
 def _settled(
@@ -277,15 +275,15 @@ def _settled(
     """Cut the accepted path off before the first choice that is not settled. `margins`: [B, N]; None: all are."""
     count = accepted.guessed + 1
     if margins is None:
-        return _Verified(guesses, accepted, finite, accepted.guessed, count, torch.full_like(bound, math.inf))
+        unknown = torch.full_like(accepted.tokens, math.inf, dtype=bound.dtype)
+        return _Verified(guesses, accepted, finite, accepted.guessed, count, unknown)
     level = torch.arange(accepted.path.shape[1], device=bound.device)
     on_path = margins.gather(1, accepted.path).masked_fill(level >= count[:, None], math.inf)  # [B, D + 1]
     unsettled = on_path <= bound[:, None]
     cut = torch.where(unsettled.any(dim=1), unsettled.to(torch.uint8).argmax(dim=1), count)
-    margin = on_path.masked_fill(level > cut[:, None], math.inf).amin(dim=1)
     # The last token of what is left becomes the root, which no cache has yet.
     kept = accepted._replace(guessed=(cut - 1).clamp(min=0))
-    return _Verified(guesses, kept, finite, cut.minimum(accepted.guessed), cut, margin)
+    return _Verified(guesses, kept, finite, cut.minimum(accepted.guessed), cut, on_path)
 
 
 class _Rounds:
@@ -395,7 +393,7 @@ class _Rounds:
         return self.verifier.verify(shape, guesses, self.rule, index, self.state.bound)
 
     def _commit(self, shape: TreeShape, verified: _Verified, index: Lengths) -> torch.Tensor:
-        state, (guesses, accepted, finite, used, found, margin) = self.state, verified
+        state, (guesses, accepted, finite, used, found, margins) = self.state, verified
         assert self.rule is not None
         self.verifier.commit(shape, accepted, state.step)
         if shape.depth:
@@ -407,8 +405,8 @@ class _Rounds:
         last = accepted.tokens.gather(1, accepted.guessed[:, None]).squeeze(1)
         state.root.copy_(torch.where(count > 0, last, state.root))
         state.step.add_(count)
-        bits = margin.view(torch.int32).long()
-        told = [torch.stack((finite.long(), found, bits, used), dim=1), accepted.tokens]
+        bits = margins.view(torch.int32).long()
+        told = [torch.stack((finite.long(), found, used), dim=1), bits, accepted.tokens]
         if guesses.likeliest is not None:
             told.append(ranks_of(guesses, accepted))
         return torch.cat(told, dim=1)
@@ -427,19 +425,34 @@ class _Report(NamedTuple):
 
     finite: bool
     settled: bool  # all of it; else a plain step gives what takes the bonus token's place
-    margin: float
     used: int  # guesses
     written: list[int]
+    margins: list[float]  # of the tokens written
     next_token: int  # that would have followed, if it had been settled; else meaningless
-    told: list[int]  # what a chooser is told, see `RoundReport`
+    next_margin: float  # of that token
+    told: list[int]  # for the chooser, see `RoundReport`
 
     @classmethod
-    def of(cls, numbers: list[int]) -> _Report:
-        """Read [finite, count, bits of the margin, used, tokens [D + 1]..., ranks [D + 1] if the shape tells them]."""
-        finite, count, bits, used, *rest = numbers
-        (margin,) = struct.unpack("f", struct.pack("i", bits))
-        next_token = rest[min(count, len(rest) - 1)]
-        return cls(bool(finite), count > used, margin, used, rest[:count], next_token, [used, *rest])
+    def of(cls, numbers: list[int], depth: int) -> _Report:
+        """Read what `_Rounds.run` gives of a row.
+
+        `numbers`: finite, count, used, bits of the margins [D + 1], tokens [D + 1], ranks [D + 1] if the shape has
+        them. `depth`: D.
+        """
+        finite, count, used, *rest = numbers
+        bits, rest = rest[: depth + 1], rest[depth + 1 :]
+        margins = struct.unpack(f"{depth + 1}f", struct.pack(f"{depth + 1}i", *bits))
+        following = min(count, depth)
+        return cls(
+            bool(finite),
+            count > used,
+            used,
+            rest[:count],
+            list(margins[:count]),
+            rest[following],
+            margins[following],
+            [used, *rest],
+        )
 
 
 def _never(*_: object) -> torch.Tensor:
@@ -509,14 +522,14 @@ class Decoder:
         self._select([])
         if self._settings is not None and self._settings.draft is not settings.draft:
             self._rounds.proposer = None
-        self._verifier.accept, self._verifier.exact = settings.accept, settings.settling is not None
+        self._verifier.exact = settings.settling is not None
         self._rounds.rule = settings.rule()
         self.follow(settings)
         for model in (self._target, *([] if settings.draft is None else [settings.draft.text])):
             model.told_step = 1 if self._rig is None else TOLD_STEP
 
     def follow(self, settings: DecodeSettings) -> None:
-        """Go on with the same draft, whose vocabulary may be another one by now."""
+        """Continue with the same draft, whose vocabulary may have changed."""
         self._settings = settings
         if self._rounds.proposer is not None and settings.draft is not None:
             assert self._rounds.rule is not None
@@ -593,18 +606,22 @@ class Decoder:
         self._retire()
 
     def _measure(self, most_rows: int) -> None:
-        """Measure what makes choices unsettled, once, behind the shortest prompt."""
+        """Measure what makes choices unsettled, once, after the shortest prompt whose caption is not done."""
         settling = self.settings.settling
         if settling is None or settling.bound is not None:
             return
         if self.settings.propose is None and max(most_rows, len(self._rows)) < 2:
             return  # steps of one row settle everything
-        row = min(range(len(self._rows)), key=lambda row: self._rows[row].prompt.length)
-        tokens = self._rows[row].text.tokens
-        if not tokens:
+        going = [number for number, row in enumerate(self._rows) if row.sequence and not row.sequence.done]
+        if not going:
             return
-        with suppress(torch.OutOfMemoryError, MemoryError):  # nothing is settled until there is room
-            self._verifier.measure(settling, row, tokens[0])
+        row = min(going, key=lambda number: self._rows[number].prompt.length)
+        try:
+            self._verifier.measure(settling, row, self._rows[row].text.tokens[0])
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            # Nothing is settled until there is room to measure.
 
     def _embed(self, sequences: Sequence[CaptionSequence]) -> list[Prompt]:
         shares = [(one, one.inputs.video_tokens if self._is_new(one) else 1) for one in sequences]
@@ -690,7 +707,7 @@ class Decoder:
     # --- one step ---
 
     def _shape(self) -> TreeShape:
-        if self._plain_next:
+        if self._plain_next or self._worth.plain:
             return ROOT
         live = [(row, row.sequence) for row in self._rows if row.sequence is not None]
         batch = Batch(
@@ -721,7 +738,9 @@ class Decoder:
             numbers = self._rounds.run(shape, self._index())
             times = self._clock.settle()
             whole_s = time.perf_counter() - began - self._rounds.capture_s
-            undecided = self._hear(shape, [_Report.of(one) for one in numbers], times | {"round": whole_s})
+            undecided = self._hear(
+                shape, [_Report.of(one, shape.depth) for one in numbers], times | {"round": whole_s}
+            )
         self._decided, self._replayed = len(undecided), 0
         if undecided:
             with self._clock.stage("verify"):
@@ -739,7 +758,7 @@ class Decoder:
         return shape.depth == 0 and len(self) == 1 and self._rig is not None and self._alone
 
     def _bind(self, shape: TreeShape) -> None:
-        """Say what is settled in the next round: everything, if it is a plain step of one sequence."""
+        """Say what is settled in the next round: everything, if it is a step of stock `generate()`."""
         settling = self.settings.settling
         if settling is None:
             return
@@ -748,7 +767,8 @@ class Decoder:
         self._rounds.state.bound.fill_(-1.0 if self._is_step(shape) else bound)
 
     def _is_step(self, shape: TreeShape) -> bool:
-        return shape.depth == 0 and len(self._rows) == 1
+        """Whether a round is a step of stock `generate()`: one row, whose keys and values steps have written."""
+        return shape.depth == 0 and len(self._rows) == 1 and self._rows[0].pure == self._rows[0].index
 
     def _decide(self, undecided: Mapping[int, _Report | None]) -> None:
         """Give rows their next token by plain steps, from where their keys and values are stock's.
@@ -781,7 +801,8 @@ class Decoder:
         if rule.leaves_out:  # then the margin is not always a lead
             return
         same = report.next_token == decided.token
-        change = abs(report.margin - decided.margin) if same else report.margin + decided.margin
+        then, now = report.next_margin, decided.margin
+        change = abs(then - now) if same else then + now
         settling.hear(change / rule.sharpness)
 
     def _weigh(self, tokens: int) -> None:
@@ -856,8 +877,9 @@ class Decoder:
             written = sequence.text.take(report.written)
             sequence.tokens_at[running] += len(written)
             row.index = len(sequence.text.tokens) - 1
-            row.pure += step and row.pure == row.index - 1
-            sequence.text.smallest_margin = min(sequence.text.smallest_margin, report.margin)
+            row.pure += step
+            margins = report.margins[: len(written)]
+            sequence.text.smallest_margin = min([sequence.text.smallest_margin, *margins])
             if shape.depth:
                 sequence.text.count(shape, min(len(written), report.used))
                 row.drafted = len(sequence.text.tokens)

@@ -8,7 +8,7 @@
     │   └── IncompatibleDraftError   the draft does not fit the target
     ├── PromptError          the prompt cannot be turned into a model input
     ├── PreprocessError      the model's processor cannot take these frames
-    ├── GenerationError      the models ran, but no caption came of it
+    ├── GenerationError      the models ran, but there is no caption
     │   ├── NonFiniteLogitsError     NaN or infinite logits
     │   └── GenerationTimeoutError   not within the time limit
     ├── TrainingError        a head cannot be trained: no memory, a loss that is not finite, damaged checkpoints
@@ -25,6 +25,10 @@ A message is one line: the value, the reason, the fix.
 """
 
 from __future__ import annotations
+
+import reprlib
+from collections.abc import Callable
+from dataclasses import dataclass
 
 __all__ = [
     "ConfigError",
@@ -54,7 +58,61 @@ class SpecvlmError(Exception):
     """Base of all errors of this library."""
 
 
-class ConfigError(SpecvlmError, ValueError):
+def brief(value: object) -> str:
+    """Return a value as it may appear in a message: on one line, and shortened if it is long."""
+    return " ".join(reprlib.repr(value).split())
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """A setting that an error is about.
+
+    Attributes:
+        name: As in Python, e.g. `prune_ratio`.
+        value: What it was set to.
+    """
+
+    name: str
+    value: object
+
+    @property
+    def shown(self) -> str:
+        """The value as it appears in a message."""
+        return brief(self.value)
+
+    def __str__(self) -> str:
+        return f"{self.name}={self.shown}"
+
+
+class SettingsError(Exception):
+    """An error whose message names settings; the caller chooses how they are written.
+
+    Attributes:
+        args: The message without the fix: words, and the settings between them.
+        fix: What to do about it; empty: the words say it.
+    """
+
+    def __init__(self, *parts: str | Setting, fix: str = "") -> None:
+        super().__init__(*parts)
+        self.fix = fix
+
+    @property
+    def settings(self) -> tuple[Setting, ...]:
+        """The settings that the message names."""
+        return tuple(part for part in self.args if isinstance(part, Setting))
+
+    def worded(self, name: Callable[[Setting], str]) -> str:
+        """Return the message, with `name` for each setting. No space before a colon or comma."""
+        parts = (name(part) if isinstance(part, Setting) else str(part) for part in self.args)
+        spaced = (part if part.startswith((":", ",")) else f" {part}" for part in parts)
+        text = "".join(spaced).removeprefix(" ")
+        return f"{text}; {self.fix}" if self.fix else text
+
+    def __str__(self) -> str:
+        return self.worded(str)
+
+
+class ConfigError(SettingsError, SpecvlmError, ValueError):
     """A setting is out of range, unknown, or contradicts another one."""
 
 
@@ -83,7 +141,7 @@ class PreprocessError(SpecvlmError):
 
 
 class GenerationError(SpecvlmError):
-    """The models ran, but no caption came of it."""
+    """The models ran, but there is no caption."""
 
 
 class NonFiniteLogitsError(GenerationError):

@@ -1,6 +1,6 @@
 """Rounds as CUDA graphs: tensors that stay where they are from batch to batch, and the graphs that rely on it.
 
-A graph repeats the kernels of one run with the very numbers and addresses that the host knew then. So what differs
+A graph repeats the kernels of one run with the same numbers and addresses that the host knew then. So what differs
 between two rounds is in tensors at fixed addresses, and what the host knew is the graph's key. Nothing here knows
 what a round does. How something is captured is an argument, so that tests replay without a GPU.
 """
@@ -23,7 +23,7 @@ Stage = Callable[[Any], Any]  # what the stage before gave -> what the next one 
 class Recorded(NamedTuple):
     """A stage that can be repeated."""
 
-    output: Any  # tensors that every replay writes anew
+    output: Any  # tensors that every replay overwrites
     replay: Callable[[], None]
 
 
@@ -52,7 +52,7 @@ class CudaCapture:
         """Record `stage(value)` as a graph."""
         graph = torch.cuda.CUDAGraph()
         # The outer stream context brings the caller's stream back where a capture that fails does not. Other threads
-        # may go on using the device.
+        # may continue to use the device.
         with (
             torch.cuda.device(self._device),
             torch.cuda.stream(torch.cuda.current_stream()),

@@ -7,21 +7,21 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from specvlm import checkpoint
 from specvlm.attention import ATTENTION, register_attention
 from specvlm.captioner import Captioner, ModelInfo
-from specvlm.config import FrameSettings, brief, of_type
+from specvlm.config import FrameSettings, ModelSettings, of_type, one_of
 from specvlm.demo import local_name
 from specvlm.drafts.base import Draft
 from specvlm.drafts.head import HeadDraft
@@ -29,7 +29,7 @@ from specvlm.drafts.head_model import HeadModel, read_config
 from specvlm.drafts.kept_tokens import Choosing, DraftVocab, choose_ids
 from specvlm.drafts.kinds import has_head_weights, is_head
 from specvlm.drafts.small_model import SmallModelDraft
-from specvlm.errors import ConfigError, IncompatibleDraftError, ModelLoadError, PromptError
+from specvlm.errors import ConfigError, IncompatibleDraftError, ModelLoadError, PromptError, SpecvlmError
 from specvlm.families import family_of
 from specvlm.model import VideoLM
 from specvlm.preset import DEFAULT_PROMPT, find_preset, presets
@@ -67,16 +67,30 @@ class _Loaded(NamedTuple):
 
 
 def _one_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    more = f" {lines[1].strip()}" if lines[0].endswith(":") and len(lines) > 1 else ""
+    return (lines[0] + more).rstrip(".")
 
 
 def _guarded(source: _Source, what: str, loader: Any, **options: Any) -> Any:
     """Call a `from_pretrained`; whatever it raises becomes one line."""
-    try:
+    with _explained(source.name, what):
         return loader(source.name, **source.options(), **options)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise ModelLoadError(f"{source.name}: cannot load {what} ({_one_line(error)}); {_ADVICE}") from error
+
+
+@contextmanager
+def _explained(name: str, what: str) -> Iterator[None]:
+    """Name the checkpoint in whatever a block raises: values of wrong types in its files fail in many ways.
+
+    Raises:
+        ModelLoadError: The block raised an error that is not one of this library.
+    """
+    try:
+        yield
+    except SpecvlmError:
+        raise
+    except Exception as error:
+        raise ModelLoadError(f"{name}: cannot load {what} ({_one_line(error)}); {_ADVICE}") from error
 
 
 def _refuse_misspelt(name: str) -> None:
@@ -110,6 +124,10 @@ def _file(source: _Source, name: str) -> Path | None:
     except (OSError, ValueError) as error:
         raise ModelLoadError(f"{source.name}: cannot load {name} ({_one_line(error)}); {_ADVICE}") from error
     return None if found is None else Path(found)
+
+
+def _source(models: ModelSettings, name: str, revision: str | None) -> _Source:
+    return _Source(name, revision, models.local_files_only, models.trust_remote_code)
 
 
 def _pinned(source: _Source) -> _Source:
@@ -171,8 +189,9 @@ def _load_one(source: _Source, dtype: torch.dtype | str, device_map: Any) -> _Lo
     )
     _refuse_gaps(source.name, report)
     model.eval().requires_grad_(False)
-    loaded = _Loaded(VideoLM(model, family), processor, _revision(source))
-    _refuse_tokens(source.name, loaded)
+    with _explained(source.name, "its model"):
+        loaded = _Loaded(VideoLM(model, family), processor, _revision(source))
+        _refuse_tokens(source.name, loaded)
     return loaded
 
 
@@ -212,7 +231,8 @@ def _refuse_tokens(name: str, loaded: _Loaded) -> None:
 def _refuse_template(name: str, target: _Loaded) -> None:
     """Refuse a target whose chat template asks about no video, or with tokens that the model does not have."""
     try:
-        ids = target.model.family.template_ids(target.processor)
+        with _explained(name, "its chat template"):
+            ids = target.model.family.template_ids(target.processor)
     except PromptError as error:
         raise ModelLoadError(f"{name}: {error}") from error
     if max(ids) >= target.model.embedded_tokens:
@@ -261,8 +281,7 @@ def _dtype(name: str, device: str) -> torch.dtype | str:
     """`auto` is the checkpoint's own on GPUs and float32 on the CPU."""
     if name == "auto":
         return torch.float32 if device == "cpu" else "auto"
-    if not isinstance(name, str) or name not in DTYPES:
-        raise ConfigError(f"dtype={brief(name)} is unknown; choose one of auto, {', '.join(DTYPES)}")
+    one_of("dtype", name, ("auto", *DTYPES))
     return DTYPES[name]
 
 
@@ -307,8 +326,24 @@ def load(
     for name, given in (("revision", revision), ("draft_revision", draft_revision)):
         of_type(name, given, (str, type(None)), "give a branch, tag or commit")
     of_type("device_map", device_map, (str, dict, type(None)), 'give a device, e.g. "cuda:1", or "auto"')
-    target, draft = os.fspath(target), None if draft is None else os.fspath(draft)
+    models = ModelSettings(
+        os.fspath(target),
+        None if draft is None else os.fspath(draft),
+        draft_vocab,
+        revision,
+        draft_revision,
+        dtype,
+        device_map,
+        local_files_only,
+        trust_remote_code,
+    )
+    return load_models(models)
+
+
+def load_models(models: ModelSettings) -> Captioner:
+    """Load a target and its draft; settings and errors are those of `load`."""
     register_attention()
+    target, draft = models.target, models.draft
     preset = find_preset(target)
     if preset is not None:
         target, draft = preset.target, draft or preset.draft
@@ -320,17 +355,17 @@ def load(
         raise ModelLoadError(
             f"{target}: a trained head is no target; give it as the draft of the model that it was made for"
         )
-    if draft_vocab is not None and draft_name is None:
+    if models.draft_vocab is not None and draft_name is None:
         raise ConfigError("draft_vocab has no effect without a draft; give one, or leave it out")
     device = _default_device()
-    kind = _dtype(dtype, device)
-    source = _Source(target, revision, local_files_only, trust_remote_code)
-    loaded = _load_one(source, kind, {"": device} if device_map is None else device_map)
+    kind = _dtype(models.dtype, device)
+    source = _source(models, target, models.revision)
+    loaded = _load_one(source, kind, {"": device} if models.device_map is None else models.device_map)
     _refuse_template(target, loaded)
     guess, guess_revision = None, None
     if draft_name is not None:
-        source = _Source(draft_name, draft_revision, local_files_only, trust_remote_code)
-        guess, guess_revision = _load_draft(loaded, target, source, draft_vocab)
+        source = _source(models, draft_name, models.draft_revision)
+        guess, guess_revision = _load_draft(loaded, target, source, models.draft_vocab)
     family = loaded.model.family
     info = ModelInfo(
         target=target,
@@ -349,25 +384,18 @@ def load(
     return _ready(loaded, guess, info, preset.frames, preset.prompt)
 
 
-def with_draft(
-    captioner: Captioner,
-    draft: str,
-    *,
-    draft_vocab: DraftVocab | None = None,
-    draft_revision: str | None = None,
-    local_files_only: bool = False,
-    trust_remote_code: bool = False,
-) -> Captioner:
-    """Another captioner with the same loaded target and another draft; only the draft is loaded.
+def with_draft(captioner: Captioner, models: ModelSettings) -> Captioner:
+    """Another captioner with the same loaded target and the draft of `models`; only the draft is loaded.
 
-    Arguments and errors are those of `load`.
+    Errors are those of `load`.
     """
-    draft = local_name(draft)
+    assert models.draft is not None
+    draft = local_name(models.draft)
     _refuse_misspelt(draft)
     info = captioner.info
     target = _Loaded(captioner.target, captioner.processor, info.target_revision)
-    source = _Source(draft, draft_revision, local_files_only, trust_remote_code)
-    guess, revision = _load_draft(target, info.target, source, draft_vocab)
+    source = _source(models, draft, models.draft_revision)
+    guess, revision = _load_draft(target, info.target, source, models.draft_vocab)
     info = replace(info, draft=draft, draft_revision=revision)
     return _ready(target, guess, info, captioner.frames, captioner.prompt)
 
@@ -391,17 +419,12 @@ def _ready(
     return Captioner(target.model, target.processor, draft, info, frames, prompt)
 
 
-def load_tokenizer(
-    target: str,
-    *,
-    revision: str | None = None,
-    local_files_only: bool = False,
-    trust_remote_code: bool = False,
-) -> Any:
-    """Load the tokenizer of a target as captioning has it; arguments and errors are those of `load`."""
-    target = local_name(target)
+def load_tokenizer(models: ModelSettings) -> Any:
+    """Load the tokenizer of a target as captioning has it; errors are those of `load`."""
+    preset = find_preset(models.target)
+    target = local_name(models.target if preset is None else preset.target)
     _refuse_misspelt(target)
-    source = _Source(target, revision, local_files_only, trust_remote_code)
+    source = _source(models, target, models.revision)
     _refuse_elsewhere(source)
     return _guarded(source, "its processor", AutoProcessor.from_pretrained).tokenizer
 

@@ -78,8 +78,8 @@ class TextModel:
             reasoning (the kernels that read a long prefix at full bandwidth take no mask), not by measurement.
         packed_tokens: Tokens of a prefill pass that several prompts may share; a longer prompt has a pass of its own.
         captures: Rounds of this model can be CUDA graphs.
-        told_step: Rounds are told the lengths of sequences in steps of so many slots, so that one graph serves many
-            rounds; 1: they are told the very lengths.
+        told_step: Rounds get the lengths of sequences in steps of so many slots, so that one graph serves many
+            rounds; 1: they get the exact lengths.
         keeps_features: New caches keep of each token, besides its keys and values, the output of the last norm.
     """
 
@@ -127,6 +127,11 @@ class TextModel:
         self._slab_shape = self._slab_shape._replace(
             feature_width=self.hidden_size, feature_device=self.device
         )
+
+    @property
+    def most_slots(self) -> int | None:
+        """The most tokens of a sequence; None: no limit. Layers with a sliding window see no more than this."""
+        return self._window
 
     @property
     def slot_bytes(self) -> int:
@@ -239,7 +244,7 @@ class TextModel:
         return self.forward(embeds, torch.full((1, 1, 1), position, device=embeds.device), cache, plan)
 
     def _told(self, lengths: Lengths) -> Lengths:
-        """What rounds are told of lengths: with `varlen` nothing that the host knows matters."""
+        """The lengths that rounds get: with `varlen` nothing that the host knows matters."""
         step = self.told_step
         if self.round_attention == "varlen":
             return Lengths(lengths.slots, (0,) * len(lengths.most), (0,) * len(lengths.least))

@@ -128,7 +128,7 @@ def packs(tokens: Sequence[int], most: int) -> Iterator[list[int]]:
 
 
 def embed(model: VideoLM, videos: Sequence[ToSee], *, alone: bool = False) -> list[Prompt]:
-    """Look up the text of each prompt, and put its video's features in; what no one has seen yet is seen in packs.
+    """Look up the text of each prompt, and put its video's features in; what is not encoded yet is encoded in packs.
 
     `alone`: each video in a pass of its own.
     """
@@ -197,7 +197,7 @@ def _pass(
 def _deep_arguments(
     model: VideoLM, readings: Sequence[Reading], segments: Sequence[Segment]
 ) -> dict[str, Any]:
-    """What the text model is told of the video tokens of a pass besides their embeddings."""
+    """What the text model gets about the video tokens of a pass besides their embeddings."""
     if not any(one.prompt.deep for one in readings):
         return {}
     rows, places = list[tuple[torch.Tensor, ...]](), list[torch.Tensor]()
@@ -237,15 +237,11 @@ def prefill_target(
         most = 0 if alone else model.packed_tokens
         for pack in packs([readings[index].count for index in mine], most):
             some = [readings[mine[index]] for index in pack]
-            scores = [_score_sum(one.prompt) for one in some]
+            scores = [ScoreSum(one.prompt.video_at, one.prompt.embeds.device) for one in some]
             logits = model.logits(_pass(model, cache, some, scores if scored else [None] * len(some)))
             for at, index in enumerate(pack):
                 found[mine[index]] = TargetPrefill(logits[:, at : at + 1], scores[at].mean())
     return [found[index] for index in range(len(readings))]
-
-
-def _score_sum(prompt: Prompt) -> ScoreSum:
-    return ScoreSum(prompt.video_at, prompt.embeds.device)
 
 
 def prefill_draft(model: VideoLM, cache: KVCache, readings: Sequence[Reading]) -> None:

@@ -1,14 +1,12 @@
 """The sizes of published checkpoints, in one table, and how many tokens a video becomes there. Imports no torch.
 
-What a pair costs in memory and time is arithmetic over these numbers; `specvlm presets`, the choice of `--preset auto`,
-and models of these shapes with random weights (`specvlm.bench.shapes`) all start from them.
+What a pair costs in memory and time is arithmetic over these numbers: `specvlm presets`, the choice of `--preset auto`
+and the models with random weights of `benchmarks/modelled.py` all start from them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from specvlm.errors import ConfigError
 
 QWEN2, QWEN25, QWEN3, QWEN3_MOE, LLAVA = (
     "qwen2_vl",
@@ -18,8 +16,6 @@ QWEN2, QWEN25, QWEN3, QWEN3_MOE, LLAVA = (
     "llava_onevision",
 )
 
-# Tokens around the video, as the families' chat templates give for "Describe the video in detail.".
-TEXT_BEFORE, TEXT_AFTER = 15, 12
 # Of Qwen3-VL, before and behind the video tokens of each step in time: "<12.3 seconds>" and a marker, and a marker.
 STAMP_BEFORE, STAMP_AFTER = 8, 1
 MERGE, PAIR = 2, 2  # patches to a side, frames
@@ -66,21 +62,6 @@ class TextShape:
     def slot_bytes(self, element: int) -> int:
         """Keys and values of one token in all layers, at `element` bytes a number."""
         return 2 * self.layers * self.kv_heads * self.head_dim * element
-
-    def pass_bytes(self, slots: int, element: int) -> int:
-        """What one pass over one token must read: all layers, the LM head, and what `slots` tokens left behind.
-
-        Of experts only the active ones are read; a pass over several tokens reads more of them.
-        """
-        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        attention = self.hidden * (2 * queries + 2 * keys)
-        attention += 2 * self.head_dim if self.normed else queries + 2 * keys
-        forward = 3 * self.hidden * self.intermediate
-        if self.experts is not None:
-            forward += self.hidden * self.experts.count  # the router
-        layer = attention + forward + 2 * self.hidden
-        weights = self.layers * layer + self.hidden + self.vocabulary * self.hidden
-        return weights * element + slots * self.slot_bytes(element)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +125,7 @@ def _qwen3(size: str, text: TextShape, vision: VisionShape, parameters: int) -> 
 
 
 def _llava(size: str, text: TextShape, parameters: int) -> Shape:
-    """LLaVA-OneVision (arXiv 2408.03326): Qwen2 with its vocabulary padded anew, SigLIP less its last layer."""
+    """LLaVA-OneVision (arXiv 2408.03326): Qwen2 with another padding of its vocabulary, SigLIP less its last layer."""
     checkpoint = f"llava-hf/llava-onevision-qwen2-{size}-ov-hf"
     vision = VisionShape(26, 1152, 4304, 16)
     return Shape(f"llava-onevision-{size}", checkpoint, LLAVA, text, vision, parameters, 151647)
@@ -180,19 +161,6 @@ SHAPES = (
     _llava("7b", TextShape(3584, 18944, 28, 28, 4, 152128, False), 8_030_807_584),
     _llava("72b", TextShape(8192, 29568, 80, 64, 8, 152128, False), 73_181_570_592),
 )
-
-
-def find_shape(name: str) -> Shape:
-    """The shape of this name.
-
-    Raises:
-        ConfigError: There is none.
-    """
-    found = next((shape for shape in SHAPES if shape.name == name), None)
-    if found is None:
-        known = ", ".join(shape.name for shape in SHAPES)
-        raise ConfigError(f"shape={name!r} is unknown; choose one of {known}")
-    return found
 
 
 def shape_of(checkpoint: str) -> Shape | None:
@@ -235,14 +203,8 @@ def video_tokens(shape: Shape, frames: int, size: tuple[int, int]) -> int:
     return steps_of(shape, frames) * frame_tokens(shape, size) + (shape.family == LLAVA)
 
 
-def vision_patches(shape: Shape, frames: int, size: tuple[int, int]) -> int:
-    """Patches that the vision tower sees."""
-    rows, columns = patch_grid(shape, size)
-    return steps_of(shape, frames) * rows * columns
-
-
 def has_stamps(shape: Shape) -> bool:
-    """Whether the prompt tells the time of each step."""
+    """Whether the prompt states the time of each step."""
     return shape.family in (QWEN3, QWEN3_MOE)
 
 
@@ -257,9 +219,3 @@ def tokens_within(shape: Shape, frames: int, max_pixels: int | None) -> int:
         return video_tokens(shape, frames, (LLAVA_SIDE, LLAVA_SIDE))
     cell = (shape.vision.patch * MERGE) ** 2
     return steps_of(shape, frames) * max(1, (max_pixels or cell) // cell)
-
-
-def prompt_tokens(shape: Shape, frames: int, size: tuple[int, int]) -> int:
-    """S of a prompt with such a video."""
-    around = TEXT_BEFORE + stamp_tokens(shape, frames) + TEXT_AFTER
-    return video_tokens(shape, frames, size) + around

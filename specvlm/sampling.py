@@ -151,7 +151,7 @@ class _Columns(NamedTuple):
     ids: torch.Tensor | None  # int64 [width], ascending; None: tokens 0 to width - 1
 
     def of(self, told: torch.Tensor) -> torch.Tensor:
-        """What is told of all tokens, [..., C or more], of these alone: [..., width]."""
+        """Values of all tokens, [..., C or more], for these alone: [..., width]."""
         return told[..., : self.width] if self.ids is None else told[..., self.ids]
 
     def of_nodes(self, told: torch.Tensor, row: torch.Tensor, depths: torch.Tensor) -> torch.Tensor:
@@ -218,7 +218,7 @@ class TokenRule:
 
     @property
     def host_state(self) -> Hashable:
-        """All that scores depend on beside their arguments and the tensors among the attributes."""
+        """All that scores depend on besides their arguments and the tensors among the attributes."""
         return self._rules, self._settings, self._vocabulary
 
     def _column(self, tokens: Sequence[int]) -> torch.Tensor:
@@ -273,19 +273,20 @@ class TokenRule:
     ) -> Choices:
         """The token at each of n nodes; see `scores`.
 
-        `bound`: [B], by how much scores may be off; margins are then told, 0 where that may decide what top-k, top-p
+        `bound`: [B], by how much scores may be off; margins are then computed, 0 if that may decide what top-k, top-p
         and min-p leave. None: no margins.
         """
         scores = self.scores(logits, depths, path)
         best = scores.max(dim=-1)
         margins = None
         if bound is not None:
+            slack = bound.clamp(min=0.0)
             # Of two that are best, either may come first here: the margin is 0 then.
-            rivals = self.scores(logits, depths, path, slack=bound) if self.leaves_out else scores
+            rivals = self.scores(logits, depths, path, slack=slack) if self.leaves_out else scores
             top = rivals.topk(2, dim=-1).values
             margins = top[..., 0] - top[..., 1]
             if self.leaves_out:
-                surely = self.scores(logits, depths, path, slack=-bound).gather(-1, best.indices[..., None])
+                surely = self.scores(logits, depths, path, slack=-slack).gather(-1, best.indices[..., None])
                 same = (top[..., 0] == best.values) & (surely[..., 0] == best.values)
                 margins = margins.where(same, 0.0)
         return Choices(best.indices, best.values.isfinite(), margins)
@@ -329,7 +330,7 @@ class TokenRule:
         more = logits.new_zeros(()) if slack is None else slack[:, None, None]
         if 0 < rules.top_k < logits.shape[-1]:
             best = logits.topk(rules.top_k + 1, dim=-1).values
-            # What is surely among the k likeliest leads the next one.
+            # What is surely among the k most likely leads the next one.
             kth, next_best = best[..., -2:-1] - more.clamp(min=0), best[..., -1:] - more
             logits = logits.masked_fill((logits < kth) | ((more < 0) & (logits <= next_best)), low)
         if rules.top_p < 1.0:

@@ -103,11 +103,14 @@ class PromptSession:
         Raises:
             ConfigError: There is no such prompt, or an option is unknown or out of range.
             PromptError: The prompt cannot be used.
-            GenerationError: No caption came of it. The session goes on.
-            GenerationTimeoutError: Not within the time limit. The session goes on.
+            GenerationError: There is no caption. The session can be used further.
+            GenerationTimeoutError: Not within the time limit. The session can be used further.
         """
+        return self.caption_as(self._captioner.kind(speculate, options), index, time_limit_s)
+
+    def caption_as(self, kind: Kind, index: int, time_limit_s: float | None = None) -> Caption:
+        """Caption the video with one of the prompts; see `caption`."""
         began = time.monotonic()
-        kind = self._captioner.kind(speculate, options)
         video, begun, first = self._sequence(index, kind)
         return self._captioner.caption_one(
             video, kind, begun=begun, first=first, began=began, time_limit_s=time_limit_s

@@ -8,6 +8,7 @@ measured, for each target, dtype and device.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -22,7 +23,7 @@ SAFETY = 1.5  # the next 48 tokens may change more than the first
 
 FIRST_SPELL, LONGEST_SPELL = 64, 4096  # plain steps in a row
 WINDOW, FEWEST_DECIDED = 256, 3  # tokens of a caption that are looked at together
-# Plain steps for each token, beside what its round took. A pass over a batch saves more than one over a sequence.
+# Plain steps for each token, on top of its round. A pass over a batch saves more than one over a sequence.
 MOST_REPLAYED, MOST_REPLAYED_OF_BATCH = 0.4, 0.8
 
 
@@ -48,6 +49,8 @@ class Settling:
     ) -> None:
         """Write a caption in steps of one row, then run its tokens in passes over several, and compare the logits.
 
+        Logits that are not finite tell nothing: it stays unmeasured then.
+
         Args:
             target: The model.
             kept: Keys and values of a prompt, as `KVCache.copy_out` gives them.
@@ -55,25 +58,29 @@ class Settling:
             position: Of the first token behind it.
             token: That token.
         """
-        cache = target.new_cache(length + STEPS)
+        steps = STEPS if target.most_slots is None else min(STEPS, target.most_slots - length)
+        cache = target.new_cache(length + steps)
         cache.copy_in(0, kept)
         tokens, alone = [token], list[torch.Tensor]()
-        for index in range(STEPS):
+        for index in range(steps):
             logits = target.logits(target.step(tokens[-1], position + index, cache, length + index))
             alone.append(logits[0, 0])
             tokens.append(int(logits.argmax()))
-        expected = torch.stack(alone)  # [STEPS, C]
+        expected = torch.stack(alone)  # [steps, C]
         changes = [_change(expected, _together(target, cache, length, position, tokens, n)) for n in ROWS]
-        self.bound = max(SAFETY * max(changes), _step_of(expected.amax(), target.dtype))
+        bound = max(SAFETY * max(changes), _step_of(expected.amax(), target.dtype))
+        if math.isfinite(sum(changes) + bound):
+            self.bound = bound
 
 
 def _together(
     target: VideoLM, cache: KVCache, length: int, position: int, tokens: Sequence[int], rows: int
 ) -> torch.Tensor:
-    """Logits [STEPS, C] of the same tokens, so many to a pass."""
+    """Logits [steps, C] of the same tokens but the last, so many to a pass."""
     device, found = cache.base.device, list[torch.Tensor]()
-    for first in range(0, STEPS, rows):
-        count = min(rows, STEPS - first)
+    steps = len(tokens) - 1
+    for first in range(0, steps, rows):
+        count = min(rows, steps - first)
         at = first + torch.arange(count, device=device)[None]
         nodes = Nodes(
             torch.tensor([tokens[first : first + count]], device=device),
@@ -91,12 +98,12 @@ def _change(expected: torch.Tensor, found: torch.Tensor) -> float:
     """The most by which the lead of a likely token over another one differs; both [n, C]."""
     likely = expected.topk(min(LIKELIEST, expected.shape[-1]), dim=-1).indices
     change = (found - expected).gather(-1, likely)
-    return float((change.amax(-1) - change.amin(-1)).nan_to_num(0.0).max())
+    return float((change.amax(-1) - change.amin(-1)).max())
 
 
 def _step_of(logit: torch.Tensor, dtype: torch.dtype) -> float:
     """From a logit to the next one that the dtype knows, or a little more: nothing changes by less."""
-    return float(logit.abs().nan_to_num(0.0)) * torch.finfo(dtype).eps
+    return float(logit.abs()) * torch.finfo(dtype).eps
 
 
 class Worth:

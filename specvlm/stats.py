@@ -1,4 +1,4 @@
-"""Where the time goes: a clock of named stages that never makes the device wait, and the memory figures."""
+"""Where the time goes: a clock of named stages that never makes the device wait; figures of memory, and its end."""
 
 from __future__ import annotations
 
@@ -104,3 +104,10 @@ def free_memory_bytes(device: torch.device) -> int | None:
 def device_words(device: torch.device) -> str:
     """The device in words, e.g. `cpu` or `NVIDIA H200`."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that memory ran out, on whatever device."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: " in str(error)

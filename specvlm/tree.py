@@ -36,7 +36,7 @@ class Guesses(NamedTuple):
         torch.Tensor
     )  # int64 [B, N], the slot that an expanded node took while the tree grew; leaves have 0
     likeliest: torch.Tensor | None = (
-        None  # int64 [B, slots, K], the draft's K likeliest tokens after each slot
+        None  # int64 [B, slots, K], the draft's K most likely tokens after each slot
     )
 
 
@@ -117,7 +117,7 @@ class StaticShape(TreeShape):
     def __init__(self, paths: tuple[tuple[int, ...], ...], device: torch.device, ranks: int = 0) -> None:
         """`paths` holds every node but the root.
 
-        With `ranks`, guesses tell that many of the draft's likeliest tokens after each node that was expanded.
+        With `ranks`, guesses hold that many of the draft's most likely tokens after each node that was expanded.
         """
         self._device, self._ranks = device, ranks
         index = {(): 0} | {path: i + 1 for i, path in enumerate(sorted(paths, key=lambda p: (len(p), p)))}
@@ -188,7 +188,7 @@ def _tokens(columns: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:
 
 
 def _likeliest(scores: torch.Tensor, count: int, ids: torch.Tensor | None) -> torch.Tensor:
-    """The likeliest tokens [B, k, count], the best first; where there are not as many, the last one again."""
+    """The most likely tokens [B, k, count], the best first; where there are not as many, the last one again."""
     there = min(count, scores.shape[-1])
     tokens = _tokens(scores.topk(there, dim=-1).indices, ids)
     if there == count:
@@ -215,7 +215,7 @@ class _Grown(NamedTuple):
 
 
 class DynamicShape(TreeShape):
-    """EAGLE-2 (arXiv 2406.16858, section 4): expand the likeliest frontier, then keep the likeliest nodes."""
+    """EAGLE-2 (arXiv 2406.16858, section 4): expand the most likely frontier, then keep the most likely nodes."""
 
     def __init__(self, depth: int, nodes: int, width: int, device: torch.device) -> None:
         """Expand `width` nodes a level for `depth` levels; keep the best `nodes`, root included.
@@ -282,7 +282,7 @@ class DynamicShape(TreeShape):
         )
 
     def _best(self, grown: _Grown) -> Guesses:
-        """The N likeliest candidates.
+        """The N most likely candidates.
 
         A child is never likelier than its parent, so parents come along: the sort is stable, parents stand first.
         """

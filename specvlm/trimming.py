@@ -60,7 +60,7 @@ class Trimming:
         self._trim()
 
     def hear(self, tokens: Iterable[int]) -> None:
-        """Count a caption. Each time that there are twice as many as before, choose anew."""
+        """Count a caption. Each time that their number has doubled, choose again."""
         self._counts.update(tokens)
         self._heard += 1
         if self._heard & (self._heard - 1) == 0:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -18,10 +17,6 @@ class Accepted(NamedTuple):
     )  # int64 [B, D + 1], node index at each depth, the root first; past `guessed` meaningless
     guessed: torch.Tensor  # int64 [B], accepted guesses on it, 0..D
     tokens: torch.Tensor  # int64 [B, D + 1], what the caption gains: accepted guesses, then the bonus token
-
-
-# Guesses, the target's choice after each node [B, N], and D -> what is accepted.
-Accept = Callable[[Guesses, torch.Tensor, int], Accepted]
 
 
 def accept(guesses: Guesses, choices: torch.Tensor, depth: int) -> Accepted:
@@ -52,7 +47,7 @@ def accept(guesses: Guesses, choices: torch.Tensor, depth: int) -> Accepted:
 def ranks_of(guesses: Guesses, accepted: Accepted) -> torch.Tensor:
     """Where the draft ranked each token that the target wrote, int64 [B, D + 1].
 
-    0 is the draft's first choice at the node that the token follows, K: none of its K likeliest; -1: not known,
+    0 is the draft's first choice at the node that the token follows, K: none of its K most likely; -1: not known,
     because the node was not expanded, or the round ended above it.
     """
     assert guesses.likeliest is not None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sqlite3
 import sys
 import traceback
@@ -13,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from specvlm.errors import ConfigError, IncompatibleDraftError, PromptError, SpecvlmError
+from specvlm.errors import ConfigError, IncompatibleDraftError, PromptError, SettingsError, SpecvlmError
 from specvlm_cli import streams
 from specvlm_cli.commands.audit import AuditFlags, audit
 from specvlm_cli.commands.bench import bench
@@ -32,7 +31,7 @@ from specvlm_cli.commands.train import train
 from specvlm_cli.commands.train_flags import TrainFlags
 from specvlm_cli.commands.vocab import VocabFlags, vocab
 from specvlm_cli.database import was_interrupted
-from specvlm_cli.exits import CommandError, ExitCode
+from specvlm_cli.exits import CommandError, ExitCode, as_flag, flag_name
 from specvlm_cli.process import keep_torch_out_of_foreign_folders
 from specvlm_cli.stopping import NotBegunError, until_listening
 from specvlm_cli.talk import error_line, error_trace
@@ -65,7 +64,7 @@ _RESUMED = (
     "caption",
     "audit",
     "train",
-)  # commands that a signal ends in order, and that go on when started again
+)  # commands that stop in order on a signal, and resume when started again
 
 
 def _print_version(wanted: bool) -> None:
@@ -99,23 +98,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()  # here, where a reader that has gone can still be dealt with
         return code
     except NotBegunError as error:
-        error_line(f"stopped by {error}; start again to go on")
+        error_line(f"stopped by {error}; start again to resume")
         return ExitCode.STOPPED
     except KeyboardInterrupt:
         return ExitCode.INTERRUPTED
-    except BrokenPipeError:  # the reader of our output has gone; there is nobody to tell
+    except BrokenPipeError:  # the reader of our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ExitCode.FATAL
     except Exception as error:
         if was_interrupted(error):  # by a signal, while a ledger was read
             if given[0] not in _RESUMED:
                 return ExitCode.INTERRUPTED
-            error_line("stopped by a signal; start again to go on")
+            error_line("stopped by a signal; start again to resume")
             return ExitCode.STOPPED
         if _verbose(given):
             error_trace(traceback.format_exc())
         message, code = _explained(error)
-        error_line(_with_source(message, given) if code == ExitCode.USAGE else message)
+        error_line(message + _source(error, given))
         return code
 
 
@@ -124,16 +123,24 @@ def _verbose(arguments: Sequence[str]) -> bool:
     return asked or "-v" in arguments or "--verbose" in arguments
 
 
-def _with_source(message: str, given: Sequence[str]) -> str:
-    """Add to a message about a flag's value what the value is, and which variable it came from."""
-    words = re.findall(r"--([a-z-]+)|\b([a-z_]+)=", message)
-    for flag in ("--" + (long or name.replace("_", "-")) for long, name in words):
-        if flag in given[:-1] and message.startswith("Invalid value"):
+def _source(error: Exception, given: Sequence[str]) -> str:
+    """Return the value of the flag that an error is about, or its variable, where the message does not say it."""
+    for flag in _flags_of(error):
+        if flag in given[:-1] and isinstance(error, typer.BadParameter):
             value = short(given[list(given).index(flag) + 1], 60)
-            return message if value in message else f"{message} ({flag} {value})"
+            return "" if value in error.message else f" ({flag} {value})"
         if flag not in given and (value := os.environ.get(variable(flag), "")):
-            return f"{message} ({variable(flag)}={short(value, 60)})"
-    return message
+            return f" ({variable(flag)}={short(value, 60)})"
+    return ""
+
+
+def _flags_of(error: Exception) -> list[str]:
+    """Return the flags that an error is about."""
+    if isinstance(error, SettingsError):
+        return [flag_name(setting) for setting in error.settings]
+    if isinstance(error, typer.BadParameter) and error.param is not None:
+        return error.param.opts[:1]
+    return []
 
 
 def _plainly(message: str) -> str:
@@ -149,15 +156,6 @@ def _plainly(message: str) -> str:
     return message.replace("Value error, ", "")
 
 
-def _as_flags(message: str) -> str:
-    """Return a message about a setting with the setting named as people typed it."""
-    return re.sub(
-        r"\b([a-z]+(?:_[a-z0-9]+)*)=(?=[\d.'-]|nan\b|inf\b)",
-        lambda found: f"--{found[1].replace('_', '-')} ",
-        message,
-    )
-
-
 def _explained(error: Exception) -> tuple[str, ExitCode]:
     """Return the one line and the exit code for an error that ended a command."""
     if isinstance(error, CommandError):
@@ -165,7 +163,7 @@ def _explained(error: Exception) -> tuple[str, ExitCode]:
     if isinstance(error, typer.TyperException):
         return _plainly(error.format_message()), ExitCode.USAGE
     if isinstance(error, ConfigError):
-        return _as_flags(str(error)), ExitCode.USAGE
+        return error.worded(as_flag), ExitCode.USAGE
     if isinstance(error, (IncompatibleDraftError, PromptError)):
         return str(error), ExitCode.USAGE
     if isinstance(error, SpecvlmError):
@@ -174,7 +172,7 @@ def _explained(error: Exception) -> tuple[str, ExitCode]:
         return "the ledger is in use by another program; close it there, then start again", ExitCode.STOPPED
     if isinstance(error, (OSError, sqlite3.Error)):
         return (
-            f"{error}; mend this and start again (a run folder keeps what was captioned so far)",
+            f"{error}; fix this and start again (the run folder keeps all captions so far)",
             ExitCode.FATAL,
         )
     return f"{type(error).__name__}: {error}; run it with -v for the traceback", ExitCode.FATAL

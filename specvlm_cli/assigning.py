@@ -1,4 +1,4 @@
-"""Which worker decodes which video: lend it to be prepared, admit it while there are slots, keep groups apart.
+"""Which worker decodes which video: pass it on to be prepared, admit it while there are slots, keep groups apart.
 
 A video that is read is lent to a worker, which prepares it; it is admitted, and claimed in the ledger, when the worker
 has a slot for it, or nearly so. For a group, a sampled set or a suspect alone, a worker first finishes what it has in
@@ -107,7 +107,7 @@ class Assigner:
         worker.group, worker.decodes = None, group
         self._send_all(worker, group)
         for claim in group.claims:
-            self._hold(worker, claim)
+            worker.hold(claim)
         keys = tuple(claim.ordinal for claim in group.claims)
         if not self._queue.is_sampled(group.claims[0]):
             return Admission(worker, group.claims, Admit(keys, alone=True))
@@ -151,11 +151,8 @@ class Assigner:
 
     def _admitted(self, worker: Worker) -> Claim:
         claim = self._queue.take(worker)
-        self._hold(worker, claim)
+        worker.hold(claim)
         return claim
-
-    def _hold(self, worker: Worker, claim: Claim) -> None:
-        worker.hold(claim, self._policy.sequences(claim), self._policy.timeout_s)
 
     # Lending
 
@@ -166,7 +163,7 @@ class Assigner:
                 return
 
     def _may_lend(self, worker: Worker) -> bool:
-        """Say whether a worker is to prepare one more; not beside a suspect, nor before a group."""
+        """Say whether a worker is to prepare one more; not next to a suspect, nor before a group."""
         if self._queue.has_charged or _is_alone(worker):
             return False
         if worker.group is not None and not worker.group.unread:
@@ -187,15 +184,12 @@ class Assigner:
 
     def _send(self, worker: Worker, read: Read) -> None:
         descriptor, frames = read.video.handle()
-        own = read.claim.item.prompts
-        prompts = own or self._policy.prompts
+        prompts = self._policy.prompts_of(read.claim)
         task = Task(
             key=read.claim.ordinal,
             prompts=tuple(prompts[index] for index in self._policy.asked(read.claim)),
-            own_prompts=own is not None,
+            own_prompts=read.claim.item.prompts is not None,
             frames=frames,
-            time_limit_s=self._policy.timeout_s,
-            on_oom=self._policy.on_oom,
         )
         if not worker.prepare(task, descriptor) and worker not in self.lost:
             self.lost.append(worker)
@@ -216,5 +210,5 @@ class Assigner:
 
 
 def _is_alone(worker: Worker) -> bool:
-    """Say whether a worker decodes a suspect, beside which nothing is even prepared."""
+    """Say whether a worker decodes a suspect, next to which nothing is even prepared."""
     return worker.decodes is not None and worker.decodes.alone

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from specvlm.bench.page import PageSheet, write_page
 from specvlm.bench.records import STAGES, Report, rows_of
 from specvlm.durable import publish
-from specvlm_cli.exits import FatalError, UsageError
+from specvlm_cli.exits import FatalError, Flag, UsageError
 from specvlm_cli.safe_files import new_file
 from specvlm_cli.text import clean, storable
 
@@ -54,7 +54,6 @@ SCHEMA = pa.schema(
         ("peak_memory_bytes", pa.int64()),
         ("mean_batch_size", pa.float64()),
         ("settled_tokens", pa.int64()),
-        ("modelled", pa.bool_()),
     ]
 )
 
@@ -69,9 +68,11 @@ def ready(folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"--out {shown}: {error.strerror}; give a folder that can be made") from error
+        raise UsageError(
+            Flag("out", shown), f": {error.strerror}", fix="give a folder that can be made"
+        ) from error
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise UsageError(f"--out {shown}: no files can be written there; give another folder")
+        raise UsageError(Flag("out", shown), ": no files can be written there", fix="give another folder")
     return folder
 
 
@@ -96,8 +97,8 @@ def write(report: Report, folder: Path, sheets: Sequence[PageSheet] = ()) -> Non
 
 
 def _write_rows(report: Report, path: Path) -> None:
-    rows = [row | _texts(row) | {"modelled": report.modelled} for row in rows_of(report.samples)]
-    note = json.dumps({"label": report.label, "conditions": asdict(report.conditions)})
+    rows = [row | _texts(row) for row in rows_of(report.samples)]
+    note = json.dumps({"conditions": asdict(report.conditions)})
     table = pa.Table.from_pylist(rows, SCHEMA.with_metadata({_METADATA: note}))
     with _whole(path) as temporary:
         pq.write_table(table, temporary.absolute(), compression="zstd")  # it takes `b:1` for an address

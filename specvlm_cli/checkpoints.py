@@ -5,19 +5,21 @@
     caches = target's x (video tokens + text) + draft's x (video tokens it keeps + text)
 
 in bf16, for the longest video that the preset reads, 1024 tokens of prompt and caption, with the times that some
-models are told, nine video tokens in ten pruned for the draft. Working memory of the vision towers and of the prefill
+models are given, nine of ten video tokens pruned for the draft. Working memory of the vision towers and of the prefill
 comes on top and is not in here. Asks no network and imports no torch.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from specvlm.checkpoint import read_json
 from specvlm.config import SpeculationSettings
+from specvlm.errors import ModelLoadError
 from specvlm.preset import Preset, presets
 from specvlm.published import shape_of, stamp_tokens, tokens_within
 from specvlm_cli.engine import public_name
@@ -133,7 +135,8 @@ def on_disk(model: str) -> OnDisk:
 
 def _needed(index: dict[str, Any] | None) -> Sequence[str]:
     """Return the files that hold the weights, from the index of their parts where there is one."""
-    return sorted(set(index["weight_map"].values())) if index else [_WEIGHTS]
+    found = index.get("weight_map") if index else None
+    return sorted(set(map(str, found.values()))) if isinstance(found, dict) else [_WEIGHTS]
 
 
 def _of(found: list[bool]) -> OnDisk:
@@ -141,10 +144,9 @@ def _of(found: list[bool]) -> OnDisk:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        return None
+    with suppress(ModelLoadError):
+        return read_json(path)
+    return None
 
 
 def _cached(model: str, name: str) -> Path | None:

@@ -13,15 +13,15 @@ from logging import ERROR, getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-import specvlm
+from specvlm.config import ModelSettings
 from specvlm.demo import OWNER, demo_folder
 from specvlm.drafts.kept_tokens import MostUsed
 from specvlm.errors import PromptError
 from specvlm.host import usable_cores
 from specvlm.records import Caption, Frames
-from specvlm_cli.exits import UsageError
+from specvlm_cli.exits import Flag, UsageError
 from specvlm_cli.gpus import may_have_gpu
-from specvlm_cli.settings import CaptionSettings, ModelChoice, Plain
+from specvlm_cli.settings import CaptionSettings, Plain
 
 DEMO_WEIGHTS = demo_folder("qwen-target").parent
 
@@ -167,18 +167,13 @@ class SpecvlmEngine:
     @property
     def models(self) -> Models:
         info = self._captioner.info
-        resolved = {
-            "target_revision": info.target_revision,
-            "dtype": info.dtype,
-            "processor_options": dict(info.processor_options),
-        }
         return Models(
             target=self._settings.models.name,
             target_revision=info.target_revision,
             draft=None if info.draft is None else public_name(info.draft),
             device=info.device,
             frame_multiple=self._captioner.frame_multiple,
-            resolved=resolved,
+            resolved=resolved(self._captioner),
             warnings=info.warnings,
         )
 
@@ -234,12 +229,23 @@ class SpecvlmEngine:
                 self._batch.step()
 
     def is_out_of_memory(self, error: Exception) -> bool:
-        from specvlm.batch import free_what_can_be_freed, is_out_of_memory
+        from specvlm.batch import free_what_can_be_freed
+        from specvlm.stats import is_out_of_memory
 
         if not is_out_of_memory(error):
             return False
         free_what_can_be_freed()
         return True
+
+
+def resolved(captioner: Captioner) -> Plain:
+    """Return what captions depend on beyond the settings."""
+    info = captioner.info
+    return {
+        "target_revision": info.target_revision,
+        "dtype": info.dtype,
+        "processor_options": dict(info.processor_options),
+    }
 
 
 def public_name(model: str) -> str:
@@ -321,7 +327,7 @@ def _weight_bytes(folder: Path) -> int:
         return 0
 
 
-def load_captioner(models: ModelChoice, device: str | None = None, *, quiet: bool) -> Captioner:
+def load_captioner(models: ModelSettings, device: str | None = None, *, quiet: bool) -> Captioner:
     """Load what was chosen, onto a device where one is given; downloads show their progress unless `quiet`.
 
     Raises:
@@ -331,20 +337,13 @@ def load_captioner(models: ModelChoice, device: str | None = None, *, quiet: boo
     device_map = device or models.device_map
     _check_device(device_map)
     _hush(quiet)
-    return specvlm.load(
-        models.load,
-        draft=models.draft,
-        draft_vocab=models.draft_vocab,
-        revision=models.revision,
-        draft_revision=models.draft_revision,
-        dtype=models.dtype,
-        device_map=device_map,
-        local_files_only=models.local_files_only,
-        trust_remote_code=models.trust_remote_code,
-    )
+
+    from specvlm import loading
+
+    return loading.load_models(replace(models, device_map=device_map))
 
 
-def with_draft(captioner: Captioner, draft: str, models: ModelChoice) -> Captioner:
+def with_draft(captioner: Captioner, draft: str, models: ModelSettings) -> Captioner:
     """Return another captioner with the same loaded target and another draft.
 
     Raises:
@@ -352,16 +351,10 @@ def with_draft(captioner: Captioner, draft: str, models: ModelChoice) -> Caption
     """
     from specvlm import loading
 
-    return loading.with_draft(
-        captioner,
-        draft,
-        draft_vocab=models.draft_vocab,
-        local_files_only=models.local_files_only,
-        trust_remote_code=models.trust_remote_code,
-    )
+    return loading.with_draft(captioner, replace(models, draft=draft))
 
 
-def load_tokenizer(models: ModelChoice, *, quiet: bool) -> Any:
+def load_tokenizer(models: ModelSettings, *, quiet: bool) -> Any:
     """Load the target's tokenizer alone.
 
     Raises:
@@ -369,23 +362,18 @@ def load_tokenizer(models: ModelChoice, *, quiet: bool) -> Any:
     """
     _hush(quiet)
 
-    from specvlm.loading import load_tokenizer as load
+    from specvlm import loading
 
-    return load(
-        models.load,
-        revision=models.revision,
-        local_files_only=models.local_files_only,
-        trust_remote_code=models.trust_remote_code,
-    )
+    return loading.load_tokenizer(models)
 
 
-def _check_device(name: str | None) -> None:
+def _check_device(name: object) -> None:
     """Refuse a device that this machine does not have.
 
     Raises:
         UsageError: There is no such device.
     """
-    kind, _, number = (name or "").partition(":")
+    kind, _, number = name.partition(":") if isinstance(name, str) else ("", "", "")
     if kind not in ("cuda", "xpu", "mps"):
         return
     import torch
@@ -393,7 +381,7 @@ def _check_device(name: str | None) -> None:
     count = int(torch.backends.mps.is_available()) if kind == "mps" else getattr(torch, kind).device_count()
     if int(number or 0) >= count:
         there = f"this machine has {count} of that kind" if count else "this machine has none of that kind"
-        raise UsageError(f"--device-map {name}: {there}; give another device, auto, or cpu")
+        raise UsageError(Flag("device_map", name), f": {there}", fix="give another device, auto, or cpu")
 
 
 def _hush(quiet: bool) -> None:

@@ -8,6 +8,7 @@ from specvlm.errors import VideoError
 from specvlm_cli.text import storable
 
 LONGEST = 2000  # characters of a reason
+BAD_INPUT = "BadInput"  # error type of an input that names no video, or an impossible part of one
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ class Holder:
         pid: The process there.
         since: When it took the lock; None where it has not said, or has signed off already.
         alive: It holds the lock (True), it died without letting go of its name (False), or that cannot be
-            told from this machine (None).
+            checked from this machine (None).
     """
 
     host: str
@@ -37,7 +37,7 @@ class Holder:
 
 
 def holder_of(lock: Path) -> Holder | None:
-    """Return who holds a lock, or died holding it; None: nobody."""
+    """Return who holds a lock, or died holding it; None: it is free."""
     try:
         named = _named(read_whole(lock))
         locked_by = _locked_by(lock, 0 if named is None else named[1])

@@ -7,7 +7,6 @@ before anything is written: a start on a finished run touches no file.
 from __future__ import annotations
 
 import json
-import math
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -16,13 +15,14 @@ from dataclasses import dataclass, field, replace
 from os import fsdecode
 from os.path import lexists
 from pathlib import Path
-from typing import Literal, Protocol, TypeVar
+from typing import Literal, Protocol
 
 from specvlm.checkpoint import can_compare, fingerprint
 from specvlm.errors import SpecvlmError
 from specvlm_cli.engine import EngineFactory, Models
-from specvlm_cli.exits import BusyError, ExitCode, UsageError
+from specvlm_cli.exits import ExitCode, Flag, UsageError
 from specvlm_cli.ledger import UNREADABLE, Ledger, Planned, is_damage
+from specvlm_cli.lock import LockedPolicy, when_free
 from specvlm_cli.parts import CAPTION_SCHEMA
 from specvlm_cli.policy import Policy
 from specvlm_cli.resharding import finish, is_unfinished, reshard
@@ -30,20 +30,15 @@ from specvlm_cli.results import Outcome
 from specvlm_cli.rows import Provenance
 from specvlm_cli.run_folder import RunFile, RunFolder
 from specvlm_cli.runner import Reporter, Runner
-from specvlm_cli.settings import CaptionSettings, Plain, config_hash, differences
+from specvlm_cli.settings import CaptionSettings, Change, Plain, config_hash, differences
 from specvlm_cli.shard import Shard
-from specvlm_cli.stopping import Stop, listening
+from specvlm_cli.stopping import Stop, end_if_asked, listening
 from specvlm_cli.text import clean, short
 from specvlm_cli.wanted import Wanted
 
 ChangePolicy = Literal["error", "reuse", "new"]
-LockedPolicy = Literal["fail", "skip", "wait"]
 
-T = TypeVar("T")
-
-_VIDEOS_OF_WORKER = 16  # fewer are not worth loading models once more
-_LOOK_EVERY_S = 1.0  # at a lock that others hold
-_MOST_TOLD = 20  # rows that name no video; the others stand in the failures file
+_MOST_TOLD = 20  # rows that name no video; the others are in the failures file
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,27 +48,23 @@ class Request:
     Attributes:
         wanted: The videos.
         out: The run folder.
-        settings: What captions depend on, and how they are made.
-        policy: How to work through the videos.
+        policy: How to work through the videos, and how captions are made.
         version: Version of specvlm, for the rows.
         shard: Which part of the run this is.
-        reshard: Divide the run anew, where it has another number of shards.
+        reshard: Redistribute the run, if it has another number of shards.
         kept: Columns that pass through from a manifest to the rows, and their kinds.
         unreadable: Folders that could not be listed; videos in them were not found, which counts as a failure.
-        overwrite: Caption all given videos anew.
+        overwrite: Caption all given videos again.
         retry_failed: Try the given videos again that failed before.
         on_config_change: What to do where the folder holds captions made with other settings.
         if_locked: What to do where another start is at work on the same shard.
         max_runtime_s: Stop after this time; None: never.
-        max_failures_share: Stop once this share of the videos to do has failed; None: see
-            `policy.max_failures`.
         exit_zero: Failed videos do not change the exit code.
         before_loading: Called where there is something to do, before models are loaded.
     """
 
     wanted: Wanted
     out: Path
-    settings: CaptionSettings
     policy: Policy
     version: str
     shard: Shard = field(default_factory=Shard)
@@ -85,9 +76,13 @@ class Request:
     on_config_change: ChangePolicy = "error"
     if_locked: LockedPolicy = "fail"
     max_runtime_s: float | None = None
-    max_failures_share: float | None = None
     exit_zero: bool = False
     before_loading: Callable[[], None] = lambda: None
+
+    @property
+    def settings(self) -> CaptionSettings:
+        """What captions depend on, and how they are made."""
+        return self.policy.captions
 
 
 class Display(Reporter, Protocol):
@@ -104,7 +99,7 @@ def run(request: Request, factory: EngineFactory, display: Display) -> Outcome:
     """Caption what is to be captioned, and say how it ended.
 
     Raises:
-        CommandError: The start could not be made, or could not go on.
+        CommandError: The start could not be made, or could not continue.
     """
     started = time.monotonic()
     with listening() as stop:
@@ -118,8 +113,8 @@ def _run(request: Request, factory: EngineFactory, display: Display, stop: Stop)
     folder = choose_folder(request)
     if str(folder.root) != str(request.out):
         display.note(f"settings changed: captions go to {clean(str(folder.root))}")
-    if (request.reshard or is_unfinished(folder.root)) and not _when_free(
-        request, stop, display, lambda: _divide(request, folder, display)
+    if (request.reshard or is_unfinished(folder.root)) and not when_free(
+        request.if_locked, stop, display.note, lambda: _divide(request, folder, display)
     ):
         return _not_begun(request, folder, stop)
     _agree(request, folder)
@@ -127,7 +122,9 @@ def _run(request: Request, factory: EngineFactory, display: Display, stop: Stop)
         return outcome
     run_id = uuid.uuid4().hex
     with ExitStack() as held:
-        lock = _when_free(request, stop, display, lambda: held.enter_context(folder.locked(run_id)))
+        lock = when_free(
+            request.if_locked, stop, display.note, lambda: held.enter_context(folder.locked(run_id))
+        )
         if lock is None:
             return _not_begun(request, folder, stop)
         stop.tell(lock.sign_off)
@@ -137,26 +134,8 @@ def _run(request: Request, factory: EngineFactory, display: Display, stop: Stop)
             return start.work(factory)
 
 
-def _when_free(request: Request, stop: Stop, display: Display, enter: Callable[[], T]) -> T | None:
-    """Do what needs the folder; None where another start holds it and that is a reason to skip, or to stop."""
-    told = False
-    while stop.reason is None:
-        try:
-            return enter()
-        except BusyError as error:
-            if request.if_locked == "fail":
-                raise
-            if not told:
-                display.note(str(error) if request.if_locked == "skip" else f"waiting: {error}")
-            if request.if_locked == "skip":
-                break
-            told = True
-            time.sleep(_LOOK_EVERY_S)
-    return None
-
-
 def _divide(request: Request, folder: RunFolder, display: Display) -> bool:
-    """Finish a division into shards that was cut short, and divide anew where that was asked for."""
+    """Finish an interrupted redistribution, and redistribute if asked to."""
     finish(folder.root)
     if request.reshard and reshard(folder.root, request.shard.count):
         display.note(f"{_shown(folder)} is divided into {request.shard.count} shards now")
@@ -253,7 +232,7 @@ def _kept(request: Request, folder: RunFolder, known: RunFile) -> Mapping[str, s
         had = "1 shard" if known.shards == 1 else f"{known.shards} shards"
         raise UsageError(
             f"{_shown(folder)} was begun with {had}, this start has {request.shard.count}; give --shard I/N "
-            "with that number, or --reshard to have it divided anew"
+            "with that number, or --reshard to redistribute it"
         )
     if not request.kept.items() <= known.kept.items():
         had = ", ".join(f"{name} ({kind})" for name, kind in known.kept.items()) or "none"
@@ -265,7 +244,7 @@ def _kept(request: Request, folder: RunFolder, known: RunFile) -> Mapping[str, s
     if taken := sorted(known.kept.keys() & set(CAPTION_SCHEMA.names)):
         raise UsageError(
             f"{_shown(folder)} was begun by an earlier version with --keep-columns {clean(', '.join(taken))}, which a "
-            "row has of its own by now; export reads it as it is, captions go on in another -o folder"
+            "row has of its own by now; export reads it as it is, use another -o folder for further captions"
         )
     return known.kept
 
@@ -286,7 +265,7 @@ def _nothing_to_do(request: Request, folder: RunFolder) -> Outcome | None:
                 _refuse_changed_files(request, folder, ledger, at_once=True)
             return None if work or not folder.parts.in_order(ledger) else _outcome(request, folder, ledger)
     except UNREADABLE as error:
-        if is_damage(error):  # opening it for writing tells what is wrong
+        if is_damage(error):  # opening it for writing shows what is wrong
             return None
         raise
 
@@ -334,11 +313,7 @@ class _Start:
         """Caption what is to be captioned."""
         request = self.request
         todo = self.ledger.count_to_do(request.overwrite, request.retry_failed, request.policy.limit)
-        policy = replace(
-            request.policy,
-            max_failures=_most_failures(request, todo),
-            cpu_workers=min(request.policy.cpu_workers, max(1, todo // _VIDEOS_OF_WORKER)),
-        )
+        policy = request.policy.for_videos(todo)
         runner = Runner(self.ledger, self.folder.parts, factory, policy, self.display, refused=self.refused)
         if todo and self.stop.reason is None and not runner.too_many_failed():
             self._caption(runner, todo)
@@ -413,11 +388,6 @@ class _Start:
             raise _other_target(self.folder, changes)
 
 
-def _most_failures(request: Request, todo: int) -> int | None:
-    share = request.max_failures_share
-    return request.policy.max_failures if share is None else max(1, math.ceil(share * todo))
-
-
 def _outcome(request: Request, folder: RunFolder, ledger: Ledger) -> Outcome:
     counts = ledger.counts()
     return Outcome(
@@ -442,7 +412,6 @@ def _provenance(request: Request, models: Models, run_id: str) -> Provenance:
         config_hash=config_hash(request.settings.fingerprint()),
         specvlm_version=request.version,
         run_id=run_id,
-        prompts=request.settings.prompts,
     )
 
 
@@ -469,13 +438,15 @@ def _refuse_other_settings(
         return
     if known is None and _hashes(folder, ledger) == {config_hash(fingerprint)}:
         return
-    changes = "; ".join(differences(known.settings, fingerprint)) if known else "its run.json is gone"
-    how = "go on with the new value"
+    changes = (
+        "; ".join(map(str, differences(known.settings, fingerprint))) if known else "its run.json is gone"
+    )
+    how = "continue with the new value"
     if known and _adds_prompts(request, known):
         how = "ask only what is new, about all videos"
     raise UsageError(
         f"{_shown(folder)} holds captions made with other settings: {clean(changes)}; give the old value, or "
-        f"--on-config-change reuse (keep them, {how}) or new (a new folder beside it)"
+        f"--on-config-change reuse (keep them, {how}) or new (a new folder next to it)"
     )
 
 
@@ -509,9 +480,9 @@ def _refuse_other_order(request: Request, folder: RunFolder, ledger: Ledger, kno
     moved = next((one for one in prompts if one in before and before.index(one) != prompts.index(one)), None)
     if moved is not None and _captions_kept(request, folder, ledger):
         raise UsageError(
-            f"--prompt {short(moved, 60)!r} has the prompt_index {before.index(moved)} in {_shown(folder)} and would "
-            f"get {prompts.index(moved)}; give the prompts of the run first, in their order, and new ones after them, "
-            "or another -o folder"
+            Flag("prompt", repr(short(moved, 60))),
+            f"has the prompt_index {before.index(moved)} in {_shown(folder)} and would get {prompts.index(moved)}",
+            fix="give the prompts of the run first, in their order, and new ones after them, or another -o folder",
         )
 
 
@@ -527,7 +498,7 @@ def _refuse_changed_files(
     if not target.is_dir():
         return
     try:
-        now = fingerprint(target, at_once=at_once)
+        now = fingerprint(target, at_once=at_once, between_pieces=end_if_asked)
     except SpecvlmError:
         if at_once:
             return
@@ -540,11 +511,11 @@ def _refuse_changed_files(
         raise _other_target(folder, differences({"target_revision": then}, {"target_revision": now}))
 
 
-def _other_target(folder: RunFolder, changes: Sequence[str]) -> UsageError:
+def _other_target(folder: RunFolder, changes: Sequence[Change]) -> UsageError:
     return UsageError(
         f"{_shown(folder)}: the target is not that of the captions there, although it has its name: "
-        f"{'; '.join(changes)}; use the old files, --revision and --dtype, accept both with --on-config-change reuse, "
-        "or give another -o folder"
+        f"{'; '.join(map(str, changes))}; use the old files, --revision and --dtype, accept both with "
+        "--on-config-change reuse, or give another -o folder"
     )
 
 

@@ -1,6 +1,6 @@
 """The ledger: what is to be done, what is done, and the captions, in one SQLite file with one writer.
 
-A caption is stored in the very transaction that marks its video done, so a crash can lose neither without the
+A caption is stored in the same transaction that marks its video done, so a crash can lose neither without the
 other. Rollback journal and synchronous=FULL: a committed caption survives a power cut, and no version of
 SQLite can corrupt the file the way write-ahead logs could before 3.51.3. Every write takes its lock at once
 (BEGIN IMMEDIATE).
@@ -23,6 +23,7 @@ from sqlite_utils import Database
 
 from specvlm_cli import database as sqlite_file
 from specvlm_cli.exits import FatalError
+from specvlm_cli.failure import BAD_INPUT
 from specvlm_cli.failure import Failure as Failure
 from specvlm_cli.inputs.item import Item
 from specvlm_cli.migrations import READABLE, STEPS, migrate, require_schema, schema_version, sign
@@ -38,7 +39,6 @@ _MOST_ATTEMPTS = 1 << 31
 MOST_CRASHES = 3  # a video that was running at so many crashes, alone at the last, is not tried again
 SUSPECT_CRASHES = MOST_CRASHES - 1  # one that was running at so many runs with nothing else
 BUSY_TIMEOUT_S = 60.0
-BAD_INPUT = "BadInput"  # error type of a manifest's row that names no video
 UNREADABLE = (sqlite3.DatabaseError, UnicodeDecodeError)  # SQLite's message may quote damaged bytes
 _REBUILD = "delete it to have it rebuilt from captions/"
 
@@ -54,7 +54,7 @@ class Claim:
 
 
 class FileStamp(NamedTuple):
-    """What tells later whether a file is still the one that was captioned."""
+    """What shows later whether a file is still the one that was captioned."""
 
     size_bytes: int | None
     mtime_ns: int | None
@@ -464,7 +464,7 @@ class Ledger:
         return int(refused.rowcount)
 
     def bad_rows(self, limit: int) -> list[tuple[Claim, Failure]]:
-        """Return rows of a manifest that failed because they name no video, and stand in no failures file yet."""
+        """Return rows of a manifest that failed because they name no video, and are in no failures file yet."""
         sql = """SELECT ordinal, id, path, start_s, end_s, prompts, kept, attempts, input_path,
                  stage, error_type, error FROM item
                  WHERE error_type = ? AND state = 'failed' AND NOT reported ORDER BY ordinal LIMIT ?"""
@@ -479,7 +479,7 @@ class Ledger:
         return number, [problem for (problem,) in self._db.execute(sql, (limit,))]
 
     def captions_kept(self, overwrite: bool, limit: int | None) -> int:
-        """Return how many captions are there, leaving out those that an overwriting run makes anew."""
+        """Return how many captions are there, leaving out those that an overwriting run makes again."""
         if not overwrite:
             return int(self._one("SELECT count(*) FROM caption"))
         anew, values = self._to_do("id", True, False, limit)
@@ -662,7 +662,7 @@ class Ledger:
             return bool(self._one(sql, row["id"], row["prompt_index"], row["created_at"]))
 
     def rows_without_part(self, limit: int) -> list[tuple[int, int, Row]]:
-        """Return (item, prompt index, row) of the oldest captions that stand in no part yet.
+        """Return (item, prompt index, row) of the oldest captions that are in no part yet.
 
         About `limit` of them: the captions of one video stay together.
         """
@@ -703,7 +703,7 @@ class Ledger:
         )
 
     def outdate(self, name: str) -> None:
-        """Have a part written anew that is gone or damaged; its captions are still here."""
+        """Have a part rewritten that is gone or damaged; its captions are still here."""
         with self.writing():
             self._outdate(name)
 
@@ -720,7 +720,7 @@ class Ledger:
             )
 
     def renew_part(self, part: Part) -> None:
-        """Record that a part was written anew under its old name."""
+        """Record that a part was rewritten under its old name."""
         with self.writing():
             self._db.execute(
                 "UPDATE part SET sha256 = ?, rows = ?, bytes = ?, outdated = 0 WHERE name = ?",

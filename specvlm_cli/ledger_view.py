@@ -206,11 +206,11 @@ class LedgerView:
         return int(self._one("SELECT count(*) FROM caption"))
 
     def is_registered(self) -> bool:
-        """Say whether a start has gone through its inputs since this ledger was made, or made anew."""
+        """Say whether a start has gone through its inputs since this ledger was made, or made again."""
         return bool(self._one("SELECT EXISTS (SELECT 1 FROM counter WHERE name = 'registered')"))
 
     def unwritten(self) -> int:
-        """Return how many captions stand in no finished part yet."""
+        """Return how many captions are in no finished part yet."""
         return int(self._one("SELECT count(*) FROM caption WHERE part IS NULL"))
 
     def unreported(self) -> bool:
@@ -325,12 +325,12 @@ class LedgerView:
         return {(identity, index): self._row(row)["caption"] for identity, index, row in found}
 
     def reported_ids(self) -> list[str]:
-        """Return the ids of the failures that stand in the failures file."""
+        """Return the ids of the failures that are in the failures file."""
         sql = "SELECT id FROM item WHERE state = 'failed' AND reported ORDER BY id"
         return [identity for (identity,) in self._all(sql)]
 
     def unlisted_parts(self) -> list[tuple[str, int]]:
-        """Return (name, captions) of the parts that captions are said to stand in and that are not listed."""
+        """Return (name, captions) of the parts that captions are recorded in and that are not listed."""
         sql = """SELECT part, count(*) FROM caption WHERE part IS NOT NULL AND part NOT IN
                  (SELECT name FROM part) GROUP BY part ORDER BY part"""
         return self._all(sql)

@@ -7,22 +7,28 @@ import json
 import os
 import socket
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TextIO
+from typing import Literal, Self, TextIO, TypeVar
 
 from specvlm_cli.exits import BusyError, FatalError
 from specvlm_cli.safe_files import open_lock, read_whole
-from specvlm_cli.stopping import NotBegunError, is_asked
+from specvlm_cli.stopping import Stop, end_if_asked
 from specvlm_cli.text import clean
 
+LockedPolicy = Literal["fail", "skip", "wait"]
+
+T = TypeVar("T")
+
 _LOOK_EVERY_S = 0.02
+_TRY_EVERY_S = 1.0  # to get a folder that another process is using
 
 
 class Lock:
-    """A lock that is held. The holder's name stands in the file until the holder ends in order.
+    """A lock that is held. The holder's name is in the file until the holder ends in order.
 
     Attributes:
         after_crash: The holder before left its name, so it died.
@@ -72,6 +78,39 @@ def take(path: Path, run_id: str) -> Lock:
     return Lock(file, after_crash=after_crash)
 
 
+def when_free(
+    policy: LockedPolicy, stop: Stop, note: Callable[[str], None], enter: Callable[[], T]
+) -> T | None:
+    """Call `enter`, which takes a lock, and follow `--if-locked` while another process holds it.
+
+    Args:
+        policy: Fail, skip, or wait until the lock is free.
+        stop: Ends the waiting.
+        note: Prints a message.
+        enter: Raises BusyError while another process holds the lock.
+
+    Returns:
+        What `enter` returns; None: the policy is to skip, or `stop` has a reason.
+
+    Raises:
+        BusyError: Another process holds the lock, and the policy is to fail.
+    """
+    noted = False
+    while stop.reason is None:
+        try:
+            return enter()
+        except BusyError as error:
+            if policy == "fail":
+                raise
+            if not noted:
+                note(str(error) if policy == "skip" else f"waiting: {error}")
+            if policy == "skip":
+                break
+            noted = True
+            time.sleep(_TRY_EVERY_S)
+    return None
+
+
 def share(path: Path, *, alone: bool = False, patient: bool = False) -> TextIO:
     """Take a lock that several processes may hold together, or that one holds alone; closing gives it back.
 
@@ -86,8 +125,7 @@ def share(path: Path, *, alone: bool = False, patient: bool = False) -> TextIO:
     try:
         while not _is_locked(file, kind, patient):
             time.sleep(_LOOK_EVERY_S)
-            if is_asked():  # waiting in the kernel would go on after a signal
-                raise NotBegunError("a signal")
+            end_if_asked()  # waiting in the kernel would continue after a signal
     except BlockingIOError:
         file.close()
         what = "a start of it is at work" if alone else "its shard count is being changed"

@@ -19,7 +19,7 @@ from specvlm_cli.exits import FatalError
 APPLICATION_ID = 0x5350564C  # "SPVL", so that `file` and we can tell a ledger from any other SQLite file
 
 _FIRST = (
-    # One row for each video, or part of a video. `reported` is 1 once the failure stands in the failures
+    # One row for each video, or part of a video. `reported` is 1 once the failure is in the failures
     # file.
     """
     CREATE TABLE item (
@@ -48,7 +48,7 @@ _FIRST = (
         bytes INTEGER NOT NULL
     ) STRICT
     """,
-    # The captions themselves, as JSON of the Parquet row; `part` is null until the row stands in a finished
+    # The captions themselves, as JSON of the Parquet row; `part` is null until the row is in a finished
     # part.
     """
     CREATE TABLE caption (
@@ -66,7 +66,7 @@ _FIRST = (
 )
 
 _SECOND = (
-    # 1 from the moment the rows of a part change until its file is written anew, under the same name.
+    # 1 from the moment the rows of a part change until its file is rewritten, under the same name.
     "ALTER TABLE part ADD COLUMN outdated INTEGER NOT NULL DEFAULT 0",
 )
 
@@ -81,12 +81,12 @@ _THIRD = (
 )
 
 _FOURTH = (
-    # A caption's row has more columns (of a trained head): all parts are written anew, to have one schema.
+    # A caption's row has more columns (of a trained head): all parts are rewritten, to have one schema.
     "UPDATE part SET outdated = 1 WHERE name LIKE 'captions/%'",
 )
 
 _FIFTH = (
-    # More columns again (of batches): all parts are written anew, to have one schema.
+    # More columns again (of batches): all parts are rewritten, to have one schema.
     "UPDATE part SET outdated = 1 WHERE name LIKE 'captions/%'",
 )
 
@@ -97,14 +97,14 @@ _SIXTH = (
 
 _SEVENTH = (
     # The path as the manifest or the listing wrote it. Captions and failures have it as a column, and failures have the
-    # columns that pass through: all files are written anew, to have one schema.
+    # columns that pass through: all files are rewritten, to have one schema.
     "ALTER TABLE item ADD COLUMN input_path BLOB",
     "UPDATE part SET outdated = 1 WHERE name LIKE 'captions/%'",
     "UPDATE item SET reported = 0",
 )
 
 _EIGHTH = (
-    # More columns again (of settled tokens): all parts are written anew, to have one schema.
+    # More columns again (of settled tokens): all parts are rewritten, to have one schema.
     "UPDATE part SET outdated = 1 WHERE name LIKE 'captions/%'",
 )
 
@@ -134,6 +134,9 @@ def require_schema(connection: sqlite3.Connection, version: int) -> None:
     Raises:
         FatalError: It has others, as only another program can have made them.
     """
+    encoding = connection.execute("PRAGMA encoding").fetchone()[0]
+    if encoding != "UTF-8":
+        raise FatalError(f"its texts are in {encoding}; delete the ledger to have it rebuilt from captions/")
     wanted, found = _schema(version), schema_of(connection)
     if odd := wanted.items() ^ found.items():
         kind, name = min((one for one, _ in odd), key=lambda one: (one[0] == "index", one))

@@ -1,9 +1,9 @@
-"""Parquet files derived from the ledger: written beside their name, checked, renamed, and only then recorded.
+"""Parquet files derived from the ledger: written next to their name, checked, renamed, and only then recorded.
 
 Every part has one schema, declared here. Page checksums and zstd; names that begin with a dot are unfinished
 and are ignored by Parquet readers. A crash at any point leaves a file that the ledger does not know; the next
 start removes it and writes its rows again, from the ledger. A part whose rows change, or whose file is
-damaged, is written anew under its own name, so that a reader sees the old rows or the new, never both or
+damaged, is rewritten under its own name, so that a reader sees the old rows or the new, never both or
 neither. It knows files and rows; it decides nothing about videos.
 """
 
@@ -28,8 +28,8 @@ from specvlm.durable import publish
 from specvlm_cli.exits import FatalError
 from specvlm_cli.ledger import Ledger, Part, Row, refused
 from specvlm_cli.safe_files import UnsafeFileError, new_file, open_regular, require_folder
-from specvlm_cli.stopping import NotBegunError, is_asked
-from specvlm_cli.stored_rows import OddRowError
+from specvlm_cli.stopping import end_if_asked
+from specvlm_cli.stored_rows import OddRowError, check_types, checks_of
 from specvlm_cli.text import clean, path_bytes
 
 CAPTIONS = "captions"
@@ -136,6 +136,7 @@ _SOME_ROWS = 100
 _PIECE = 1 << 20  # bytes that are read at once
 _MOST_ROWS = {CAPTIONS: 1_000_000, FAILURES: 50_000_000}  # of a file; of captions there are some thousands
 _MOST_UNPACKED = 16 << 30  # bytes
+_NEVER_NEGATIVE = ("start", "end", "prompt_index", "attempts")
 _NEEDED = ("id", "path", "prompt_index", "caption", "created_at")  # without these columns a file is no part
 
 
@@ -215,7 +216,7 @@ class Parts:
         return _write(self._root, name, table)
 
     def close_part(self, ledger: Ledger, most_rows: int) -> None:
-        """Write the captions that stand in no part yet, at most `most_rows` to a part, and renew old parts."""
+        """Write the captions that are in no part yet, at most `most_rows` to a part, and renew old parts."""
         self._renew(ledger)
         while rows := ledger.rows_without_part(most_rows):
             name = f"{CAPTIONS}/part-{self._shard:05d}-{ledger.take_part_number():05d}.parquet"
@@ -271,7 +272,7 @@ class Parts:
         for path in strays:
             path.unlink(missing_ok=True)
         done = [f"removed {path}, left by a crash" for path in strays if not path.name.startswith(".")]
-        outdated = set(ledger.outdated_parts())  # written anew in any case
+        outdated = set(ledger.outdated_parts())  # rewritten in any case
         for part in self._listed(ledger):
             if part.name not in outdated and not self._whole(part, content=True):
                 done.append(f"{self._root / part.name} was missing or damaged, written again from the ledger")
@@ -304,7 +305,7 @@ class Parts:
             rows = _read(path, caption_schema(self.kept))
         except _TooLargeError:
             raise
-        except FatalError:  # nobody can read it, so nothing is lost with it
+        except FatalError:  # it cannot be read, so nothing is lost with it
             return
         if not all(ledger.holds(row) for row in rows):
             raise FatalError(
@@ -343,26 +344,26 @@ class Parts:
             FatalError: A part is not readable, so its captions are not to be had from it.
         """
         for number, path in self._numbered():
-            rows = _read(path, caption_schema(self.kept))
+            schema = caption_schema(self.kept)
+            rows = _read(path, schema)
             part = _described(self._root, f"{CAPTIONS}/{path.name}", len(rows))
             with _adopted(path):
+                _check_values(rows, schema)
                 ledger.adopt(part, number, rows, [path_bytes(row["path"]) for row in rows])
             if not set(CAPTION_SCHEMA.names) <= set(_schema_of(path).names):  # an earlier version wrote it
                 ledger.outdate(part.name)
         require_folder(self._root / FAILURES)
         failures = self._root / self.failures_name
         if lexists(failures):
-            names = failure_names(self.kept)
-            rows = [
-                row
-                | {
-                    "kept": json.dumps({column: row[name] for column, name in names.items()})
-                    if names
-                    else None
-                }
-                for row in _read(failures, failure_schema(self.kept))
-            ]
+            names, schema = failure_names(self.kept), failure_schema(self.kept)
+            found = _read(failures, schema)
             with _adopted(failures):
+                _check_values(found, schema)
+                kept = [{column: row[name] for column, name in names.items()} for row in found]
+                rows = [
+                    row | {"kept": json.dumps(one) if names else None}
+                    for row, one in zip(found, kept, strict=True)
+                ]
                 ledger.adopt_failures(rows, [path_bytes(row["path"]) for row in rows])
 
 
@@ -401,7 +402,7 @@ def ids_in_parts(root: Path) -> Iterator[tuple[int, list[str]]]:
         found = _ANY_PART.fullmatch(path.name)
         if found and int(found.group(1)) not in told:
             with (
-                suppress(pa.ArrowException, OSError, KeyError, StopIteration, UnsafeFileError),
+                suppress(pa.ArrowException, OSError, KeyError, ValueError, StopIteration, UnsafeFileError),
                 open_regular(path) as opened,
                 pq.ParquetFile(opened) as file,
             ):
@@ -501,8 +502,8 @@ def _described(root: Path, name: str, rows: int, *, interruptible: bool = False)
     with open_regular(root / name) as file:
         while piece := file.read(_PIECE):
             digest.update(piece)
-            if interruptible and is_asked():
-                raise NotBegunError("a signal")
+            if interruptible:
+                end_if_asked()
         return Part(name, digest.hexdigest(), rows, file.tell())
 
 
@@ -516,10 +517,25 @@ def _read(path: Path, schema: pa.Schema) -> list[Row]:
         for name in _NEEDED:
             if name in schema.names and table.column(name).null_count:
                 raise ValueError(f"a row without {name}")
-    except (pa.ArrowException, KeyError, OSError, ValueError) as error:
+        rows = table.to_pylist()  # a time may lie past the year 9999, a text be no UTF-8
+    except (pa.ArrowException, ArithmeticError, KeyError, OSError, ValueError) as error:
         raise _unreadable(path, error) from error
     missing = dict.fromkeys(set(schema.names) - set(table.schema.names))
-    return [_plain(row) | missing for row in table.to_pylist()]
+    return [_plain(row) | missing for row in rows]
+
+
+def _check_values(rows: Iterable[Row], schema: pa.Schema) -> None:
+    """Check that a ledger may take rows over: that a run writes such values.
+
+    Raises:
+        OddRowError: One does not.
+    """
+    fits = checks_of(schema)
+    for row in rows:
+        check_types(row, fits)
+        for name in _NEVER_NEGATIVE:
+            if (row.get(name) or 0) < 0:
+                raise OddRowError(f"a row whose {name!r} is {row[name]}")
 
 
 def _like(found: pa.Schema, schema: pa.Schema) -> pa.Schema:

@@ -41,9 +41,17 @@ def die_with_parent(parent: int) -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     else:
-        threading.Thread(target=_watch, args=(parent,), daemon=True).start()
+        watch_parent(parent)
     if os.getppid() != parent:  # it ended before we could ask
         os._exit(1)
+
+
+def watch_parent(parent: int) -> None:
+    """Have this process end within a second or so of the process `parent`, also where a thread of it started us.
+
+    The kernel's own way, in `die_with_parent`, would have us killed when that thread ends.
+    """
+    threading.Thread(target=_watch, args=(parent,), daemon=True).start()
 
 
 def _watch(parent: int) -> None:

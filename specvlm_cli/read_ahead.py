@@ -13,10 +13,9 @@ from dataclasses import replace
 from itertools import count
 from typing import NamedTuple
 
-from specvlm.errors import ConfigError
 from specvlm_cli import baseline
 from specvlm_cli.decoding import DecodingPool, ReadFailure, ReadJob, ReadVideo
-from specvlm_cli.ledger import BAD_INPUT, Claim, Ledger
+from specvlm_cli.ledger import Claim, Ledger
 from specvlm_cli.policy import Policy
 
 _FETCH = 64  # claims taken from the ledger at a time
@@ -42,7 +41,7 @@ class Group:
     """Videos that a worker decodes by themselves: a sampled set, or a suspect alone.
 
     Attributes:
-        alone: It is one video, in whose company a worker died; nothing is even prepared beside it.
+        alone: It is one video, in whose company a worker died; nothing is even prepared next to it.
         unread: Ordinals of those that are still being read.
         read: Those whose frames wait for the worker.
         claims: Those that are read, whether the worker has them or not.
@@ -154,11 +153,9 @@ class Queue:
             claim = self._next()
             if claim is None:
                 return
-            try:
-                job = self._job(claim)
-            except ConfigError as error:  # its own start and end are impossible
-                failure = ReadFailure(claim.ordinal, "open", BAD_INPUT, str(error), transient=False)
-                self._impossible.append((claim, failure))
+            job = self._job(claim)
+            if isinstance(job, ReadFailure):
+                self._impossible.append((claim, job))
                 continue
             self._reading[claim.ordinal] = claim
             self._pool.submit(job)
@@ -243,11 +240,10 @@ class Queue:
                 (self._aside if self.is_sampled(claim) else self._coming).append(claim)
         return bool(self._coming)
 
-    def _job(self, claim: Claim) -> ReadJob:
-        item, frames = claim.item, self._policy.frames
-        if item.start_s is not None or item.end_s is not None:
-            frames = replace(frames, start_s=item.start_s or 0.0, end_s=item.end_s)
-        return ReadJob(claim.ordinal, item.path, frames, self._frame_multiple, self._policy.root)
+    def _job(self, claim: Claim) -> ReadJob | ReadFailure:
+        item = claim.item
+        like = ReadJob(0, b"", self._policy.captions.frames, self._frame_multiple, self._policy.root)
+        return like.for_video(claim.ordinal, item.path, item.start_s, item.end_s)
 
     def collect(self) -> Iterator[tuple[Claim, ReadFailure]]:
         """Take what was read; yield what could not be."""
@@ -272,7 +268,7 @@ class Queue:
                 group.add(claim, outcome)
 
     def _leave_out(self, claim: Claim) -> None:
-        """Have a group go on without a video that cannot be read."""
+        """Continue a group without a video that cannot be read."""
         group = self._group_of.pop(claim.ordinal, None)
         if group is not None:
             group.unread.discard(claim.ordinal)

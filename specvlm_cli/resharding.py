@@ -1,16 +1,15 @@
-"""Dividing a run folder anew: its ledgers become others, one for each new shard, with the same videos in all.
+"""Redistributing a run folder: its ledgers become others, one for each new shard, with the same videos in all.
 
 Every video goes to the shard of its id; captions, failures and attempts go with it. The new ledgers are made in
-a folder beside the old ones, and one rename says that they are complete: a crash before it leaves the old
+a folder next to the old ones, and one rename says that they are complete: a crash before it leaves the old
 shards as they are, a crash after it is finished by the next start. Parts belong to a shard, so all of them are
-written anew from the new ledgers; while that is done, the captions stand in the ledgers alone. It needs the
+rewritten from the new ledgers; while that is done, the captions are in the ledgers alone. It needs the
 whole run folder for itself.
 """
 
 from __future__ import annotations
 
 import re
-import shutil
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -19,6 +18,7 @@ from os.path import lexists
 from pathlib import Path
 
 from specvlm.durable import publish, sync
+from specvlm.files import remove
 from specvlm_cli.database import connect
 from specvlm_cli.exits import FatalError
 from specvlm_cli.ledger import BUSY_TIMEOUT_S, Ledger
@@ -26,6 +26,7 @@ from specvlm_cli.parts import listed
 from specvlm_cli.run_folder import RunFile, RunFolder
 from specvlm_cli.safe_files import new_file, read_whole, require_file, require_folder
 from specvlm_cli.shard import MOST_SHARDS, Shard, shard_of
+from specvlm_cli.stopping import end_if_asked
 from specvlm_cli.text import clean
 
 _BUILDING, _COMPLETE = ".resharding", "resharded"
@@ -77,13 +78,14 @@ def _divide(root: Path, known: RunFile, count: int) -> None:
     """Write the new ledgers, and say in one step that they are complete."""
     state = root / ".specvlm"
     building = state / _BUILDING
-    if lexists(building) and not building.is_symlink():
-        shutil.rmtree(building)
-    building.unlink(missing_ok=True)
+    if lexists(building):
+        remove(building)
     building.mkdir()
     for index in range(count):
+        end_if_asked()
         Ledger.create(building / _name(index)).close()
     for index in range(known.shards):
+        end_if_asked()
         folder = RunFolder(root, Shard(index, known.shards))
         if folder.ledger_path(index).exists() or folder.parts.exist():
             folder.parts.kept = known.kept
@@ -158,12 +160,12 @@ def _take_over(root: Path, *, made_now: bool) -> None:
     RunFolder(root).write(replace(known, shards=count))
     for index in range(count):
         _write_parts(RunFolder(root, Shard(index, count)), known)
-    shutil.rmtree(complete)
+    remove(complete)
     sync(complete.parent)
 
 
 def _count(complete: Path, known: RunFile) -> int:
-    """Return the new number of shards, which stands in a file as long as anything is left to do."""
+    """Return the new number of shards, which is in a file as long as anything is left to do."""
     try:
         count = int(read_whole(complete / _NOTE)[:20])
         if 1 <= count <= MOST_SHARDS:
@@ -201,7 +203,7 @@ def _require_complete(complete: Path, before: int, count: int) -> None:
 
 
 def _captions_lost(old: Path, new: Path, index: int, count: int) -> int:
-    """Return how many captions of videos of a new shard stand in an old ledger and not in the new one."""
+    """Return how many captions of videos of a new shard are in an old ledger and not in the new one."""
     with _beside(new, old, count) as database:
         sql = """SELECT count(*) FROM old.caption AS theirs JOIN old.item AS held ON held.ordinal = theirs.item
                  LEFT JOIN main.item AS ours ON ours.id = held.id

@@ -17,7 +17,7 @@ from specvlm_cli.exits import ExitCode
 from specvlm_cli.ledger import Failure, Row
 
 STAGES = ("video_decode_s", "preprocess_s", "vision_s", "target_prefill_s", "draft_prefill_s", "decode_s")
-MOST_KINDS = 100  # of failures that are told apart; models and devices likewise
+MOST_KINDS = 100  # of failures that are counted apart; models and devices likewise
 OTHER_KINDS = "other kinds"
 
 
@@ -67,7 +67,7 @@ class Figures:
         mean_accepted_tokens: Accepted tokens / rounds over all captions, the bonus token not counted.
         mean_acceptance_length: That + 1, tokens per round; None without rounds.
         compared: Captions that were also decoded plainly.
-        identical: Of those, how many have the very same tokens.
+        identical: Of those, how many have the same tokens.
         decode: Speedup of everything after the first token, measured.
         end_to_end: Speedup from opening the file to the text, measured.
         decode_estimated: The first where the plain time was estimated.
@@ -76,7 +76,7 @@ class Figures:
         mean_batch_size: Sequences that shared the steps, on average over the time of the rounds; None: not known.
         tokens_per_s: Tokens after the first / time of the rounds, over all captions; None without rounds.
         stages_s: Time of each stage over all captions; what the prompts of a video share counts once.
-        failures_by_kind: Failed videos by `stage:error_type`, where the tally was told of them.
+        failures_by_kind: Failed videos by `stage:error_type`, if the tally received them.
         targets: The targets whose captions these are.
         drafts: The drafts that guessed.
         devices: Where the target was.
@@ -288,7 +288,7 @@ class Tally:
         self.failures[kind if known else OTHER_KINDS] += videos
 
     def running(self) -> Running:
-        """Return what is shown while the work goes on; it takes no longer the more rows there were."""
+        """Return what is shown during the work; it takes no longer the more rows there were."""
         accepted = self._accepted / self._drafts if self._drafts else None
         for source, speedups in self._speedups.items():
             decode, end_to_end = speedups.decode(), speedups.end_to_end()

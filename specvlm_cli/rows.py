@@ -62,7 +62,7 @@ _MEDIA = {  # column -> what it is of the file's own facts
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """What is the same in every row of one start; `prompts` are of videos that bring none of their own."""
+    """What is the same in every row of one start."""
 
     target_model: str
     target_revision: str | None
@@ -70,21 +70,19 @@ class Provenance:
     config_hash: str
     specvlm_version: str
     run_id: str
-    prompts: tuple[str, ...]
 
 
 def caption_row(
     claim: Claim,
     index: int,
+    prompt: str,
     caption: Caption,
     comparison: Comparison | None,
     made: Made,
     provenance: Provenance,
 ) -> Row:
     """Return the row of one caption: that for prompt number `index` of a video."""
-    prompt, target = (claim.item.prompts or provenance.prompts)[index], provenance.target_model
-    run = asdict(provenance)
-    del run["prompts"]
+    target = provenance.target_model
     return {
         "id": claim.item.id,
         "path": path_text(claim.item.path),
@@ -94,7 +92,7 @@ def caption_row(
         "prompt_index": index,
         "caption": storable(caption.text),
         "finish_reason": caption.finish_reason,
-        **run,
+        **asdict(provenance),
         "prompt": prompt,
         "prompt_sha256": hashlib.sha256(prompt.encode()).hexdigest(),
         "created_at": datetime.now(UTC).isoformat(timespec="microseconds"),

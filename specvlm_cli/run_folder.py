@@ -84,11 +84,7 @@ class RunFile:
 
 
 class RunFolder:
-    """The files of one shard of a run.
-
-    Attributes:
-        was_rebuilt: `open` made the ledger anew from the parts.
-    """
+    """The files of one shard of a run."""
 
     def __init__(self, root: Path, shard: Shard = Shard()) -> None:  # noqa: B008  frozen
         self.root = root
@@ -97,7 +93,6 @@ class RunFolder:
         self._state = root / ".specvlm"
         self._run_file = self._state / "run.json"
         self._ledger = self.ledger_path(shard.index)
-        self.was_rebuilt = False
 
     def ledger_path(self, shard: int) -> Path:
         """Return where the ledger of a shard is."""
@@ -121,7 +116,7 @@ class RunFolder:
             except OSError as error:
                 reason = f"{clean(str(self.root))}: cannot be used as the output folder ({error.strerror})"
                 if error.errno in _OF_THE_DISK:
-                    raise FatalError(f"{reason}; start again once this is mended") from error
+                    raise FatalError(f"{reason}; start again once this is fixed") from error
                 raise UsageError(f"{reason}; give another -o folder") from error
             yield ours
 
@@ -250,7 +245,6 @@ class RunFolder:
         with Ledger.create(temporary) as ledger:
             self.parts.rebuild(ledger)
         publish(temporary, self._ledger)
-        self.was_rebuilt = True
 
 
 def _is_deeper(value: Any, depth: int) -> bool:

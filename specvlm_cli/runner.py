@@ -25,13 +25,13 @@ from specvlm.records import CaptionStats
 from specvlm_cli.assigning import Admission, Assigner
 from specvlm_cli.decoding import DecodingPool, ReadFailure
 from specvlm_cli.engine import EngineFactory, Models
-from specvlm_cli.exits import FatalError, UsageError
+from specvlm_cli.exits import FatalError, Flag, UsageError
 from specvlm_cli.failing import SameFailure
-from specvlm_cli.failure import Failure
+from specvlm_cli.failure import BAD_INPUT, Failure
 from specvlm_cli.generating.crew import Crew
 from specvlm_cli.generating.messages import Broken, Failed, FromWorker, Hello, Lost, Made, Ready, Report
 from specvlm_cli.generating.worker import Worker
-from specvlm_cli.ledger import BAD_INPUT, NO_FILE, Claim, FileStamp, Ledger, Row
+from specvlm_cli.ledger import NO_FILE, Claim, FileStamp, Ledger, Row
 from specvlm_cli.parts import Parts
 from specvlm_cli.policy import Policy
 from specvlm_cli.read_ahead import Queue
@@ -48,7 +48,7 @@ _LOST_IN_A_ROW = (
 
 
 class Reporter(Protocol):
-    """Told what happens, as it happens."""
+    """Receives events as they happen."""
 
     def captioned(self, claim: Claim, rows: list[Row]) -> None: ...
 
@@ -108,7 +108,7 @@ class Runner:
         self._lost: set[int] = set()  # videos that killed their workers since the last caption
         self._lost_loading = 0
         self._fatal: Exception | None = None  # ends the run once what was heard before is stored
-        self._news: list[Callable[[], None]] = []  # to be told once it is stored
+        self._news: list[Callable[[], None]] = []  # reported once it is stored
         self._counted_s: float | None = None  # until when waiting was counted
         self._part_started = time.monotonic()
 
@@ -133,7 +133,7 @@ class Runner:
         return self._crew.models
 
     def run(self, stop: Stop, provenance: Provenance) -> None:
-        """Caption what is pending. What was made stands in finished parts when this returns."""
+        """Caption what is pending. All captions are in finished parts when this returns."""
         self._provenance, self._run_began_s = provenance, time.monotonic()
         assert self._crew.models is not None
         assert self._pool is not None
@@ -166,7 +166,7 @@ class Runner:
                     self._ledger.release(claim)
 
     def close_parts(self) -> None:
-        """Write all captions and failures that stand in the ledger alone."""
+        """Write all captions and failures that are in the ledger alone."""
         self._parts.close_part(self._ledger, self._policy.part_rows)
         self._parts.write_failures(self._ledger)
         self._part_started = time.monotonic()
@@ -291,7 +291,9 @@ class Runner:
         last = max((int(name.removeprefix("cuda:")) for name in self._policy.devices if name), default=-1)
         if last >= gpus:
             there = "no GPU; leave it out" if not gpus else f"{gpus}, counted from 0; name those, or all"
-            self._fatal = UsageError(f"--gpus: number {last} is asked for, and this machine has {there}")
+            self._fatal = UsageError(
+                Flag("gpus"), f": number {last} is asked for, and this machine has {there}"
+            )
         self._crew.grow(gpus)
 
     def _welcome(self, worker: Worker, models: Models) -> None:
@@ -322,8 +324,9 @@ class Runner:
 
     def _on_made(self, claim: Claim, made: Made) -> None:
         assert self._provenance is not None
+        prompts = self._policy.prompts_of(claim)
         rows = [
-            caption_row(claim, index, caption, comparison, made, self._provenance)
+            caption_row(claim, index, prompts[index], caption, comparison, made, self._provenance)
             for index, (caption, comparison) in zip(self._policy.asked(claim), made.captions, strict=True)
         ]
         self._ledger.finish(claim, rows, _stamp(made))

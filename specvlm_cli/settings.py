@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from specvlm.config import FrameSettings, GenerationSettings, SpeculationSettings
-from specvlm.drafts.kept_tokens import KeptTokens, MostUsed
+from specvlm.config import FrameSettings, GenerationSettings, ModelSettings, SpeculationSettings
+from specvlm_cli.exits import FLAG_NAMES
 
 Plain = dict[str, Any]
 
@@ -20,32 +20,14 @@ _FIRST_TOLD = ("target", "revision", "prompt", "system")  # settings that bring 
 
 
 @dataclass(frozen=True, slots=True)
-class ModelChoice:
-    """Which models to load, and how.
+class ModelChoice(ModelSettings):
+    """Which models to load, and the name that captions depend on.
 
     Attributes:
-        name: What captions depend on: the target's hub id or folder, a packaged one by its public name.
-        load: First argument of `specvlm.load`: a preset or a target.
-        draft: Draft to use with it; None: the preset's, or none.
-        draft_vocab: What it may guess; None: everything.
-        revision: Branch, tag or commit of the target.
-        draft_revision: The same for the draft.
-        dtype: Number format of the weights.
-        device_map: Where the target goes.
-        local_files_only: Never ask the network.
-        trust_remote_code: Run code that comes with a checkpoint.
+        name: The target's hub id or folder; a packaged one by its public name.
     """
 
-    name: str
-    load: str
-    draft: str | None = None
-    draft_vocab: int | MostUsed | KeptTokens | None = None
-    revision: str | None = None
-    draft_revision: str | None = None
-    dtype: str = "auto"
-    device_map: str | None = None
-    local_files_only: bool = False
-    trust_remote_code: bool = False
+    name: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +56,9 @@ class CaptionSettings:
 
 def _frames(frames: FrameSettings) -> Plain:
     """Leave out what belongs to each video, its start and end, and what a number of frames overrules."""
-    unused = {"start_s", "end_s", "backend"} | ({"min_frames", "max_frames"} if frames.num_frames else set())
-    plain = {name: value for name, value in asdict(frames).items() if name not in unused}
-    return plain | {"video_backend": frames.backend}
+    unused = {"start_s", "end_s"} | ({"min_frames", "max_frames"} if frames.num_frames else set())
+    plain = asdict(frames)
+    return {FLAG_NAMES.get(name, name): value for name, value in plain.items() if name not in unused}
 
 
 def _generation(generation: GenerationSettings) -> Plain:
@@ -88,15 +70,31 @@ def _generation(generation: GenerationSettings) -> Plain:
 
 
 def config_hash(fingerprint: Plain) -> str:
-    """Return 16 hex digits that stand for these settings."""
+    """Return 16 hex digits for these settings."""
     text = json.dumps(fingerprint, sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def differences(before: Plain, now: Plain) -> list[str]:
-    """Name each setting that changed, with both values."""
+class Change(NamedTuple):
+    """A setting that changed."""
+
+    name: str
+    before: object
+    now: object
+
+    @property
+    def values(self) -> str:
+        """Both values, in words."""
+        return f"was {_shown(self.before)}, is now {_shown(self.now)}"
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.values}"
+
+
+def differences(before: Plain, now: Plain) -> list[Change]:
+    """Return each setting that changed."""
     return [
-        f"{name} was {_shown(before.get(name))}, is now {_shown(now.get(name))}"
+        Change(name, before.get(name), now.get(name))
         for name in sorted(before.keys() | now.keys(), key=lambda name: (name not in _FIRST_TOLD, name))
         if before.get(name) != now.get(name)
     ]

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from specvlm_cli.exits import UsageError
+from specvlm_cli.exits import Flag, UsageError
 from specvlm_cli.text import clean
 
 MOST_SHARDS = 100_000  # names of parts and ledgers hold five digits
@@ -45,15 +45,17 @@ def parse_shard(text: str, environment: Mapping[str, str] = os.environ) -> Shard
         return _from_environment(environment)
     found = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
     if not found:
-        raise UsageError(f"--shard {clean(text)} is no shard; give I/N with I from 0 to N - 1, or auto")
-    return _checked(int(found.group(1)), int(found.group(2)), f"--shard {text}")
+        raise UsageError(Flag("shard", text), "is no shard", fix="give I/N with I from 0 to N - 1, or auto")
+    return _checked(int(found.group(1)), int(found.group(2)), text)
 
 
 def _checked(index: int, count: int, given: str) -> Shard:
     if not 0 < count <= MOST_SHARDS:
-        raise UsageError(f"{given}: a run has 1 to {MOST_SHARDS} shards; give another N")
+        raise UsageError(Flag("shard", given), f": a run has 1 to {MOST_SHARDS} shards", fix="give another N")
     if not 0 <= index < count:
-        raise UsageError(f"{given}: shards count from 0 to {count - 1}; give one of those")
+        raise UsageError(
+            Flag("shard", given), f": shards count from 0 to {count - 1}", fix="give one of those"
+        )
     return Shard(index, count)
 
 
@@ -63,12 +65,11 @@ def _from_environment(environment: Mapping[str, str]) -> Shard:
     for rank, count in _RANKS:
         if rank in environment and count in environment:
             shown = f"{rank}={environment[rank]} {count}={environment[count]}"
-            return _checked(
-                _number(environment, rank), _number(environment, count), f"--shard auto ({clean(shown)})"
-            )
+            return _checked(_number(environment, rank), _number(environment, count), f"auto ({shown})")
     raise UsageError(
-        f"--shard auto finds neither {_ARRAY}ID nor SKYPILOT_NODE_RANK nor RANK with WORLD_SIZE in the "
-        "environment; give --shard I/N"
+        Flag("shard", "auto"),
+        f"finds neither {_ARRAY}ID nor SKYPILOT_NODE_RANK nor RANK with WORLD_SIZE in the environment",
+        fix="give --shard I/N",
     )
 
 
@@ -81,14 +82,17 @@ def _of_array(environment: Mapping[str, str]) -> Shard:
     index, rest = divmod(task - first, step)
     if rest or (last - first) // step + 1 != count:
         raise UsageError(
-            f"--shard auto: the job array has gaps ({count} tasks from {first} to {last}); "
-            f'give --shard "$SLURM_ARRAY_TASK_ID/N" with the number of shards for N'
+            Flag("shard", "auto"),
+            f": the job array has gaps ({count} tasks from {first} to {last})",
+            fix='give --shard "$SLURM_ARRAY_TASK_ID/N" with the number of shards for N',
         )
-    return _checked(index, count, f"--shard auto (task {task} of {count})")
+    return _checked(index, count, f"auto (task {task} of {count})")
 
 
 def _number(environment: Mapping[str, str], name: str, default: str = "") -> int:
     value = environment.get(name, default)
     if not re.fullmatch(r"[0-9]{1,9}", value):
-        raise UsageError(f"--shard auto: {name}={clean(value)!r} is no number; give --shard I/N")
+        raise UsageError(
+            Flag("shard", "auto"), f": {name}={clean(value)!r} is no number", fix="give --shard I/N"
+        )
     return int(value)

@@ -5,7 +5,7 @@ every job. It is bash, not sh: only bash can write any file name on one line. Al
 quoted in variables, and the body never evaluates them.
 
 The child runs in the background so that the shell can hear Slurm meanwhile. No `srun`: one process needs no step,
-and srun, where it is told to end, forces the end of its task.
+and srun, when asked to stop, kills its task.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from specvlm_cli.exits import UsageError
+from specvlm_cli.exits import Flag, UsageError
 from specvlm_cli.status import array_expression
 from specvlm_cli.text import clean
 
@@ -50,7 +50,7 @@ begun=no idle=0
 [[ $begun == yes ]] && first_start=()
 
 # Slurm's warning (USR1) comes to this shell alone, so it is passed on. TERM, from scancel or a preemption,
-# comes to every process of the task: passed on, it would be a second signal, which drops the video in hand.
+# comes to every process of the task: passed on, it would be a second signal, which drops the video in progress.
 child= asked=
 trap 'asked=yes; kill -USR1 "$child" 2>/dev/null' USR1
 trap : TERM
@@ -66,7 +66,7 @@ wait "$child"
 code=$?
 
 case $code in
-75 | 130 | 138 | 143) ;; # stopped early; the last three: told twice, or by a signal before it was listening
+75 | 130 | 138 | 143) ;; # stopped early; the last three: by a second signal, or one before it was listening
 *)
     rm -f -- "$notes"
     say "ended with exit code $code"
@@ -86,7 +86,7 @@ if [[ $(squeue --noheader --jobs="$task" --format=%T) != RUNNING ]]; then
     say "stopped early; Slurm is ending this task, so not requeued from here"
     exit 75
 fi
-say "stopped early; requeued, to go on"
+say "stopped early; requeued, to resume"
 scontrol requeue "$task" || say "Slurm would not; submit the missing shards again"
 exit 75
 """
@@ -109,7 +109,7 @@ class ArrayJob:
         name: Name of the job.
         directives: Further `#SBATCH` options as (name, value); an option without a value has an empty one.
         max_running: Most tasks at the same time; None: as many as there is room for.
-        stop_before_s: How long before the time limit the tasks are told to stop.
+        stop_before_s: How long before the time limit the tasks are stopped.
         max_requeues: How often in a row a task may be requeued without having done anything.
         version: The version of specvlm that prints this.
     """
@@ -135,7 +135,7 @@ def script(job: ArrayJob) -> str:
     """Return the batch script; undecodable bytes of file names are escaped, so it is UTF-8 text.
 
     Raises:
-        UsageError: A value cannot stand in an `#SBATCH` line.
+        UsageError: A value is not possible in an `#SBATCH` line.
     """
     directives = "\n".join(f"#SBATCH {_directive(name, value)}" for name, value in _directives(job))
     setup = "".join(f"{line}\n" for line in job.setup)
@@ -160,7 +160,7 @@ def _heading(job: ArrayJob) -> str:
     said = [
         f"Printed by specvlm {job.version}: {len(job.tasks)} of {job.shards} shards, one task each. {how}",
         *lines,
-        "submitted again, it goes on where it stopped.",
+        "submitted again, it resumes where it stopped.",
     ]
     return "\n".join(f"# {line}" for line in said)
 
@@ -223,10 +223,8 @@ def _directive(name: str, value: str) -> str:
         return f"--{name}"
     if clean(value) != value or "\\" in value:
         fix = "give another --logs folder" if name == "output" else "give another value"
-        raise UsageError(
-            f"--{name} {clean(value)}: an #SBATCH line can hold no backslash, control character or byte that "
-            f"is not UTF-8; {fix}"
-        )
+        why = ": an #SBATCH line can hold no backslash, control character or byte that is not UTF-8"
+        raise UsageError(Flag(name, value), why, fix=fix)
     return f"--{name}={value}" if _PLAIN.fullmatch(value) else f"--{name}={_double_quoted(value)}"
 
 
@@ -254,7 +252,7 @@ def _words(words: Iterable[str]) -> str:
 
 
 def _one_a_line(words: Iterable[str]) -> str:
-    """Return words so that a flag begins a line and its value stands beside it."""
+    """Return words so that a flag begins a line and its value follows on the same line."""
     text = ""
     for word in words:
         text += f"\n    {quoted(word)}" if word.startswith("-") or not text else f" {quoted(word)}"

@@ -23,7 +23,7 @@ SCHEMA = 1
 MOST_FINISHES = 1000
 WINDOW_S = 900.0
 MOST_ROWS = 20_000  # captions whose figures are summed up, over all shards
-MOST_ERRORS = 10  # kinds of failure that are told
+MOST_ERRORS = 10  # kinds of failure that are shown
 NOTHING = Counts()
 
 
@@ -59,12 +59,12 @@ class ShardStatus:
         captions: Its captions.
         problem: Why nothing is known of it; None: the ledger was read.
         unfinished: A start would find something to do.
-        holder: Who works on it, or died over it; None: nobody.
+        holder: Who works on it, or died over it; None: no process.
         pace: How fast it goes, or went.
         tokens_per_s: Tokens of captions per second of wall time, at this pace; None: not known.
         captioning: How long its latest start has captioned, and how its workers were fed; None: not known.
         last_caption_at: When its latest caption was made; ISO 8601.
-        eta_s: Time left at this pace; None: not known, or nobody is known to work on it.
+        eta_s: Time left at this pace; None: not known, or no process is known to work on it.
     """
 
     shard: int

@@ -25,6 +25,16 @@ class NotBegunError(BaseException):
     """A signal asked to stop while there was nothing yet that could be stopped in order."""
 
 
+def end_if_asked() -> None:
+    """End what can be begun again, once a signal has asked to stop.
+
+    Raises:
+        NotBegunError: One has.
+    """
+    if _asked:
+        raise NotBegunError("a signal")
+
+
 class Stop:
     """Whether, why and since when to stop."""
 
@@ -33,6 +43,17 @@ class Stop:
         self._reason: str | None = None
         self._since_s = 0.0
         self._end_s: float | None = None
+        self._is_at_once = False
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Have a signal end the block with NotBegunError: nothing in it is worth finishing."""
+        end_if_asked()
+        self._is_at_once = True
+        try:
+            yield
+        finally:
+            self._is_at_once = False
 
     def tell(self, listener: Callable[[], None]) -> None:
         """Call `listener` once stopping is asked for; at once, if it was already."""
@@ -46,7 +67,7 @@ class Stop:
 
     @property
     def reason(self) -> str | None:
-        """Why to stop; None: go on."""
+        """Why to stop; None: continue."""
         if self._reason is None and self._end_s is not None and time.monotonic() >= self._end_s:
             self.ask(MAX_RUNTIME)
         return self._reason
@@ -65,11 +86,13 @@ class Stop:
         self._tell()
 
     def on_signal(self, number: int, _: FrameType | None) -> None:
-        """Ask to stop; after another signal asked, raise KeyboardInterrupt at once."""
+        """Ask to stop, or end a block that is to end at once; after another signal, raise KeyboardInterrupt."""
         if self._reason not in (None, MAX_RUNTIME):
             raise KeyboardInterrupt
         _asked.append(signal.Signals(number).name)
         self.ask(signal.Signals(number).name)
+        if self._is_at_once:
+            raise NotBegunError(signal.Signals(number).name)
 
 
 @contextmanager

@@ -7,6 +7,8 @@ who use rows can rely on them.
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Any
@@ -17,6 +19,7 @@ Row = dict[str, Any]
 Check = Callable[[Any], bool]  # says whether a value, not null, fits a column
 
 _NEVER_NULL = ("id", "path", "prompt_index", "caption", "created_at")
+_SURROGATE = re.compile("[\\ud800-\\udfff]")  # UTF-8 holds none
 _MOST_INTEGER = 1 << 63
 _MOST_EXACT = 1 << 53  # whole numbers up to here are numbers of 64-bit floating point too
 
@@ -58,7 +61,12 @@ def checks(kept: Mapping[str, str]) -> Mapping[str, Check]:
     """Return what says of each column of a caption whether a value fits; `kept`: see `caption_schema`."""
     from specvlm_cli.parts import caption_schema  # here, because it needs the ledger, and that needs us
 
-    return {field.name: _check_of(field.type) for field in caption_schema(kept)}
+    return checks_of(caption_schema(kept))
+
+
+def checks_of(schema: pa.Schema) -> Mapping[str, Check]:
+    """Return what says of each column of a schema whether a value fits."""
+    return {field.name: _check_of(field.type) for field in schema}
 
 
 def _check_of(kind: pa.DataType) -> Check:
@@ -73,7 +81,7 @@ def _check_of(kind: pa.DataType) -> Check:
 
 
 def _is_text(value: Any) -> bool:
-    return type(value) is str
+    return type(value) is str and not _SURROGATE.search(value)
 
 
 def _is_flag(value: Any) -> bool:
@@ -85,7 +93,11 @@ def _is_integer(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) is float or (type(value) is int and abs(value) <= _MOST_EXACT)
+    return _is_finite(value) or (type(value) is int and abs(value) <= _MOST_EXACT)
+
+
+def _is_finite(value: Any) -> bool:
+    return type(value) is float and math.isfinite(value)
 
 
 def _is_time(value: Any) -> bool:
@@ -96,4 +108,4 @@ def _is_time(value: Any) -> bool:
 
 
 def _is_scalar(value: Any) -> bool:
-    return type(value) in (str, float, bool) or _is_integer(value)
+    return type(value) is bool or _is_text(value) or _is_finite(value) or _is_integer(value)

@@ -99,7 +99,7 @@ def _dropping() -> Iterator[None]:
 
 
 def _current() -> TextIO:
-    """Return stderr itself, also while rich stands in front of it to keep a progress bar in one piece, or we do."""
+    """Return stderr itself, also while rich replaces it to keep a progress bar in one piece, or we do."""
     stream = sys.stderr
     while (below := getattr(stream, "rich_proxied_file", None)) is not None:
         stream = below

@@ -82,7 +82,7 @@ class Talk(Voice):
     def child_stderr(self) -> int:
         """Return a descriptor for the stderr of child processes.
 
-        What they write is told as notes, line by line. Before the work begins, a terminal gets it as it
+        What they write becomes notes, line by line. Before the work begins, a terminal gets it as it
         comes: then models are loaded, and a download shows how far it is.
         """
         if self._overheard is None:

@@ -5,7 +5,7 @@ which loses nothing (an absolute path never starts with `file:`, so the two form
 other).
 
 On a screen and in a log, what could act on a terminal, reorder a line or hide in it is escaped, joiners and
-variation selectors of emoji included: a name has to be told from every other name. A caption is there to be
+variation selectors of emoji included: a name must differ from every other name. A caption is there to be
 read, so what is invisible in it is left out instead: an emoji that is joined from several is shown as those.
 """
 

@@ -123,14 +123,14 @@ class _Shard:
         for line in damage or ():
             yield Finding(f"{self._name}: damaged: {clean(line)}")
         for part, captions in ledger.unlisted_parts():
-            text = f"{captions} captions are said to stand in {clean(part)}, which it does not list"
+            text = f"{captions} captions are recorded in {clean(part)}, which it does not list"
             yield Finding(f"{self._name}: {text}")
         if self._live:
             return
         if orphans := ledger.captions_without_video():
             yield Finding(f"{self._name}: {orphans} captions belong to no video")
         if waiting := ledger.unwritten():
-            text = f"{waiting} captions stand in no part yet; the next start writes them"
+            text = f"{waiting} captions are in no part yet; the next start writes them"
             yield Finding(f"shard {self._shard}: {text}", wrong=False)
 
     def _videos(self, ledger: LedgerView, ids: _Ids | None) -> Iterator[Finding]:
@@ -179,26 +179,28 @@ class _Shard:
         path = self._run.root / part.name
         name = clean(str(path))
         if part.outdated:
-            text = "its rows have changed since it was written; the next start writes it anew"
+            text = "its rows have changed since it was written; the next start rewrites it"
             return [Finding(f"{name}: {text}", wrong=not self._live)]
         try:
+            if path.lstat().st_size != part.size_bytes:  # before a file is read that may have any size
+                return [Finding(f"{name}: is not what was written (size); the next start rewrites it")]
             if _sha256(path) != part.sha256:
-                return [Finding(f"{name}: is not what was written (sha256); the next start writes it anew")]
+                return [Finding(f"{name}: is not what was written (sha256); the next start rewrites it")]
             return self._content(ledger, part, path)
         except FileNotFoundError:
-            return [Finding(f"{name}: is gone; the next start writes it anew")]
+            return [Finding(f"{name}: is gone; the next start rewrites it")]
         except UnsafeFileError as error:
             return [Finding(str(error))]
         except (OSError, pa.ArrowException, KeyError, ValueError) as error:
             reason = clean(" ".join(str(error).split()))
-            return [Finding(f"{name}: not readable ({reason}); the next start writes it anew")]
+            return [Finding(f"{name}: not readable ({reason}); the next start rewrites it")]
 
     def _content(self, ledger: LedgerView, part: PartView, path: Path) -> list[Finding]:
         name = clean(str(path))
         captions = path.parent.name == "captions"
         rows, found = _read(path, captions=captions)
         if not captions and ledger.unreported():
-            text = "some failures are newer than it; the next start writes it anew"
+            text = "some failures are newer than it; the next start rewrites it"
             return [] if self._live else [Finding(f"{name}: {text}", wrong=False)]
         wanted = ledger.captions_of_part(part.name) if captions else _failures(ledger)
         return [Finding(f"{name}: {text}") for text in _differences(rows, part.rows, found, wanted)]
@@ -209,7 +211,7 @@ def _failures(ledger: LedgerView) -> Content:
 
 
 def _read(path: Path, *, captions: bool) -> tuple[int, Content]:
-    """Return a file's number of rows, and what stands in it, every page of it checked."""
+    """Return a file's number of rows, and its content, every page of it checked."""
     found: Content = {}
     with open_regular(path) as opened, pq.ParquetFile(opened, page_checksum_verification=True) as file:
         require_size(file, CAPTIONS if captions else FAILURES)

@@ -1,6 +1,6 @@
 """Which tokens a draft may guess: what `--draft-vocab` says, and the file that `specvlm vocab` writes.
 
-Captions are read from ledgers as a bystander reads them, so a run may go on meanwhile. Imports no torch; the
+Captions are read from ledgers read-only, also during a run. Imports no torch; the
 tokenizer is an argument.
 """
 
@@ -27,7 +27,7 @@ from specvlm.drafts.kept_tokens import (
     read_kept,
 )
 from specvlm.errors import ConfigError
-from specvlm_cli.exits import CommandError, UsageError
+from specvlm_cli.exits import CommandError, Flag, UsageError
 from specvlm_cli.run_view import RunView, view
 from specvlm_cli.safe_files import new_file
 from specvlm_cli.text import clean, storable
@@ -46,14 +46,18 @@ def parse(given: str) -> int | KeptTokens:
     """
     if re.fullmatch(r"[0-9]{1,9}", given):
         if not int(given):
-            raise UsageError("--draft-vocab 0 leaves nothing to guess; give more tokens, e.g. 16000")
+            raise UsageError(
+                Flag("draft_vocab", 0), "leaves nothing to guess", fix="give more tokens, e.g. 16000"
+            )
         return int(given)
     if not given:
-        raise UsageError("--draft-vocab is empty; give a number of tokens, e.g. 16000, or a file")
+        raise UsageError(
+            Flag("draft_vocab"), "is empty", fix="give a number of tokens, e.g. 16000, or a file"
+        )
     try:
         return read_kept(given)
     except ConfigError as error:
-        raise UsageError(f"--draft-vocab {clean(str(error))}") from error
+        raise UsageError(Flag("draft_vocab"), clean(str(error))) from error
 
 
 def most_used(size: int, out: Path) -> MostUsed:
@@ -66,7 +70,7 @@ def most_used(size: int, out: Path) -> MostUsed:
 
 
 def origin(wanted: MostUsed) -> str:
-    """Tell which tokens a number stands for, in `caption`."""
+    """Return the tokens that a number means, in `caption`."""
     number = len(wanted.texts)
     if not number:
         return "counted in the captions to come; until they tell enough, the draft guesses from every token"
@@ -104,7 +108,7 @@ def blocks(path: Path) -> Iterator[str]:
                 length += len(line)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise UsageError(f"--text {clean(str(path))}: {reason}; give a text file") from error
+        raise UsageError(Flag("text", path), f": {reason}", fix="give a text file") from error
     if "".join(lines).strip():
         yield "".join(lines)
 
@@ -128,10 +132,10 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """What came of it.
+    """The result.
 
     Attributes:
-        kept: What stands in the file.
+        kept: Content of the file.
         captions: Captions counted.
         files: Text files counted.
         vocabulary: Tokens of the tokenizer, those added to it left out.
@@ -151,7 +155,9 @@ def make(wanted: Wanted, tokenizer: Any) -> Made:
     """
     vocabulary = len(in_order(tokenizer))
     if wanted.size is not None and wanted.size > vocabulary:
-        raise UsageError(f"--size {wanted.size}: the tokenizer has {vocabulary} tokens; give fewer")
+        raise UsageError(
+            Flag("size", wanted.size), f": the tokenizer has {vocabulary} tokens", fix="give fewer"
+        )
     counts, number = count_tokens(tokenizer, captions(wanted.run) if wanted.run is not None else ())
     for path in wanted.texts:
         counts += count_tokens(tokenizer, blocks(path))[0]

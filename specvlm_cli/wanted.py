@@ -31,7 +31,7 @@ _BATCH = 10_000
 _PREFIX, _ALIVE = "specvlm-wanted-", "alive"
 _YOUNG_S = 60.0  # a folder that was made just now may not be locked yet
 
-# The row that stands for each id that comes several times: the first one that names a video.
+# The row that is used for each id that comes several times: the first one that names a video.
 _DOUBLED = """(SELECT id, coalesce(min(iif(problem IS NULL, place, NULL)), min(place)) AS place
                FROM video GROUP BY id HAVING count(*) > 1)"""
 
@@ -43,7 +43,7 @@ class Wanted:
     Attributes:
         path: The SQLite file, with one table `video`.
         count: How many videos it holds.
-        doubles: How many rows were put together with an earlier one of the same video.
+        doubles: How many rows were merged with an earlier one of the same video.
     """
 
     path: Path
@@ -85,7 +85,7 @@ class Wanted:
 
 
 def _sweep(place: Path) -> None:
-    """Remove what starts left behind that were killed: folders of ours that nobody holds."""
+    """Remove what starts left behind that were killed: folders of ours that no process holds."""
     for folder in place.glob(f"{_PREFIX}*"):
         with suppress(OSError, UnsafeFileError):
             found = folder.lstat()
@@ -213,7 +213,7 @@ def _asked_together(database: sqlite3.Connection) -> Iterator[tuple[int, str]]:
         ):
             if text is None:
                 raise UsageError(
-                    f"{clean(fsdecode(path))} stands in the manifest with a prompt and without; give both or none"
+                    f"{clean(fsdecode(path))} is in the manifest with a prompt and without; give both or none"
                 )
             prompts |= dict.fromkeys(json.loads(text))
             if len(prompts) > MOST_PROMPTS:

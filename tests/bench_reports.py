@@ -14,7 +14,6 @@ from specvlm.bench.records import (
     Speedup,
     Spread,
     Stages,
-    StepBytes,
     Summary,
 )
 
@@ -135,11 +134,6 @@ FULL = Grid(
     trees=("static",),
 )
 BATCHED = Grid(("stock", "plain", "sd", "specvlm"), trees=("auto",), batch_sizes=(1, 4, 8, 16, 32))
-READS = (
-    StepBytes("target", 16, 1, 14_100_000_000, 13_000_000),
-    StepBytes("target", 16, 8, 14_100_000_000, 104_000_000),
-    StepBytes("draft 0.9", 16, 8, 990_000_000, 3_000_000),
-)
 HOSTILE = '<script>fetch("https://example.invalid/x")</script>\x1b[31m\u202e&"\'\n\ud800'
 
 
@@ -161,6 +155,4 @@ def hostile() -> Report:
         conditions=replace(CONDITIONS, videos=(HOSTILE,), **texts),
         summaries=tuple(summaries),
         left_out=(Left(HOSTILE, HOSTILE),),
-        modelled=True,
-        label=HOSTILE,
     )

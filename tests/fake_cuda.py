@@ -9,11 +9,13 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
+import pytest
 import torch
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from specvlm import attention
 from specvlm.attention import RoundAttention, has_flash
 from specvlm.cache import KVCache
 from specvlm.config import GenerationSettings, SpeculationSettings
@@ -28,7 +30,7 @@ from specvlm.model import Lengths, VideoLM
 from specvlm.sampling import TokenRule, logits_rules
 from specvlm.stats import StageClock
 from specvlm.tree import TreeShape
-from tests.emulated_graphs import draft_text, tensors_of
+from tests.emulated_graphs import FORBIDDEN, draft_text, tensors_of
 from tests.tiny import FamilyName, Size, tiny_model
 
 CUDA = torch.device("cuda", 0)
@@ -218,4 +220,18 @@ def run_round(case: Case, prompt: int) -> Seen:
                 value = stage(value)
     assert isinstance(value, torch.Tensor)
     assert value.device == CUDA
+    return seen
+
+
+def round_that_stays(case: Case, monkeypatch: pytest.MonkeyPatch) -> Seen:
+    """Run a round after long prompts, and check that it stays on the device and copies no cache."""
+    flash = case.dtype == torch.bfloat16
+    if case.attention == "varlen" and not flash:
+        pytest.skip("no such kernel")
+    monkeypatch.setattr(attention, "_cuda_kernels", lambda *_: attention._Kernels(flash, True))
+    seen = run_round(case, 4000)
+    assert seen.elsewhere == set()
+    assert [name for name in seen.names if any(word in name for word in FORBIDDEN)] == []
+    if case.attention != "masked":  # whose mask is as long as the prompt
+        assert seen.largest < 4000 * 2 * 16  # one row's keys in one layer; features of the prompt are larger
     return seen

@@ -1,6 +1,6 @@
 """The true caption of a drawn scene, and the way back from a caption to the facts it states.
 
-The wording varies from clip to clip, but never at random: which phrase is chosen depends on the very facts
+The wording varies from clip to clip, but never at random: which phrase is chosen depends on the facts themselves
 that can be seen. So a caption is a function of its clip, and accuracy can be counted fact by fact. It is no
 general description of videos.
 """

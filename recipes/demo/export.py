@@ -1,6 +1,6 @@
 """Put trained checkpoints into the package: `python -m recipes.demo.export WORK`.
 
-WORK holds one folder per checkpoint as `recipes.demo.train` leaves it, and beside them `qwen.json`, `llava.json`
+WORK holds one folder per checkpoint as `recipes.demo.train` leaves it, and next to them `qwen.json`, `llava.json`
 and `qwen3.json`, the reports of `recipes.demo.evaluate`. Each checkpoint is copied with a model card that says what
 it is, what it is not and what was measured. Nothing is trained or measured here.
 """

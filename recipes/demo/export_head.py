@@ -1,6 +1,6 @@
 """Put a trained head into the package: `python -m recipes.demo.export_head HEAD qwen-head`.
 
-HEAD is a folder as `specvlm train` leaves it. The head alone is copied, without the state to go on from, with a card
+HEAD is a folder as `specvlm train` leaves it. The head alone is copied, without the training state, with a card
 that says what it is, how it was trained and what was reached on the way. Nothing is trained or measured here.
 """
 

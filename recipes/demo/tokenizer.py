@@ -58,7 +58,7 @@ QWEN3_TEMPLATE: Final = (
     "{% endif %}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-"""As that of Qwen2.5-VL, but nothing stands in for a system prompt that is not given."""
+"""As that of Qwen2.5-VL, but nothing replaces a system prompt that is not given."""
 LLAVA_TEMPLATE: Final = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + ' '}}"
     "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"

@@ -6,7 +6,7 @@ layers that add nothing at first put between the trained ones, the full depth. A
 sees pruned video tokens. Features that a tower adds behind the first text layers (DeepStack) are trained along:
 what a cell shows must be read from a video token without them and with them. `--extend` starts from a finished
 checkpoint at full depth, so that it learns clips of other numbers of frames. The run is seeded, writes a
-checkpoint every two minutes and goes on from it when started again. The clock is the CPU time of a thread, so
+checkpoint every two minutes and resumes from it when started again. The clock is the CPU time of a thread, so
 that a busy machine shortens no stage. It is a recipe for toy models on two CPU cores, not a trainer for large
 ones.
 """
@@ -61,7 +61,7 @@ class Plan:
     deepen_at: float = 0.65
     """Share of the time after which the text model gets its full depth."""
     cell_weight: float = 0.3
-    """Weight of the cell loss beside the caption loss."""
+    """Weight of the cell loss relative to the caption loss."""
     start: str = ""
     """Training state (`shallow.pt`) of another run, or a finished checkpoint, whose text model starts this one."""
     extend: str = ""
@@ -292,12 +292,12 @@ def load_model(folder: Path) -> PreTrainedModel:
 
 
 def video_id(model: PreTrainedModel) -> int:
-    """Token id that stands for a video token in the prompt."""
+    """Token id of a video token in the prompt."""
     return int(model.config.video_token_id)
 
 
 def video_spots(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Where the video tokens stand in the prompt, [V]; with text between them for Qwen3-VL."""
+    """Where the video tokens are in the prompt, [V]; with text between them for Qwen3-VL."""
     return (batch.prompt_ids[0] == video_id(model)).nonzero()[:, 0]
 
 

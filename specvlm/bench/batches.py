@@ -25,9 +25,8 @@ from specvlm.bench.measure import (
 )
 from specvlm.bench.records import Configuration, Sample, Stages
 from specvlm.bench.stock import batches, stackable
-from specvlm.captioner import Captioner, CaptionOptions, PreparedVideo
+from specvlm.captioner import Captioner, CaptionOptions
 from specvlm.errors import ConfigError, SpecvlmError
-from specvlm.families.base import ModelInputs
 from specvlm.records import Caption, Frames
 from specvlm.stats import peak_memory_bytes, reset_peak_memory
 
@@ -37,13 +36,13 @@ class SetVideo(NamedTuple):
 
     Attributes:
         facts: Its name is unique in the set.
-        video: Frames; or, where there is no processor, prepared already.
-        prompt: Of frames; None: a prepared video has its own.
+        frames: What was read of it.
+        prompt: What to ask about it.
     """
 
     facts: VideoFacts
-    video: Frames | PreparedVideo
-    prompt: str | None = None
+    frames: Frames
+    prompt: str
 
 
 class SetMeasurer(Measurer):
@@ -70,7 +69,7 @@ class SetMeasurer(Measurer):
         began = self._clock()
         try:
             for done in captioner.caption_many(
-                map(_asked, videos),
+                ((one.frames, one.prompt) for one in videos),
                 batch_size=how.batch_size,
                 speculate=how.method != "plain",
                 **options,
@@ -103,7 +102,7 @@ class SetMeasurer(Measurer):
     ) -> dict[str, Measured]:
         """One batch; each video with its share of the time that all of it took."""
         began = self._clock()
-        inputs = [_inputs(one, captioner) for one in batch]
+        inputs = [captioner.prepare(one.frames, one.prompt).inputs for one in batch]
         preprocess_s = (self._clock() - began) / len(batch)
         found: list[Measured] = []
         for part in stackable(inputs):
@@ -115,19 +114,6 @@ class SetMeasurer(Measurer):
                 count = len(tokens) - written.first_tokens
                 found.append(Measured(tokens, stages, steps_s, count, 0.0, mean_batch_size=len(part)))
         return {one.facts.name: made for one, made in zip(batch, found, strict=True)}
-
-
-def _asked(one: SetVideo) -> PreparedVideo | tuple[Frames, str]:
-    """As `caption_many` takes it."""
-    if isinstance(one.video, PreparedVideo):
-        return one.video
-    assert one.prompt is not None
-    return one.video, one.prompt
-
-
-def _inputs(one: SetVideo, captioner: Captioner) -> ModelInputs:
-    asked = _asked(one)
-    return (asked if isinstance(asked, PreparedVideo) else captioner.prepare(*asked)).inputs
 
 
 def _of_caption(caption: Caption) -> Measured:

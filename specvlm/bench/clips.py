@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import specvlm
+from specvlm.config import FrameSettings
 from specvlm.records import Frames
 
 
@@ -25,6 +27,11 @@ class Clip(NamedTuple):
     start_s: float = 0.0
     end_s: float | None = None
     prompt: str | None = None
+
+    def frame_settings(self, base: FrameSettings, num_frames: int | None) -> FrameSettings:
+        """Which of its frames to read: so many, or with None as `base` says."""
+        settings = replace(base, start_s=self.start_s, end_s=self.end_s)
+        return settings if num_frames is None else replace(settings, fps=None, num_frames=num_frames)
 
 
 def example_clips() -> tuple[Clip, ...]:

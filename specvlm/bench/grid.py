@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from specvlm.bench.records import METHODS, Configuration, MethodName
 from specvlm.config import FrameSettings, PrunerName, SpeculationSettings, TreeName, within
-from specvlm.errors import ConfigError
+from specvlm.errors import ConfigError, Setting
 
 HEAD: MethodName = "head"
 MOST_BATCH = 1024
@@ -20,7 +20,7 @@ _SPECULATION = SpeculationSettings()
 
 
 def _shown(name: str) -> str:
-    """A draft's name, which comes from outside, as it may stand in a table: no control characters."""
+    """A draft's name, which comes from outside, as a table may show it: no control characters."""
     return "".join(character if character.isprintable() else "\ufffd" for character in name)
 
 
@@ -60,7 +60,9 @@ class Grid:
     def __post_init__(self) -> None:
         for method in self.methods:
             if method not in METHODS:
-                raise ConfigError(f"methods={method!r} is unknown; choose from {', '.join(METHODS)}")
+                raise ConfigError(
+                    Setting("methods", method), "is unknown", fix=f"choose from {', '.join(METHODS)}"
+                )
         for pruner, ratio, tree in product(self.pruners, self.prune_ratios, self.trees):
             SpeculationSettings(pruner=pruner, prune_ratio=ratio, tree=tree)  # refuses what is out of range
         for number in self.num_frames:
@@ -113,7 +115,7 @@ class Grid:
         return [Configuration(method, num_frames)]
 
     def _label(self, draft: GridDraft) -> str:
-        """Name a draft that is not the only one of its kind, without folders where that tells it from the others."""
+        """Name a draft that is not the only one of its kind, without folders if the short name is unique."""
         kin = [str(one.name) for one in self.drafts if one.is_head == draft.is_head]
         if len(kin) == 1:
             return ""
@@ -126,7 +128,7 @@ class Grid:
         return [one for number in dict.fromkeys(self.num_frames) for one in self.configurations(number)]
 
     def _pruned(self, num_frames: int | None) -> list[Configuration]:
-        """At a ratio of 0 all pruners are the same computation: the first stands for them."""
+        """At a ratio of 0 all pruners are the same computation: only the first is run."""
         found: dict[tuple[str, float, TreeName], Configuration] = {}
         for pruner, asked, tree in product(self.pruners, self.prune_ratios, self.trees):
             ratio = 0.0 if pruner == "none" else asked

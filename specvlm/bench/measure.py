@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import transformers
@@ -130,7 +130,7 @@ class Measurer:
                 return generate(
                     target.model, target.embedding_device, inputs, self._limit, self._clock, **more
                 )
-            except Exception as error:  # whatever it is, it is its own error, and the others go on
+            except Exception as error:  # whatever it is, it is its own error, and the others continue
                 raise MethodError(one_line(error)) from error
 
         with stock_attention([target.model, *more.values()]), torch.inference_mode():
@@ -139,16 +139,8 @@ class Measurer:
 
 def options_of(how: Configuration) -> CaptionOptions:
     """What of a configuration is said to a captioner; the rest are its defaults."""
-    options: CaptionOptions = {"exact": how.exact}
-    if how.depth is not None:
-        options["depth"] = how.depth
-    if how.pruner is not None:
-        options["pruner"] = how.pruner
-    if how.prune_ratio is not None:
-        options["prune_ratio"] = how.prune_ratio
-    if how.tree is not None:
-        options["tree"] = how.tree
-    return options
+    said = {name: getattr(how, name, None) for name in CaptionOptions.__annotations__}
+    return cast("CaptionOptions", {name: value for name, value in said.items() if value is not None})
 
 
 def _assistant(captioner: Captioner) -> Any:
@@ -294,7 +286,7 @@ def conditions(captioner: Captioner, asked: Asked, videos: tuple[str, ...]) -> C
 
 
 def _processor() -> str:
-    """Name of the CPU, where the system tells."""
+    """Name of the CPU, if the system says."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

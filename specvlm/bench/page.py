@@ -8,34 +8,35 @@ is cheap; matplotlib is loaded when a page is made.
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from specvlm.bench.records import BASELINES, MethodName, Report, Speedup, Summary
+from specvlm.bench.records import BASELINES, Report, Speedup, Summary
 from specvlm.bench.words import (
+    Column,
     amount,
+    baseline_of,
     clips_words,
     counted,
-    decode_cell,
     depths,
-    e2e_cell,
-    few_rounds_words,
     frames_notes,
     frames_of,
     has_several_frames,
     limits,
+    missing_words,
+    ms,
     name_of,
     number,
     peak_words,
     percent,
     rate,
-    rate_cells,
-    read_rows,
+    rate_columns,
     reference,
     settled,
-    spread_cells,
+    speedup_cell,
+    spread_columns,
     stopped_words,
 )
 
@@ -51,14 +52,6 @@ class PageSheet(NamedTuple):
 
     title: str  # text from outside, e.g. the clip's name
     png: bytes
-
-
-class _Column(NamedTuple):
-    """One column of a table: its heading, and what stands in it, as text."""
-
-    name: str
-    cell: Callable[[Summary], str]
-    is_listed: bool = False  # figures of a cell stand below those of another
 
 
 def write_page(report: Report, path: Path, sheets: Sequence[PageSheet] = ()) -> None:
@@ -80,24 +73,23 @@ def page(report: Report, sheets: Sequence[PageSheet] = ()) -> str:
     from specvlm.bench.plots import plots
 
     its = report.conditions
-    title = f"{'Modelled: ' if report.modelled else ''}{its.target}, {its.device}"
+    title = f"{its.target}, {its.device}"
     parts = [
-        _head(report, title),
+        _head(report),
         _conditions(report),
         _left_out(report),
-        _figures(report, "throughput", "Throughput", rate_cells()) if report.is_batched else "",
+        _figures(report, "throughput", "Throughput", rate_columns()) if report.is_batched else "",
         _section("results", "Results", _results(report)),
-        _figures(report, "spread", "Speedups over turns, p10 to p90", spread_cells()),
-        *(_plot(plot, report) for plot in plots(report)),
+        _figures(report, "spread", "Speedups over turns, p10 to p90", spread_columns()),
+        *map(_plot, plots(report)),
         _section("rounds", "Rounds", _rounds(report)) if any(s.num_drafts for s in report.summaries) else "",
-        _section("reads", "What a step reads", _reads(report)) if report.reads else "",
         _section("limits", "Limits", _limits(report)),
         *(_sheet(number, sheet) for number, sheet in enumerate(sheets, 1)),
         _section("reading", "How to read it", _READING),
     ]
     return (
         "<!DOCTYPE html>\n"
-        f'<html lang="en"{" class=modelled" if report.modelled else ""}>\n<head>\n<meta charset="utf-8">\n'
+        '<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
@@ -116,24 +108,18 @@ def safe(text: str) -> str:
 # --- parts of the page ---
 
 
-def _head(report: Report, title: str) -> str:
+def _head(report: Report) -> str:
     its = report.conditions
-    label = safe(report.label) if report.label else "random weights, given acceptance: a model's cost"
-    banner = (
-        f'<p class="banner" role="note"><strong>MODELLED</strong> <span>{label}</span></p>'
-        if report.modelled
-        else ""
-    )
     pair = safe(its.target) + (f" with {safe(its.draft)}" if its.draft else "")
     return (
-        f'{banner}<header><h1>specvlm bench</h1><p class="pair">{pair}</p>'
+        f'<header><h1>specvlm bench</h1><p class="pair">{pair}</p>'
         f"{_headline(report)}<p><code>{safe(its.command)}</code></p></header>"
     )
 
 
 def _headline(report: Report) -> str:
     """The fastest configuration from the file to the text, its numbers large."""
-    base = _baseline(report)
+    base = baseline_of(report)
     if base is None:
         return ""
     ran = [(one, found) for one in report.summaries if (found := one.speedup(base)) is not None]
@@ -146,12 +132,8 @@ def _headline(report: Report) -> str:
         ("" if accepted is None else f"{accepted:.2f}", "accepted tokens a round"),
         ("" if best.exact_match is None else percent(best.exact_match), "of captions the same"),
     ]
-    shown = "".join(
-        f"<li><b>{value}</b> {name}{' <i>modelled</i>' if report.modelled else ''}</li>"
-        for value, name in figures
-        if value
-    )
-    name = safe(name_of(best, has_several_frames(report)))
+    shown = "".join(f"<li><b>{value}</b> {name}</li>" for value, name in figures if value)
+    name = safe(name_of(best, has_several_frames(report.summaries)))
     words = f"Fastest end to end: <b>{name}</b>, against {base}."
     if report.is_batched:
         words = f"Most videos an hour: <b>{name}</b>, against {base} at the same batch size."
@@ -184,7 +166,6 @@ def _conditions(report: Report) -> str:
         ("turns", f"{its.repeat} timed, after one of warm-up"),
         ("frames", "; ".join(frames_notes(report))),
         ("peak memory", peak_words(report)),
-        ("rounds", few_rounds_words(report)),
         ("stopped", stopped_words(report).removeprefix("stopped early: ")),
         ("begun", its.started_at),
     ]
@@ -199,8 +180,8 @@ def _left_out(report: Report) -> str:
     return _section("left-out", "Left out", f"<ul>{lines}</ul>")
 
 
-def _plot(plot: Plot, report: Report) -> str:
-    note = f"<p>{_modelled(report)}{safe(plot.note)}</p>"
+def _plot(plot: Plot) -> str:
+    note = f"<p>{safe(plot.note)}</p>"
     title = safe(plot.title)
     drawing = plot.svg.replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)
     return _section(f"plot-{plot.name}", title, f'{note}<div class="scroll plot">{drawing}</div>')
@@ -218,68 +199,54 @@ def _section(name: str, title: str, inner: str) -> str:
     return f'<section id="{name}"><h2>{title}</h2>{inner}</section>'
 
 
-def _modelled(report: Report) -> str:
-    return "<strong>Modelled.</strong> " if report.modelled else ""
-
-
 # --- tables ---
 
 
 def _results(report: Report) -> str:
     bases = [base for base in BASELINES if any(one.speedup(base) for one in report.summaries)]
     columns = [
-        *(_Column(f"decode × {base}", decode_cell(base)) for base in bases),  # noqa: RUF001
-        *(_Column(f"end to end × {base}", e2e_cell(base)) for base in bases),  # noqa: RUF001
-        _Column("accepted", lambda one: number(one.mean_accepted_tokens)),
-        _Column(f"same as {reference(report)}", lambda one: percent(one.exact_match)),
-        _Column("settled", settled),
-        _Column("ms/token", lambda one: _ms(one.token_s)),
-        _Column("ms/video", lambda one: _ms(one.total_s / one.videos, 1)),
-        _Column("video tokens", lambda one: f"{one.video_tokens:.0f}"),
-        _Column("draft sees", lambda one: f"{one.video_tokens_kept:.0f}" if one.video_tokens_kept else ""),
-        _Column("compressor", lambda one: ", ".join(one.compressors)),
+        *(Column(f"decode × {base}", speedup_cell(base, "decode")) for base in bases),  # noqa: RUF001
+        *(Column(f"end to end × {base}", speedup_cell(base, "e2e")) for base in bases),  # noqa: RUF001
+        Column("accepted", lambda one: number(one.mean_accepted_tokens)),
+        Column(f"same as {reference(report)}", lambda one: percent(one.exact_match)),
+        Column("settled", settled),
+        Column("ms/token", lambda one: ms(one.token_s)),
+        Column("ms/video", lambda one: ms(one.total_s / one.videos, 1)),
+        Column("video tokens", lambda one: f"{one.video_tokens:.0f}"),
+        Column("draft sees", lambda one: f"{one.video_tokens_kept:.0f}" if one.video_tokens_kept else ""),
+        Column("compressor", lambda one: ", ".join(one.compressors)),
     ]
     if report.conditions.peak_memory_of == "device":
-        columns.append(_Column("peak memory", lambda one: amount(one.peak_memory_bytes)))
-    return _modelled(report) + _table(report, report.summaries, columns)
+        columns.append(Column("peak memory", lambda one: amount(one.peak_memory_bytes)))
+    return _table(report, report.summaries, columns)
 
 
-def _figures(
-    report: Report, name: str, title: str, cells: Sequence[tuple[str, Callable[[Summary], str]]]
-) -> str:
+def _figures(report: Report, name: str, title: str, columns: Sequence[Column]) -> str:
     """A section with a table of these columns; none where all are empty."""
-    if not any(cell(one) for one in report.summaries for _, cell in cells):
+    if not any(column.cell(one) for one in report.summaries for column in columns):
         return ""
-    columns = [_Column(name.replace("\n", " ").replace(" x ", " × "), cell) for name, cell in cells]  # noqa: RUF001
-    return _section(name, title, _modelled(report) + _table(report, report.summaries, columns))
-
-
-def _reads(report: Report) -> str:
-    head, *rows = read_rows(report.reads)
-    top = "".join(_cell('th scope="col"', name, False) for name in head)
-    lines = "".join(f"<tr>{''.join(_cell('td', text, False) for text in row)}</tr>" for row in rows)
-    table = f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{lines}</tbody></table></div>'
-    return f"{_modelled(report)}{table}"
+    shown = [one._replace(name=one.name.replace("\n", " ").replace(" x ", " × ")) for one in columns]  # noqa: RUF001
+    return _section(name, title, _table(report, report.summaries, shown))
 
 
 def _rounds(report: Report) -> str:
     columns = [
-        _Column("nodes", lambda one: "" if one.mean_nodes is None else f"{one.mean_nodes:.1f}"),
-        _Column("T_plain, ms", lambda one: _ms(one.plain_token_s)),
-        _Column("T_draft, ms", lambda one: _ms(one.draft_round_s)),
-        _Column("T_verify, ms", lambda one: _ms(one.verify_round_s)),
-        _Column("host share", lambda one: percent(one.host_share)),
-        _Column("speedup predicted", lambda one: number(one.predicted_decode_speedup)),
-        _Column("measured / predicted", lambda one: number(one.measured_over_predicted)),
-        _Column("accepted at depth 1, 2, ...", depths, is_listed=True),
+        Column("nodes", lambda one: "" if one.mean_nodes is None else f"{one.mean_nodes:.1f}"),
+        Column("T_plain, ms", lambda one: ms(one.plain_token_s)),
+        Column("T_draft, ms", lambda one: ms(one.draft_round_s)),
+        Column("T_verify, ms", lambda one: ms(one.verify_round_s)),
+        Column("host share", lambda one: percent(one.host_share)),
+        Column("speedup predicted", lambda one: number(one.predicted_decode_speedup)),
+        Column("measured / predicted", lambda one: number(one.measured_over_predicted)),
+        Column("accepted at depth 1, 2, ...", depths, is_listed=True),
     ]
     shown = [one for one in report.summaries if one.num_drafts]
-    return _modelled(report) + _table(report, shown, columns)
+    return _table(report, shown, columns)
 
 
-def _table(report: Report, summaries: Iterable[Summary], columns: Sequence[_Column]) -> str:
+def _table(report: Report, summaries: Iterable[Summary], columns: Sequence[Column]) -> str:
     """A table that scrolls by itself where it is too wide; columns without a word are left out."""
-    shown, several = list(summaries), has_several_frames(report)
+    shown, several = list(summaries), has_several_frames(report.summaries)
     cells = {column.name: [column.cell(one) if one.videos else "" for one in shown] for column in columns}
     names = [name for name, column in cells.items() if any(column)]
     listed = {column.name for column in columns if column.is_listed}
@@ -289,7 +256,9 @@ def _table(report: Report, summaries: Iterable[Summary], columns: Sequence[_Colu
         frames = f"<td>{frames_of(one)}</td>" if several else ""
         frames += f"<td>{one.configuration.batch_size}</td>" if report.is_batched else ""
         if one.error is not None:
-            rest = f'<td class="failed" colspan="{max(len(names), 1)}">failed: {safe(_short(one.error))}</td>'
+            words = missing_words(one, _short(one.error))
+            kind = words.partition(":")[0].replace(" ", "-")
+            rest = f'<td class="{kind}" colspan="{max(len(names), 1)}">{safe(words)}</td>'
         else:
             rest = "".join(_cell("td", cells[name][place], name in listed) for name in names)
         begins = place > 0 and _kin(one) != _kin(shown[place - 1])
@@ -320,17 +289,6 @@ def _limits(report: Report) -> str:
     return f"<ul>{''.join(lines)}</ul>" if lines else "<p>Nothing can be said: no captions were timed.</p>"
 
 
-# --- words and numbers ---
-
-
-def _baseline(report: Report) -> MethodName | None:
-    return next((base for base in BASELINES if any(one.speedup(base) for one in report.summaries)), None)
-
-
-def _ms(seconds: float | None, digits: int = 2) -> str:
-    return "" if seconds is None else f"{1e3 * seconds:.{digits}f}"
-
-
 _READING = """<ul>
 <li><b>Decode</b> is all after the first token; <b>end to end</b> is from opening the file to the text, which is
 what a user waits for. Both are ratios of totals over the videos, of each video the turn whose total time is the
@@ -355,14 +313,10 @@ h2{font-size:1.2rem;margin:0 0 10px}
 section{margin-top:40px}
 p{margin:0 0 10px;max-width:75ch}
 .pair{font-size:1.6rem;font-weight:700;line-height:1.25;max-width:none}
-.banner{background:var(--alarm);color:var(--paper);padding:14px 18px;border-radius:8px;max-width:none;
-margin-bottom:24px}
-.banner strong{font-size:1.7rem;letter-spacing:.06em;margin-right:10px;vertical-align:-2px}
 code{font:.9em ui-monospace,monospace;background:var(--panel);padding:2px 6px;border-radius:4px}
 .figures{display:flex;flex-wrap:wrap;gap:12px 36px;list-style:none;padding:0;margin:8px 0 16px}
 .figures li{color:var(--faint);font-size:.9rem}
 .figures b{display:block;font-size:1.9rem;line-height:1.2;color:var(--ink);font-variant-numeric:tabular-nums}
-.figures i{color:var(--alarm);font-style:normal;font-weight:600}
 dl{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));gap:6px 32px;margin:0}
 dl div{display:flex;gap:12px;border-bottom:1px solid var(--rule);padding:4px 0}
 dt{flex:0 0 8.5em;color:var(--faint)}
@@ -376,8 +330,8 @@ th:first-child{text-align:left;padding-left:0;position:sticky;left:0;background:
 tr.begins>*{border-top:2px solid var(--faint)}
 table+*,.scroll+p{margin-top:10px}
 .listed{text-align:left}
-td.failed{text-align:left;color:var(--alarm);white-space:normal}
+td.failed,td.not-run{text-align:left;color:var(--alarm);white-space:normal}
+td.not-run{color:var(--faint)}
 .plot svg{display:block;width:100%;min-width:640px;height:auto}
 .sheet img{display:block;width:100%;min-width:640px;height:auto;border-radius:8px}
-.modelled section strong{color:var(--alarm)}
 """

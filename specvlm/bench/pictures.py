@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from specvlm.bench.clips import Clip
@@ -21,14 +20,14 @@ def sheets_of(captioner: Captioner, report: Report, clips: Sequence[Clip]) -> tu
     """Draw one sheet: the first clip that was captioned, with the strongest pruning that ran.
 
     Returns:
-        The sheet; none where nothing was pruned, or the models' weights are random.
+        The sheet; none where nothing was pruned.
 
     Raises:
         SpecvlmError: The clip gives no frames any more.
     """
     pruned = [one.configuration for one in report.summaries if one.videos and one.configuration.prune_ratio]
     captioned = [clip for clip in clips if clip.name in report.conditions.videos]
-    if report.modelled or not pruned or not captioned:
+    if not pruned or not captioned:
         return ()
     how = max(pruned, key=lambda one: one.prune_ratio or 0.0)
     return (_sheet(captioner, report, captioned[0], how),)
@@ -51,7 +50,5 @@ def _frames(captioner: Captioner, clip: Clip, num_frames: int | None) -> Frames:
 
     if isinstance(clip.video, Frames):
         return clip.video
-    settings = replace(captioner.frames, start_s=clip.start_s, end_s=clip.end_s)
-    if num_frames is not None:
-        settings = replace(settings, fps=None, num_frames=num_frames)
+    settings = clip.frame_settings(captioner.frames, num_frames)
     return read_video(clip.video, settings, frame_multiple=captioner.frame_multiple)

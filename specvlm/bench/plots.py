@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -19,10 +19,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from specvlm.bench.records import BASELINES, STAGES, MethodName, Report, Summary
-from specvlm.bench.words import STAGE_NAMES, frames_of, name_of
+from specvlm.bench.records import STAGES, MethodName, Report, Summary
+from specvlm.bench.words import STAGE_NAMES, baseline_of, frames_of, has_several_frames, name_of
 
-INK = "#010203"  # stands for the page's text colour
+INK = "#010203"  # replaced by the page's text colour
 # Told apart by colour-blind eyes, and clear on white as on near-black.
 COLOURS = ("#2b83c6", "#e0762b", "#2a9d72", "#c2549c", "#a48a00", "#7a6bd6", "#cf4a45", "#2aa0ad")
 MOST_SERIES = 2 * len(COLOURS)  # lines of one plot
@@ -90,11 +90,6 @@ class _Line(NamedTuple):
     points: list[tuple[float, Summary]]
 
 
-def baseline_of(report: Report) -> MethodName | None:
-    """What speedups are shown against: the first of the baselines that ran."""
-    return next((name for name in BASELINES if any(one.speedup(name) for one in report.summaries)), None)
-
-
 def plots(report: Report) -> list[Plot]:
     """Every plot that has something to show, in the page's order."""
     ran = [one for one in report.summaries if one.videos]
@@ -110,11 +105,6 @@ def plots(report: Report) -> list[Plot]:
             _depths(ran),
         ]
     return [one for one in found if one is not None]
-
-
-def has_several_frames(summaries: Iterable[Summary]) -> bool:
-    """Whether configurations differ in the frames asked for."""
-    return len({one.configuration.frames_asked for one in summaries}) > 1
 
 
 # --- the plots ---

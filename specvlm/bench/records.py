@@ -22,7 +22,7 @@ BASELINES: tuple[MethodName, ...] = ("stock", "plain")  # what speedups are give
 
 @dataclass(frozen=True, slots=True)
 class Configuration:
-    """One way to caption the videos; what a row of the table stands for.
+    """One way to caption the videos; one row of the table.
 
     Attributes:
         method: `stock` and `assisted` are `transformers`' own `generate()`, without and with its
@@ -76,8 +76,8 @@ class Configuration:
 class Stages:
     """Where the wall time of a caption went. The stages follow each other, and their sum is the whole.
 
-    What cannot be had apart is 0 here, null in JSON, and its time stands in a coarser stage: `generate()` of
-    `transformers` tells only when its first token came, so its captions have `prefill_s` and `steps_s` in place of
+    What cannot be had apart is 0 here, null in JSON, and its time is in a coarser stage: `generate()` of
+    `transformers` reports only when its first token came, so its captions have `prefill_s` and `steps_s` in place of
     what lies between; see `untold`.
 
     Attributes:
@@ -170,7 +170,7 @@ class Sample:
     settled_tokens: int = 0
 
     def as_row(self) -> dict[str, Any]:
-        """One flat row: the configuration's and the stages' fields stand beside the others."""
+        """One flat row: with the fields of the configuration and the stages."""
         row = asdict(self)
         flat = {**row.pop("configuration"), **row, **row["stages"]}
         del flat["stages"], flat["draft_label"]
@@ -396,30 +396,6 @@ class Left:
 
 
 @dataclass(frozen=True, slots=True)
-class StepBytes:
-    """What one decoding step of a batch must read, by the shapes alone, halfway through its captions.
-
-    Attributes:
-        model: `target`, or `draft` with the share of video tokens that it does not see where it is pruned.
-        frames_asked: Frames of each video.
-        batch_size: Captions in the batch.
-        weight_bytes: Weights of the decoder and the LM head, read once for the whole batch.
-        kv_bytes: Keys and values of all captions.
-    """
-
-    model: str
-    frames_asked: int
-    batch_size: int
-    weight_bytes: int
-    kv_bytes: int
-
-    @property
-    def kv_share(self) -> float:
-        """Share of keys and values."""
-        return self.kv_bytes / (self.weight_bytes + self.kv_bytes)
-
-
-@dataclass(frozen=True, slots=True)
 class Report:
     """All of it.
 
@@ -428,21 +404,14 @@ class Report:
         summaries: One for each configuration, in the order asked for, frames outermost.
         samples: Every timed caption.
         left_out: Videos that could not be read.
-        modelled: The models have the true shapes and random weights, and acceptance was given rather than
-            measured: the figures are a model's cost, not a caption's.
-        label: Where modelled: what stands beside every figure; else empty.
         stopped: It was stopped early; of each video the whole turns until then are kept.
-        reads: Where modelled in batches: what a step must read.
     """
 
     conditions: Conditions
     summaries: tuple[Summary, ...]
     samples: tuple[Sample, ...]
     left_out: tuple[Left, ...] = ()
-    modelled: bool = False
-    label: str = ""
     stopped: bool = False
-    reads: tuple[StepBytes, ...] = ()
 
     @property
     def is_batched(self) -> bool:
@@ -451,7 +420,7 @@ class Report:
 
     @property
     def process_peak_bytes(self) -> int | None:
-        """The process's peak with all methods; None where a device tells of each caption, or nothing was measured."""
+        """The process's peak with all methods; None if the device reports each caption's, or nothing was measured."""
         if self.conditions.peak_memory_of == "device":
             return None
         return max((one.peak_memory_bytes for one in self.summaries), default=0) or None
@@ -460,14 +429,11 @@ class Report:
         """Plain JSON; `schema` grows when a name in it changes its meaning."""
         whole = {
             "schema": SCHEMA,
-            "modelled": self.modelled,
-            "label": self.label,
             "conditions": _plain(asdict(self.conditions)),
             "process_peak_bytes": self.process_peak_bytes,
             "summaries": [self._summary_json(one) for one in self.summaries],
             "left_out": [asdict(one) for one in self.left_out],
             "stopped": self.stopped,
-            "reads": [asdict(one) for one in self.reads],
         }
         return whole | ({"samples": rows_of(self.samples)} if samples else {})
 

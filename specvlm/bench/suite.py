@@ -2,7 +2,7 @@
 
 Of each video, one turn warms up and is not kept, and each further turn begins with the next method, so that no
 method always runs first, or always after the same one. One video is in memory at a time; in batches all of them are,
-and a turn takes all of them. Knows neither files of results nor a terminal; what goes on is told to whoever listens.
+and a turn takes all of them. Knows neither files of results nor a terminal; events go to a listener.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Step(NamedTuple):
 
 
 class Listener(Protocol):
-    """Hears what goes on."""
+    """Receives events of a bench."""
 
     def step(self, step: Step) -> None:
         """A caption is about to be made."""
@@ -46,7 +46,7 @@ class Listener(Protocol):
         """A video could not be read, or not be preprocessed."""
 
     def failed(self, how: Configuration, error: str) -> None:
-        """A method cannot go on, and is left out from here on."""
+        """A method failed, and is left out from here on."""
 
 
 class Measuring(Protocol):
@@ -308,7 +308,7 @@ def bench(
     Args:
         captioner: With the target of all, and the draft of all methods but those of `others`.
         setup: What is compared, and on what.
-        listener: Hears what goes on.
+        listener: Receives events.
         others: The same target with other drafts (`specvlm.loading.with_draft`), by the names that the grid gives them.
 
     Raises:
@@ -324,14 +324,14 @@ def bench(
         prompt = asked.prompt if clip.prompt is None else clip.prompt
         if isinstance(clip.video, Frames):
             return captioner.prepare(_spread(clip.video, num_frames), prompt)
-        return captioner.prepare(clip.video, prompt, frames=_frames_of(base, clip, num_frames))
+        return captioner.prepare(clip.video, prompt, frames=clip.frame_settings(base, num_frames))
 
     def read(clip: Clip, num_frames: int | None) -> SetVideo:
         prompt, frames = asked.prompt if clip.prompt is None else clip.prompt, clip.video
         if isinstance(frames, Frames):
             frames = _spread(frames, num_frames)
         else:
-            settings = _frames_of(base, clip, num_frames)
+            settings = clip.frame_settings(base, num_frames)
             frames = read_video(frames, settings, frame_multiple=captioner.frame_multiple)
         seen = captioner.prepare(frames, prompt)
         return SetVideo(facts_of(clip.name, seen)._replace(preprocess_s=0.0), frames, prompt)
@@ -394,11 +394,6 @@ def conditions_of(
     videos = tuple(name for name in names if name in made)
     found = conditions(captioner, asked, videos)
     return replace(found, repeated_to=len(made)) if len(made) > len(videos) else found
-
-
-def _frames_of(base: FrameSettings, clip: Clip, num_frames: int | None) -> FrameSettings:
-    settings = replace(base, start_s=clip.start_s, end_s=clip.end_s)
-    return settings if num_frames is None else replace(settings, fps=None, num_frames=num_frames)
 
 
 def _spread(frames: Frames, num_frames: int | None) -> Frames:

@@ -26,8 +26,7 @@ from specvlm.bench.records import (
 )
 
 _T = TypeVar("_T")
-_BEFORE = ("read_s", "preprocess_s", "vision_s", "target_prefill_s", "draft_prefill_s", "prefill_s")
-_IN_WORDS = {
+_BEFORE = {  # the stages before the first token, in words
     "read_s": "reading",
     "preprocess_s": "preprocessing",
     "vision_s": "vision",
@@ -371,7 +370,7 @@ def limit(summary: Summary) -> str:
     if share <= _MOSTLY:
         return decoding or f"decoding, token by token, takes {_percent(1.0 - share)} of the time"
     largest = max(before, key=lambda name: before[name])
-    first = f"{_percent(share)} of the time passes before the first token, most of it in {_IN_WORDS[largest]}"
+    first = f"{_percent(share)} of the time passes before the first token, most of it in {_BEFORE[largest]}"
     return f"{first}; then {decoding}" if decoding else first
 
 

@@ -5,10 +5,11 @@ Knows records alone; neither terminal nor HTML. Imports no torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from statistics import fmean
+from typing import NamedTuple
 
-from specvlm.bench.records import BASELINES, MethodName, Report, Spread, StepBytes, Summary
+from specvlm.bench.records import BASELINES, MethodName, Report, Spread, Summary
 
 STAGE_NAMES = {
     "read_s": "read",
@@ -24,8 +25,15 @@ STAGE_NAMES = {
     "steps_s": "tokens 2...",
     "rest_s": "rest",
 }
-_FEW_ROUNDS = 20  # after fewer the mean of told acceptance is not yet the one that was told
 MOST_DEPTHS = 8  # of a table's cell
+
+
+class Column(NamedTuple):
+    """One column of a table."""
+
+    name: str  # on one or two lines
+    cell: Callable[[Summary], str]
+    is_listed: bool = False  # a cell holds a list, whose figures are below those of the cell above
 
 
 def counted(number: int, noun: str) -> str:
@@ -59,6 +67,11 @@ def number(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
 
+def ms(seconds: float | None, digits: int = 2) -> str:
+    """A time in milliseconds, without the unit; empty for None."""
+    return "" if seconds is None else f"{1e3 * seconds:.{digits}f}"
+
+
 def mean_words(value: float) -> str:
     """A mean of whole numbers: without decimals where it is one."""
     return f"{value:.1f}".removesuffix(".0")
@@ -71,9 +84,14 @@ def depths(summary: Summary) -> str:
     return f"{shown} …" if len(shares) > MOST_DEPTHS else shown
 
 
-def has_several_frames(report: Report) -> bool:
+def has_several_frames(summaries: Iterable[Summary]) -> bool:
     """Whether configurations differ in the frames asked for."""
-    return len({one.configuration.frames_asked for one in report.summaries}) > 1
+    return len({one.configuration.frames_asked for one in summaries}) > 1
+
+
+def baseline_of(report: Report) -> MethodName | None:
+    """The method that speedups are shown against: the first of the baselines that ran."""
+    return next((base for base in BASELINES if any(one.speedup(base) for one in report.summaries)), None)
 
 
 def frames_of(summary: Summary) -> str:
@@ -125,7 +143,7 @@ def clips_words(report: Report) -> str:
 
 
 def peak_words(report: Report) -> str:
-    """The peak of a process, which no method has for itself; empty where a device tells of each."""
+    """The peak of a process, which no method has for itself; empty if the device reports each method's."""
     most = report.process_peak_bytes
     return "" if most is None else f"{amount(most)}, of the process with all methods"
 
@@ -140,22 +158,11 @@ def name_of(summary: Summary, several_frames: bool) -> str:
 
 def limits(report: Report) -> Iterator[tuple[str, str]]:
     """Each configuration, and what is said of its limit, or why it failed."""
-    several = has_several_frames(report)
+    several = has_several_frames(report.summaries)
     for one in report.summaries:
-        said = f"failed: {one.error}" if one.error is not None else one.limit
+        said = missing_words(one, one.error) if one.error is not None else one.limit
         if said:
             yield name_of(one, several), said
-
-
-def few_rounds_words(report: Report) -> str:
-    """That a modelled report's accepted guesses are not yet those that were told; empty where they are."""
-    rounds = [one.num_drafts for one in report.summaries if one.num_drafts]
-    if not report.modelled or not rounds or min(rounds) >= _FEW_ROUNDS:
-        return ""
-    return (
-        f"only {min(rounds)} in a caption, so accepted guesses differ from those assumed; longer captions "
-        "(--max-new-tokens) bring them nearer"
-    )
 
 
 def stopped_words(report: Report) -> str:
@@ -181,14 +188,32 @@ def spread(value: Spread | None) -> str:
     return "" if value is None else f"{value.p10:.2f} to {value.p90:.2f}"
 
 
-def spread_cells() -> list[tuple[str, Callable[[Summary], str]]]:
-    """Columns of spreads over turns: what of, over which baseline, and the cell."""
+def speedup_cell(base: MethodName, kind: str) -> Callable[[Summary], str]:
+    """A cell of speedups over a method; `kind`: a field of `Speedup`, e.g. `decode`."""
+
+    def cell(one: Summary) -> str:
+        if one.configuration.method == base and one.error is None:
+            return "1.00"
+        return number(getattr(one.speedup(base), kind, None))
+
+    return cell
+
+
+def missing_words(one: Summary, error: str) -> str:
+    """Why there are no figures. `transformers` refuses assisted generation for many pairs, which is no failure."""
+    return f"{'not run' if one.configuration.method == 'assisted' else 'failed'}: {error}"
+
+
+def spread_columns() -> list[Column]:
+    """The spreads over turns of each speedup over each baseline."""
 
     def cell(base: MethodName, kind: str) -> Callable[[Summary], str]:
         return lambda one: spread(getattr(one.speedup(base), f"{kind}_turns", None))
 
     kinds = {"decode": "decode", "end to end": "e2e"}
-    return [(f"{name}\nx {base}", cell(base, kind)) for name, kind in kinds.items() for base in BASELINES]
+    return [
+        Column(f"{name}\nx {base}", cell(base, kind)) for name, kind in kinds.items() for base in BASELINES
+    ]
 
 
 def settled(one: Summary) -> str:
@@ -203,54 +228,16 @@ def rate(value: float | None) -> str:
     return f"{value:,.0f}" if value >= 100.0 else f"{value:.3g}"
 
 
-def rate_cells() -> list[tuple[str, Callable[[Summary], str]]]:
-    """Columns of what passes through in a time."""
+def rate_columns() -> list[Column]:
+    """Videos and tokens in a time."""
 
     def turns(one: Summary) -> str:
         found = one.videos_per_hour_turns
         return "" if found is None else f"{rate(found.p10)} to {rate(found.p90)}"
 
     return [
-        ("videos\nper hour", lambda one: rate(one.videos_per_hour)),
-        ("p10 to p90\nover turns", turns),
-        ("tokens\nper s", lambda one: rate(one.tokens_per_s)),
-        ("mean\nbatch", lambda one: mean_words(one.mean_batch_size) if one.videos else ""),
+        Column("videos\nper hour", lambda one: rate(one.videos_per_hour)),
+        Column("p10 to p90\nover turns", turns),
+        Column("tokens\nper s", lambda one: rate(one.tokens_per_s)),
+        Column("mean\nbatch", lambda one: mean_words(one.mean_batch_size) if one.videos else ""),
     ]
-
-
-def read_rows(reads: Sequence[StepBytes]) -> list[list[str]]:
-    """A table of what a step reads, its head first."""
-    several = len({one.frames_asked for one in reads}) > 1
-    head = ["model", *(["frames"] if several else []), "batch", "weights", "keys, values", "their share"]
-    rows = [
-        [
-            one.model,
-            *([str(one.frames_asked)] if several else []),
-            str(one.batch_size),
-            amount(one.weight_bytes),
-            amount(one.kv_bytes),
-            percent(one.kv_share),
-        ]
-        for one in reads
-    ]
-    return [head, *rows]
-
-
-def decode_cell(base: MethodName) -> Callable[[Summary], str]:
-    """A column of decode speedups over a method."""
-
-    def cell(one: Summary) -> str:
-        found = one.speedup(base)
-        return "" if found is None else number(found.decode)
-
-    return cell
-
-
-def e2e_cell(base: MethodName) -> Callable[[Summary], str]:
-    """A column of end-to-end speedups over a method."""
-
-    def cell(one: Summary) -> str:
-        found = one.speedup(base)
-        return "" if found is None else number(found.e2e)
-
-    return cell

@@ -27,7 +27,7 @@ def demo_folder(name: DemoName | HeadName) -> Path:
 
 
 def local_name(name: str) -> str:
-    """The folder that a name like "specvlm-demo/qwen-target" stands for; any other name as it is."""
+    """The folder of a name like "specvlm-demo/qwen-target"; any other name as it is."""
     owner, _, rest = name.partition("/")
     folder = Path(str(files(__name__))) / "weights" / rest
     return str(folder) if owner == OWNER and rest and "/" not in rest and folder.is_dir() else name

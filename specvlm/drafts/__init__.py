@@ -1,1 +1,1 @@
-"""Drafts: what guesses the next tokens. One file each, behind the contract in `base`."""
+"""Drafts propose the next tokens. One file each, behind the contract in `base`."""

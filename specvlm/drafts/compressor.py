@@ -2,7 +2,7 @@
 
 SpecVLM (the second of that name), arXiv 2509.11815, section 3.2: several operators, and a gate that reads the
 question's features and picks one of them per input (`select`), weighs them (`weighted`), or none: all are used one
-beside the other (`concat`). Where text stands between video tokens, as timestamps do, each stretch of video tokens is
+after the other (`concat`). If there is text between video tokens, such as timestamps, each stretch of video tokens is
 compressed for itself. It knows neither models nor caches.
 """
 
@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional
 
 from specvlm.config import SpeculationSettings
-from specvlm.errors import ConfigError
+from specvlm.errors import ConfigError, Setting
 from specvlm.pruning import prune
 
 OperatorName = Literal["prune", "prune-guided", "pool", "conv", "resampler", "text-only"]
@@ -63,11 +63,10 @@ class CompressorConfig:
                 f"compressor mode {self.mode!r} takes {least} to {most} operators, not {len(self.operators)}"
             )
         if not isinstance(self.ratio, int | float) or not LEAST_RATIO <= self.ratio <= MOST_RATIO:
-            raise ConfigError(
-                f"compression_ratio={self.ratio!r} is out of range; give 1 to 1000, 3 to 20 mostly"
-            )
+            ratio = Setting("compression_ratio", self.ratio)
+            raise ConfigError(ratio, "is out of range", fix="give 1 to 1000, 3 to 20 mostly")
         if not isinstance(self.queries, int) or not 1 <= self.queries <= 1024:
-            raise ConfigError(f"queries={self.queries!r} is out of range; give 1 to 1024")
+            raise ConfigError(Setting("queries", self.queries), "is out of range", fix="give 1 to 1024")
 
     @property
     def name(self) -> str:
@@ -76,7 +75,7 @@ class CompressorConfig:
 
 
 def stretches(video_at: torch.Tensor) -> tuple[int, ...]:
-    """How many video tokens stand in each stretch without text in it; `video_at`: int64 [V], ascending."""
+    """How many video tokens each stretch without text has; `video_at`: int64 [V], ascending."""
     ends = (video_at.diff() != 1).nonzero().squeeze(1) + 1
     return tuple(
         torch.diff(ends.cpu(), prepend=torch.tensor([0]), append=torch.tensor([len(video_at)])).tolist()
@@ -160,7 +159,7 @@ class _Prune(_Operator):
         )
 
     def kept(self, scores: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """Which of V pairs are kept, int64, ascending: by lot, or by the target's attention (arXiv 2508.16201)."""
+        """Which of V pairs are kept, int64, ascending: at random, or by the target's attention (arXiv 2508.16201)."""
         if self._guided:
             settings = SpeculationSettings(pruner="specvlm", prune_ratio=1.0 - 1.0 / self._ratio)
             return prune(scores, settings).nonzero().squeeze(1)
@@ -260,7 +259,7 @@ class Compressor(nn.Module):
             nn.init.zeros_(self.gate.bias)
 
     def forward(self, video: VideoPairs, generator: torch.Generator) -> Compressed:
-        """Compress. In training mode the gate's choice is drawn (Gumbel-softmax), else it is the likeliest."""
+        """Compress. In training mode the gate's choice is drawn (Gumbel-softmax), else it is the most likely one."""
         mode = self.config.mode
         if mode == "none":
             return Compressed(video.inputs, video.positions, video.stretches, "none")

@@ -2,7 +2,7 @@
 
 EAGLE-2 (arXiv 2406.16858) with the changes of SpecVLM (arXiv 2509.11815, section 3.1). The pair at position i is the
 feature of token i and the embedding of token i + 1, and has the position of token i, M-RoPE's rows included. What the
-target has accepted is read anew with the target's features, in the round's commit; so a round of depth D takes D
+target has accepted is read again with the target's features, in the round's commit; so a round of depth D takes D
 passes of the head, one of them over the accepted path.
 """
 

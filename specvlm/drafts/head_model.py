@@ -25,6 +25,7 @@ from specvlm.drafts.compressor import Compressed, Compressor, CompressorConfig, 
 from specvlm.drafts.kinds import HEAD_TYPE
 from specvlm.durable import write_whole
 from specvlm.errors import IncompatibleDraftError, ModelLoadError
+from specvlm.files import read_text
 from specvlm.model import TextModel, VideoLM
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -221,7 +222,7 @@ class HeadModel(nn.Module):
     def save(self, folder: Path, config: HeadConfig | None = None) -> None:
         """Write the head into a folder: weights, then the config, each in one stroke and durably.
 
-        `config`: with what is to be told of its training; None: its own.
+        `config`: with facts about its training; None: its own.
         """
         folder.mkdir(parents=True, exist_ok=True)
         told = json.dumps((config or self.config).as_json(), indent=1, sort_keys=True) + "\n"
@@ -277,8 +278,8 @@ def read_config(folder: Path) -> HeadConfig:
         ModelLoadError: It is not there, or not what this version writes.
     """
     try:
-        return HeadConfig.from_json(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return HeadConfig.from_json(json.loads(read_text(folder / CONFIG)))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelLoadError(
             f"{folder}: cannot read the head's config.json ({reason}); train it again"

@@ -17,11 +17,11 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from specvlm.errors import ConfigError
+from specvlm.errors import ConfigError, Setting
 
 FORMAT = 1
 _BATCH = 1000  # texts that are tokenized at once
-_REMEDY = "write it anew with specvlm vocab"
+_REMEDY = "write it again with specvlm vocab"
 
 
 class MostUsed(NamedTuple):
@@ -62,7 +62,7 @@ class KeptTokens:
         return sum(count for _, count in self.counts) / self.tokens if self.tokens else None
 
     def as_json(self) -> dict[str, Any]:
-        """What stands in the file."""
+        """Content of the file."""
         return {
             "specvlm_vocab": FORMAT,
             "tokenizer": self.tokenizer,
@@ -80,7 +80,7 @@ DraftVocab = int | str | os.PathLike[str] | Sequence[int] | MostUsed | KeptToken
 
 
 def fingerprint(tokenizer: Any) -> str:
-    """16 hex digits that stand for a tokenizer's tokens and their ids."""
+    """16 hex digits for a tokenizer's tokens and their ids."""
     tokens = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
     return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:16]
 
@@ -242,10 +242,8 @@ def check_size(size: int, by: Choosing) -> None:
     """
     fewest, most = len(_ends(by)) + 1, by.shared - 1
     if isinstance(size, bool) or not fewest <= size <= most:
-        raise ConfigError(
-            f"draft_vocab={size} is out of range; target and draft share {by.shared} tokens, so give "
-            f"{fewest} to {most}, or leave it out"
-        )
+        fix = f"target and draft share {by.shared} tokens, so give {fewest} to {most}, or leave it out"
+        raise ConfigError(Setting("draft_vocab", size), "is out of range", fix=fix)
 
 
 def most_used(counts: Counter[int], size: int, by: Choosing) -> list[int]:

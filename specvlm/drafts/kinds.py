@@ -1,4 +1,4 @@
-"""Which kind of draft a folder holds, told from its files. Imports neither torch nor models."""
+"""Which kind of draft a folder holds, by its files. Imports neither torch nor models."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from specvlm.demo import local_name
+from specvlm.files import open_plain, read_text
 
 HEAD_TYPE = "specvlm_head"
 _MOST_HEADER = 1 << 20  # bytes; a head has some twenty tensors
@@ -15,8 +16,8 @@ _MOST_HEADER = 1 << 20  # bytes; a head has some twenty tensors
 def is_head(draft: str | os.PathLike[str]) -> bool:
     """Whether a draft is the folder of a trained head; hub ids and all other folders are not."""
     try:
-        found = json.loads((Path(local_name(os.fspath(draft))) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = json.loads(read_text(Path(local_name(os.fspath(draft))) / "config.json"))
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(found, dict) and found.get("model_type") == HEAD_TYPE
 
@@ -24,8 +25,8 @@ def is_head(draft: str | os.PathLike[str]) -> bool:
 def has_head_weights(draft: str | os.PathLike[str]) -> bool:
     """Whether a folder has the weights of a head, whatever its config.json says; for those whose config is damaged."""
     try:
-        with (Path(local_name(os.fspath(draft))) / "model.safetensors").open("rb") as stream:
+        with open_plain(Path(local_name(os.fspath(draft))) / "model.safetensors") as stream:
             size = int.from_bytes(stream.read(8), "little")
             return size <= _MOST_HEADER and "join.weight" in json.loads(stream.read(size))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return False

@@ -21,7 +21,7 @@ from transformers.video_utils import VideoMetadata
 from specvlm.errors import PreprocessError, PromptError
 from specvlm.records import Frames
 
-# Where the video stands in a prompt; without it the video stands before the text.
+# Where the video is in a prompt; without it the video comes before the text.
 VIDEO_MARK = "<video>"
 
 
@@ -85,10 +85,10 @@ class _VideoOnce:
 
 
 class VideoGrid(NamedTuple):
-    """Which part of which frames each video token stands for.
+    """Which part of which frames each video token covers.
 
     The first `cells` video tokens are the cells, in (time, row, column) order; each covers its share of the whole
-    frame. What comes behind them stands for no place.
+    frame. What follows them covers no place.
     """
 
     steps: int  # T, in time
@@ -98,7 +98,7 @@ class VideoGrid(NamedTuple):
 
     @property
     def cells(self) -> int:
-        """Video tokens that stand for a place, T x rows x columns."""
+        """Video tokens that cover a place, T x rows x columns."""
         return self.steps * self.rows * self.columns
 
 
@@ -110,7 +110,7 @@ class Family(ABC):
 
     @property
     def prompts_like(self) -> str:
-        """Name of the family that prepares a prompt in the very same way: models of both can draft for each other."""
+        """Name of the family that prepares a prompt in the same way: models of both can draft for each other."""
         return self.name
 
     # --- the processor ---
@@ -125,7 +125,7 @@ class Family(ABC):
 
     @abstractmethod
     def video_token(self, processor: Any) -> str:
-        """The placeholder that stands for one video token in the text."""
+        """The placeholder of one video token in the text."""
 
     @abstractmethod
     def video_grid(self, processor: Any, inputs: ModelInputs) -> VideoGrid:
@@ -201,7 +201,7 @@ class Family(ABC):
         return list(processor.tokenizer(text)["input_ids"])
 
     def _metadata(self, frames: Frames) -> VideoMetadata:
-        """True frame times, told to the processor as the mean rate of the frames that it gets."""
+        """True frame times, given to the processor as the mean rate of the frames that it gets."""
         count = len(frames.times_s)
         span = float(frames.times_s[-1] - frames.times_s[0]) if count > 1 else 0.0
         fallback = frames.source.fps if frames.source is not None and frames.source.fps > 0 else 2.0
@@ -270,7 +270,7 @@ class Family(ABC):
         """Run the vision tower once over several videos. What it makes of each is on the tower's device."""
 
     def text_arguments(self, where: torch.Tensor, deep: Sequence[torch.Tensor]) -> dict[str, Any]:
-        """Further arguments of the text model in a prefill pass, for what `see` gives beside the embeddings.
+        """Further arguments of the text model in a prefill pass, for what `see` gives besides the embeddings.
 
         Args:
             where: bool [1, n], True at the pass's v video tokens.

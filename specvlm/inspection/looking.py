@@ -99,7 +99,7 @@ class Compression:
         name: How it is built: the mode, or its one operator.
         operator: What it used for this video; operators used together are joined by `+`.
         seen: Tokens that the head sees in place of the video's.
-        prunes: They are video tokens as they were; else new ones, which stand for no cells.
+        prunes: They are video tokens as they were; else new ones, which cover no cells.
     """
 
     name: str
@@ -264,7 +264,7 @@ class Inspection:
         }
 
     def _no_cells(self) -> dict[str, Any]:
-        """Video tokens that stand for no place, a newline behind the video say."""
+        """Video tokens that cover no place, a newline behind the video say."""
         stage, shares = self.stage[self.grid.cells :], self.shares[self.grid.cells :]
         return {
             "video_tokens": len(stage),

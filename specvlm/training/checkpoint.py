@@ -1,6 +1,6 @@
 """Checkpoints of a training: tensors and facts, in a folder that appears whole or not at all. Knows no models.
 
-Two are kept, so that a training goes on from the one before where the newest is damaged. Each is a folder with
+Two are kept, so that a training resumes from the older one if the newest is damaged. Each is a folder with
 `state.safetensors` and `state.json`, which holds the other's SHA-256; it is written under another name, made
 durable, and renamed.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -20,15 +21,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from specvlm.durable import publish, sync
+from specvlm.files import open_plain, read_text, remove
 
 _PREFIX, _PART = "checkpoint-", ".part"
 _TENSORS, _FACTS = "state.safetensors", "state.json"
+_NAME = re.compile(f"{_PREFIX}[0-9]{{8}}")
 _KEPT = 2
 _CHUNK = 1 << 22
 
 
 class Checkpoint(NamedTuple):
-    """What a training goes on from."""
+    """What a training resumes from."""
 
     step: int
     facts: Mapping[str, Any]  # plain values
@@ -40,7 +43,7 @@ class DamagedCheckpointError(Exception):
 
 
 class Found(NamedTuple):
-    """What is there to go on from."""
+    """A checkpoint to resume from."""
 
     checkpoint: Checkpoint | None  # the newest that is whole; None: there is none
     damaged: list[str]  # what is wrong with newer ones, which are removed where there is a whole one
@@ -60,7 +63,7 @@ class Checkpoints:
             OSError: It cannot be written.
         """
         for left in self._folder.glob(f"{_PREFIX}*{_PART}"):  # a process died while it wrote this
-            shutil.rmtree(left)
+            remove(left)
         names = self._names()
         number = int(names[0].removeprefix(_PREFIX)) + 1 if names else 1
         final = self._folder / f"{_PREFIX}{number:08d}"
@@ -79,7 +82,7 @@ class Checkpoints:
     def peek(self) -> tuple[int, Mapping[str, Any]] | None:
         """Step and facts of the newest checkpoint whose facts can be read, touching nothing; None: there is none."""
         for name in self._names():
-            with suppress(OSError, ValueError, KeyError, TypeError):
+            with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
                 told = _facts(self._folder / name)
                 return int(told["step"]), told["facts"]
         return None
@@ -100,8 +103,13 @@ class Checkpoints:
 
     def _names(self) -> list[str]:
         """Newest first."""
-        names = (path.name for path in self._folder.glob(f"{_PREFIX}*"))
-        return sorted((name for name in names if not name.endswith(_PART)), reverse=True)
+        folders = (path for path in self._folder.glob(f"{_PREFIX}*") if _NAME.fullmatch(path.name))
+        return sorted((path.name for path in folders if _is_folder(path)), reverse=True)
+
+
+def _is_folder(path: Path) -> bool:
+    """Whether it is a folder itself: `rmtree` refuses a link and waits for a FIFO."""
+    return path.is_dir() and not path.is_symlink()
 
 
 def _read(path: Path) -> Checkpoint:
@@ -117,18 +125,18 @@ def _read(path: Path) -> Checkpoint:
         return Checkpoint(int(told["step"]), told["facts"], load_file(path / _TENSORS))
     except OSError as error:
         raise DamagedCheckpointError(str(error.strerror or error)) from error
-    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         raise DamagedCheckpointError(f"{_FACTS} is damaged") from error
 
 
 def _facts(path: Path) -> dict[str, Any]:
-    told: dict[str, Any] = json.loads((path / _FACTS).read_text(encoding="utf-8"))
+    told: dict[str, Any] = json.loads(read_text(path / _FACTS))
     return told
 
 
 def _digest(path: Path) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as stream:
+    with open_plain(path) as stream:
         while chunk := stream.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""The folder of a head in training: the best head so far, the log, the curve, and the state to go on from.
+"""The folder of a head in training: the best head so far, the log, the curve, and the state to resume from.
 
 The folder is a head that can be loaded from the first evaluation on. Knows no models but the head.
 """
@@ -24,11 +24,11 @@ class HeadFolder:
 
     Attributes:
         root: The folder.
-        checkpoints: What a training goes on from.
+        checkpoints: What a training resumes from.
     """
 
     def __init__(self, root: Path, warn: Callable[[str], None]) -> None:
-        """`warn` is told of damage that could be mended."""
+        """`warn` receives damage that could be repaired."""
         self.root, self._warn = root, warn
         self.checkpoints = Checkpoints(root / STATE)
 
@@ -42,7 +42,7 @@ class HeadFolder:
         if found.checkpoint is None and found.damaged:
             raise TrainingError(
                 f"{self.root}: no checkpoint is whole ({'; '.join(found.damaged)}); train in another folder, or "
-                f"remove the checkpoints in {STATE} to begin anew with the captions that are there"
+                f"remove the checkpoints in {STATE} to start over with the captions that are there"
             )
         for damage in found.damaged:
             assert found.checkpoint is not None

@@ -97,7 +97,7 @@ class Learner:
                 weight.copy_(master)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """All that the next step depends on, beside `steps`; on the CPU or not, in float32, not copied."""
+        """All that the next step depends on, besides `steps`; on the CPU or not, in float32, not copied."""
         found = {}
         for name, master in zip(self._names, self._masters, strict=True):
             moments = self._optimizer.state.get(master, {})
@@ -110,7 +110,7 @@ class Learner:
 
     @torch.no_grad()
     def restore(self, state: Mapping[str, torch.Tensor], steps: int) -> None:
-        """Go on from what `state` gave.
+        """Continue from what `state` gave.
 
         Raises:
             KeyError: It is that of another head.

@@ -55,7 +55,7 @@ class Need:
 
 
 def need(target: VideoLM, head: HeadModel, sample: Sample) -> Need:
-    """Estimate what a sample takes beside what is allocated already."""
+    """Estimate what a sample takes in addition to what is allocated."""
     logits = sample.written * target.vocabulary
     passes = 1 + sample.unroll
     size = _size(target.dtype)
@@ -68,7 +68,7 @@ def need(target: VideoLM, head: HeadModel, sample: Sample) -> Need:
 
 
 def shortage(target: VideoLM, head: HeadModel, sample: Sample) -> str | None:
-    """Say what is missing to learn from a sample; None: nothing is, as far as can be told."""
+    """Say what is missing to learn from a sample; None: nothing is, as far as is known."""
     needed = need(target, head, sample)
     devices = {weight.device for weight in target.model.parameters()} | {target.device}
     if head.device in devices:
@@ -81,13 +81,13 @@ def shortage(target: VideoLM, head: HeadModel, sample: Sample) -> str | None:
             where = ", ".join(sorted(map(str, places)))
             return (
                 f"{sample.inputs.prompt_tokens} prompt tokens and {sample.written} of a caption need about "
-                f"{_gib(wanted)} beside the loaded models, and {where} has {_gib(sum(map(int, free)))} free"  # type: ignore[arg-type]
+                f"{_gib(wanted)} in addition to the loaded models, and {where} has {_gib(sum(map(int, free)))} free"  # type: ignore[arg-type]
             )
     return None
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Memory that can still be had on a device; None: it cannot be told."""
+    """Memory that can still be had on a device; None: unknown."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + cached

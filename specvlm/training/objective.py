@@ -47,7 +47,9 @@ class Losses(NamedTuple):
     total: torch.Tensor  # weighted, with gradients
     cross_entropy: torch.Tensor
     smooth_l1: torch.Tensor
-    right: torch.Tensor  # share of tokens whose likeliest guess, from the target's features, is the target's
+    right: (
+        torch.Tensor
+    )  # share of tokens whose most likely guess, from the target's features, is the target's
     operator: str  # what compressed the video
 
 

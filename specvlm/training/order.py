@@ -1,7 +1,7 @@
 """Which sample is learned from when: a function of seed and position alone. Knows no videos and no weights.
 
 A position counts the samples from the beginning of the training, over all epochs. A step never reaches over the end
-of an epoch, so a training of more epochs begins with the very steps of one of fewer.
+of an epoch, so a training of more epochs begins with the same steps as one of fewer.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ class Measures(NamedTuple):
     loss: float
     cross_entropy: float
     smooth_l1: float
-    right: float  # share of the caption's tokens whose likeliest guess is the target's
+    right: float  # share of the caption's tokens whose most likely guess is the target's
     operator: str  # of the compressor
 
 

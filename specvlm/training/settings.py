@@ -11,7 +11,7 @@ BETAS = (0.9, 0.95)  # of AdamW; SpecVLM, arXiv 2509.11815, section 4
 
 @dataclass(frozen=True, slots=True)
 class TrainingSettings:
-    """What the trained weights depend on, beside head, loss and data; SpecVLM, arXiv 2509.11815, section 4.
+    """What the trained weights depend on, besides head, loss and data; SpecVLM, arXiv 2509.11815, section 4.
 
     AdamW without weight decay and without warm-up, at one rate throughout.
 
@@ -39,7 +39,7 @@ class TrainingSettings:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """How long a training goes on, and what is done on its way. The weights after a step do not depend on it.
+    """How long a training runs, and what is done on its way. The weights after a step do not depend on it.
 
     Attributes:
         epochs: How often each sample is seen.

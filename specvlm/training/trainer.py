@@ -71,7 +71,7 @@ class Source(Protocol):
 
 
 class Watcher(Protocol):
-    """Told how far a training is."""
+    """Receives the progress of a training."""
 
     def began(self, step: int, total: int, progress: Progress) -> None: ...
 
@@ -125,7 +125,7 @@ class Trainer:
         schedule: Schedule,
         stop: Callable[[], str | None],
     ) -> None:
-        """`stop` says why to stop; None: go on."""
+        """`stop` says why to stop; None: continue."""
         self._parts, self._order, self._settings = parts, order, settings
         self._objective, self._schedule, self._stop = objective, schedule, stop
         self._total = order.total_steps(schedule)
@@ -135,7 +135,7 @@ class Trainer:
         self._written_s = self._clock_s = time.monotonic()
 
     def run(self) -> Ending:
-        """Train to the end, or until stopping is asked for; what was reached stands in a checkpoint then.
+        """Train to the end, or until stopping is asked for; the last state is then in a checkpoint.
 
         Raises:
             TrainingError: Loss, gradient or weights are not finite, or every checkpoint is damaged.
@@ -285,7 +285,7 @@ class Trainer:
         self._written_step, self._written_s = learner.steps, time.monotonic()
 
     def _resume(self) -> None:
-        """Go on from the newest checkpoint, which rank 0 reads, where there is one."""
+        """Resume from the newest checkpoint, if there is one; rank 0 reads it."""
         ranks, learner, folder = self._parts.ranks, self._parts.learner, self._parts.folder
         found = None if folder is None else folder.newest()
         state = learner.state() if found is None else found.tensors

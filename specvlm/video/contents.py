@@ -51,7 +51,7 @@ class Contents:
 
 
 def ends_early(file: VideoFile, container: str) -> bool:
-    """Whether an `avi` or `mpegts` file is shorter than it says; of others the demuxer tells.
+    """Whether an `avi` or `mpegts` file is shorter than it says; for others the demuxer says so.
 
     Raises:
         VideoUnavailableError: The system failed to read.
@@ -65,7 +65,7 @@ def ends_early(file: VideoFile, container: str) -> bool:
 
 
 def _ends_in_riff(file: VideoFile) -> bool:
-    """Whether a RIFF chunk goes on behind the end; one without a size was never finished by its writer."""
+    """Whether a RIFF chunk continues past the end; one without a size was never finished by its writer."""
     start, size = 0, file.identity.size_bytes
     while start < size:
         head = read_at(file.descriptor, 8, start)

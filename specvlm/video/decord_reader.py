@@ -111,7 +111,7 @@ def decode(
 def load() -> Any:
     """Import decord, keep it quiet, and listen to its FFmpeg, which passes off as sound what it has concealed.
 
-    Its FFmpeg is a library beside PyAV's, with a log of its own, which is ours from now on.
+    Its FFmpeg is another library than PyAV's, with a log of its own, which is ours from now on.
     """
     decord: Any = importlib.import_module("decord")  # untyped
     decord.logging.set_level(decord.logging.QUIET)

@@ -123,7 +123,7 @@ def _demuxer(contents: Contents, file: VideoFile, heard: list[ffmpeg_log.Line]) 
 
 
 def _main_stream(container: InputContainer, file: VideoFile) -> VideoStream:
-    """The one that FFmpeg finds best, unless it is a picture beside the video."""
+    """The one that FFmpeg finds best, unless it is a picture, such as a cover."""
     streams = [one for one in container.streams.video if not one.disposition & _BESIDE]
     if not streams:
         raise NotAVideoError(file.label, "holds no video stream (audio only?); give a file with pictures")
@@ -145,7 +145,7 @@ def _codec_name(stream: VideoStream) -> str:
 
 @dataclass(slots=True)
 class Packets:
-    """What demuxing tells of each packet, in file order; compact, because a day of video has millions.
+    """What demuxing gives for each packet, in file order; compact, because a day of video has millions.
 
     Attributes:
         held: The packets themselves; None where they are too many.
@@ -221,7 +221,7 @@ def _flags(packet: Packet[VideoStream], codec: str) -> int:
 
 
 def _gap(places: NDArray[np.int64], before: int, what: str) -> int:
-    """The packet before which data are missing: of what is said at opening, Matroska tells the place."""
+    """The packet before which data are missing: of what is said at opening, Matroska gives the place."""
     place = None if before else _PLACE.search(what)
     return before if place is None else int(np.searchsorted(places, int(place[1], 0)))
 

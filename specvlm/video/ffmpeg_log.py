@@ -1,7 +1,7 @@
 """What PyAV's FFmpeg says while it works: kept off the screen, and heard by who asks.
 
 Its log is one for the whole process. It is turned over to us while any thread reads, and back when none does;
-what a thread is told stays its own.
+each thread gets its own messages.
 """
 
 from __future__ import annotations

@@ -140,7 +140,7 @@ def _require_below(root: str | os.PathLike[str] | bytes, descriptor: int, label:
 
 
 def _real_path(descriptor: int, path: bytes) -> bytes:
-    """Where the system says that an open file lies; the path resolved anew where it does not say."""
+    """Where the system says that an open file lies; the path resolved again if it does not say."""
     if sys.platform == "linux" and os.path.exists("/proc/self/fd"):
         return os.readlink(b"/proc/self/fd/%d" % descriptor)
     if sys.platform == "darwin":

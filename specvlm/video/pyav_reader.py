@@ -51,7 +51,7 @@ from specvlm.video.timing import Stamp, frame_times
 NAME = f"pyav {av.__version__}"
 # FFmpeg's own decoder gives whatever a damaged VP9 packet says; libvpx, as fast, sees most of the damage.
 _STRICTER = {"vp9": "libvpx-vp9"}
-# Decoders that give a picture and an error only if told to. Others would refuse spliced videos, which are sound.
+# Decoders that give a picture and an error only if asked to. Others would refuse spliced videos, which are sound.
 _EXPLODE = frozenset({"hevc"})
 # Here a packet may say "as before", and give no picture of its own.
 _MAY_GIVE_NONE = frozenset("mpeg4 h263 flv1 theora msmpeg4v1 msmpeg4v2 msmpeg4v3 wmv1 wmv2 wmv3 vc1".split())
@@ -281,7 +281,7 @@ class _Decoder:
 
     Attributes:
         knows_keys: It says of frames whether they are key frames; libvpx does not.
-        orientation: That of all frames; None: each frame tells.
+        orientation: That of all frames; None: each frame has its own.
         length_bytes: Size of the lengths between parts of a packet of H.264; 0: there are none.
     """
 
@@ -311,7 +311,7 @@ class _Decoder:
         """What comes out when packet `number` goes in; `skips`: nothing of it, if no other packet leans on it."""
         packet.opaque = (number,)  # PyAV knows it by its identity: no two may share a small integer
         if not self.knows_keys and self.orientation is None:
-            # Only the container's own decoder is told.
+            # Only the container's own decoder is set up.
             self.orientation = next(map(orientation_of, _decoded(self._native, packet) or ()), UPRIGHT)
         if skips is not self._skips:
             self._context.skip_frame = "NONREF" if skips else "DEFAULT"
@@ -325,7 +325,7 @@ class _Decoder:
         return frames or ()
 
     def drain(self) -> Sequence[VideoFrame]:
-        """All that is still to come. After this the decoder begins anew."""
+        """All that is still to come. After this the decoder starts over."""
         frames = _decoded(self._context, None)
         self._context.flush_buffers()
         return frames or ()

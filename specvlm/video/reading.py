@@ -14,7 +14,7 @@ import av
 from av.video.frame import VideoFrame
 
 from specvlm.config import FrameSettings
-from specvlm.errors import ConfigError, VideoDecodeError
+from specvlm.errors import ConfigError, Setting, VideoDecodeError
 from specvlm.records import Frames, VideoSource
 from specvlm.video import decord_reader, ffmpeg_log, pyav_reader
 from specvlm.video.demuxing import open_source, read_packets, read_part
@@ -78,7 +78,7 @@ def read(
 
 def _check(settings: FrameSettings, frame_multiple: int) -> None:
     if frame_multiple < 1:
-        raise ConfigError(f"frame_multiple={frame_multiple} is out of range; give 1 or more")
+        raise ConfigError(Setting("frame_multiple", frame_multiple), "is out of range", fix="give 1 or more")
     if settings.backend == "decord" and not decord_reader.is_installed():
         raise ConfigError(
             "video backend 'decord' is not installed; pip install decord, or use --video-backend pyav"

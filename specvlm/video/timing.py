@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-_STEP_BACK_S = 0.1  # of a clock that goes on; one that goes back further was set anew
+_STEP_BACK_S = 0.1  # of a running clock; one that goes back further was reset
 _LARGEST_GAP_S = 10.0  # within a recording, in containers whose clock may jump
 
 

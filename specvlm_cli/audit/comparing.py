@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from specvlm.bench.reference import StockCaption
 
 Outcome = Literal["equal", "different", "changed", "missing", "unreadable", "failed"]
-TOKENS = "token_ids"  # column of a row that holds its tokens
 _UNFINISHED = "\ufffd"  # half a character, at the end of tokens
 
 
@@ -32,7 +31,7 @@ class Verdict:
         outcome: `equal` or `different`, or why it was not compared: the file is `changed`, `missing` or `unreadable`,
             or `generate()` has `failed`.
         differs: Names of the columns that differ.
-        token_index: Of the first token that differs; None where the captions are equal, or the row does not tell.
+        token_index: Of the first of stock's tokens whose text is not in the row; None: the texts are equal.
         margin: Stock's best score minus its second best at that token; None: there is no such token.
         stock_text: What stock wrote; None: it wrote nothing.
         error: Why the row was not compared, on one line; None: it was.
@@ -82,7 +81,6 @@ def compare(row: Row, stock: StockCaption, asked: Asked, decode: Callable[[Seque
 def _of_caption(row: Row, stock: StockCaption, text: str) -> tuple[str, ...]:
     made = {
         "caption": text,
-        TOKENS: list(stock.token_ids),
         "completion_tokens": len(stock.token_ids),
         "finish_reason": stock.finish_reason,
     }
@@ -119,23 +117,15 @@ def _unequal(row: Row, made: Row) -> tuple[str, ...]:
 def _first_difference(
     row: Row, stock: StockCaption, decode: Callable[[Sequence[int]], str], text: str
 ) -> int | None:
-    ours, theirs = row.get(TOKENS), stock.token_ids
-    if ours is not None:
-        count = min(len(ours), len(theirs))
-        same = next((place for place in range(count) if ours[place] != theirs[place]), count)
-        return None if same == len(ours) == len(theirs) else same
-    if row["caption"] == text:
+    """Return the index of the first of stock's tokens whose text is not in the row, which holds no tokens."""
+    caption = str(row["caption"])
+    if caption == text:
         return None
-    return _first_beyond(str(row["caption"]), stock, decode)
-
-
-def _first_beyond(caption: str, stock: StockCaption, decode: Callable[[Sequence[int]], str]) -> int:
-    """Return the first of stock's tokens that writes something else than a caption of which only the text is known."""
 
     def leaves(count: int) -> bool:
         return not caption.startswith(decode(stock.token_ids[:count]).rstrip(_UNFINISHED))
 
     length = len(stock.token_ids)
     index = bisect_left(range(1, length + 1), True, key=leaves)
-    # Where the caption goes on behind all that stock wrote, stock's end of sequence is what differs.
+    # If the caption continues after all that stock wrote, stock's end of sequence is what differs.
     return length - 1 if index == length and stock.finish_reason == "stop" else index

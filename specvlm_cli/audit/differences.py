@@ -37,7 +37,7 @@ SCHEMA = pa.schema(
 
 
 class Difference(NamedTuple):
-    """A row of the run that is not equal, and what came of it."""
+    """A row of the run that is not equal, and its verdict."""
 
     row: Row
     verdict: Verdict

@@ -1,4 +1,4 @@
-"""One audit, from what was asked for to what came of it. Knows no terminal.
+"""One audit, from request to result. Knows no terminal.
 
 Ledgers are opened read-only, as by every other reader, also while a run writes to them. What is written is in
 OUT/audit: verdicts, as they are made, and the file of differences, at the end.
@@ -18,12 +18,11 @@ from specvlm_cli import lock
 from specvlm_cli.audit import differences
 from specvlm_cli.audit.comparing import Outcome
 from specvlm_cli.audit.differences import Difference
-from specvlm_cli.audit.made_with import Device, made_with
+from specvlm_cli.audit.made_with import How, made_with
 from specvlm_cli.audit.rows import Counted, Rows, places
 from specvlm_cli.audit.sample import Sample
 from specvlm_cli.audit.verdicts import Verdicts
-from specvlm_cli.audit.work import How, Tick, Work
-from specvlm_cli.decoding import Limits
+from specvlm_cli.audit.work import Tick, Work
 from specvlm_cli.exits import BusyError, ExitCode, FatalError, UsageError
 from specvlm_cli.run_view import RunView
 from specvlm_cli.safe_files import require_folder
@@ -45,18 +44,14 @@ class Request:
     Attributes:
         sample: Which rows of the run.
         shard: Which part of them.
-        device: How the target is loaded.
-        limits: What reading one video may take.
+        how: How captions are made again.
         again: Forget what was compared before.
-        quiet: Show no progress of downloads.
     """
 
     sample: Sample
     shard: Shard
-    device: Device
-    limits: Limits
+    how: How
     again: bool = False
-    quiet: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +130,7 @@ def audit(run: RunView, request: Request, tick: Tick = lambda done, of, odd: Non
         FatalError: A ledger, the model or the audit's own files cannot be used.
         BusyError: Another audit of the same shard is at work.
     """
-    how = How(made_with(run), request.device, request.limits, request.quiet)
+    known = made_with(run)
     found = Counted(places(run))
     chosen = [place for place in request.sample.of(found) if request.shard.holds(place.id)]
     if not found.count:
@@ -149,14 +144,14 @@ def audit(run: RunView, request: Request, tick: Tick = lambda done, of, odd: Non
     ):
         if request.again:
             verdicts.forget()
-        work = Work(how, chosen, rows, verdicts, stop, tick)
+        work = Work(known, request.how, chosen, rows, verdicts, stop, tick)
         work.do()
         file = folder / f"differences-{name}.parquet"
         differences.write(file, _differences(work))
         counts = Counter(work.outcomes.values())
         return Audited(
             out=str(run.root),
-            target=how.made_with.target,
+            target=known.target,
             sample=request.sample.text,
             captions=found.count,
             chosen=len(chosen),

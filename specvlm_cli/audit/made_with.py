@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from specvlm.checkpoint import can_compare
 from specvlm.config import FrameSettings, GenerationSettings
 from specvlm.demo import local_name
-from specvlm_cli.exits import FatalError, UsageError
+from specvlm_cli.decoding import Limits
+from specvlm_cli.exits import FLAG_NAMES, FatalError, UsageError
 from specvlm_cli.run_folder import RunFolder
 from specvlm_cli.run_view import RunView
 from specvlm_cli.settings import ModelChoice, Plain, config_hash, differences
 from specvlm_cli.text import clean
 
 _DTYPES = ("float32", "bfloat16", "float16")
-_OTHER_NAMES = {"video_backend": "backend"}
 
 
 @dataclass(frozen=True, slots=True)
-class Device:
-    """How the target is loaded, as far as captions do not say it."""
+class How:
+    """How captions are made again, as far as the run does not say it.
+
+    Attributes:
+        device_map: Where the target goes.
+        local_files_only: Never ask the hub.
+        trust_remote_code: Run code that comes with a checkpoint.
+        limits: What reading one video may take.
+        quiet: Show no progress of downloads.
+    """
 
     device_map: str | None = None
     local_files_only: bool = False
     trust_remote_code: bool = False
+    limits: Limits = field(default_factory=Limits)
+    quiet: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +61,7 @@ class MadeWith:
     resolved: Plain
     hashes: frozenset[str]
 
-    def models(self, device: Device, *, has_cuda: bool) -> ModelChoice:
+    def models(self, how: How, *, has_cuda: bool) -> ModelChoice:
         """Return what loads the target alone, at the commit and in the number format of the rows.
 
         `has_cuda`: this machine has a GPU, where `auto` is the checkpoint's own format; elsewhere it is float32.
@@ -60,13 +70,13 @@ class MadeWith:
         is_commit = isinstance(revision, str) and ":" not in revision
         return ModelChoice(
             name=self.target,
-            load=local_name(self.target),
+            target=local_name(self.target),
             draft="none",
             revision=revision if is_commit else self.settings.get("revision"),
             dtype=self._dtype(has_cuda),
-            device_map=device.device_map,
-            local_files_only=device.local_files_only,
-            trust_remote_code=device.trust_remote_code,
+            device_map=how.device_map,
+            local_files_only=how.local_files_only,
+            trust_remote_code=how.trust_remote_code,
         )
 
     def _dtype(self, has_cuda: bool) -> str:
@@ -88,7 +98,7 @@ class MadeWith:
         if changes := differences(then, now):
             raise UsageError(
                 f"{clean(self.target)} is not the target of the captions, although it has its name: "
-                f"{clean(changes[0])}; put the earlier files back, or caption into another folder"
+                f"{clean(str(changes[0]))}; put the earlier files back, or caption into another folder"
             )
 
 
@@ -137,8 +147,8 @@ def _prompts(found: Any) -> tuple[str, ...]:
 
 def _chosen(settings: Plain, group: type) -> dict[str, Any]:
     """Return the settings that are fields of a dataclass, by the names of the fields."""
-    renamed = {_OTHER_NAMES.get(name, name): value for name, value in settings.items()}
-    return {field.name: renamed[field.name] for field in fields(group) if field.name in renamed}
+    flags = {field.name: FLAG_NAMES.get(field.name, field.name) for field in fields(group)}
+    return {name: settings[flag] for name, flag in flags.items() if flag in settings}
 
 
 def _hashes(run: RunView) -> frozenset[str]:

@@ -14,9 +14,8 @@ from decimal import Decimal
 from heapq import nsmallest
 from typing import NamedTuple
 
-from specvlm_cli.exits import UsageError
+from specvlm_cli.exits import Flag, UsageError
 from specvlm_cli.ledger import FileStamp
-from specvlm_cli.text import clean
 
 _ALL = 1 << 64  # places of the order
 
@@ -99,6 +98,7 @@ def parse_sample(text: str) -> Sample:
     if re.fullmatch(r"[0-9]{1,12}", text) and int(text):
         return Sample(text, rows=int(text))
     raise UsageError(
-        f"--sample {clean(text)!r} is no sample; give a share above 0% and up to 100% (1%), a number of rows (500), "
-        "or all"
+        Flag("sample", repr(text)),
+        "is no sample",
+        fix="give a share above 0% and up to 100% (1%), a number of rows (500), or all",
     )

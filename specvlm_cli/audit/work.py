@@ -16,18 +16,18 @@ from typing import TYPE_CHECKING, NamedTuple
 from specvlm.errors import ConfigError
 from specvlm_cli import engine
 from specvlm_cli.audit.comparing import Asked, Outcome, Verdict, compare
-from specvlm_cli.audit.made_with import Device, MadeWith
+from specvlm_cli.audit.made_with import How, MadeWith
 from specvlm_cli.audit.rows import Rows
 from specvlm_cli.audit.sample import Place
 from specvlm_cli.audit.verdicts import Verdicts, digest_of
-from specvlm_cli.decoding import DecodingPool, Limits, ReadFailure, ReadJob
+from specvlm_cli.decoding import DecodingPool, ReadFailure, ReadJob
 from specvlm_cli.exits import FatalError
 from specvlm_cli.generating.messages import REDUCED
 from specvlm_cli.ledger import NO_FILE, FileStamp
-from specvlm_cli.stopping import Stop
+from specvlm_cli.stopping import NotBegunError, Stop
 from specvlm_cli.stored_rows import Row
 from specvlm_cli.text import clean, path_bytes
-from specvlm_cli.training.reading import Bounds, Reader, job_of
+from specvlm_cli.training.reading import Bounds, Reader
 
 if TYPE_CHECKING:
     from specvlm.bench.reference import Reference, StockCaption
@@ -38,23 +38,6 @@ Tick = Callable[[int, int, int], None]  # (looked at, chosen, not equal)
 _READERS = 2
 _MOST_FAILED = 5  # captions in a row on which `generate()` fails, before it is taken to fail on all
 _NOT_FOUND = "VideoNotFoundError"
-
-
-@dataclass(frozen=True, slots=True)
-class How:
-    """How captions are made again.
-
-    Attributes:
-        made_with: What the rows were made with.
-        device: How the target is loaded.
-        limits: What reading one video may take.
-        quiet: Show no progress of downloads.
-    """
-
-    made_with: MadeWith
-    device: Device
-    limits: Limits
-    quiet: bool
 
 
 class _StoppedError(Exception):
@@ -78,6 +61,7 @@ class Work:
         made_now: How many verdicts are of this start.
     """
 
+    made_with: MadeWith
     how: How
     chosen: Sequence[Place]
     rows: Rows
@@ -109,7 +93,7 @@ class Work:
     def _is_settled(self, place: Place, row: Row) -> bool:
         """Take note of a row that was compared before, or that cannot be compared."""
         self._check()
-        known = self.verdicts.get(place, digest_of(row, place, self.how.made_with))
+        known = self.verdicts.get(place, digest_of(row, place, self.made_with))
         if known is not None:
             self._note(place, known)
             return True
@@ -119,11 +103,14 @@ class Work:
         return False
 
     def _compare_all(self, todo: Sequence[Place], held: ExitStack) -> None:
-        stock = open_stock(self.how)
-        self._check()
+        try:
+            with self.stop.at_once():
+                stock = open_stock(self.made_with, self.how)
+        except NotBegunError:
+            raise _StoppedError from None
         pool = held.enter_context(DecodingPool(_READERS, self.how.limits))
         reader = Reader(pool, Bounds(_READERS), self._check)
-        like = ReadJob(0, b"", self.how.made_with.frames, stock.captioner.frame_multiple)
+        like = ReadJob(0, b"", self.made_with.frames, stock.captioner.frame_multiple)
         announced: deque[_Video] = deque()
         reader.begin(_announce(self._videos(todo, like), announced))
         while reader.ready() or announced:  # asking what is ready reads ahead
@@ -137,8 +124,8 @@ class Work:
         for number, (_, group) in enumerate(groupby(todo, key=lambda place: place[:2])):
             if rows := self.rows.of(list(group)):
                 row = rows[0][1]
-                part = row["start"], row["end"]
-                yield _Video(rows, job_of(number, path_bytes(row["path"]), part, like))
+                job = like.for_video(number, path_bytes(row["path"]), row.get("start"), row.get("end"))
+                yield _Video(rows, job)
 
     def _verdict(self, place: Place, row: Row, read: Frames | ReadFailure, stock: Reference) -> Verdict:
         if isinstance(read, ReadFailure):
@@ -147,9 +134,12 @@ class Work:
         source = read.source
         if source is not None and _is_other(place.stamp, FileStamp(source.size_bytes, source.mtime_ns)):
             return _CHANGED
+        prompt = row.get("prompt")
+        if prompt is None:
+            return _NO_PROMPT
         frames = _as_captioned(read, row)
         try:
-            made = stock.caption(frames, row["prompt"], lambda: self.stop.reason is not None)
+            made = stock.caption(frames, prompt, lambda: self.stop.reason is not None)
         except ConfigError:
             raise  # every other row would fail in the same way
         except Exception as error:
@@ -163,7 +153,7 @@ class Work:
         self, place: Place, row: Row, frames: Frames, made: StockCaption, stock: Reference
     ) -> Verdict:
         revision = stock.captioner.info.target_revision
-        asked = Asked(self.how.made_with, revision, self._prompt(place), frames.times_s.tolist())
+        asked = Asked(self.made_with, revision, self._prompt(place), frames.times_s.tolist())
         return compare(row, made, asked, stock.captioner.detokenize)
 
     def _prompt(self, place: Place) -> str | None:
@@ -171,7 +161,7 @@ class Work:
 
         A ledger that was rebuilt from parts knows no prompts of videos, and no stamps of files either.
         """
-        prompts = self.how.made_with.prompts
+        prompts = self.made_with.prompts
         if place.own_prompts or place.stamp == NO_FILE or place.prompt_index >= len(prompts):
             return None
         return prompts[place.prompt_index]
@@ -188,7 +178,7 @@ class Work:
 
     def _settle(self, place: Place, row: Row, verdict: Verdict) -> None:
         if verdict.is_final:
-            self.verdicts.add(place, digest_of(row, place, self.how.made_with), verdict)
+            self.verdicts.add(place, digest_of(row, place, self.made_with), verdict)
         else:
             self.passing[place] = verdict
         self.made_now += 1
@@ -212,10 +202,11 @@ def _announce(videos: Iterator[_Video], announced: deque[_Video]) -> Iterator[Re
             yield video.job
 
 
+_NO_PROMPT = Verdict("different", ("prompt",), error="the row holds no prompt")
 _CHANGED = Verdict("changed", error="its size or time is not that of the file that was captioned")
 
 
-def open_stock(how: How) -> Reference:
+def open_stock(made_with: MadeWith, how: How) -> Reference:
     """Load the target of the rows alone, to run stock `generate()` on it. Here torch is imported.
 
     Raises:
@@ -226,17 +217,10 @@ def open_stock(how: How) -> Reference:
 
     from specvlm.bench.reference import Reference
 
-    models = how.made_with.models(how.device, has_cuda=torch.cuda.is_available())
+    models = made_with.models(how, has_cuda=torch.cuda.is_available())
     captioner = engine.load_captioner(models, quiet=how.quiet)
-    info = captioner.info
-    how.made_with.require_same(
-        {
-            "target_revision": info.target_revision,
-            "dtype": info.dtype,
-            "processor_options": dict(info.processor_options),
-        }
-    )
-    return Reference(captioner, how.made_with.generation, how.made_with.system)
+    made_with.require_same(engine.resolved(captioner))
+    return Reference(captioner, made_with.generation, made_with.system)
 
 
 def _of_file(path: bytes, stamp: FileStamp) -> Verdict | None:

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from specvlm_cli.commands.caption_flags import FrameFlags, ModelFlags
-from specvlm_cli.commands.choices import check_device
-from specvlm_cli.commands.options import same_as
-from specvlm_cli.durations import positive_seconds
+from specvlm_cli.commands.choices import check_device, read_limits
+from specvlm_cli.commands.options import picked, same_as
 from specvlm_cli.text import caption_line
 
 if TYPE_CHECKING:
@@ -86,25 +85,24 @@ def audit(flags: AuditFlags) -> int:
     """Make captions of a run again with stock generate() alone, and compare them with the rows.
 
     The same frames are read again, one video at a time. Run it again to resume; what was compared is kept in OUT/audit.
-    Nothing else in OUT is written, and a run may go on in it.
+    Nothing else in OUT is written, and a run may continue in it.
 
     Exit code 0 where every caption of the sample is equal, 3 where one is not or could not be compared.
     """
-    from specvlm_cli.audit.made_with import Device
+    from specvlm_cli.audit.made_with import How
     from specvlm_cli.audit.sample import parse_sample
-    from specvlm_cli.decoding import Limits
     from specvlm_cli.run_view import view
     from specvlm_cli.shard import parse_shard
 
     check_device(flags.device_map)
     sample, shard = parse_sample(flags.sample), parse_shard(flags.shard)
-    limits = Limits(timeout_s=positive_seconds("--decode-timeout", flags.decode_timeout))
+    limits = read_limits(flags)
     run = view(flags.out)
 
     from specvlm_cli.audit import job
 
-    device = Device(flags.device_map, flags.local_files_only, flags.trust_remote_code)
-    request = job.Request(sample, shard, device, limits, flags.again, quiet=flags.quiet or flags.json_output)
+    how = How(**picked(flags, How) | {"limits": limits, "quiet": flags.quiet or flags.json_output})
+    request = job.Request(sample, shard, how, flags.again)
     with _progress(flags.quiet) as tick:
         found = job.audit(run, request, tick)
     _show(found, flags)

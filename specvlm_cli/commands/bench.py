@@ -27,7 +27,6 @@ from specvlm.errors import SpecvlmError
 from specvlm.preset import Preset, head_of
 from specvlm_cli import engine
 from specvlm_cli.commands.bench_flags import MOST_REPEATS, BenchFlags, in_range, one_prompt, values_of
-from specvlm_cli.commands.bench_shapes import modelled, modelled_grid, refuse_mixture
 from specvlm_cli.commands.caption_flags import MOST
 from specvlm_cli.commands.choices import (
     DEFAULT_PRESET,
@@ -38,7 +37,7 @@ from specvlm_cli.commands.choices import (
     prompt_texts,
     refuse_for_head,
 )
-from specvlm_cli.exits import ExitCode, FatalError, UsageError
+from specvlm_cli.exits import ExitCode, FatalError, Flag, UsageError
 from specvlm_cli.inputs import Inputs, Item
 from specvlm_cli.screen.bench import BenchTalk, tell
 from specvlm_cli.text import clean, path_text, storable
@@ -70,7 +69,7 @@ class _Compared(NamedTuple):
 
 
 class _Measured(NamedTuple):
-    """What came of it, and pictures for the page."""
+    """The result, and pictures for the page."""
 
     report: Report
     sheets: tuple[PageSheet, ...] = ()
@@ -85,10 +84,9 @@ def bench(flags: BenchFlags) -> int:
 
     Without INPUT it is a quick check on the example clips: a minute or two on two cores.
     """
-    in_range("--limit", flags.limit, MOST)
-    in_range("--repeat", flags.repeat, MOST_REPEATS)
+    in_range("limit", flags.limit, MOST)
+    in_range("repeat", flags.repeat, MOST_REPEATS)
     one_prompt(flags.prompt, "bench")
-    refuse_mixture(flags)
     GenerationSettings(max_new_tokens=flags.max_new_tokens)
     grid, talk = _grid(flags), BenchTalk(flags.quiet)
     if flags.out is not None:
@@ -102,12 +100,6 @@ def bench(flags: BenchFlags) -> int:
             return _stopped(error, flags, talk, stop.code)
     _show(measured, flags, talk)
     return ExitCode.SOME_FAILED if measured.report.left_out else ExitCode.OK
-
-
-def _found(flags: BenchFlags, grid: Grid, talk: BenchTalk) -> _Measured:
-    if flags.shape is not None:
-        return _Measured(modelled(flags, modelled_grid(flags, grid), _command(flags), talk))
-    return _of_checkpoints(flags, grid, talk)
 
 
 class Stop:
@@ -144,10 +136,10 @@ def _stopped(error: KeyboardInterrupt, flags: BenchFlags, talk: BenchTalk, code:
     return code
 
 
-def _of_checkpoints(flags: BenchFlags, grid: Grid, talk: BenchTalk) -> _Measured:
+def _found(flags: BenchFlags, grid: Grid, talk: BenchTalk) -> _Measured:
     pair = pair_of(flags.preset, flags.target)
     grid, drafts = _with_drafts(grid, flags, pair)
-    check_models(None, next(iter(drafts.values()), None), flags.draft_revision, flags.device_map)
+    check_models(next(iter(drafts.values()), None), flags.draft_revision, flags.device_map)
     prompt = prompt_texts(flags.prompt, pair)[0]
     return _measured(flags, pair, _Compared(grid, drafts, prompt), _videos(flags, talk), talk)
 
@@ -155,16 +147,14 @@ def _of_checkpoints(flags: BenchFlags, grid: Grid, talk: BenchTalk) -> _Measured
 def _grid(flags: BenchFlags) -> Grid:
     frames = (None,)
     if flags.num_frames is not None:
-        frames = values_of("--num-frames", flags.num_frames, int, "16,64")  # type: ignore[assignment]
+        frames = values_of("num_frames", flags.num_frames, int, "16,64")  # type: ignore[assignment]
     return Grid(
         methods=_DEFAULT.methods if flags.methods is None else _methods(flags.methods),
         num_frames=frames,
         pruners=_DEFAULT.pruners if flags.pruner is None else _pruners(flags.pruner),
         prune_ratios=_DEFAULT.prune_ratios if flags.prune_ratio is None else _ratios(flags.prune_ratio),
-        trees=cast("tuple[TreeName, ...]", values_of("--tree", flags.tree, str, "static,dynamic")),
-        batch_sizes=values_of(
-            "--batch-size", flags.batch_size, partial(_batch_size, flags), "1,8,32 or auto"
-        ),
+        trees=cast("tuple[TreeName, ...]", values_of("tree", flags.tree, str, "static,dynamic")),
+        batch_sizes=values_of("batch_size", flags.batch_size, partial(_batch_size, flags), "1,8,32 or auto"),
     )
 
 
@@ -180,15 +170,15 @@ def _batch_size(flags: BenchFlags, text: str) -> int:
 
 
 def _pruners(text: str) -> tuple[PrunerName, ...]:
-    return cast("tuple[PrunerName, ...]", values_of("--pruner", text, str, "specvlm,uniform"))
+    return cast("tuple[PrunerName, ...]", values_of("pruner", text, str, "specvlm,uniform"))
 
 
 def _ratios(text: str) -> tuple[float, ...]:
-    return values_of("--prune-ratio", text, float, "0,0.5,0.9")
+    return values_of("prune_ratio", text, float, "0,0.5,0.9")
 
 
 def _methods(text: str) -> tuple[MethodName, ...]:
-    return cast("tuple[MethodName, ...]", values_of("--methods", text, str, ",".join(METHODS)))
+    return cast("tuple[MethodName, ...]", values_of("methods", text, str, ",".join(METHODS)))
 
 
 def _with_drafts(grid: Grid, flags: BenchFlags, pair: Preset | None) -> tuple[Grid, dict[str, str]]:
@@ -207,34 +197,35 @@ def _with_drafts(grid: Grid, flags: BenchFlags, pair: Preset | None) -> tuple[Gr
     used = {one.name for one in grid.used()}
     if unused := [name for name in drafts if name not in used and flags.given_drafts]:
         chosen = ",".join(grid.methods)
-        raise UsageError(f"--draft {clean(unused[0])} is used by none of --methods {chosen}; leave it out")
+        raise UsageError(
+            Flag("draft", unused[0]), "is used by none of", Flag("methods", chosen), fix="leave it out"
+        )
     if known and all(one.is_head for one in known):
-        given = {"pruner": flags.pruner, "prune_ratio": flags.prune_ratio}
-        wanted = {name: value for name, value in given.items() if value is not None}
-        refuse_for_head(next(iter(drafts.values())), wanted)
+        refuse_for_head(next(iter(drafts.values())), flags)
     return grid, {name: load for name, load in drafts.items() if name in used}
 
 
 def _drafts(flags: BenchFlags, pair: Preset | None) -> dict[str, str]:
-    """Return the drafts: their names -> what to load. A preset's own small model has the target's head beside it.
+    """Return the drafts: their names -> what to load. A preset's own small model comes with the target's head.
 
     Raises:
-        UsageError: One was given twice, or none beside others, or one revision to several.
+        UsageError: One was given twice, or none together with others, or one revision for several.
     """
     given = flags.given_drafts
     if not given and pair is not None:
         head = head_of(pair.target)
         given = (pair.draft, *([] if head is None or is_head(pair.draft) else [head]))
     elif len(given) > 1 and "none" in given:
-        raise UsageError("--draft none goes with no other draft; give one or the other")
+        raise UsageError(Flag("draft", "none"), "goes with no other draft", fix="give one or the other")
     elif len(given) > 1 and flags.draft_revision is not None:
         raise UsageError(
-            f"--draft-revision {clean(flags.draft_revision)} does not say of which of {len(given)} drafts it is; "
-            "give one --draft with it"
+            Flag("draft_revision", flags.draft_revision),
+            f"does not say of which of {len(given)} drafts it is",
+            fix="give one --draft with it",
         )
     drafts = {engine.public_name(one): one for one in given if one != "none"}
     if len(drafts) < len(given) and "none" not in given:
-        raise UsageError("--draft was given twice with the same draft; give each once")
+        raise UsageError(Flag("draft"), "was given twice with the same draft", fix="give each once")
     return drafts
 
 
@@ -244,10 +235,14 @@ def _refuse_without_draft(grid: Grid) -> None:
     without = ",".join(one for one in METHODS if one not in WITH_DRAFT)
     if not grid.drafts:
         raise UsageError(
-            f"--methods {method} needs a draft, and there is none; give --draft, or --methods {without}"
+            Flag("methods", method),
+            "needs a draft, and there is none",
+            fix=f"give --draft, or --methods {without}",
         )
     kind = "the folder of a trained head" if method == HEAD else "a small model"
-    raise UsageError(f"--methods {method} needs {kind} as its draft, and there is none; give --draft")
+    raise UsageError(
+        Flag("methods", method), f"needs {kind} as its draft, and there is none", fix="give --draft"
+    )
 
 
 def _videos(flags: BenchFlags, talk: BenchTalk) -> _Videos:
@@ -321,7 +316,7 @@ def _measured(
             f"--draft-vocab {kept}: the tokenizer's first tokens, of which captions may use few; for those that they "
             "use, give a file of specvlm vocab"
         )
-    models = replace(model_choice(flags, pair), draft=first, draft_vocab=kept)
+    models = model_choice(flags, pair, draft=first, draft_vocab=kept)
     captioner = engine.load_captioner(models, quiet=flags.quiet)
     by_name = {engine.public_name(one): engine.with_draft(captioner, one, models) for one in others}
 

@@ -19,10 +19,10 @@ from specvlm.bench.records import METHODS
 from specvlm.config import PRUNERS, TREES
 from specvlm_cli.commands.caption_flags import CaptionFlags, DtypeName
 from specvlm_cli.commands.options import flag, output, same_as, variable
-from specvlm_cli.exits import UsageError
+from specvlm_cli.exits import Flag, UsageError
 from specvlm_cli.text import clean
 
-_INPUT, _COMPARED, _SHAPES, _TALKING = "Input and output", "What is compared", "Modelled shapes", "Messages"
+_INPUT, _COMPARED, _TALKING = "Input and output", "What is compared", "Messages"
 _GRID = Grid()
 REPEAT = 3
 MOST_REPEATS = 1000
@@ -42,7 +42,7 @@ def in_range(name: str, value: int | None, most: int) -> None:
         UsageError: It is so.
     """
     if value is not None and not 1 <= value <= most:
-        raise UsageError(f"{name} {value} is out of range; give 1 to {most}")
+        raise UsageError(Flag(name, value), "is out of range", fix=f"give 1 to {most}")
 
 
 def one_prompt(given: list[str] | None, command: str) -> list[str] | None:
@@ -52,7 +52,9 @@ def one_prompt(given: list[str] | None, command: str) -> list[str] | None:
         UsageError: There are several.
     """
     if given and len(given) > 1:
-        raise UsageError(f"--prompt was given {len(given)} times, and {command} asks one question; give one")
+        raise UsageError(
+            Flag("prompt"), f"was given {len(given)} times, and {command} asks one question", fix="give one"
+        )
     return given or None
 
 
@@ -67,11 +69,14 @@ def values_of(name: str, text: str, kind: Callable[[str], Value], example: str) 
         try:
             found[kind(part)] = None
         except ValueError as error:
-            where = name if part == text.strip() else f"{name} {clean(text)}:"
-            what = "number" if kind is float else "whole number"
-            raise UsageError(f"{where} {clean(part)!r} is no {what}; give e.g. {example}") from error
+            what = f"is no {'number' if kind is float else 'whole number'}"
+            if part == text.strip():
+                raise UsageError(Flag(name, repr(part)), what, fix=f"give e.g. {example}") from error
+            raise UsageError(
+                Flag(name, text), f": {clean(part)!r} {what}", fix=f"give e.g. {example}"
+            ) from error
     if not found:
-        raise UsageError(f"{name} {clean(text)!r} names none; give e.g. {example}")
+        raise UsageError(Flag(name, repr(text)), "names none", fix=f"give e.g. {example}")
     return tuple(found)
 
 
@@ -109,7 +114,7 @@ class BenchFlags:
             help="Folder for bench.parquet (one row per timed caption) and bench.html (plots).",
             rich_help_panel=_INPUT,
             metavar="FOLDER",
-            parser=output("--out"),
+            parser=output("out"),
         ),
     ] = None
     prompt: Annotated[
@@ -196,35 +201,6 @@ class BenchFlags:
     device_map: Annotated[str | None, same_as(CaptionFlags, "device_map")] = None
     local_files_only: Annotated[bool, same_as(CaptionFlags, "local_files_only")] = False
     trust_remote_code: Annotated[bool, same_as(CaptionFlags, "trust_remote_code")] = False
-    shape: Annotated[
-        str | None,
-        flag(
-            _SHAPES,
-            "--shape",
-            "Measure a target of this published shape with random weights, e.g. qwen2.5-vl-32b.",
-            metavar="NAME",
-        ),
-    ] = None
-    draft_shape: Annotated[
-        str | None, flag(_SHAPES, "--draft-shape", "The draft's, e.g. qwen2.5-vl-7b.", metavar="NAME")
-    ] = None
-    assume_accepted: Annotated[
-        float | None,
-        flag(_SHAPES, "--assume-accepted", "Accepted guesses of a round, which are given.", metavar="N"),
-    ] = None
-    layers: Annotated[
-        int | None,
-        flag(_SHAPES, "--layers", "Build so many of the target's layers, for a small machine.", metavar="N"),
-    ] = None
-    frame_size: Annotated[
-        str | None,
-        flag(
-            _SHAPES,
-            "--frame-size",
-            "Height and width of its frames. Default: 360x640; LLaVA-OneVision's are 384x384.",
-            metavar="HxW",
-        ),
-    ] = None
     json_output: Annotated[
         bool, flag(_TALKING, "--json", "Print conditions and summaries as one JSON object.")
     ] = False

@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import specvlm
-from specvlm.config import GenerationSettings, SpeculationSettings
 from specvlm.host import usable_cores
 from specvlm.preset import Preset
 from specvlm_cli import engine, job, vocab
@@ -19,24 +18,19 @@ from specvlm_cli.commands.caption_flags import MOST, CaptionFlags
 from specvlm_cli.commands.choices import (
     AUTO_PRESET,
     DEFAULT_PRESET,
-    check_models,
+    caption_settings,
     draft_of,
-    frame_settings,
-    guessable,
     input_options,
-    model_choice,
     pair_of,
-    prompt_texts,
+    read_limits,
     refuse_empty,
-    refuse_for_head,
     root_of,
-    text_of,
+    runtime_limit_s,
     warn_of_unused_times,
 )
-from specvlm_cli.commands.options import PREFIX, variable
-from specvlm_cli.decoding import Limits
+from specvlm_cli.commands.options import PREFIX, picked, variable
 from specvlm_cli.durations import positive_seconds, seconds
-from specvlm_cli.exits import ExitCode, UsageError
+from specvlm_cli.exits import ExitCode, Flag, UsageError, excluding
 from specvlm_cli.gpus import smallest_memory_bytes
 from specvlm_cli.inputs import InputOptions, Inputs
 from specvlm_cli.job import Request
@@ -60,9 +54,10 @@ def caption(flags: CaptionFlags) -> int:
     TOML file given with --config. Flags override the environment, which overrides the file.
     """
     if flags.dry_run and flags.reshard:
-        raise UsageError("--dry-run touches nothing, and --reshard divides the run folder; give one of them")
+        what = (Flag("dry_run"), "touches nothing, and", Flag("reshard"), "divides the run folder")
+        raise UsageError(*what, fix="give one of them")
     flags, about_preset = _with_preset(flags)
-    settings, policy = check(flags)
+    policy = check(flags)
     shard = Shard() if flags.shard is None else parse_shard(flags.shard)
     with _talk(flags) as talk:
         _tell_unknown_variables(talk)
@@ -71,7 +66,7 @@ def caption(flags: CaptionFlags) -> int:
             _tell_what_was_left_out(inputs, wanted, talk)
             if not flags.allow_empty:
                 refuse_empty(inputs, "check the path and what is mounted there, or give --allow-empty")
-            request = _request(flags, inputs, wanted, settings, policy, shard)
+            request = _request(flags, inputs, wanted, policy, shard)
             if about_preset:
                 say = talk.warn if flags.preset == DEFAULT_PRESET else talk.note
                 request = replace(request, before_loading=partial(say, about_preset))
@@ -96,7 +91,7 @@ def _with_preset(flags: CaptionFlags) -> tuple[CaptionFlags, str]:
     )
 
 
-def check(flags: CaptionFlags) -> tuple[CaptionSettings, Policy]:
+def check(flags: CaptionFlags) -> Policy:
     """Work out what the flags mean, reading no input.
 
     Raises:
@@ -105,62 +100,31 @@ def check(flags: CaptionFlags) -> tuple[CaptionSettings, Policy]:
     """
     given = None if flags.preset == AUTO_PRESET and flags.target is None else flags.preset
     pair = pair_of(given, flags.target)
-    settings = _settings(flags, pair)
-    _refuse_pointless_baseline(settings, pair, flags.baseline_sample)
-    return settings, _policy(flags, settings, pair)
+    captions = caption_settings(flags, pair)
+    _refuse_pointless_baseline(captions, pair, flags.baseline_sample)
+    return _policy(flags, captions, pair)
 
 
 def _talk(flags: CaptionFlags) -> Talk:
     return Talk(quiet=flags.quiet, verbose=flags.verbose, progress=flags.progress, log_file=flags.log_file)
 
 
-def _settings(flags: CaptionFlags, pair: Preset | None) -> CaptionSettings:
-    check_models(pair, flags.draft, flags.draft_revision, flags.device_map)
-    return CaptionSettings(
-        models=replace(
-            model_choice(flags, pair), draft_vocab=guessable(flags.draft_vocab, draft_of(flags.draft, pair))
-        ),
-        prompts=prompt_texts(flags.prompt, pair),
-        system=None if flags.system is None else text_of("--system", flags.system),
-        frames=frame_settings(flags, pair),
-        generation=GenerationSettings(
-            flags.max_new_tokens, flags.temperature, flags.top_k, flags.seed, flags.exact
-        ),
-        speculation=SpeculationSettings(
-            tree=flags.tree, depth=flags.depth, nodes=flags.nodes, **_of_small_models(flags, pair)
-        ),
-    )
-
-
-def _of_small_models(flags: CaptionFlags, pair: Preset | None) -> dict[str, Any]:
-    """Return those settings that were given which only a small model as a draft heeds.
-
-    Raises:
-        UsageError: The draft is a trained head.
-    """
-    given = {name: getattr(flags, name) for name in ("pruner", "prune_ratio", "top_p", "positions")}
-    given = {name: value for name, value in given.items() if value is not None}
-    refuse_for_head(draft_of(flags.draft, pair), given)
-    return given
-
-
-def _policy(flags: CaptionFlags, settings: CaptionSettings, pair: Preset | None) -> Policy:
+def _policy(flags: CaptionFlags, captions: CaptionSettings, pair: Preset | None) -> Policy:
     devices, all_gpus = _devices(flags)
     return Policy(
-        frames=settings.frames,
-        prompts=settings.prompts,
+        captions,
         baseline_sample=flags.baseline_sample,
         limit=flags.limit,
-        max_failures=_most_failures(flags)[0],
+        max_failures=_most_failures(flags),
         retries=flags.retries,
-        timeout_s=positive_seconds("--timeout", flags.timeout),
-        grace_s=seconds("--grace", flags.grace),
+        timeout_s=positive_seconds("timeout", flags.timeout),
+        grace_s=seconds("grace", flags.grace),
         on_oom=flags.on_oom,
         devices=devices,
         all_gpus=all_gpus,
         cpu_workers=_cpu_workers(flags, pair),
         decode_workers=flags.decode_workers or _decode_workers(),
-        limits=Limits(timeout_s=positive_seconds("--decode-timeout", flags.decode_timeout)),
+        limits=read_limits(flags),
         root=root_of(flags.root),
     )
 
@@ -169,39 +133,28 @@ def _request(
     flags: CaptionFlags,
     inputs: Inputs,
     wanted: Wanted,
-    settings: CaptionSettings,
     policy: Policy,
     shard: Shard,
 ) -> Request:
     return Request(
-        wanted=wanted,
-        out=flags.out,
-        settings=settings,
+        wanted,
         policy=policy,
         version=specvlm.__version__,
-        shard=shard,
-        reshard=flags.reshard,
         kept=dict(inputs.kept),
         unreadable=len(inputs.report.unreadable) + inputs.report.more_unreadable,
-        overwrite=flags.overwrite,
-        retry_failed=flags.retry_failed,
-        on_config_change=flags.on_config_change,
-        if_locked=flags.if_locked,
-        max_runtime_s=None
-        if flags.max_runtime is None
-        else positive_seconds("--max-runtime", flags.max_runtime),
-        max_failures_share=_most_failures(flags)[1],
-        exit_zero=flags.exit_zero,
+        max_runtime_s=runtime_limit_s(flags),
+        **picked(flags, Request) | {"shard": shard},
     )
 
 
 def _input_options(flags: CaptionFlags, shard: Shard) -> InputOptions:
     kept = tuple(name for name in (one.strip() for one in flags.keep_columns.split(",")) if name)
-    return input_options(flags, keep_columns=kept, min_age_s=seconds("--min-age", flags.min_age), shard=shard)
+    min_age_s = seconds("min_age", flags.min_age)
+    return input_options(flags, flags.extensions, keep_columns=kept, min_age_s=min_age_s, shard=shard)
 
 
 def _tell_unknown_variables(talk: Talk) -> None:
-    """A misspelt variable would else do nothing, and nobody would know."""
+    """A misspelt variable would otherwise do nothing, unnoticed."""
     known = {variable(f"--{name.replace('_', '-')}") for name in CaptionFlags.__dataclass_fields__}
     known |= {variable(long) for long in ("--json", "--inputs")}
     for name in sorted(set(os.environ) - known):
@@ -221,7 +174,7 @@ def _tell_what_was_left_out(inputs: Inputs, wanted: Wanted, talk: Talk) -> None:
     if report.more_unreadable:
         talk.warn(f"left out, not readable: {counted(report.more_unreadable, 'more folder')}")
     if wanted.doubles:
-        talk.note(f"{counted(wanted.doubles, 'row')} put together with earlier ones of the same video")
+        talk.note(f"{counted(wanted.doubles, 'row')} merged with earlier ones of the same video")
     if report.too_young:
         talk.note(f"{counted(report.too_young, 'file')} left for the next start: younger than --min-age")
 
@@ -299,9 +252,7 @@ def _devices(flags: CaptionFlags) -> tuple[tuple[str | None, ...], bool]:
     if flags.gpus is None:
         return (None,), flags.device_map is None
     if flags.device_map is not None:
-        raise UsageError(
-            f"--gpus {clean(flags.gpus)} and --device-map {clean(flags.device_map)} exclude each other; give one"
-        )
+        raise excluding(Flag("gpus", flags.gpus), Flag("device_map", flags.device_map))
     if flags.gpus == "all":
         return (None,), True
     if re.fullmatch(r"[1-9][0-9]{0,2}", flags.gpus):
@@ -310,30 +261,34 @@ def _devices(flags: CaptionFlags) -> tuple[tuple[str | None, ...], bool]:
         numbers = dict.fromkeys(int(number) for number in flags.gpus.split(",") if number)
         return tuple(f"cuda:{number}" for number in numbers), False
     raise UsageError(
-        f"--gpus {clean(flags.gpus)} names none; give all, how many (2), or which (0,2; a single one: 1,)"
+        Flag("gpus", flags.gpus), "names none", fix="give all, how many (2), or which (0,2; a single one: 1,)"
     )
 
 
 def _refuse_pointless_baseline(settings: CaptionSettings, pair: Preset | None, share: float) -> None:
     if share and draft_of(settings.models.draft, pair) is None:
-        raise UsageError(f"--baseline-sample {share} compares with a draft, and there is none; give --draft")
+        raise UsageError(
+            Flag("baseline_sample", share), "compares with a draft, and there is none", fix="give --draft"
+        )
 
 
-def _most_failures(flags: CaptionFlags) -> tuple[int | None, float | None]:
-    """Return `--max-failures` as a number of videos, or as a share of them."""
+def _most_failures(flags: CaptionFlags) -> int | float | None:
+    """Return `--max-failures` as a number of videos, or as a share of them, which is a float."""
     fail_fast, text = flags.fail_fast, flags.max_failures
     if fail_fast and text is not None:
-        raise UsageError(f"--fail-fast and --max-failures {clean(text)} exclude each other; give one of them")
+        raise excluding(Flag("fail_fast"), Flag("max_failures", text))
     if fail_fast:
-        return 1, None
+        return 1
     if text is None:
-        return None, None
+        return None
     if found := re.fullmatch(r"([0-9]*\.?[0-9]+)%", text):
         share = float(found.group(1)) / 100.0
         if 0.0 < share <= 1.0:
-            return None, share
+            return share
     elif re.fullmatch(r"[0-9]{1,10}", text) and 0 < int(text) <= MOST:
-        return int(text), None
+        return int(text)
     raise UsageError(
-        f"--max-failures {short(text, 60)} is no limit; give a number of videos, e.g. 10, or a share, e.g. 5%"
+        Flag("max_failures", short(text, 60)),
+        "is no limit",
+        fix="give a number of videos, e.g. 10, or a share, e.g. 5%",
     )

@@ -22,10 +22,11 @@ from specvlm.config import (
     TreeName,
 )
 from specvlm_cli.commands.options import flag, output, read_config
-from specvlm_cli.exits import UsageError
+from specvlm_cli.exits import Flag, UsageError
 from specvlm_cli.generating.messages import OnOom
 from specvlm_cli.inputs import EXTENSIONS
-from specvlm_cli.job import ChangePolicy, LockedPolicy
+from specvlm_cli.job import ChangePolicy
+from specvlm_cli.lock import LockedPolicy
 from specvlm_cli.talk import ProgressName
 from specvlm_cli.text import short
 
@@ -66,7 +67,7 @@ class InputFlags:
             "--out -o",
             "Run folder for captions, failures and progress.",
             metavar="FOLDER",
-            parser=output("--out"),
+            parser=output("out"),
         ),
     ] = DEFAULT_OUT
     recursive: Annotated[bool, flag(_INPUT, "--recursive/--no-recursive", "Search subfolders.")] = True
@@ -228,7 +229,7 @@ class ModelFlags:
 
 @dataclass(frozen=True, kw_only=True)
 class PruningFlags:
-    """What the draft sees of a video; None: as by default, where the draft can be told."""
+    """What the draft sees of a video; None: the default, if the draft takes it."""
 
     pruner: Annotated[
         PrunerName | None,
@@ -373,9 +374,8 @@ def batch_size(text: str | int) -> int | None:
         return None
     if re.fullmatch(r"[0-9]{1,4}", str(text)) and 1 <= int(text) <= MOST_IN_FLIGHT:
         return int(text)
-    raise UsageError(
-        f"invalid --batch-size {short(str(text), 60)!r}; use auto, or a number from 1 to {MOST_IN_FLIGHT}"
-    )
+    given = Flag("batch_size", repr(short(str(text), 60)))
+    raise UsageError("invalid", given, fix=f"use auto, or a number from 1 to {MOST_IN_FLIGHT}")
 
 
 @dataclass(frozen=True, kw_only=True)

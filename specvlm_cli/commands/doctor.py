@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from specvlm.preset import find_preset, presets
-from specvlm_cli.exits import ExitCode, UsageError
-from specvlm_cli.text import clean
+from specvlm_cli.exits import ExitCode, Flag, UsageError
 
 if TYPE_CHECKING:
     from specvlm_cli.doctor.checks import Finding
@@ -48,9 +47,9 @@ def doctor(
 
     if find_preset(preset) is None:
         known = ", ".join(one.name for one in presets())
-        raise UsageError(f"--preset {clean(preset)}: there is no such preset; give one of {known}")
+        raise UsageError(Flag("preset", preset), ": there is no such preset", fix=f"give one of {known}")
     if draft is not None and target is None:
-        raise UsageError(f"--draft {clean(draft)}: give the --target that it is meant for")
+        raise UsageError(Flag("draft", draft), ": give the --target that it is meant for")
     tell = (lambda finding: None) if as_json else _tell
     found = examination(out, preset, tell, target=target, draft=draft)
     if as_json:

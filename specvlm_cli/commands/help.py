@@ -75,7 +75,7 @@ class _ShortHelp:
 
     def get_params(self, ctx: Any) -> list[Any]:
         """Return the parameters; the same objects each time, as the parser compares them."""
-        params: list[Any] = super().get_params(ctx)  # type: ignore[misc]  # of the class beside this one
+        params: list[Any] = super().get_params(ctx)  # type: ignore[misc]  # of the other base class
         if self._short is None:
             self._short = copy(params[-1])  # --help
             self._short.name, self._short.opts = "short_help", ["-h"]

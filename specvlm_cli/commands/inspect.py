@@ -11,12 +11,11 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from specvlm.bench.words import counted, frames_note, percent
-from specvlm.config import SpeculationSettings
 from specvlm.drafts.kinds import is_head
 from specvlm.preset import Preset
 from specvlm_cli import engine
@@ -24,20 +23,16 @@ from specvlm_cli.commands.bench_flags import in_range, one_prompt
 from specvlm_cli.commands.caption_flags import DtypeName, FrameFlags, InputFlags, ModelFlags, PruningFlags
 from specvlm_cli.commands.choices import (
     DEFAULT_PRESET,
-    check_device,
-    frame_settings,
+    caption_settings,
     pair_of,
-    prompt_texts,
-    refuse_for_head,
-    text_of,
+    read_limits,
 )
 from specvlm_cli.commands.options import output, same_as
-from specvlm_cli.decoding import Limits, ReadJob
+from specvlm_cli.decoding import ReadJob
 from specvlm_cli.decoding.single import read_one
-from specvlm_cli.durations import positive_seconds
-from specvlm_cli.exits import ExitCode, FatalError, UsageError
+from specvlm_cli.exits import ExitCode, FatalError, Flag, UsageError
 from specvlm_cli.safe_files import new_file
-from specvlm_cli.settings import ModelChoice
+from specvlm_cli.settings import CaptionSettings
 from specvlm_cli.talk import STDERR
 from specvlm_cli.text import clean, storable
 
@@ -89,7 +84,7 @@ class InspectFlags(FrameFlags, PruningFlags):
             "--out",
             "-o",
             help="PNG to write. Default: VIDEO-inspect.png in the current folder.",
-            parser=output("--out"),
+            parser=output("out"),
             rich_help_panel=_SHEET,
             metavar="FILE",
         ),
@@ -120,10 +115,7 @@ class _Question:
     """What the flags ask for."""
 
     video: Path
-    models: ModelChoice
-    prompt: str
-    system: str | None
-    speculation: SpeculationSettings
+    captions: CaptionSettings
     sheet: Path
 
 
@@ -134,15 +126,15 @@ def inspect(flags: InspectFlags) -> int:
 
     The sheet shows frames with the target's attention as heat, and the kept cells outlined.
     """
-    in_range("--pictures", flags.pictures, _MOST_PICTURES)
+    in_range("pictures", flags.pictures, _MOST_PICTURES)
     pair = pair_of(flags.preset, flags.target)
     asked = _question(flags, pair)
-    frames = frame_settings(flags, pair)
-    limits = Limits(timeout_s=positive_seconds("--decode-timeout", flags.decode_timeout))
+    captions, prompt = asked.captions, asked.captions.prompts[0]
+    limits = read_limits(flags)
     if flags.preset is None and flags.target is None:
         _tell(f"no --preset or --target: using the tiny {DEFAULT_PRESET} pair, it knows only drawn shapes")
-    captioner = engine.load_captioner(asked.models, quiet=flags.json_output)
-    read = read_one(ReadJob(0, os.fsencode(asked.video), frames, captioner.frame_multiple), limits)
+    captioner = engine.load_captioner(captions.models, quiet=flags.json_output)
+    read = read_one(ReadJob(0, os.fsencode(asked.video), captions.frames, captioner.frame_multiple), limits)
     number = flags.num_frames
     if number and (note := frames_note(number, len(read.pixels), captioner.frame_multiple)):
         _tell(note)
@@ -150,36 +142,19 @@ def inspect(flags: InspectFlags) -> int:
     from specvlm.inspection import look, look_through_head
 
     if captioner.draft is None:
-        found = look(captioner, read, asked.prompt, asked.speculation, system=asked.system)
+        found = look(captioner, read, prompt, captions.speculation, system=captions.system)
     else:
-        found = look_through_head(captioner, read, asked.prompt, system=asked.system)
+        found = look_through_head(captioner, read, prompt, system=captions.system)
     _write(asked.sheet, _picture(found, flags, asked))
     _print(found, captioner, flags, asked)
     return ExitCode.OK
 
 
 def _question(flags: InspectFlags, pair: Preset | None) -> _Question:
-    check_device(flags.device_map)
-    head, pruning = _head(flags, pair), _pruning(flags)
-    refuse_for_head(head, pruning)
+    one_prompt(flags.prompt, "inspect")
+    captions = caption_settings(flags, pair, draft=_head(flags, pair) or "none")
     video = _existing_file(flags.video)
-    return _Question(
-        video=video,
-        models=ModelChoice(
-            name=engine.public_name(pair.target if pair else str(flags.target)),
-            load=pair.name if pair else str(flags.target),
-            draft=head or "none",
-            revision=flags.revision,
-            dtype=flags.dtype,
-            device_map=flags.device_map,
-            local_files_only=flags.local_files_only,
-            trust_remote_code=flags.trust_remote_code,
-        ),
-        prompt=prompt_texts(one_prompt(flags.prompt, "inspect"), pair)[0],
-        system=None if flags.system is None else text_of("--system", flags.system),
-        speculation=SpeculationSettings(**pruning),
-        sheet=_sheet_path(video, flags.out, flags.overwrite),
-    )
+    return _Question(video, captions, _sheet_path(video, flags.out, flags.overwrite))
 
 
 def _head(flags: InspectFlags, pair: Preset | None) -> str | None:
@@ -192,15 +167,11 @@ def _head(flags: InspectFlags, pair: Preset | None) -> str | None:
         return pair.draft if pair is not None and is_head(pair.draft) else None
     if not is_head(flags.draft):
         raise UsageError(
-            f"--draft {clean(str(flags.draft))} is no folder of a trained head, and what a small model is given "
-            "depends on --pruner alone; leave it out"
+            Flag("draft", flags.draft),
+            "is no folder of a trained head, and what a small model is given depends on --pruner alone",
+            fix="leave it out",
         )
     return str(flags.draft)
-
-
-def _pruning(flags: InspectFlags) -> dict[str, Any]:
-    given = {name: getattr(flags, name) for name in ("pruner", "prune_ratio", "top_p")}
-    return {name: value for name, value in given.items() if value is not None}
 
 
 def _existing_file(given: Sequence[Path]) -> Path:
@@ -218,9 +189,11 @@ def _sheet_path(video: Path, out: Path | None, overwrite: bool) -> Path:
     sheet = Path(f"{video.stem}-inspect.png") if out is None else out
     shown = clean(str(sheet))
     if sheet.suffix.lower() != ".png":
-        raise UsageError(f"--out {shown!r} is no PNG; give a name that ends with .png")
+        raise UsageError(Flag("out", repr(shown)), "is no PNG", fix="give a name that ends with .png")
     if not sheet.parent.is_dir():
-        raise UsageError(f"--out {shown}: its folder does not exist; make it, or give another one")
+        raise UsageError(
+            Flag("out", shown), ": its folder does not exist", fix="make it, or give another one"
+        )
     if sheet.is_dir() or (sheet.exists() and not overwrite):
         fix = "give another --out" if sheet.is_dir() else "give --overwrite, or another --out"
         raise UsageError(f"{shown} exists; {fix}")
@@ -234,7 +207,7 @@ def _tell(message: str) -> None:
 def _picture(found: Inspection, flags: InspectFlags, asked: _Question) -> bytes:
     from specvlm.inspection.sheet import MOST_PICTURES, SheetText, draw_sheet
 
-    text = SheetText(asked.video.name, asked.models.name, asked.prompt)
+    text = SheetText(asked.video.name, asked.captions.models.name, asked.captions.prompts[0])
     png = io.BytesIO()
     draw_sheet(found, text, flags.pictures or MOST_PICTURES).save(png, "PNG")
     return png.getvalue()
@@ -269,13 +242,13 @@ def _print(found: Inspection, captioner: Captioner, flags: InspectFlags, asked: 
         "schema": SCHEMA,
         "video": storable(str(asked.video)),
         "sheet": storable(str(asked.sheet)),
-        "target": asked.models.name,
+        "target": asked.captions.models.name,
         "target_revision": captioner.info.target_revision,
         "draft": None if captioner.info.draft is None else engine.public_name(captioner.info.draft),
         "dtype": captioner.info.dtype,
         "device": captioner.info.device,
-        "prompt": asked.prompt,
-        "system": asked.system,
+        "prompt": asked.captions.prompts[0],
+        "system": asked.captions.system,
     }
     show.as_json(about | found.figures())
 
@@ -325,4 +298,4 @@ def _attention(share: float) -> str:
 def _by_step(kept: list[int]) -> str:
     if len(kept) <= _MOST_STEPS:
         return " ".join(map(str, kept))
-    return f"{min(kept)} to {max(kept)}, {sum(kept) / len(kept):.1f} in the mean; --json tells all"
+    return f"{min(kept)} to {max(kept)}, {sum(kept) / len(kept):.1f} on average; --json has all"

@@ -8,13 +8,16 @@ import tomllib
 from collections.abc import Callable
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_type_hints
 
 import typer
 
-from specvlm_cli.exits import UsageError
+from specvlm_cli.exits import FLAG_NAMES, Flag, UsageError
 from specvlm_cli.inputs.values import is_address
 from specvlm_cli.text import clean
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 PREFIX = "SPECVLM_"
 
@@ -46,11 +49,10 @@ def output(name: str) -> Callable[[str | Path], Path]:
     def path(text: str | Path) -> Path:
         shown = str(text)
         if not shown:
-            raise UsageError(f"{name} is empty; give a path")
+            raise UsageError(Flag(name), "is empty", fix="give a path")
         if "://" in shown and is_address(os.fsencode(text)):
-            raise UsageError(
-                f"{name} {clean(shown)}: nothing is written to remote addresses; give a local path"
-            )
+            why = ": nothing is written to remote addresses"
+            raise UsageError(Flag(name, shown), why, fix="give a local path")
         return Path(text)
 
     return path
@@ -60,6 +62,13 @@ def same_as(flags: type, name: str) -> Any:
     """Return how another command declares a flag: its spellings, help, group and variable."""
     declared = get_type_hints(flags, include_extras=True)[name]
     return get_args(declared)[1]
+
+
+def picked(flags: object, settings: type[DataclassInstance]) -> dict[str, Any]:
+    """Return what flags say about the fields of a settings class, by name; without those that were not given."""
+    names = [field.name for field in fields(settings)]
+    found = {name: getattr(flags, FLAG_NAMES.get(name, name), None) for name in names}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def command(flags: type[Flags], run: Callable[[Flags], int]) -> Callable[..., int]:
@@ -94,7 +103,7 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
     except OSError as error:
         raise UsageError(f"{shown}: {error.strerror}; give a TOML file that can be read") from error
     except ValueError as error:
-        raise UsageError(f"{shown}: no valid TOML ({error}); mend it") from error
+        raise UsageError(f"{shown}: no valid TOML ({error}); fix it") from error
     names = _names_of_flags(context)
     if unknown := sorted(set(found) - set(names)):
         raise UsageError(

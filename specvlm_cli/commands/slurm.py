@@ -22,7 +22,7 @@ from specvlm_cli import durations
 from specvlm_cli.commands.caption import caption, check
 from specvlm_cli.commands.caption_flags import CaptionFlags
 from specvlm_cli.commands.options import command, flag, output
-from specvlm_cli.exits import ExitCode, UsageError
+from specvlm_cli.exits import ExitCode, Flag, UsageError
 from specvlm_cli.run_folder import RunFolder
 from specvlm_cli.shard import MOST_SHARDS
 from specvlm_cli.slurm import (
@@ -214,8 +214,9 @@ def _shard_count(out: Path, given: int | None) -> int:
         )
     if given not in (None, shards):
         raise UsageError(
-            f"--shards {given}: {clean(str(out))} was begun with {shards}; leave --shards out, or give "
-            "another OUT"
+            Flag("shards", given),
+            f": {clean(str(out))} was begun with {shards}",
+            fix="leave --shards out, or give another OUT",
         )
     return shards
 
@@ -243,12 +244,12 @@ def _caption_words(words: Sequence[str]) -> tuple[list[str], list[str], float]:
         raise UsageError(f"{clean(name)}: only caption runs in shards; write -- caption INPUT... [flags]")
     asked = _parsed(given)
     _refuse_what_goes_against_shards(asked)
-    grace_s = check(CaptionFlags(**asked.params))[1].grace_s
+    grace_s = check(CaptionFlags(**asked.params)).grace_s
     once = [word for field, word in _ONCE.items() if asked.params[field]]
     always = [word for word in given if word not in once]
     if once and not _only_these_are_out(asked, always, once):
         raise UsageError(
-            f"{' '.join(once)} would begin anew after each requeue; give it as a flag of its own, not by a "
+            f"{' '.join(once)} would start over after each requeue; give it as a flag of its own, not by a "
             "variable, a file or as another flag's value"
         )
     return always, once, grace_s
@@ -265,13 +266,17 @@ def _parsed(words: Sequence[str]) -> Any:
 def _refuse_what_goes_against_shards(asked: Any) -> None:
     for name, fix in (("out", "it is OUT"), ("shard", "each task gets its own")):
         if asked.get_parameter_source(name).name == "COMMANDLINE":
-            raise UsageError(f"--{name} {clean(str(asked.params[name]))} after caption: {fix}; leave it out")
+            raise UsageError(Flag(name, asked.params[name]), f"after caption: {fix}", fix="leave it out")
     if asked.params["reshard"]:
-        raise UsageError("--reshard has to be over before the tasks begin; run specvlm caption with it, here")
+        raise UsageError(
+            Flag("reshard"), "has to be over before the tasks begin", fix="run specvlm caption with it, here"
+        )
     if asked.params["dry_run"]:
-        raise UsageError("--dry-run in every task would caption nothing; run specvlm caption with it, here")
+        raise UsageError(
+            Flag("dry_run"), "in every task would caption nothing", fix="run specvlm caption with it, here"
+        )
     if asked.params["on_config_change"] == "new":
-        raise UsageError("--on-config-change new would leave OUT; give the new folder as OUT")
+        raise UsageError(Flag("on_config_change", "new"), "would leave OUT", fix="give the new folder as OUT")
     if "-" in asked.params["inputs"]:
         raise UsageError("- is the standard input, which tasks do not have; put the paths into a manifest")
 
@@ -287,7 +292,7 @@ def _only_these_are_out(before: Any, words: Sequence[str], once: Sequence[str]) 
     )
 
 
-# What Slurm is told
+# Options for Slurm
 
 
 _MEMORY = re.compile(r"[0-9]+[KMGT]?")
@@ -295,7 +300,9 @@ _MEMORY = re.compile(r"[0-9]+[KMGT]?")
 
 def _needs(flags: SlurmFlags) -> list[tuple[str, str]]:
     if flags.mem is not None and not _MEMORY.fullmatch(flags.mem):
-        raise UsageError(f"--mem {clean(flags.mem)} is no size; give a number with K, M, G or T, e.g. 64G")
+        raise UsageError(
+            Flag("mem", flags.mem), "is no size", fix="give a number with K, M, G or T, e.g. 64G"
+        )
     given = [
         ("time", flags.time),
         ("cpus-per-task", str(flags.cpus_per_task)),
@@ -309,14 +316,14 @@ def _needs(flags: SlurmFlags) -> list[tuple[str, str]]:
 
 def _name(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", text):
-        raise UsageError(f"--name {clean(text)!r}: give letters, digits, dots, dashes and underscores")
+        raise UsageError(Flag("name", repr(text)), ": give letters, digits, dots, dashes and underscores")
     return text
 
 
 def _word(key: str, text: str) -> str:
     """Return the value of an option that is one word to Slurm."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.,:+-]*", text):
-        raise UsageError(f"--{key} {clean(text)!r} is nothing that Slurm knows; give one word")
+        raise UsageError(Flag(key, repr(text)), "is nothing that Slurm knows", fix="give one word")
     return text
 
 
@@ -324,7 +331,7 @@ def _gpus(text: str) -> str | None:
     if text == "0":
         return None
     if not re.fullmatch(r"(?:[A-Za-z][A-Za-z0-9_.-]*:)?[1-9][0-9]{0,3}", text):
-        raise UsageError(f"--gpus-per-task {clean(text)!r}: give a number, or TYPE:N, e.g. a100:1")
+        raise UsageError(Flag("gpus_per_task", repr(text)), ": give a number, or TYPE:N, e.g. a100:1")
     return f"gpu:{text}"
 
 
@@ -332,26 +339,29 @@ def _passed_on(text: str) -> tuple[str, str]:
     key, _, value = text.partition("=")
     key = key.removeprefix("--")
     if not re.fullmatch(r"[a-z][a-z0-9-]*", key):
-        raise UsageError(f"--sbatch {clean(text)!r}: give KEY or KEY=VALUE, e.g. constraint=a100")
+        raise UsageError(Flag("sbatch", repr(text)), ": give KEY or KEY=VALUE, e.g. constraint=a100")
     if key in _OURS:
-        raise UsageError(f"--sbatch {clean(text)}: --{key} is what this script is built on; leave it out")
+        raise UsageError(
+            Flag("sbatch", text), f": --{key} is what this script is built on", fix="leave it out"
+        )
     return key, value
 
 
 def _stop_before_s(text: str, limit: str | None, grace_s: float) -> int:
     """Return the time between Slurm's warning and its limit, in whole seconds; it has to fit into the limit."""
-    stop_s = int(durations.seconds("--stop-before", text))
+    stop_s = int(durations.seconds("stop_before", text))
     if not 0 < stop_s <= _MOST_STOP_BEFORE_S:
-        raise UsageError(f"--stop-before {clean(text)}: give 1 to {_MOST_STOP_BEFORE_S} seconds")
+        raise UsageError(Flag("stop_before", text), f": give 1 to {_MOST_STOP_BEFORE_S} seconds")
     if stop_s <= grace_s:
         raise UsageError(
-            f"--stop-before {clean(text)} is no longer than the --grace of {grace_s:g} s after caption: tasks would "
-            "be killed while they finish; give more, or a shorter --grace"
+            Flag("stop_before", text),
+            f"is no longer than the --grace of {grace_s:g} s after caption: tasks would be killed while they finish",
+            fix="give more, or a shorter --grace",
         )
     limit_s = None if limit is None else _limit_s(limit)
     if limit_s is not None and limit_s <= stop_s + 60:  # the warning may come a minute early
         raise UsageError(
-            f"--time {limit} leaves no time to work before --stop-before {clean(text)}; give more"
+            Flag("time", limit), "leaves no time to work before", Flag("stop_before", text), fix="give more"
         )
     return stop_s
 
@@ -362,7 +372,9 @@ def _limit_s(text: str) -> int | None:
         return None
     found = re.fullmatch(r"(?:(\d{1,4})-)?(\d{1,7})(?::(\d{1,7}))?(?::(\d{1,7}))?", text)
     if not found:
-        raise UsageError(f"--time {clean(text)} is no time limit; give e.g. 04:00:00, 1-12:00:00 or minutes")
+        raise UsageError(
+            Flag("time", text), "is no time limit", fix="give e.g. 04:00:00, 1-12:00:00 or minutes"
+        )
     days, *numbers = (None if number is None else int(number) for number in found.groups())
     first, second, third = numbers
     assert first is not None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from specvlm_cli.exits import ExitCode, UsageError
+from specvlm_cli.exits import ExitCode, Flag, UsageError
 from specvlm_cli.text import short
 
 if TYPE_CHECKING:
@@ -47,7 +47,9 @@ def status(
     from specvlm_cli.run_view import view
 
     if verify and only_missing:
-        raise UsageError("--verify and --only-missing answer different questions; give one of them")
+        raise UsageError(
+            Flag("verify"), "and", Flag("only_missing"), "answer different questions", fix="give one of them"
+        )
     run = view(out)
     if verify:
         return _verify(run, as_json)
@@ -179,17 +181,17 @@ def _holders(found: RunStatus) -> str:
     running = [one for one in found.shards if one.running]
     if len(found.shards) == 1:
         return _holder(found.shards[0].holder)
-    return f"{len(running)} of {len(found.shards)} shards" if running else "nobody"
+    return f"{len(running)} of {len(found.shards)} shards" if running else "none"
 
 
 def _holder(holder: Holder | None) -> str:
     if holder is None:
-        return "nobody"
+        return "none"
     since = f" since {holder.since}" if holder.since else ""
     who = f"process {holder.pid} on {holder.host}{since}"
     if holder.alive is None:
-        return f"{who}, as far as can be told from here"
-    return who if holder.alive else f"nobody; {who} died, the next start goes on from there"
+        return f"{who}, as far as can be seen from here"
+    return who if holder.alive else f"none; {who} died, the next start resumes from there"
 
 
 _SHARDS = ("shard", "done", "failed", "running", "pending", "left", "at work")

@@ -11,40 +11,36 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from specvlm.config import GenerationSettings, SpeculationSettings
 from specvlm.errors import ConfigError
 from specvlm.host import usable_cores
-from specvlm.preset import Preset
 from specvlm.training.settings import Schedule, TrainingSettings
 from specvlm_cli.commands.caption_flags import MOST
 from specvlm_cli.commands.choices import (
     DEFAULT_PRESET,
-    check_models,
-    frame_settings,
+    caption_settings,
     input_options,
-    model_choice,
     pair_of,
-    prompt_texts,
+    read_limits,
     refuse_empty,
     root_of,
-    text_of,
+    runtime_limit_s,
     warn_of_unused_times,
 )
+from specvlm_cli.commands.options import picked
 from specvlm_cli.commands.train_flags import TrainFlags
-from specvlm_cli.decoding import Limits
-from specvlm_cli.durations import positive_seconds, seconds
-from specvlm_cli.exits import ExitCode, UsageError
+from specvlm_cli.durations import seconds
+from specvlm_cli.exits import ExitCode, Flag, UsageError
 from specvlm_cli.inputs import Inputs
 from specvlm_cli.settings import CaptionSettings
-from specvlm_cli.text import clean
 from specvlm_cli.training.samples import Samples, Split, Video, divided, videos_of
 from specvlm_cli.training.talk import Speaker, ending
 from specvlm_cli.wanted import Wanted
 
 if TYPE_CHECKING:
+    from specvlm.drafts.compressor import CompressorConfig
     from specvlm.training.objective import ObjectiveSettings
     from specvlm.training.ranks import Ranks
-    from specvlm_cli.training.job import HeadChoice, Outcome, Request
+    from specvlm_cli.training.job import Outcome, Request
 
 _MODES = ("select", "weighted", "concat")
 _MOST_DECODE_WORKERS = 4  # where the flag does not say
@@ -60,20 +56,17 @@ def train(flags: TrainFlags) -> int:
     Several GPUs: accelerate launch --multi_gpu -m specvlm_cli train ...
     """
     pair = pair_of(flags.preset, flags.target)
-    settings = _settings(flags, pair)
-    training, schedule = _training(flags), _schedule(flags)
+    settings = caption_settings(flags, pair)
+    training, schedule = TrainingSettings(**picked(flags, TrainingSettings)), _schedule(flags)
     share = _held_out_share(flags.held_out)
     split = Split(share or 0.0, flags.held_out_limit, flags.seed)
-    head_device = _head_device(flags.head_device)
-    max_runtime_s = (
-        None if flags.max_runtime is None else positive_seconds("--max-runtime", flags.max_runtime)
-    )
-    limits = Limits(timeout_s=positive_seconds("--decode-timeout", flags.decode_timeout))
+    _check_head_device(flags.head_device)
+    max_runtime_s, limits = runtime_limit_s(flags), read_limits(flags)
 
     from specvlm.training.ranks import ranks_of_this_process
     from specvlm_cli.training import job
 
-    head, objective = _head(flags, head_device), _objective(flags)
+    head, objective = _head(flags), _objective(flags)
     ranks = ranks_of_this_process()
     with _speaker(flags, ranks) as talk:
         if flags.preset is None and flags.target is None:
@@ -86,8 +79,8 @@ def train(flags: TrainFlags) -> int:
         if not samples.train:
             talk.note("nothing to do: no videos there")
             return _shown(_nothing(flags, samples), flags, ranks)
+        workers = flags.decode_workers or _decode_workers(ranks.count)
         request = job.Request(
-            out=flags.out,
             samples=samples,
             captions=settings,
             split=split,
@@ -96,13 +89,9 @@ def train(flags: TrainFlags) -> int:
             objective=objective,
             schedule=schedule,
             limits=limits,
-            decode_workers=flags.decode_workers or _decode_workers(ranks.count),
-            batch_size=flags.batch_size,
-            root=root_of(flags.root),
-            if_locked=flags.if_locked,
             max_runtime_s=max_runtime_s,
-            exit_zero=flags.exit_zero,
             unreadable=unreadable,
+            **picked(flags, job.Request) | {"decode_workers": workers, "root": root_of(flags.root)},
         )
         return _run(request, ranks, talk, flags)
 
@@ -139,64 +128,50 @@ def _speaker(flags: TrainFlags, ranks: Ranks) -> Speaker:
 # --- what the flags mean ---
 
 
-def _settings(flags: TrainFlags, pair: Preset | None) -> CaptionSettings:
-    check_models(pair, flags.draft, flags.draft_revision, flags.device_map)
-    return CaptionSettings(
-        models=model_choice(flags, pair),
-        prompts=prompt_texts(flags.prompt, pair),
-        system=None if flags.system is None else text_of("--system", flags.system),
-        frames=frame_settings(flags, pair),
-        generation=GenerationSettings(flags.max_new_tokens, flags.temperature, flags.top_k, flags.seed),
-        speculation=SpeculationSettings(),
-    )
-
-
-def _training(flags: TrainFlags) -> TrainingSettings:
-    return TrainingSettings(flags.learning_rate, flags.accumulate, flags.clip_norm, flags.seed)
-
-
 def _schedule(flags: TrainFlags) -> Schedule:
     text = flags.checkpoint_every
-    schedule = Schedule(flags.epochs, flags.max_steps, flags.evaluate_every)
+    schedule = Schedule(**picked(flags, Schedule))
     try:
         if re.fullmatch(r"[0-9]{1,12}", text):
             return replace(schedule, checkpoint_steps=int(text))
-        return replace(schedule, checkpoint_s=seconds("--checkpoint-every", text))
+        return replace(schedule, checkpoint_s=seconds("checkpoint_every", text))
     except ConfigError as error:
         fix = "give 1 or more steps, or a time, e.g. 5m"
-        raise UsageError(f"--checkpoint-every {clean(text)} is out of range; {fix}") from error
+        raise UsageError(Flag("checkpoint_every", text), "is out of range", fix=fix) from error
 
 
-def _head(flags: TrainFlags, device: str | None) -> HeadChoice:
+def _head(flags: TrainFlags) -> CompressorConfig:
     from specvlm.drafts.compressor import CompressorConfig
-    from specvlm_cli.training.job import HeadChoice
 
     given: dict[str, Any] = {"ratio": flags.compression_ratio, "queries": flags.queries}
     more = {name: value for name, value in given.items() if value is not None}
     if flags.compressor in _MODES:
         if flags.operators is not None:
             more["operators"] = tuple(one for one in re.split(r"[\s,]+", flags.operators) if one)
-        compressor = CompressorConfig(mode=flags.compressor, **more)  # type: ignore[arg-type]
-    else:
-        if flags.operators is not None:
-            raise UsageError(
-                f"--operators {clean(flags.operators)} has no effect on --compressor {flags.compressor}; it is for "
-                f"{', '.join(_MODES)}"
-            )
-        single = flags.compressor != "none"
-        operators = (flags.compressor,) if single else ()
-        compressor = CompressorConfig(mode="single" if single else "none", operators=operators, **more)  # type: ignore[arg-type]
-    return HeadChoice(compressor, device)
+        return CompressorConfig(mode=flags.compressor, **more)  # type: ignore[arg-type]
+    if flags.operators is not None:
+        raise UsageError(
+            Flag("operators", flags.operators),
+            "has no effect on",
+            Flag("compressor", flags.compressor),
+            fix=f"it is for {', '.join(_MODES)}",
+        )
+    single = flags.compressor != "none"
+    operators = (flags.compressor,) if single else ()
+    return CompressorConfig(mode="single" if single else "none", operators=operators, **more)  # type: ignore[arg-type]
 
 
 def _objective(flags: TrainFlags) -> ObjectiveSettings:
     from specvlm.training.objective import ObjectiveSettings
 
-    given: dict[str, Any] = {name: getattr(flags, name) for name in ("cross_entropy", "smooth_l1", "unroll")}
-    objective = ObjectiveSettings(**{name: value for name, value in given.items() if value is not None})
+    objective = ObjectiveSettings(**picked(flags, ObjectiveSettings))
     if not objective.cross_entropy and not objective.smooth_l1:
         raise UsageError(
-            "--cross-entropy 0 and --smooth-l1 0 leave nothing to learn; give one of them a weight"
+            Flag("cross_entropy", 0),
+            "and",
+            Flag("smooth_l1", 0),
+            "leave nothing to learn",
+            fix="give one of them a weight",
         )
     return objective
 
@@ -209,17 +184,18 @@ def _held_out_share(text: str) -> float | None:
         return None
     if not 0.0 <= share < 1.0:
         raise UsageError(
-            f"--held-out {clean(text)} is out of range; give a share of the videos, 0 or more and below 1, or a folder"
+            Flag("held_out", text),
+            "is out of range",
+            fix="give a share of the videos, 0 or more and below 1, or a folder",
         )
     return share
 
 
-def _head_device(device: str | None) -> str | None:
+def _check_head_device(device: str | None) -> None:
     if device is not None and not _HEAD_DEVICE.fullmatch(device):
         raise UsageError(
-            f"--head-device {clean(device)!r} is unknown; give cuda, cuda:N, xpu, xpu:N, mps or cpu"
+            Flag("head_device", repr(device)), "is unknown", fix="give cuda, cuda:N, xpu, xpu:N, mps or cpu"
         )
-    return device
 
 
 def _samples(
@@ -232,7 +208,9 @@ def _samples(
         elsewhere, more, also = _gathered([flags.held_out], flags, settings, flags.held_out_limit, talk)
         problems, unreadable = [*problems, *more], unreadable + also
         if not elsewhere:
-            raise UsageError(f"--held-out {clean(flags.held_out)} holds no videos; give others, or a share")
+            raise UsageError(
+                Flag("held_out", flags.held_out), "holds no videos", fix="give others, or a share"
+            )
     for problem in problems:
         talk.warn(f"left out: {problem.name}: {problem.reason}")
     return divided(videos, problems, split, elsewhere), unreadable
@@ -241,7 +219,7 @@ def _samples(
 def _gathered(
     given: Sequence[str], flags: TrainFlags, settings: CaptionSettings, limit: int | None, talk: Speaker
 ) -> tuple[list[Video], list[Any], int]:
-    inputs = Inputs(given, input_options(flags))
+    inputs = Inputs(given, input_options(flags, flags.extensions))
     with Wanted.gather(inputs, overlapping=len(given) > 1) as wanted:
         warn_of_unused_times(inputs, talk.warn)
         refuse_empty(inputs, "check the path and what is mounted there")

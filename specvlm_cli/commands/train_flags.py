@@ -15,7 +15,7 @@ import typer
 from specvlm.training.settings import Schedule, TrainingSettings
 from specvlm_cli.commands.caption_flags import MOST, CaptionFlags, DtypeName, ReadingFlags
 from specvlm_cli.commands.options import flag, output, read_config, same_as
-from specvlm_cli.job import LockedPolicy
+from specvlm_cli.lock import LockedPolicy
 from specvlm_cli.talk import ProgressName
 
 CompressorName = Literal[
@@ -60,7 +60,7 @@ class TrainInputFlags:
             "--out",
             "-o",
             help="Folder for the head; pass it to --draft. Run again to resume.",
-            parser=output("--out"),
+            parser=output("out"),
             rich_help_panel=_INPUT,
             metavar="HEAD",
         ),

@@ -6,7 +6,7 @@ Transformers is imported when the flags have turned out to make sense.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,9 +15,9 @@ import typer
 import specvlm
 from specvlm_cli import engine
 from specvlm_cli.commands.caption_flags import MOST, ModelFlags
-from specvlm_cli.commands.choices import pair_of
+from specvlm_cli.commands.choices import model_choice, pair_of
 from specvlm_cli.commands.options import output, same_as
-from specvlm_cli.exits import ExitCode, UsageError
+from specvlm_cli.exits import ExitCode, Flag, UsageError, excluding
 from specvlm_cli.settings import ModelChoice
 from specvlm_cli.text import clean
 
@@ -52,7 +52,7 @@ class VocabFlags:
             "--out",
             "-o",
             help="File to write, for --draft-vocab. Replaces an earlier one.",
-            parser=output("--out"),
+            parser=output("out"),
             rich_help_panel=_KEPT,
             metavar="FILE",
         ),
@@ -106,7 +106,7 @@ class VocabFlags:
 def vocab(flags: VocabFlags) -> int:
     """Count the tokens that captions use, and write a file for --draft-vocab.
 
-    Captions come from a run folder, also while a run goes on there, from text files, or from both.
+    Captions come from a run folder, also during a run, from text files, or from both.
     """
     from specvlm_cli import vocab as job
 
@@ -128,10 +128,10 @@ def _wanted(flags: VocabFlags) -> Wanted:
     if flags.out is None and not flags.text:
         raise UsageError("nothing to count; give a run folder, or text files with --text")
     if flags.size is not None and flags.coverage is not None:
-        raise UsageError(f"--size {flags.size} and --coverage {flags.coverage} exclude each other; give one")
+        raise excluding(Flag("size", flags.size), Flag("coverage", flags.coverage))
     coverage = 1.0 if flags.coverage is None else flags.coverage
     if not 0.0 < coverage <= 1.0 or math.isnan(coverage):
-        raise UsageError(f"--coverage {coverage} is out of range; give a share above 0, at most 1")
+        raise UsageError(Flag("coverage", coverage), "is out of range", fix="give a share above 0, at most 1")
     run = None if flags.out is None else view(flags.out)
     return Wanted(run, tuple(flags.text or ()), flags.size, coverage)
 
@@ -139,24 +139,13 @@ def _wanted(flags: VocabFlags) -> Wanted:
 def _target(flags: VocabFlags, run: RunView | None) -> ModelChoice:
     """Return whose tokenizer counts, and in which revision: as the flags say, else the run's target."""
     if flags.preset is not None or flags.target is not None:
-        pair = pair_of(flags.preset, flags.target)
-        return _choice(pair.target if pair else str(flags.target), flags.revision, flags)
+        return model_choice(flags, pair_of(flags.preset, flags.target))
     settings = {} if run is None else run.settings
     if not isinstance(settings.get("target"), str):
         why = "text files have no tokenizer" if run is None else "the run folder does not say its target"
         raise UsageError(f"{why}; give --target or --preset")
-    name = settings["target"]
-    return _choice(name, flags.revision or settings.get("revision"), flags)
-
-
-def _choice(load: str, revision: str | None, flags: VocabFlags) -> ModelChoice:
-    return ModelChoice(
-        engine.public_name(load),
-        load,
-        revision=revision,
-        local_files_only=flags.local_files_only,
-        trust_remote_code=flags.trust_remote_code,
-    )
+    revision = flags.revision or settings.get("revision")
+    return model_choice(replace(flags, target=settings["target"]), None, revision=revision)
 
 
 def _show(made: Made, target: str, flags: VocabFlags) -> None:

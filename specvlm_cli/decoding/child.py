@@ -1,7 +1,7 @@
 """One reading child: confined, it reads one video, hands the frames over, and ends.
 
 It is forked by the nursery, so all it needs is loaded. From the moment that the file is opened its memory is
-not to be trusted, and nobody does.
+not to be trusted.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Reader(NamedTuple):
 
 _OPEN_FILES = 64
 _MOST_DESCRIPTORS = 1 << 12  # the nursery has a handful
-_LAST_RESORT_S = 0.5  # after the time limit the child ends by itself, should nobody be there to kill it
+_LAST_RESORT_S = 0.5  # after the time limit the child ends by itself, if its parent cannot kill it
 _KILL_ME_FIRST = b"1000"  # to the system, where memory runs out
 
 
@@ -101,7 +101,7 @@ def _limit(limits: Limits) -> None:
     for which, most in wanted.items():
         hard = resource.getrlimit(which)[1]
         most = kill = _within(most, hard)
-        if which == resource.RLIMIT_CPU:  # first a signal that tells; and a large file may have more
+        if which == resource.RLIMIT_CPU:  # first a signal that says why; and a large file may have more
             kill = _within(limits.whole_cpu_s(MOST_EXTRA_S) + 1, hard)
         with suppress(ValueError, OSError):  # not every system has all of them
             resource.setrlimit(which, (most, kill))
@@ -112,7 +112,7 @@ def _within(most: int, hard: int) -> int:
 
 
 class _Progress:
-    """Tells the coordinator of each step, and takes the time that the file's size allows once it is open."""
+    """Reports each step to the coordinator, and takes the time that the file's size allows once it is open."""
 
     def __init__(self, connection: socket.socket, job: ReadJob, limits: Limits) -> None:
         self._connection, self._job, self._limits = connection, job, limits
@@ -151,7 +151,7 @@ def _line(connection: socket.socket) -> bytes:
     while not data.endswith(b"\n"):
         more = connection.recv(1 << 16)
         if not more:
-            os._exit(0)  # nobody wants it any more
+            os._exit(0)  # not needed any more
         data += more
     return data
 

@@ -27,7 +27,7 @@ def of(report: Report, status: int, *, killed: bool, limits: Limits) -> Said:
         reason = "its reading process was killed from outside; see whether memory ran out"
         return Said("decode", _CRASHED, reason, transient=True)
     how = f"by {signal.Signals(ended_by).name}" if ended_by else f"with exit code {os.WEXITSTATUS(status)}"
-    reason = f"its reading process ended {how}; the file is damaged or hostile, convert it anew"
+    reason = f"its reading process ended {how}; the file is damaged or hostile, convert it again"
     return Said("decode", _CRASHED, reason, transient=False)
 
 
@@ -60,5 +60,5 @@ def of_no_socket(error: OSError) -> Said:
 
 def of_misreport(error: MisreportError) -> Said:
     """Return the reason for a child that said what makes no sense."""
-    reason = f"its reading process reported nonsense ({error}); the file may be hostile, convert it anew"
+    reason = f"its reading process reported nonsense ({error}); the file may be hostile, convert it again"
     return Said("decode", _MISREPORTED, reason, transient=False)

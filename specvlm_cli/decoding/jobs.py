@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from specvlm.config import FrameSettings
+from specvlm.errors import ConfigError
+from specvlm_cli.failure import BAD_INPUT
 
 _BYTES_PER_S = 5e6  # of a file that is decoded whole
 MOST_EXTRA_S = 3600.0
@@ -54,6 +56,18 @@ class ReadJob:
     settings: FrameSettings
     frame_multiple: int
     root: bytes | None = None
+
+    def for_video(
+        self, key: int, path: bytes, start_s: float | None, end_s: float | None
+    ) -> ReadJob | ReadFailure:
+        """Return the job that reads a part of another video in the same way; a failure if there is no such part."""
+        settings = self.settings
+        try:
+            if start_s is not None or end_s is not None:
+                settings = replace(settings, start_s=start_s or 0.0, end_s=end_s)
+        except ConfigError as error:
+            return ReadFailure(key, "open", BAD_INPUT, str(error), transient=False)
+        return replace(self, key=key, path=path, settings=settings)
 
 
 @dataclass(frozen=True, slots=True)

@@ -112,10 +112,10 @@ class Keeper:
             raise NurseryLostError from None
 
     def hear(self) -> list[Record]:
-        """Return what it has told of its children since the last time.
+        """Return its reports on its children since the last call.
 
         Raises:
-            NurseryLostError: It is dead, and all that it told was heard.
+            NurseryLostError: It is dead, and all its reports were read.
         """
         records: list[Record] = []
         if self._process is None:

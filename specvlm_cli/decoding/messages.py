@@ -70,7 +70,7 @@ class Report:
 
 
 def job_line(job: ReadJob) -> bytes:
-    """Return the line that tells a child what to read."""
+    """Return the request line for a child."""
     wanted = {
         "path": _text(job.path),
         "settings": asdict(job.settings),

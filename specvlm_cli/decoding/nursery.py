@@ -1,7 +1,7 @@
 """The nursery: a process that has the decoders loaded and forks one child for every video.
 
 It opens no video itself, has one thread, and ends when the coordinator does. It forks and kills on request, and
-tells of each end; as long as it has not waited for a child, that child's number cannot pass to another process.
+reports each end; as long as it has not waited for a child, that child's number cannot pass to another process.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signa
 
 def main(descriptor: int, parent: int, reader: str, limits: dict[str, Any]) -> None:
     """Serve the coordinator at the other end of a socket until it hangs up."""
-    for number in _STOPPING:  # the coordinator decides what becomes of a video in hand
+    for number in _STOPPING:  # the coordinator decides what becomes of a video in progress
         signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
         die_with_parent(parent)
@@ -148,7 +148,7 @@ def _ended() -> Iterator[tuple[int, int]]:
 
 
 def _children() -> set[int]:
-    """All our children, where the system tells; else none."""
+    """All our children, if the system lists them; else none."""
     try:
         with open(f"/proc/self/task/{os.getpid()}/children", encoding="ascii") as file:
             return {int(process) for process in file.read().split()}

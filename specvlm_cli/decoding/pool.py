@@ -103,7 +103,7 @@ class DecodingPool:
         try:
             self._keeper.end(numbers, _GIVE_UP_S)
         except NurseryLostError:
-            with suppress(FatalError):  # who reads on will be told
+            with suppress(FatalError):  # the next reader gets the error
                 self._keeper.restart()
 
     def close(self) -> None:
@@ -177,7 +177,7 @@ class DecodingPool:
         self._fail(attempt.job, endings.of_hanging_process(self._limits))
 
     def _replace_nursery(self) -> None:
-        """Begin anew what the lost nursery's children were reading, each once."""
+        """Start again what the lost nursery's children were reading, each once."""
         lost, self._attempts = list(self._attempts.values()), {}
         for attempt in lost:
             attempt.connection.close()

@@ -1,6 +1,6 @@
 """Frames in memory that processes share: made by a child, sealed, checked, and mapped where they are needed.
 
-Where the system can seal memory (Linux), nobody can change or shorten it afterwards, so what was checked once
+Where the system can seal memory (Linux), it cannot be changed or shortened afterwards, so what was checked once
 stays true. Elsewhere the receiver takes a copy of its own.
 """
 
@@ -25,7 +25,7 @@ _SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_
 _COPY_BYTES = 1 << 24
 CLOSE_ON_EXEC = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
 _MOST_SENT = 4  # descriptors that are taken from one message, to be closed if they are too many
-TIME_BYTES = 8  # of a frame's time, which stands behind the pixels
+TIME_BYTES = 8  # of a frame's time, which follows the pixels
 MOST_BYTES = 1 << 16  # of all that a child may say
 
 
@@ -65,7 +65,7 @@ def new_memory() -> int:
 
 
 def seal(descriptor: int) -> None:
-    """Have nobody change this memory from now on; it must not be mapped for writing."""
+    """Seal this memory against changes; it must not be mapped for writing."""
     if _CAN_SEAL:
         fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
 

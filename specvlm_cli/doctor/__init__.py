@@ -1,4 +1,4 @@
-"""What is wrong with this machine, and how to mend it.
+"""What is wrong with this machine, and how to fix it.
 
 checks.py     one check at a time, each with a time limit, none of which can end the others
 machine.py    Python, packages, processors, memory, limits, the job that we are part of

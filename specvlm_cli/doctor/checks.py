@@ -21,7 +21,7 @@ class Verdict:
     Attributes:
         status: In order; works, but not well, or not everything; does not work.
         detail: What was found, in a few words.
-        fix: How to mend it; nothing where there is nothing to mend.
+        fix: How to fix it; empty if nothing is wrong.
     """
 
     status: Status
@@ -89,4 +89,4 @@ def _looked(check: Check) -> Verdict:
         return check.look()
     except Exception as error:  # a check that fails must not take the others with it
         reason = " ".join(str(error).split()) or "no message"
-        return fail(f"{type(error).__name__}: {reason}"[:400], "mend that, or report it with these words")
+        return fail(f"{type(error).__name__}: {reason}"[:400], "fix that, or report it with this message")

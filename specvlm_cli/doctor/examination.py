@@ -1,4 +1,4 @@
-"""Which checks there are, in which order. What they find is told as it is found."""
+"""Which checks there are, in which order. Results are reported as they come."""
 
 from __future__ import annotations
 

@@ -134,9 +134,7 @@ class Probe:
     def generation(self) -> Verdict:
         """Tell whether both ways of decoding give the same tokens."""
         if missing := _missing(self._preset):
-            fix = (
-                f"specvlm caption --preset {self._preset} downloads it; specvlm presets tells how large it is"
-            )
+            fix = f"specvlm caption --preset {self._preset} downloads it; specvlm presets shows its size"
             return fail(f"not on disk: {missing}", fix)
         try:
             found = self.answer(GENERATION_S)
@@ -167,7 +165,7 @@ def _usable(built: str, devices: list[dict[str, Any]]) -> Verdict:
     if any(not one["bf16"] for one in devices):
         return warn(f"{built}; {shown}", "no bf16 here: use --dtype float16")
     if any(one.get("free", 1) < 0.2 * one.get("total", 1) for one in devices):
-        return warn(f"{built}; {shown}", "something else holds most of its memory; nvidia-smi tells what")
+        return warn(f"{built}; {shown}", "something else holds most of its memory; nvidia-smi shows what")
     return ok(f"{built}; {shown}")
 
 

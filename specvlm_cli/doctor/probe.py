@@ -2,7 +2,7 @@
 
     python -m specvlm_cli.doctor.probe PRESET [TARGET [DRAFT]]
 
-A driver that hangs or crashes takes this process with it and not the one that tells of it (`models.py`).
+A driver that hangs or crashes takes this process with it and not the one that reports it (`models.py`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import sys
 import time
 import warnings
 from typing import TYPE_CHECKING, Any
+
+from specvlm_cli.process import watch_parent
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -131,4 +133,5 @@ def main(preset: str, *checkpoints: str) -> int:
 
 
 if __name__ == "__main__":
+    watch_parent(os.getppid())
     sys.exit(main(*sys.argv[1:]))

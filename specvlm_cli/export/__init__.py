@@ -4,7 +4,7 @@ request.py    what can be asked for
 merge.py      all shards -> each caption once, in one order
 columns.py    which columns, with which types
 names.py      video paths -> names of files that stay inside the destination
-staging.py    written beside the destination, renamed at the end
+staging.py    written next to the destination, renamed at the end
 manifest.py   what an export wrote, and how an earlier export is recognised
 parquet.py lines.py sidecars.py videofolder.py   the formats
 card.py       the dataset card

@@ -79,7 +79,7 @@ def _yaml(configs: list[Config], captions: int) -> Iterator[str]:
 
 
 def _made(facts: Facts, counts: dict[str, int]) -> Iterator[str]:
-    yield "Captions of videos, made with specvlm. A model wrote them and nobody checked them; what a video shows or"
+    yield "Captions of videos, made with specvlm. A model wrote them and they were not checked; what a video shows or"
     yield "says may have steered it."
     yield ""
     for name, label in (("target_model", "target"), ("draft_model", "draft"), ("specvlm_version", "specvlm")):
@@ -88,7 +88,7 @@ def _made(facts: Facts, counts: dict[str, int]) -> Iterator[str]:
     yield from (f"- {label.replace('_', ' ')}: {number}" for label, number in counts.items())
     yield ""
     yield "The target chose every token. The draft only guessed, to save time; where captions were compared with"
-    yield "plain decoding, `exact_match` says what came of it."
+    yield "plain decoding, `exact_match` says whether they agree."
 
 
 def _names(values: dict[str, None]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from specvlm_cli.exits import UsageError
+from specvlm_cli.exits import Flag, UsageError
 from specvlm_cli.ledger_view import Row
 from specvlm_cli.parts import caption_schema, failure_schema
 from specvlm_cli.text import clean, storable
@@ -47,9 +47,9 @@ def caption_columns(kept: Mapping[str, str], wanted: Sequence[str] | None) -> Co
         if name not in schema.names:
             near = get_close_matches(name, schema.names, 1)
             meant = f"did you mean {near[0]}" if near else "docs/columns.md lists them"
-            raise UsageError(f"--columns: there is no column {clean(name)!r}; {meant}")
+            raise UsageError(Flag("columns"), f": there is no column {clean(name)!r}", fix=meant)
     if wanted is not None and len(set(wanted)) < len(wanted):
-        raise UsageError(f"--columns {clean(','.join(wanted))}: a column is named twice; name each once")
+        raise UsageError(Flag("columns", ",".join(wanted)), ": a column is named twice", fix="name each once")
     return Columns(_marked(schema, wanted or schema.names))
 
 

@@ -1,4 +1,4 @@
-"""One export, from what was asked for to what came of it. Knows the formats by name, and no terminal."""
+"""One export, from request to result. Knows the formats by name, and no terminal."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from specvlm_cli.exits import FatalError, UsageError
+from specvlm_cli.exits import FatalError, Flag, UsageError
 from specvlm_cli.export import parquet
 from specvlm_cli.export.card import Config, Facts, card
 from specvlm_cli.export.columns import Columns, caption_columns, failure_columns
@@ -117,18 +117,24 @@ def _check(run: RunView, request: Request) -> None:
             raise UsageError(f"{name}: is inside the run folder's own {folder}; give another DEST")
     if request.failures == "with" and request.one_file:
         raise UsageError(
-            f"--failures with: {name} is one file and holds one table; use --failures only for another one"
+            Flag("failures", "with"),
+            f": {name} is one file and holds one table",
+            fix="use --failures only for another one",
         )
     if request.failures == "only" and request.format in ("txt", "srt", "videofolder"):
         raise UsageError(
-            f"--failures only: {request.format} has no place for them; use parquet, jsonl or csv"
+            Flag("failures", "only"),
+            f": {request.format} has no place for them",
+            fix="use parquet, jsonl or csv",
         )
     if request.columns is not None and (request.format in ("txt", "srt") or request.failures == "only"):
         raise UsageError(
-            "--columns chooses among the columns of captions, and there are none here; leave it out"
+            Flag("columns"),
+            "chooses among the columns of captions, and there are none here",
+            fix="leave it out",
         )
     if request.columns is not None and request.format == "videofolder" and FILE_NAME in request.columns:
-        raise UsageError(f"--columns: {FILE_NAME} is written for every video; leave it out")
+        raise UsageError(Flag("columns"), f": {FILE_NAME} is written for every video", fix="leave it out")
     caption_columns(run.kept, request.columns)
 
 
@@ -155,7 +161,7 @@ def _explained(destination: Path) -> Iterator[None]:
         yield
     except (OSError, sqlite3.Error, pa.ArrowException) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        text = f"{clean(str(destination))}: {clean(reason)}; nothing was exported, mend that and start again"
+        text = f"{clean(str(destination))}: {clean(reason)}; nothing was exported, fix that and start again"
         raise FatalError(text) from error
 
 
@@ -203,7 +209,7 @@ class _Export:
         self._paths = Paths(index.db, request.paths)
 
     def write(self, notes: list[str]) -> Exported:
-        """Write it, and return what came of it; `notes` are passed on with what else is to be said."""
+        """Write it, and return the result; `notes` are added to its own."""
         request = self._request
         captions = failures = missing = 0
         if request.one_file:

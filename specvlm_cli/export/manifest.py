@@ -1,6 +1,6 @@
 """`_manifest.json`: what an export wrote, one file a line, and how an earlier export is recognised by it.
 
-A folder counts as an earlier export only where it holds nothing but what its manifest lists, so that nobody's own
+A folder counts as an earlier export only where it holds nothing but what its manifest lists, so that no foreign
 files are ever taken for ours.
 """
 
@@ -35,7 +35,7 @@ class Entry:
     size_bytes: int
     sha256: str | None = None  # None for a video
     rows: int | None = None
-    link: str | None = None  # what a symbolic link points to, empty where that is not told; None: it is none
+    link: str | None = None  # what a symbolic link points to, empty if unknown; None: it is none
 
     def as_json(self) -> dict[str, Any]:
         plain = {"name": self.name, "bytes": self.size_bytes, "sha256": self.sha256}

@@ -235,7 +235,7 @@ def _place(values: tuple[Any, ...]) -> Place:
 
 
 def _private(file: Path) -> sqlite3.Connection:
-    """Return a new database that nobody else opens and that no crash needs to survive."""
+    """Return a new database that no other process opens and that no crash needs to survive."""
     connection = sqlite3.connect(f"{file.absolute().as_uri()}?nolock=1", uri=True, isolation_level=None)
     for setting in ("journal_mode = OFF", "synchronous = OFF", "cache_size = -65536", "page_size = 8192"):
         connection.execute(f"PRAGMA {setting}")

@@ -133,7 +133,7 @@ def _split(name: bytes) -> tuple[bytes, bytes]:
 
 
 def _cut(begin: bytes, end: bytes) -> bytes:
-    """Return begin + end where a file system takes that, else a shorter begin that still tells it from others."""
+    """Return begin + end where a file system takes that, else a shorter begin that is still unique."""
     if len(begin) + len(end) <= _MOST_BYTES:
         return begin + end
     tail = b"~" + _short_hash(begin) + end[-64:]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from specvlm_cli.exits import UsageError
+from specvlm_cli.exits import Flag, UsageError
 from specvlm_cli.text import clean
 
 FormatName = Literal["parquet", "jsonl", "csv", "txt", "srt", "videofolder"]
@@ -27,7 +27,7 @@ class Request:
         destination: A file for one table, a folder for everything else.
         format: See `FormatName`.
         overwrite: Replace an earlier export.
-        failures: Failures beside the captions, none, or nothing else.
+        failures: Failures with the captions, without, or only.
         columns: Columns of the captions, in this order; None: those that suit the format.
         rows_per_file: Most rows of one Parquet file of a folder.
         videos: How videos come into a videofolder.
@@ -49,7 +49,7 @@ class Request:
         return self.format in ("jsonl", "csv") or self.destination.suffix.lower() == ".parquet"
 
 
-# Names of files of other formats, of which nobody means a folder.
+# Names of files of other formats, which are never meant as folders.
 _NOT_WRITTEN = frozenset(
     ".arrow .db .feather .json .ndjson .ods .orc .sqlite .tar .tsv .xls .xlsx .xml .yaml .zip".split()
 )
@@ -69,5 +69,7 @@ def format_of(destination: Path, wanted: FormatName | None) -> FormatName:
     named = _SUFFIXES.get(destination.suffix.lower())
     if wanted is not None and named is not None and named != wanted:
         shown = clean(str(destination))
-        raise UsageError(f"--format {wanted}: {shown} is the name of a {named} file; change one of them")
+        raise UsageError(
+            Flag("format", wanted), f": {shown} is the name of a {named} file", fix="change one of them"
+        )
     return wanted or named or "parquet"

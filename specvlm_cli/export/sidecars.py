@@ -1,4 +1,4 @@
-"""Text beside videos: a .txt or .srt for each video and prompt, in the folders that the videos have.
+"""Text next to videos: a .txt or .srt for each video and prompt, in the folders that the videos have.
 
 A .txt of a whole video is its caption; where parts of a video were captioned it has a line for each part. A .srt
 has one cue for each part, or one from the beginning to the end. Files of further prompts are called
@@ -40,7 +40,7 @@ class Piece:
 def write_sidecars(
     root: Path, kind: SidecarName, captions: Iterator[tuple[Place, Row]], names: Names, manifest: Manifest
 ) -> int:
-    """Write a file for each video and prompt; return how many captions stand in them."""
+    """Write a file for each video and prompt; return how many captions they hold."""
     written = 0
     content = _text if kind == "txt" else _subtitles
     for path, group in groupby(captions, key=lambda one: one[0].path):
@@ -83,10 +83,14 @@ def _subtitles(pieces: Sequence[Piece]) -> str:
 
 def _span(piece: Piece, point: str, between: str) -> str:
     """Return start and end of a piece; an end that is not known is the video's, else the latest that fits."""
-    start_ms = max(round((piece.start_s or 0.0) * 1000), 0)
+    start_ms = max(_milliseconds(piece.start_s or 0.0), 0)
     end_s = piece.duration_s if piece.end_s is None else piece.end_s
-    end_ms = _LONGEST_MS if end_s is None or not math.isfinite(end_s) else round(end_s * 1000)
+    end_ms = _LONGEST_MS if end_s is None else _milliseconds(end_s)
     return f"{_clock(start_ms, point)}{between}{_clock(max(end_ms, start_ms + 1), point)}"
+
+
+def _milliseconds(seconds: float) -> int:
+    return round(1000 * seconds) if math.isfinite(1000 * seconds) else _LONGEST_MS
 
 
 def _clock(time_ms: int, point: str) -> str:

@@ -1,4 +1,4 @@
-"""All of it or nothing: an export is written beside its destination and gets its name when it is on disk.
+"""All of it or nothing: an export is written next to its destination and gets its name when it is on disk.
 
 What was there before is replaced only where the caller says so and it is an earlier export; it is looked at again
 after it was put aside, so that a file that came into it meanwhile is never lost. A process that dies leaves a
@@ -19,6 +19,7 @@ from itertools import islice
 from pathlib import Path
 
 from specvlm.durable import sync
+from specvlm.files import remove
 from specvlm_cli.exits import BusyError, UsageError
 from specvlm_cli.safe_files import UnsafeFileError, require_folder
 from specvlm_cli.text import clean
@@ -49,10 +50,10 @@ def staged(destination: Path, refusal: Refusal | None) -> Iterator[Staging]:
 
     Args:
         destination: Where the export goes.
-        refusal: Asked about what stands there already; None: nothing may stand there.
+        refusal: Judges what is there already; None: nothing may be there.
 
     Raises:
-        UsageError: Something stands there that may not be replaced.
+        UsageError: Something is there that may not be replaced.
         BusyError: Another process is exporting to the same place.
         OSError: The disk is full, or cannot be written.
     """
@@ -94,7 +95,7 @@ def _held(folder: Path) -> Iterator[None]:
             raise UnsafeFileError(f"{clean(str(folder))}: of another user; have that user remove it")
         _lock(descriptor, folder)
         for name in os.listdir(descriptor):
-            _remove(folder / name)
+            remove(folder / name)
         yield
     finally:
         os.close(descriptor)
@@ -109,13 +110,6 @@ def _lock(descriptor: int, folder: Path) -> None:
         pass
     where = clean(str(folder.parent))
     raise BusyError(f"another export to the same place in {where} is at work; wait for it to end")
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
 
 
 def _publish(data: Path, destination: Path, refusal: Refusal | None) -> None:

@@ -69,7 +69,7 @@ def _serve(connection: Connection) -> None:
         return
     preparer = Preparer(connection, engine)
     try:
-        _Service(connection, engine, preparer).run()
+        _Service(connection, setup, engine, preparer).run()
     finally:
         preparer.close()
 
@@ -148,8 +148,9 @@ class _Opened(NamedTuple):
 class _Service:
     """Captions what the coordinator sends: the loop of a worker, and what it knows of each video."""
 
-    def __init__(self, connection: Connection, engine: Engine, preparer: Preparer) -> None:
+    def __init__(self, connection: Connection, setup: Setup, engine: Engine, preparer: Preparer) -> None:
         self._connection = connection
+        self._setup = setup
         self._engine = engine
         self._preparer = preparer
         self._known: dict[int, Video] = {}  # prepared or being prepared, and not admitted
@@ -253,9 +254,10 @@ class _Service:
     def _start(self, one: _Sequences, session: Session, *, speculate: bool, alone: bool) -> None:
         task = one.video.task
         one.captions, one.running = {}, set(range(len(task.prompts)))
-        if task.on_oom == "fail":  # nothing will be prepared again
+        if self._setup.on_oom == "fail":  # nothing will be prepared again
             one.frames = one.video.frames = None
-        one.due_s = None if task.time_limit_s is None else time.monotonic() + task.time_limit_s
+        limit_s = self._setup.time_limit_s
+        one.due_s = None if limit_s is None else time.monotonic() + limit_s
         self._running[one.key] = one
         for index in range(len(task.prompts)):
             self._engine.add((one.key, index), session, index, speculate=speculate, alone=alone)
@@ -303,8 +305,8 @@ class _Service:
         for one_done in finished:
             self._on_finished(*one_done)
         for one in self._overdue():
-            limit_s = one.video.task.time_limit_s
-            self._on_error(one, GenerationTimeoutError(f"the captions were not done after {limit_s:g} s"))
+            late = f"the captions were not done after {self._setup.time_limit_s:g} s"
+            self._on_error(one, GenerationTimeoutError(late))
 
     def _on_finished(self, key: object, caption: Caption | None, error: Exception | None) -> None:
         assert isinstance(key, tuple)
@@ -371,7 +373,7 @@ class _Service:
 
     def _on_out_of_memory(self, one: _Sequences, error: Exception) -> None:
         """Caption half the frames of a video that memory cannot hold by itself, as far as that is allowed."""
-        if one.video.task.on_oom == "reduce" and one.frames is not None:
+        if self._setup.on_oom == "reduce" and one.frames is not None:
             fewer = self._halved(one.frames, one.whole)
             if fewer is not None:
                 self._forget(one)

@@ -47,7 +47,7 @@ class Crew:
                 self._workers.append(self._new(f"cuda:{number}"))
 
     def _new(self, device: str | None) -> Worker:
-        return Worker(self._factory, device, self._policy.cpu_workers, self._stderr)
+        return Worker(self._factory, device, self._policy, self._stderr)
 
     def welcome(self, worker: Worker, models: Models) -> None:
         """Take in a worker that has loaded its models.
@@ -106,7 +106,7 @@ class Crew:
         return how
 
     def remove(self, worker: Worker) -> None:
-        """Go on without a worker that is of no use."""
+        """Continue without a worker that is of no use."""
         worker.kill()
         self._workers.remove(worker)
 

@@ -28,6 +28,8 @@ class Setup:
     factory: EngineFactory
     device: str | None  # None: where the settings say
     sharing: int  # workers on the CPU, if that is the device
+    time_limit_s: float | None  # of each video, counted from its admission
+    on_oom: OnOom
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +40,6 @@ class Task:
     prompts: tuple[str, ...]
     own_prompts: bool  # the prompts are this video's own: an unusable one is no fault of the run
     frames: SharedFrames
-    time_limit_s: float | None  # counted from its admission
-    on_oom: OnOom
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class Admit:
     """Caption these videos as soon as there are slots."""
 
     keys: tuple[int, ...]
-    alone: bool = False  # one video, and nothing runs beside it
+    alone: bool = False  # one video, and nothing runs next to it
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,7 +51,7 @@ class Preparer:
     """
 
     def __init__(self, connection: Connection, engine: Engine) -> None:
-        """Nobody else may listen to the connection any more."""
+        """No other thread may listen to the connection any more."""
         self.inbox: SimpleQueue[Heard] = SimpleQueue()
         self._connection = connection
         self._engine = engine

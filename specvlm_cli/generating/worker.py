@@ -14,6 +14,7 @@ from multiprocessing.connection import Connection
 from specvlm_cli.engine import EngineFactory, Models
 from specvlm_cli.generating.messages import FromWorker, Ready, Report, Setup, Task, ToWorker, send_descriptor
 from specvlm_cli.ledger import Claim
+from specvlm_cli.policy import Policy
 from specvlm_cli.process import python_command
 from specvlm_cli.read_ahead import Group
 
@@ -36,7 +37,7 @@ class Worker:
     """One worker process, and the videos that were claimed for it.
 
     Attributes:
-        device: Where it was told to load the models; None: where the settings say.
+        device: Where to load the models; None: where the settings say.
         models: What it loaded; None before that.
         batch_size: The most sequences that it has in flight.
         group: Videos that it decodes by themselves once it has nothing else in flight; None: there are none.
@@ -45,8 +46,8 @@ class Worker:
         connection: Readable when it has something to say, or is dead.
     """
 
-    def __init__(self, factory: EngineFactory, device: str | None, sharing: int, stderr: int) -> None:
-        """Start it, as one of `sharing` workers if that is on a CPU; `stderr` is a descriptor for what it prints."""
+    def __init__(self, factory: EngineFactory, device: str | None, policy: Policy, stderr: int) -> None:
+        """Start it; `stderr` is a descriptor for what it prints."""
         self.models: Models | None = None
         self.device = device
         self.batch_size = 1
@@ -54,7 +55,7 @@ class Worker:
         self.decodes: Group | None = None
         self.withdrew = False
         self._in_flight: dict[int, _InFlight] = {}
-        self._time_limit_s: float | None = None
+        self._policy = policy
         ours, theirs = socket.socketpair()
         with theirs:
             statement = (
@@ -70,7 +71,7 @@ class Worker:
             ours.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", _TALK_S, 0))
         self.connection = Connection(ours.detach())
         with suppress(OSError):  # it is dead already, and the connection will say so
-            self.connection.send(Setup(factory, device, sharing))
+            self.connection.send(Setup(factory, device, policy.cpu_workers, policy.timeout_s, policy.on_oom))
 
     @property
     def claims(self) -> list[Claim]:
@@ -87,10 +88,9 @@ class Worker:
         """The slots that are taken, as far as it has said."""
         return sum(one.sequences for one in self._in_flight.values() if one.admitted)
 
-    def hold(self, claim: Claim, sequences: int, time_limit_s: float | None) -> None:
+    def hold(self, claim: Claim) -> None:
         """Have a video in flight from now on."""
-        self._time_limit_s = time_limit_s
-        self._in_flight[claim.ordinal] = _InFlight(claim, sequences, self._due_s())
+        self._in_flight[claim.ordinal] = _InFlight(claim, self._policy.sequences(claim), self._due_s())
 
     def drop(self, key: int) -> Claim:
         """Forget a video that has ended."""
@@ -100,9 +100,9 @@ class Worker:
         return claim
 
     def _due_s(self) -> float | None:
-        if self._time_limit_s is None:
+        if self._policy.timeout_s is None:
             return None
-        return time.monotonic() + self._time_limit_s + HARD_LIMIT_S
+        return time.monotonic() + self._policy.timeout_s + HARD_LIMIT_S
 
     def prepare(self, task: Task, descriptor: int) -> bool:
         """Have it prepare a video; the descriptor may be closed afterwards.

@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from specvlm_cli.exits import UsageError
+from specvlm_cli.exits import Flag, UsageError
 from specvlm_cli.inputs.options import InputOptions
 from specvlm_cli.text import clean, short, storable
 
@@ -126,7 +126,7 @@ def refuse_missing(shown: str, names: Sequence[str], options: InputOptions) -> N
     """Refuse a manifest that lacks a column that is needed.
 
     Raises:
-        UsageError: A column that was asked for is not there, or stands there twice, or there is no path.
+        UsageError: A column that was asked for is missing, or there twice, or there is no path.
     """
     for name, flag in asked_columns(options).items():
         if name not in names:
@@ -144,7 +144,7 @@ def missing(shown: str, flag: str, name: str, names: Sequence[str]) -> str:
 
 
 def listed(names: Sequence[str]) -> str:
-    """Return the names of columns as they may stand in a message."""
+    """Return the names of columns as a message may show them."""
     return short(", ".join(dict.fromkeys(names[:100])), 300) or "those it has: none"
 
 
@@ -165,7 +165,7 @@ def row_names(options: InputOptions) -> dict[str, str]:
 
     for name in options.keep_columns:
         if not name or storable(name) != name:
-            raise UsageError(f"--keep-columns {clean(name)!r} is no name of a column; give another")
+            raise UsageError(Flag("keep_columns", repr(name)), "is no name of a column", fix="give another")
     taken = {*CAPTION_SCHEMA.names, *options.keep_columns}
     names: dict[str, str] = {}
     for name in dict.fromkeys(options.keep_columns):

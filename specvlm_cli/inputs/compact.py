@@ -40,7 +40,7 @@ class CompactReader:
         """Read a structure.
 
         Raises:
-            CutError: It goes on behind the end of the data.
+            CutError: It continues past the end of the data.
             CompactError: It is none.
         """
         if depth > _DEEPEST:

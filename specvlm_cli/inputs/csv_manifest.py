@@ -84,7 +84,7 @@ class CsvManifest:
                 raise self._broken(error.line, f"longer than {MOST_ROW_BYTES} bytes") from error
 
     def _broken(self, line: int, reason: str) -> UsageError:
-        return UsageError(f"{self._shown} line {line}: {clean(reason)}; mend the quotes and line ends there")
+        return UsageError(f"{self._shown} line {line}: {clean(reason)}; fix the quotes and line ends there")
 
     def _batches(self, records: _Records) -> Iterator[Rows]:
         batch: list[list[str]] = []

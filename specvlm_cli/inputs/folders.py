@@ -143,7 +143,7 @@ class Folder:
 
 
 def parts_in(folder: bytes, suffixes: tuple[bytes, ...]) -> list[bytes]:
-    """Return the Parquet files of a folder that are a manifest in parts: there is no video beside them."""
+    """Return the Parquet files of a folder that are a manifest in parts: there is no video next to them."""
     try:
         names = sorted(name for name in os.listdir(folder) if not name.startswith(b"."))
     except OSError:  # whoever lists it for videos will say so
@@ -159,5 +159,5 @@ def _identity(path: bytes) -> tuple[int, int]:
 
 
 def shown(path: bytes) -> str:
-    """Return a path as it may stand in a message."""
+    """Return a path as a message may show it."""
     return clean(os.fsdecode(path))

@@ -1,4 +1,4 @@
-"""What may be asked of the inputs, and what reading them found out beside the videos."""
+"""What may be asked of the inputs, and what reading them found besides the videos."""
 
 from __future__ import annotations
 

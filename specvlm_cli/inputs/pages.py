@@ -32,7 +32,7 @@ _INNER_ELEMENT_BYTES = 64
 
 _CODECS = {"LZ4": "lz4_raw"}  # what pyarrow calls otherwise than Parquet does
 _LENGTH = struct.Struct("<I")  # before each text of a dictionary
-_ENTRY_BYTES = 16  # of a dictionary, beside its text
+_ENTRY_BYTES = 16  # of a dictionary, in addition to its text
 
 _HEADER_SIZES = (1 << 10, 64 << 10, 4 << 20)  # how much is read for a page's header, until it is whole
 
@@ -46,14 +46,14 @@ _FIXED_BYTES = 16  # most bytes of a value that is a number
 
 
 class PagesError(ValueError):
-    """The file asks for too much, or is damaged. The message says what, and how to mend it."""
+    """The file asks for too much, or is damaged. The message says what, and how to fix it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
     """What one column of one row group asks for, by its pages' headers."""
 
-    page_bytes: int = 0  # largest page, and the dictionary beside it
+    page_bytes: int = 0  # largest page, and its dictionary
     value_bytes: int = _FIXED_BYTES  # most that one value can take, or takes where each is stored
     values: int = 0  # also those inside of lists
 
@@ -90,7 +90,7 @@ def check_footer(file: int) -> None:
     tail = os.pread(file, 8, max(size - 8, 0))
     length = int.from_bytes(tail[:4], "little")
     if len(tail) < 8 or tail[4:] != _MAGIC or not 0 < length <= size - 12:
-        raise PagesError("no Parquet file, or one that is cut off; write it anew")
+        raise PagesError("no Parquet file, or one that is cut off; write it again")
     if length > MOST_FOOTER_BYTES or (
         length > _SMALL_FOOTER
         and _footer_memory(os.pread(file, length, size - 8 - length)) > MOST_FOOTER_MEMORY
@@ -103,7 +103,7 @@ def _footer_memory(footer: bytes) -> int:
     try:
         reader.struct()
     except CompactError as error:
-        raise PagesError(f"its footer is damaged ({error}); write it anew") from error
+        raise PagesError(f"its footer is damaged ({error}); write it again") from error
     return sum(
         count * _ELEMENT_BYTES.get(depth, _INNER_ELEMENT_BYTES) for depth, count in reader.elements.items()
     )
@@ -187,7 +187,7 @@ def _pages(file: int, column: Any) -> Iterator[_Page]:
         header, length = _page_header(file, position)
         kind, size, packed = (header.get(number, -1) for number in (1, 2, 3))
         if not (_is_size(size) and _is_size(packed)):
-            raise PagesError("a page has no size; the file is damaged, write it anew")
+            raise PagesError("a page has no size; the file is damaged, write it again")
         if _is_size(kind) and kind in _DETAILS:
             number, encoding = _DETAILS[kind]
             inner = header.get(number)
@@ -223,7 +223,7 @@ def _longest(file: int, column: Any, page: _Page) -> int:
 def _number(struct: Any, field: int) -> int:
     value = struct.get(field) if isinstance(struct, dict) else None
     if not isinstance(value, int) or value < 0:
-        raise PagesError("a page's header is damaged; write the file anew")
+        raise PagesError("a page's header is damaged; write the file again")
     return value
 
 
@@ -236,7 +236,7 @@ def _page_header(file: int, position: int) -> tuple[Struct, int]:
             return reader.struct(), reader.at
         except CutError as error:
             if len(data) < size or size == _HEADER_SIZES[-1]:
-                raise PagesError("a page's header is cut off; write the file anew") from error
+                raise PagesError("a page's header is cut off; write the file again") from error
         except CompactError as error:
-            raise PagesError(f"a page's header is damaged ({error}); write the file anew") from error
+            raise PagesError(f"a page's header is damaged ({error}); write the file again") from error
     raise AssertionError("the last size ends the loop")

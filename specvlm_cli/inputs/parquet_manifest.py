@@ -87,7 +87,7 @@ class ParquetManifest:
             except _DAMAGE as error:
                 reason = short(" ".join(str(error).split()) or type(error).__name__, 200)
                 raise UsageError(
-                    f"{self._shown}: not readable as Parquet ({reason}); write it anew"
+                    f"{self._shown}: not readable as Parquet ({reason}); write it again"
                 ) from error
 
     def rows(self) -> Iterator[Rows]:
@@ -177,7 +177,7 @@ def _slices(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
 
 
 def _plain(kind: pa.DataType) -> pa.DataType:
-    """Return the type of the values themselves, where they stand in a dictionary."""
+    """Return the type of the values themselves, if they are in a dictionary."""
     return kind.value_type if _is.is_dictionary(kind) else kind
 
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import BinaryIO, Protocol
 
-from specvlm_cli.exits import UsageError
+from specvlm_cli.exits import Flag, UsageError
 from specvlm_cli.inputs.columns import asked_columns, row_names
 from specvlm_cli.inputs.csv_manifest import CsvManifest
 from specvlm_cli.inputs.folders import Folder, matches, parts_in, shown, single, suffixes_of
@@ -121,7 +121,7 @@ class Inputs:
         kept: Column that passes through from manifests, by its name in a caption's row -> `bool`, `int64`, `float64`
             or `string`.
         renamed: Column of a manifest -> its name in a caption's row, where that is another.
-        report: What was seen beside the videos; filled while they are read.
+        report: What was seen besides the videos; filled while they are read.
     """
 
     def __init__(
@@ -244,7 +244,9 @@ def _refuse_without_manifest(options: InputOptions, manifests: Sequence[Manifest
     asked = asked_columns(options)
     if asked and not manifests:
         name, flag = next(iter(asked.items()))
-        raise UsageError(f"{flag} {clean(name)} has no manifest to go with; give one, or leave it out")
+        raise UsageError(
+            Flag(flag.removeprefix("--"), name), "has no manifest to go with", fix="give one, or leave it out"
+        )
 
 
 def _one_type(manifests: Sequence[Manifest]) -> dict[str, str]:
@@ -253,7 +255,8 @@ def _one_type(manifests: Sequence[Manifest]) -> dict[str, str]:
         for name, kind in manifest.kept.items():
             if kinds.setdefault(name, kind) != kind:
                 raise UsageError(
-                    f"--keep-columns {clean(name)} is {kind} in {manifest.shown} and {kinds[name]} in another "
-                    "manifest; give them one type, or caption them into separate -o folders"
+                    Flag("keep_columns", name),
+                    f"is {kind} in {manifest.shown} and {kinds[name]} in another manifest",
+                    fix="give them one type, or caption them into separate -o folders",
                 )
     return kinds

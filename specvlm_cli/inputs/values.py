@@ -172,7 +172,7 @@ def _prompt(text: str) -> str:
 
 
 def _quoted(value: object) -> str:
-    """Return a value as it may stand in a message: cleaned, and not all of a long one."""
+    """Return a value as a message may show it: cleaned, and not all of a long one."""
     if isinstance(value, bytes):
         value = value[:400].decode("utf-8", "surrogateescape")
     if isinstance(value, str):

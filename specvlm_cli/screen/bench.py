@@ -25,25 +25,25 @@ from specvlm.bench.records import (
 )
 from specvlm.bench.words import (
     STAGE_NAMES,
+    Column,
     amount,
     clips_words,
     counted,
-    decode_cell,
     depths,
-    e2e_cell,
-    few_rounds_words,
     frames_notes,
     frames_of,
     has_several_frames,
     limits,
+    missing_words,
+    ms,
     number,
     peak_words,
     percent,
-    rate_cells,
-    read_rows,
+    rate_columns,
     reference,
     settled,
-    spread_cells,
+    speedup_cell,
+    spread_columns,
     stopped_words,
 )
 from specvlm_cli import show
@@ -60,7 +60,7 @@ _NAME_CHARACTERS = 60
 
 
 class BenchTalk:
-    """Tells how far a bench is: a bar on a terminal, elsewhere a line every 30 s. Warnings come in any case."""
+    """Shows the progress of a bench: a bar on a terminal, elsewhere a line every 30 s. Warnings come in any case."""
 
     def __init__(
         self, quiet: bool, clock: Callable[[], float] = time.monotonic, console: Console | None = None
@@ -116,15 +116,9 @@ class BenchTalk:
 
     def failed(self, how: Configuration, error: str) -> None:
         """Say which method is left out from here on; the table says why."""
-        self.note(f"{how.label} fails, and the others go on")
-
-
-class Column(NamedTuple):
-    """One column of a table; its name stands on one or two lines."""
-
-    name: str
-    cell: Callable[[Summary], str]
-    is_listed: bool = False  # figures of a cell stand below those of another, so they begin on the left
+        self.note(
+            f"{how.label}: {'not run' if how.method == 'assisted' else 'failed'}; the other methods continue"
+        )
 
 
 class Block(NamedTuple):
@@ -136,20 +130,13 @@ class Block(NamedTuple):
 
 def tell(report: Report) -> None:
     """Print a report, in tables and lines as wide as the terminal at most, elsewhere of 80 characters."""
-    if report.modelled:
-        _wrapped(report.label, "bold yellow")
     _pairs([*_conditions(report), *_remarks(report)])
     if report.is_batched:
-        _table("Throughput, in wall time", report, [Column(*one) for one in rate_cells()])
+        _table("Throughput, in wall time", report, rate_columns())
     _table("Speed", report, _speed(report))
-    _table("Speed over turns, p10 to p90", report, [Column(*one) for one in spread_cells()])
+    _table("Speed over turns, p10 to p90", report, spread_columns())
     _table("Where the time goes, in ms a video", report, _stages())
     _table("Rounds", report, _rounds(), [one for one in report.summaries if one.num_drafts])
-    if report.reads:
-        show.line("")
-        show.line("What a step reads", "bold")
-        for text in show.aligned(read_rows(report.reads), {1, 2, 3, 4, 5}):
-            show.line(text)
     _limits(report)
 
 
@@ -157,12 +144,12 @@ def _width() -> int:
     return show.console().width
 
 
-def _wrapped(text: str, style: str = "", hanging: str = "  ") -> None:
+def _wrapped(text: str, hanging: str = "  ") -> None:
     """Print text on as many lines as it needs; a word that is too long stays whole, so that it can be copied."""
     for line in textwrap.wrap(
         clean(text), _width(), subsequent_indent=hanging, break_long_words=False, break_on_hyphens=False
     ):
-        show.line(line, style)
+        show.line(line)
 
 
 def _pairs(lines: Sequence[tuple[str, str]]) -> None:
@@ -180,7 +167,7 @@ def _table(
     if not shown:
         return
     head = [Column("method", lambda one: one.configuration.label)]
-    if has_several_frames(report):
+    if has_several_frames(report.summaries):
         head.append(Column("frames", frames_of))
     if report.is_batched:
         head.append(Column("batch", lambda one: str(one.configuration.batch_size)))
@@ -234,9 +221,13 @@ def _width_of(column: Sequence[str]) -> int:
 
 
 def _speed(report: Report) -> list[Column]:
-    columns = [Column("ms/\ntoken", lambda one: "failed" if one.error else _ms(one.token_s))]
-    columns += [Column(f"decode\nx {base}", decode_cell(base)) for base in BASELINES]
-    columns += [Column(f"end to end\nx {base}", e2e_cell(base)) for base in BASELINES]
+    columns = [
+        Column(
+            "ms/\ntoken", lambda one: missing_words(one, "").rstrip(": ") if one.error else ms(one.token_s)
+        )
+    ]
+    columns += [Column(f"decode\nx {base}", speedup_cell(base, "decode")) for base in BASELINES]
+    columns += [Column(f"end to end\nx {base}", speedup_cell(base, "e2e")) for base in BASELINES]
     columns += [
         Column("accepted", lambda one: number(one.mean_accepted_tokens)),
         Column(f"same as\n{reference(report)}", lambda one: percent(one.exact_match)),
@@ -271,18 +262,14 @@ def _stage(name: str) -> Callable[[Summary], str]:
 def _rounds() -> list[Column]:
     return [
         Column("nodes", lambda one: "" if one.mean_nodes is None else f"{one.mean_nodes:.1f}"),
-        Column("T_plain\nms", lambda one: _ms(one.plain_token_s)),
-        Column("T_draft\nms", lambda one: _ms(one.draft_round_s)),
-        Column("T_verify\nms", lambda one: _ms(one.verify_round_s)),
+        Column("T_plain\nms", lambda one: ms(one.plain_token_s)),
+        Column("T_draft\nms", lambda one: ms(one.draft_round_s)),
+        Column("T_verify\nms", lambda one: ms(one.verify_round_s)),
         Column("host\nshare", lambda one: percent(one.host_share)),
         Column("speedup\npredicted", lambda one: number(one.predicted_decode_speedup)),
         Column("measured/\npredicted", lambda one: number(one.measured_over_predicted)),
         Column("accepted at depth\n1, 2, ...", depths, is_listed=True),
     ]
-
-
-def _ms(seconds: float | None) -> str:
-    return "" if seconds is None else f"{1e3 * seconds:.2f}"
 
 
 def _limits(report: Report) -> None:
@@ -300,7 +287,6 @@ def _remarks(report: Report) -> Iterator[tuple[str, str]]:
     remarks = [("frames", note) for note in frames_notes(report)]
     remarks += [
         ("peak memory", peak_words(report)),
-        ("rounds", few_rounds_words(report)),
         ("turns", stopped_words(report)),
     ]
     yield from ((name, said) for name, said in remarks if said)

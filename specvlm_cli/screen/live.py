@@ -87,7 +87,7 @@ class Display:
 
 
 def reflows(environment: Mapping[str, str]) -> bool:
-    """Say whether a terminal that gets narrower breaks its lines anew; most do, a few cut them off."""
+    """Say whether a terminal that gets narrower rewraps its lines; most do, a few cut them off."""
     cuts = "XTERM_VERSION" in environment or environment.get("TERM", "").startswith(
         ("linux", "rxvt", "screen")
     )

@@ -55,7 +55,7 @@ class LogFile:
             data = data[written:]
 
     def follow(self) -> None:
-        """Go on in a new file where this one was moved or removed, as by logrotate."""
+        """Continue in a new file if this one was moved or removed, as by logrotate."""
         with self._lock, suppress(OSError):
             if not self._was_moved():
                 return

@@ -1,6 +1,6 @@
 """How far a run is: counts, videos per hour, tokens per second, time left, speedup so far. Knows no terminal.
 
-Counts begin with what earlier starts did; rates and all other figures are of this start alone. The work tells it what
+Counts begin with what earlier starts did; rates and all other figures are of this start alone. The work reports what
 ends, another thread asks how things stand. Neither takes longer the more there is.
 """
 
@@ -71,7 +71,7 @@ class Standing:
         rates: How fast it goes, lately.
         running: Speedup and accepted tokens so far.
         kinds: Failures by kind, the most frequent first.
-        status: What is going on; None where nobody said.
+        status: What is going on; None if unknown.
         last: The newest caption.
     """
 
@@ -122,7 +122,7 @@ class Pace:
         """Return how fast videos end.
 
         Between two videos it is what it was at the end of the last one, until the next one takes longer than
-        the others did. So it tells of a run that stands still, and does not sway in one that does not.
+        the others did. So it shows a run that stands still, and does not sway in one that does not.
         """
         first = self._marks[0]
         videos = self._latest.ended.videos - first.ended.videos

@@ -31,7 +31,7 @@ def ending(outcome: Outcome, *, overwriting: bool = False) -> str:
         return f"{what}: {counts} in {outcome.out}{again}"
     if outcome.stopped is not None:
         command = "the same command without --overwrite" if overwriting else "the same command"
-        return f"stopped by {outcome.stopped}: {counts} in {outcome.out}; {command} goes on from here"
+        return f"stopped by {outcome.stopped}: {counts} in {outcome.out}; {command} resumes from here"
     return f"{counts} in {outcome.out}, {duration(outcome.wall_s)}"
 
 

@@ -11,7 +11,7 @@ from typing import Literal, Self, TextIO, cast
 from rich.console import Console
 from rich.text import Text
 
-from specvlm_cli.exits import UsageError
+from specvlm_cli.exits import Flag, UsageError
 from specvlm_cli.screen.log import LogFile
 from specvlm_cli.streams import Stderr
 from specvlm_cli.text import MOST_CHARACTERS, clean, short
@@ -23,7 +23,7 @@ STDERR = Stderr()
 
 
 class Voice:
-    """Says things; what shows progress beside them is for those who inherit."""
+    """Prints messages; subclasses show progress too."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class Voice:
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         if self._log is not None:
-            if error is not None:  # on stderr it is told by who ends the command
+            if error is not None:  # on stderr whoever ends the command prints it
                 self._log.line(short(f"error: {str(error) or type(error).__name__}", MOST_CHARACTERS))
             self._log.close()
 
@@ -92,5 +92,5 @@ def _opened(log_file: Path | None) -> LogFile | None:
         return LogFile(log_file)
     except OSError as error:
         raise UsageError(
-            f"--log-file {clean(str(log_file))}: {error.strerror}; give a file that can be written"
+            Flag("log_file", log_file), f": {error.strerror}", fix="give a file that can be written"
         ) from error

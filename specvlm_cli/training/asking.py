@@ -5,16 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from specvlm.captioner import Captioner, CaptionOptions
+from specvlm.captioner import Captioner
 from specvlm_cli.decoding import ReadFailure, ReadJob
-from specvlm_cli.settings import Plain
+from specvlm_cli.settings import CaptionSettings, Plain
 from specvlm_cli.training.captions import LeftOut
-from specvlm_cli.training.reading import job_of
 from specvlm_cli.training.samples import Video
 
 
 class Listener(Protocol):
-    """Told what happens to samples."""
+    """Receives what happens to samples."""
 
     def left_out(self, left: LeftOut) -> None: ...
 
@@ -28,24 +27,20 @@ class Asking:
     """How the target is asked.
 
     Attributes:
-        system: The system message.
-        generation: Keywords of `Captioner.caption` that the text depends on.
-        speculation: Those that it does not depend on.
-        settings: All that the text depends on beside frames and prompt, for the key of a caption.
+        captions: What captions depend on, and how they are made.
+        settings: All that the text depends on besides frames and prompt, for the key of a caption.
         read: A job that says how videos are read.
         unroll: Passes of the head, for the memory that it takes.
     """
 
-    system: str | None
-    generation: CaptionOptions
-    speculation: CaptionOptions
+    captions: CaptionSettings
     settings: Plain
     read: ReadJob
     unroll: int = 0
 
     def job(self, key: int, video: Video) -> ReadJob | ReadFailure:
         """Return what reads a video, or why it cannot be read."""
-        return job_of(key, video.path, (video.start_s, video.end_s), self.read)
+        return self.read.for_video(key, video.path, video.start_s, video.end_s)
 
 
 class Captioners(NamedTuple):

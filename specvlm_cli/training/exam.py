@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from specvlm.batch import CaptionBatch, Finished, Kind
-from specvlm.captioner import CaptionOptions
+from specvlm.config import SpeculationSettings
 from specvlm.training.progress import Held
 from specvlm.training.ranks import Ranks
 from specvlm_cli.decoding import ReadFailure, ReadJob
@@ -22,7 +22,7 @@ from specvlm_cli.training.register import Register, Suspect, UselessError
 from specvlm_cli.training.samples import Sample, Video
 from specvlm_cli.training.writing import drop_decoder
 
-_AS_IN_USE: CaptionOptions = {"tree": "dynamic", "seed": 0}
+_AS_IN_USE = SpeculationSettings(tree="dynamic")
 
 
 @dataclass(slots=True, eq=False)
@@ -82,8 +82,7 @@ class Exam:
             and not self._register.has(Sample(video, 0), step)
         ]
         self._reader.begin(one.job for one in mine if isinstance(one.job, ReadJob))
-        options: CaptionOptions = {**self._asking.generation, **_AS_IN_USE}
-        kind = self._pupil.kind(True, options)
+        kind = self._pupil.kind_of(replace(self._asking.captions.generation, seed=0), _AS_IN_USE)
         batch = CaptionBatch(self._pupil, self._batch_size)
         try:
             self._decode(mine, batch, kind)
@@ -127,7 +126,7 @@ class Exam:
             if isinstance(found, ReadFailure):
                 raise one.suspect.unread(found)
             with one.suspect.blamed("generate"):
-                session = self._pupil.session(found, prompts, system=self._asking.system)
+                session = self._pupil.session(found, prompts, system=self._asking.captions.system)
                 for prompt in range(len(prompts)):
                     session.add_to(batch, (number, prompt), prompt, kind)
         except UselessError as error:

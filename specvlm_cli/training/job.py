@@ -11,13 +11,13 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import transformers
 
 import specvlm
-from specvlm.captioner import Captioner, CaptionOptions
+from specvlm.captioner import Captioner
 from specvlm.drafts.compressor import CompressorConfig
 from specvlm.drafts.head import HeadDraft
 from specvlm.drafts.head_model import HeadConfig, HeadModel
@@ -32,8 +32,8 @@ from specvlm.training.settings import Schedule, TrainingSettings
 from specvlm.training.trainer import Ending, Interrupted, Parts, Trainer
 from specvlm_cli import engine
 from specvlm_cli.decoding import DecodingPool, Limits, ReadJob
-from specvlm_cli.exits import BusyError, ExitCode, FatalError, UsageError
-from specvlm_cli.lock import take
+from specvlm_cli.exits import ExitCode, FatalError, Flag, UsageError
+from specvlm_cli.lock import LockedPolicy, take, when_free
 from specvlm_cli.settings import CaptionSettings, Plain
 from specvlm_cli.stopping import Stop, listening
 from specvlm_cli.text import clean
@@ -49,23 +49,6 @@ from specvlm_cli.training.source import VideoSource
 from specvlm_cli.training.stored import Stored
 from specvlm_cli.training.talk import Speaker
 
-LockedPolicy = Literal["fail", "skip", "wait"]
-
-_LOOK_EVERY_S = 1.0  # at a lock that others hold
-
-
-@dataclass(frozen=True, slots=True)
-class HeadChoice:
-    """Which head to train.
-
-    Attributes:
-        compressor: In front of it.
-        device: Where it trains; None: where the target's logits come out.
-    """
-
-    compressor: CompressorConfig
-    device: str | None = None
-
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -76,10 +59,11 @@ class Request:
         samples: What to learn from, and what is held out.
         captions: How the target captions.
         split: How the held-out videos were chosen.
-        head: Which head.
+        head: The compressor of the head.
         training: How its weights learn.
         objective: What is minimised.
         schedule: How long, and what is done on the way.
+        head_device: Where the head trains; None: where the target's logits come out.
         limits: What reading one video may take.
         decode_workers: Videos that are read at the same time.
         batch_size: Most captions in flight; None: as many as memory holds and as help.
@@ -94,10 +78,11 @@ class Request:
     samples: Samples
     captions: CaptionSettings
     split: Split
-    head: HeadChoice
+    head: CompressorConfig
     training: TrainingSettings
     objective: ObjectiveSettings
     schedule: Schedule
+    head_device: str | None = None
     limits: Limits = field(default_factory=Limits)
     decode_workers: int = 1
     batch_size: int | None = None
@@ -113,7 +98,7 @@ class Request:
 
     def fingerprint(self) -> Plain:
         """Return all that the head that is kept depends on, by the names of flags."""
-        compressor = self.head.compressor
+        compressor = self.head
         return {
             **self.captions.fingerprint(),
             "compressor": compressor.name,
@@ -172,7 +157,7 @@ def run(request: Request, ranks: Ranks, talk: Speaker, *, quiet: bool) -> Outcom
     """Train, and say how it ended; of several processes each calls this, with its own `ranks`.
 
     Raises:
-        CommandError: The start could not be made, or could not go on.
+        CommandError: The start could not be made, or could not continue.
         SpecvlmError: The models cannot be loaded, or the head cannot be trained.
     """
     began_s = time.monotonic()
@@ -184,7 +169,7 @@ def run(request: Request, ranks: Ranks, talk: Speaker, *, quiet: bool) -> Outcom
 
 
 def _run(request: Request, ranks: Ranks, talk: Speaker, stop: Stop, quiet: bool) -> Outcome:
-    _check_place(request.head.device)
+    _check_place(request.head_device)
     total = request.order().total_steps(request.schedule)
     with ExitStack() as held:
         standing = ranks.first(_standing(request, total, talk, stop, held) if ranks.rank == 0 else None)
@@ -198,14 +183,18 @@ def _standing(request: Request, total: int, talk: Speaker, stop: Stop, held: Exi
     if (finished := _finished(request, total, talk)) is not None:
         return finished
     (request.out / STATE).mkdir(parents=True, exist_ok=True)
-    if not _locked(request, talk, stop, held):
+    lock = request.out / STATE / "lock"
+    taken = when_free(
+        request.if_locked, stop, talk.note, lambda: held.enter_context(take(lock, uuid.uuid4().hex))
+    )
+    if taken is None:
         code = ExitCode.OK if stop.reason is None else ExitCode.STOPPED
         return Outcome(code, str(request.out), 0, total, stopped=stop.reason or "locked")
     return _finished(request, total, talk)  # it may have changed before we had it
 
 
 def _finished(request: Request, total: int, talk: Speaker) -> Outcome | None:
-    """Return the outcome of a training that has nothing left to do; its head may still have to be written anew."""
+    """Return the outcome of a training that has nothing left to do; its head may still have to be rewritten."""
     if _known(request) is None or (progress := stored.finished(request.out, total)) is None:
         return None
     if (damage := stored.damage(request.out)) is not None:
@@ -217,7 +206,7 @@ def _finished(request: Request, total: int, talk: Speaker) -> Outcome | None:
         )
     done = progress.log[-1]["step"]
     more = "" if done == total else f", and {total:,} were asked for"
-    talk.note(f"nothing to do: {done:,} steps are done{more}; give more --epochs to go on")
+    talk.note(f"nothing to do: {done:,} steps are done{more}; give more --epochs to continue")
     return _outcome(request, Ending(done, done, None, progress), _left_out(request), Tally())
 
 
@@ -226,25 +215,6 @@ def _known(request: Request) -> Stored | None:
     if known is not None:
         stored.agree(request.out, known.settings, request.fingerprint())
     return known
-
-
-def _locked(request: Request, talk: Speaker, stop: Stop, held: ExitStack) -> bool:
-    """Take the folder's lock; False: another start has it, and that is a reason to skip, or to stop."""
-    told = False
-    while stop.reason is None:
-        try:
-            held.enter_context(take(request.out / STATE / "lock", uuid.uuid4().hex))
-            return True
-        except BusyError as error:
-            if request.if_locked == "fail":
-                raise
-            if not told:
-                talk.note(str(error) if request.if_locked == "skip" else f"waiting: {error}")
-            if request.if_locked == "skip":
-                return False
-            told = True
-            time.sleep(_LOOK_EVERY_S)
-    return False
 
 
 @dataclass(slots=True)
@@ -261,7 +231,8 @@ class _Start:
         """Load, train, and say how it ended."""
         request = self.request
         self.talk.note(f"loading {clean(request.captions.models.name)}")
-        teacher = engine.load_captioner(request.captions.models, self._device(), quiet=quiet)
+        with self.stop.at_once():
+            teacher = engine.load_captioner(request.captions.models, self._device(), quiet=quiet)
         resolved = _resolved(teacher)
         _refuse_float16(teacher.target)
         self._agree(resolved)
@@ -342,7 +313,7 @@ class _Start:
 
     def _place(self, target: VideoLM) -> tuple[torch.device, torch.dtype]:
         """Where the head trains, and in which number format: on a CPU in float32, elsewhere in the target's."""
-        device = target.device if self.request.head.device is None else torch.device(self.request.head.device)
+        device = target.device if self.request.head_device is None else torch.device(self.request.head_device)
         return device, torch.float32 if device.type == "cpu" else target.dtype
 
     def _reader(self, check: Callable[[], None]) -> Reader:
@@ -382,7 +353,9 @@ def _check_place(device: str | None) -> None:
     counts = {"cuda": torch.cuda.device_count, "xpu": torch.xpu.device_count}
     count = counts[kind]() if kind in counts else int(torch.backends.mps.is_available())
     if int(number or 0) >= count:
-        raise UsageError(f"--head-device {device}: there is none here; this machine has {count} of {kind}")
+        raise UsageError(
+            Flag("head_device", device), ": there is none here", fix=f"this machine has {count} of {kind}"
+        )
 
 
 def _left_out(request: Request) -> list[LeftOut]:
@@ -432,7 +405,9 @@ def _resolved(teacher: Captioner) -> Plain:
 
 def _refuse_float16(target: VideoLM) -> None:
     if target.dtype == torch.float16:
-        raise UsageError("--dtype float16 overflows in training; give --dtype bfloat16 or float32")
+        raise UsageError(
+            Flag("dtype", "float16"), "overflows in training", fix="give --dtype bfloat16 or float32"
+        )
 
 
 def _head_config(request: Request, teacher: Captioner, processes: int) -> HeadConfig:
@@ -456,7 +431,7 @@ def _head_config(request: Request, teacher: Captioner, processes: int) -> HeadCo
         target_revision=teacher.info.target_revision,
         family=target.family.name,
         hidden_size=target.hidden_size,
-        compressor=request.head.compressor,
+        compressor=request.head,
         training=training,
         target_fingerprint=target_fingerprint(teacher.info.target, teacher.info.target_revision),
     )
@@ -470,11 +445,6 @@ def _pupil(teacher: Captioner, head: HeadModel) -> Captioner:
 
 def _asking(request: Request, teacher: Captioner, resolved: Plain) -> Asking:
     settings = request.captions
-    names = ("pruner", "prune_ratio", "top_p", "tree", "positions")
-    speculation: Any = {name: getattr(settings.speculation, name) for name in names}
-    generation: CaptionOptions = asdict(settings.generation)  # type: ignore[assignment]
     fingerprint = {name: value for name, value in settings.fingerprint().items() if name != "prompt"}
     read = ReadJob(0, b"", settings.frames, teacher.frame_multiple, request.root)
-    return Asking(
-        settings.system, generation, speculation, fingerprint | resolved, read, request.objective.unroll
-    )
+    return Asking(settings, fingerprint | resolved, read, request.objective.unroll)

@@ -13,11 +13,11 @@ from typing import NamedTuple
 
 import torch
 
-from specvlm.batch import is_out_of_memory
-from specvlm.captioner import Captioner, CaptionOptions, PreparedVideo
+from specvlm.captioner import Captioner, PreparedVideo
 from specvlm.drafts.head_model import HeadModel
 from specvlm.errors import GenerationError, TrainingError
 from specvlm.records import Frames
+from specvlm.stats import is_out_of_memory
 from specvlm.training.example import read_example
 from specvlm.training.memory import Sample as Size
 from specvlm.training.memory import shortage
@@ -100,8 +100,7 @@ class Lessons:
         self._samples, self._order, self._head = samples, order, head
         self._captioners, self._asking, self._reader = captioners, asking, reader
         self._captions, self._register, self._ranks = captions, register, ranks
-        options: CaptionOptions = {**asking.generation, **asking.speculation}
-        self._writer = Writer(batch_size, options, listener)
+        self._writer = Writer(batch_size, asking, listener)
         self._announced: dict[int, int] = {}  # samples that the reader was given, by position
         self._ahead: dict[int, Lesson] = {}  # lessons to come whose videos are read, by position
         self._wanted: deque[int] = deque()  # those of them that we are to caption
@@ -136,10 +135,12 @@ class Lessons:
         for frames in sorted(first, key=lambda one: one.pixels.nbytes)[-1:]:
             prompt = self._samples[0].video.prompts[0]
             try:
-                prepared = self._captioners.teacher.prepare(frames, prompt, system=self._asking.system)
-            except Exception:  # it is told in its turn
+                prepared = self._captioners.teacher.prepare(
+                    frames, prompt, system=self._asking.captions.system
+                )
+            except Exception:  # it is reported in its turn
                 return
-            missing = self._shortage(prepared, self._asking.generation["max_new_tokens"])
+            missing = self._shortage(prepared, self._asking.captions.generation.max_new_tokens)
             if missing is not None:
                 raise TrainingError(f"the longest of the first {len(first)} videos: {missing}; {_FIXES}")
 
@@ -186,7 +187,7 @@ class Lessons:
             raise suspect.unread(found)
         prompt = sample.video.prompts[sample.prompt]
         with suspect.blamed("preprocess"):
-            prepared = self._captioners.teacher.prepare(found, prompt, system=self._asking.system)
+            prepared = self._captioners.teacher.prepare(found, prompt, system=self._asking.captions.system)
         key = caption_key(found, prompt, self._asking.settings) if known is None else known.key
         return Lesson(suspect, key, prepared)
 
@@ -313,7 +314,9 @@ class Lessons:
         frames = self._reader.take_ahead(lesson.position)
         prompt = lesson.suspect.video.prompts[lesson.suspect.prompt]
         try:
-            lesson.prepared = self._captioners.teacher.prepare(frames, prompt, system=self._asking.system)
+            lesson.prepared = self._captioners.teacher.prepare(
+                frames, prompt, system=self._asking.captions.system
+            )
         except Exception as error:
             lesson.failed = "preprocess", error
         return lesson.failed is None

@@ -9,14 +9,11 @@ from __future__ import annotations
 import select
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from typing import NamedTuple
 
-from specvlm.errors import ConfigError
 from specvlm.records import Frames
 from specvlm_cli.decoding import DecodingPool, ReadFailure, ReadJob, ReadVideo
 
-BAD_INPUT = "BadInput"
 _LOOK_EVERY_S = 0.5
 _FIRST_BACKOFF_S = 0.5
 _MOST_READ = 32  # videos that may wait, however small they are: each holds a descriptor
@@ -55,7 +52,7 @@ class Reader:
 
     def take(self, key: int) -> Frames | ReadFailure:
         """Return the video of a key, or why there is none; those with smaller keys are dropped."""
-        self.drop_before(key)  # what nobody will ask for must not take the room of what is waited for
+        self.drop_before(key)  # what is not needed must not take the room of what is waited for
         self._wait(lambda: key in self._read)
         found = self._read.pop(key)
         if isinstance(found, ReadVideo):
@@ -156,20 +153,6 @@ class Reader:
         waiting = [one.size_bytes for one in self._read.values() if isinstance(one, ReadVideo)]
         expected = sum(waiting) + self._largest_bytes * (len(self._reading) + 1)
         return expected <= self._bounds.ahead_bytes and len(self._read) + len(self._reading) < _MOST_READ
-
-
-def job_of(
-    key: int, path: bytes, part: tuple[float | None, float | None], like: ReadJob
-) -> ReadJob | ReadFailure:
-    """Return the job that reads a part of a video as `like` says, or why there is none."""
-    start_s, end_s = part
-    try:
-        settings = like.settings
-        if part != (None, None):
-            settings = replace(settings, start_s=start_s or 0.0, end_s=end_s)
-        return ReadJob(key, path, settings, like.frame_multiple, like.root)
-    except ConfigError as error:  # its own start and end are impossible
-        return ReadFailure(key, "open", BAD_INPUT, str(error), transient=False)
 
 
 def _close(one: ReadVideo | ReadFailure) -> None:

@@ -1,7 +1,7 @@
 """Which samples are left out, from when on, and why; the same in all processes, and kept by rank 0.
 
 A sample is left out from the position on at which it failed, not before: what is done over again after a restart is
-done with the very samples of the first time. Only a video's own fault is kept: where a machine or a mount fails, the
+done with the same samples as the first time. Only a video's own fault is kept: where a machine or a mount fails, the
 training stops instead of running through with nothing to learn from, and the next start tries all of it again.
 """
 
@@ -19,10 +19,9 @@ from specvlm.errors import ConfigError, ModelError, PreprocessError, PromptError
 from specvlm.training.ranks import Ranks
 from specvlm_cli.decoding import ReadFailure
 from specvlm_cli.exits import FatalError
-from specvlm_cli.failure import Failure, failure_of
+from specvlm_cli.failure import BAD_INPUT, Failure, failure_of
 from specvlm_cli.text import clean
 from specvlm_cli.training.captions import ALL_PROMPTS, Blame, LeftOut, LeftOuts
-from specvlm_cli.training.reading import BAD_INPUT
 from specvlm_cli.training.samples import Sample, Video
 
 MOST_IN_A_ROW = 8  # samples that may fail one after another before that is no matter of single videos
@@ -42,7 +41,7 @@ class UselessError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Suspect:
-    """A sample in hand, or all of a video's, which will be left out from `since` on if it fails."""
+    """A sample in progress, or all of a video's, which will be left out from `since` on if it fails."""
 
     video: Video
     prompt: int
@@ -127,8 +126,8 @@ class Register:
             self.settle()
         elif len(self._open) >= self._most:
             raise FatalError(
-                f"{len(self._open)} samples in a row could not be used, the last: {_told(self._open[-1])}; mend "
-                "that and start again, which tries them again and goes on"
+                f"{len(self._open)} samples in a row failed, the last: {_told(self._open[-1])}; fix "
+                "that and start again, which tries them again and resumes"
             )
 
     def _judged(self, one: LeftOut) -> LeftOut:
@@ -140,7 +139,7 @@ class Register:
     def _take(self, one: LeftOut) -> None:
         if one.blame is Blame.MACHINE:
             raise FatalError(
-                f"{_told(one)}: no fault of this video; mend that and start again, which tries it again and goes on"
+                f"{_told(one)}: no fault of this video; fix that and start again, which tries it again and resumes"
             )
         key = one.video, one.prompt
         if self._since.get(key, one.since + 1) <= one.since:

@@ -73,7 +73,7 @@ class Samples:
     problems: tuple[Problem, ...] = ()
 
     def digest(self) -> str:
-        """16 hex digits that stand for all samples, in order."""
+        """16 hex digits for all samples, in order."""
         digest = hashlib.sha256()
         for video in (*(sample.video for sample in self.train if sample.prompt == 0), *self.held_out):
             digest.update(json.dumps([video.id, video.prompts]).encode())

@@ -2,7 +2,7 @@
 
 Whatever is wrong with one video costs the training that video: it is noted once, with the reason, and left out from
 there on, after a restart too; what may pass is tried again then. Of several processes each reads and captions its own
-samples; rank 0 alone keeps what came of it.
+samples; rank 0 alone keeps the result.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from specvlm.errors import ModelLoadError
 from specvlm.training.checkpoint import Checkpoints
 from specvlm.training.folder import STATE
 from specvlm.training.progress import Progress
-from specvlm_cli.exits import FatalError, UsageError
+from specvlm_cli.exits import FatalError, Flag, UsageError
 from specvlm_cli.safe_files import read_whole
 from specvlm_cli.settings import Plain, differences
 from specvlm_cli.text import clean
@@ -86,21 +86,22 @@ def agree(root: Path, before: Plain, now: Plain, *, flags: bool = True) -> None:
         UsageError: They differ.
     """
     changed = differences(before, json.loads(json.dumps(now)))
-    # What one side does not have follows from another setting, which is told first.
-    changed.sort(key=lambda line: line.partition(" was ")[0] not in before.keys() & now.keys())
+    # What one side does not have follows from another setting, which is reported first.
+    changed.sort(key=lambda one: one.name not in before.keys() & now.keys())
     if changed:
-        named, _, values = changed[0].partition(" was ")
-        flag = flags and " " not in named
-        told = f"--{named.replace('_', '-')} was {values}" if flag else changed[0]
-        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+        first, *others = changed
+        is_flag = flags and " " not in first.name
+        more = f" (and {len(others)} more)" if others else ""
         raise UsageError(
-            f"{clean(str(root))} was begun with other settings: {clean(told)}{more}; give those, or another "
-            "folder with -o"
+            f"{clean(str(root))} was begun with other settings:",
+            Flag(first.name) if is_flag else first.name,
+            clean(first.values) + more,
+            fix="give those, or another folder with -o",
         )
 
 
 def damage(root: Path) -> str | None:
-    """What is wrong with the head in a folder, in words; None: it can be loaded, as far as can be told at a glance."""
+    """What is wrong with the head in a folder, in words; None: it can be loaded, as far as a quick look shows."""
     try:
         read_config(root)
         with safe_open(root / WEIGHTS, "pt"):

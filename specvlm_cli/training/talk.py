@@ -24,7 +24,7 @@ from specvlm_cli.streams import escaping
 from specvlm_cli.text import caption_line, short
 from specvlm_cli.training.captions import LeftOut
 
-_LATELY = 64  # samples whose mean loss is told
+_LATELY = 64  # samples whose mean loss is shown
 _PACE_S = 120.0
 
 
@@ -157,7 +157,7 @@ class Speaker(Voice):
         figure = entry["mean_accepted_tokens"]
         if figure is None and self._asked_held_out:
             self.warn(
-                f"step {entry['step']:,}: none of the held-out videos could be used, so nobody knows how good this "
+                f"step {entry['step']:,}: none of the held-out videos could be used, so it is not known how good this "
                 "head is; give others with --held-out, for another head"
             )
         elif figure is not None:
@@ -206,5 +206,5 @@ def ending(outcome: Any) -> str:
     if outcome.left_out:
         words.append(f"{counted(outcome.left_out, 'sample')} left out")
     if outcome.stopped is not None:
-        words.append(f"stopped by {outcome.stopped}, start again to go on")
+        words.append(f"stopped by {outcome.stopped}, start again to resume")
     return "; ".join(words)

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from specvlm.batch import CaptionBatch, Kind, free_what_can_be_freed
-from specvlm.captioner import Captioner, CaptionOptions, PreparedVideo
-from specvlm_cli.training.asking import Listener
+from specvlm.captioner import Captioner, PreparedVideo
+from specvlm_cli.training.asking import Asking, Listener
 from specvlm_cli.training.register import Suspect
 
 
@@ -53,9 +53,9 @@ class Writer:
     When the author changes, captions that an earlier one has begun are finished by that one first.
     """
 
-    def __init__(self, batch_size: int | None, options: CaptionOptions, listener: Listener) -> None:
+    def __init__(self, batch_size: int | None, asking: Asking, listener: Listener) -> None:
         """`batch_size`: most captions in flight; None: as many as memory holds and as help."""
-        self._most, self._options, self._listener = batch_size, options, listener
+        self._most, self._asking, self._listener = batch_size, asking, listener
         self._waiting: dict[int, Lesson] = {}  # by position
         self._running: dict[int, Lesson] = {}  # those that are in the batch
         self._batch: CaptionBatch | None = None
@@ -114,7 +114,9 @@ class Writer:
         """The batch, with those that wait as far as there is room."""
         if self._batch is None or (author is not self._author and not self._running):
             self._batch = CaptionBatch(author, self._most)
-            self._author, self._kind = author, author.kind(True, self._options)
+            self._author = author
+            captions = self._asking.captions
+            self._kind = author.kind_of(captions.generation, captions.speculation)
         if author is self._author:
             assert self._kind is not None
             while self._waiting and self._batch.has_room():

@@ -186,7 +186,7 @@ def test_a_stopped_overwrite_goes_on_without_the_flag(specvlm: Specvlm, videos: 
     (videos / "a.mp4").write_text("text")
     stopped = specvlm("caption", videos, "-o", out, "--overwrite", "--prompt", "Why?", "--fail-fast")
     assert stopped.code == 4
-    assert "the same command without --overwrite goes on" in stopped.err
+    assert "the same command without --overwrite resumes" in stopped.err
     assert rows(out) == before
     (videos / "a.mp4").write_text("video a")
     again = specvlm("caption", videos, "-o", out, "--prompt", "Why?", "--retry-failed", "--json").json

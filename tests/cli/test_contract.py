@@ -101,10 +101,19 @@ def test_defaults_are_those_of_the_library(specvlm: Specvlm, videos: Path, out: 
     assert settings.speculation == SpeculationSettings()
     assert settings.generation == GenerationSettings()
     assert settings.frames == FrameSettings()
-    assert (settings.models.name, settings.models.load, settings.models.draft) == (
+    assert (settings.models.name, settings.models.target, settings.models.draft) == (
         *("some/target", "some/target"),
         "some/draft",
     )
+
+
+def test_every_flag_of_a_setting_reaches_it(specvlm: Specvlm, videos: Path, out: Path) -> None:
+    flags = ("--seed", 7, "--top-k", 5, "--pruner", "random", "--nodes", 9, "--video-backend", "pyav")
+    specvlm("caption", videos, "-o", out, *flags, "--max-failures", "5%")
+    (settings,) = specvlm.loads
+    assert settings.generation == GenerationSettings(seed=7, top_k=5)
+    assert settings.speculation == SpeculationSettings(seed=7, pruner="random", nodes=9)
+    assert settings.frames.backend == "pyav"
 
 
 @pytest.mark.parametrize("given", [(), ("--preset", "auto")])
@@ -117,7 +126,11 @@ def test_without_a_gpu_the_demo_pair_is_used_and_said_so_even_to_cron(
     demo = find_preset("demo")
     assert demo is not None
     (settings,) = specvlm.loads
-    assert (settings.models.load, settings.frames, settings.prompts) == ("demo", demo.frames, (demo.prompt,))
+    assert (settings.models.target, settings.frames, settings.prompts) == (
+        "demo",
+        demo.frames,
+        (demo.prompt,),
+    )
     (line,) = result.err.splitlines()
     assert (
         "there is no GPU, so these are captions of the demo models, which describe drawn shapes only" in line
@@ -137,7 +150,7 @@ def test_the_largest_preset_that_fits_the_gpus_is_named_before_it_loads(
     for size in GPUS:
         monkeypatch.setattr(caption, "smallest_memory_bytes", lambda size=size: size * GB)
         result = specvlm("caption", videos, "-o", tmp_path / str(size), "--limit", 1)
-        chosen.append(specvlm.loads[-1].models.load)
+        chosen.append(specvlm.loads[-1].models.target)
         first = result.err.splitlines()[0]
         if chosen[-1] == "demo":
             assert first.startswith(
@@ -278,8 +291,8 @@ def test_rows_name_their_batch_size_and_have_the_estimate_beside_the_measurement
     ours = Caption("text", (1, 2), "stop", took)
     measured = compare(ours, Caption("text", (1, 2), "stop", stats(plain=True)))
     made = Made(((ours, measured),), (0.0, 0.5), ())
-    provenance = Provenance("target", None, "draft", "hash", "0.1.0", "run", ("What is it?",))
-    row = caption_row(claim(), 0, ours, measured, made, provenance)
+    provenance = Provenance("target", None, "draft", "hash", "0.1.0", "run")
+    row = caption_row(claim(), 0, "What is it?", ours, measured, made, provenance)
     assert set(row) == set(CAPTION_SCHEMA.names)
     assert (row["mean_batch_size"], row["estimated_token_s"]) == (7.5, 0.04)
     assert (row["baseline_token_s"], row["speedup_source"]) == (pytest.approx(0.05), "measured")

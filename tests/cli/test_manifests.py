@@ -817,7 +817,7 @@ def test_columns_of_times_that_are_not_read_are_told(
     manifest = tmp_path / f"list.{kind}"
     manifest.write_text(text)
     result = specvlm("caption", manifest, "-n", "-q", "-o", tmp_path / "out")
-    said = f"{manifest}: whole videos are captioned, {', '.join(unused)} is not read; "
+    said = f"{manifest}: whole videos are captioned, without the times in {', '.join(unused)}; "
     assert (said in result.err) == bool(unused)
     assert bool(result.err) == bool(unused)
     quiet = specvlm(

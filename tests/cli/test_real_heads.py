@@ -12,6 +12,7 @@ import pytest
 
 import specvlm
 from specvlm import preset
+from specvlm.config import ModelSettings
 from specvlm.drafts.compressor import CompressorConfig
 from specvlm.drafts.head_model import HeadConfig, HeadModel
 from specvlm_cli import app
@@ -143,8 +144,6 @@ def test_two_heads_are_named_and_need_no_small_model(run: Run, head: Path, tmp_p
             ["--draft", "HEAD", "--draft", "a/b", "--draft-revision", "v1"],
             "does not say of which of 2 drafts",
         ),
-        (["--shape", "qwen2.5-vl-7b", "--draft", "HEAD"], "--draft and --shape exclude each other"),
-        (["--shape", "qwen2.5-vl-7b", "--methods", "head"], "'head' cannot be modelled"),
     ],
 )
 def test_what_a_bench_refuses_of_heads(run: Run, head: Path, arguments: list[str], words: str) -> None:
@@ -197,14 +196,15 @@ def test_a_draft_that_shares_the_target_is_checked_like_any_other() -> None:
     from specvlm.loading import with_draft
 
     captioner = specvlm.load("demo", draft="none")
-    other = with_draft(captioner, preset.presets()[0].draft)
+    other = with_draft(captioner, ModelSettings("demo", preset.presets()[0].draft))
     assert other.target is captioner.target
     assert captioner.draft is None
     assert other.info == replace(
         captioner.info, draft=preset.presets()[0].draft, draft_revision=other.info.draft_revision
     )
     assert other.costs is not captioner.costs
+    llava = str(Path(preset.presets()[0].draft).with_name("llava-draft"))
     with pytest.raises(specvlm.IncompatibleDraftError, match="its family is llava_onevision"):
-        with_draft(captioner, str(Path(preset.presets()[0].draft).with_name("llava-draft")))
+        with_draft(captioner, ModelSettings("demo", llava))
     with pytest.raises(specvlm.ModelLoadError, match="no such preset or folder"):
-        with_draft(captioner, "nowhere")
+        with_draft(captioner, ModelSettings("demo", "nowhere"))

@@ -163,6 +163,6 @@ def test_signal_while_the_videos_are_listed(number: signal.Signals, tmp_path: Pa
         assert running.stderr is not None
         said = running.stderr.read().decode()
     assert running.returncode == STOPPED
-    assert said.endswith(f"specvlm: error: stopped by {number.name}; start again to go on\n")
+    assert said.endswith(f"specvlm: error: stopped by {number.name}; start again to resume\n")
     assert not list(temporary.iterdir())
     assert not (tmp_path / "out").exists()

@@ -112,8 +112,8 @@ def test_several_shards_are_summed_and_shown_one_by_one(specvlm: Specvlm, out: P
     assert "3 shards" in told
     assert specvlm("status", out, "--json").json["figures"]["captions"] == 1203
     assert [line.split() for line in told.splitlines()[-3:]] == [
-        ["0", "1,200", "0", "0", "0", "nobody"],
-        ["1", "3", "0", "1", "1", "nobody"],
+        ["0", "1,200", "0", "0", "0", "none"],
+        ["1", "3", "0", "1", "1", "none"],
         ["2", "not", "started"],
     ]
 

@@ -279,7 +279,7 @@ def test_a_finished_training_is_left_alone(train: Train, videos: Path, out: Path
     before = snapshot(out)
     said = train(videos, "-o", out)
     assert (said.code, said.json["steps"]) == (0, 2)
-    assert "nothing to do: 2 steps are done; give more --epochs to go on" in said.err
+    assert "nothing to do: 2 steps are done; give more --epochs to continue" in said.err
     assert snapshot(out) == before
     assert train(videos, "-o", out, "-q", json_=False) == Result(0, "", "")
     more = train(videos, "-o", out, epochs=2)
@@ -494,9 +494,9 @@ def spared(train: Train, videos: Path, tmp_path_factory: pytest.TempPathFactory)
     [
         (
             "folder",
-            r"no such file \(open, VideoNotFoundError\): no fault of this video; mend that and start again",
+            r"no such file \(open, VideoNotFoundError\): no fault of this video; fix that and start again",
         ),
-        ("files", r"error: 4 samples in a row could not be used, the last: .*; mend that and start again"),
+        ("files", r"error: 4 samples in a row failed, the last: .*; fix that and start again"),
         ("device", r"error: .*CUDA error: an illegal .*\(generate, RuntimeError\): no fault of this video"),
     ],
 )
@@ -548,7 +548,7 @@ def test_what_fails_while_others_do_not_is_kept(tmp_path: Path) -> None:
         assert [left.name for left in kept.left_out()] == ["own", "unsure"]
         for number in range(7):
             register.note([failed(f"{number}", Blame.UNSURE)], [])
-        with pytest.raises(FatalError, match="8 samples in a row could not be used, the last: 7: no "):
+        with pytest.raises(FatalError, match="8 samples in a row failed, the last: 7: no "):
             register.note([failed("7", Blame.UNSURE)], [])
         assert [left.name for left in kept.left_out()] == ["own", "unsure"]
     assert [left.name for left in told] == ["own", "unsure", "passing", *"01234567"]
@@ -659,8 +659,9 @@ def test_too_little_memory_is_told_before_the_first_step(
     said = train(videos, "-o", out)
     assert (said.code, said.out) == (1, "")
     assert re.search(
-        r"the longest of the first 2 videos: \d+ prompt tokens and 6 of a caption need about 0\.0 GiB beside the "
-        r"loaded models, and cpu has 0\.0 GiB free; give fewer frames \(--num-frames or --max-frames\)",
+        r"the longest of the first 2 videos: \d+ prompt tokens and 6 of a caption need about 0\.0 GiB "
+        r"in addition to the loaded models, and cpu has 0\.0 GiB free; "
+        r"give fewer frames \(--num-frames or --max-frames\)",
         said.err,
     )
     assert not list(out.glob(".specvlm/checkpoint-*"))

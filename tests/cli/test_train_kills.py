@@ -178,7 +178,7 @@ def test_signals_stop_with_a_checkpoint(
             time.sleep(0.005)
         os.kill(process, number)
         assert ground.driver.wait(process) == STOPPED, told.read_text()
-        assert f"stopped by {number.name}, start again to go on" in told.read_text()
+        assert f"stopped by {number.name}, start again to resume" in told.read_text()
         state = json.loads((out / ".specvlm" / checkpoints(out)[-1] / "state.json").read_text())
         assert step < state["step"] < 12
         step = state["step"]
@@ -203,7 +203,7 @@ def test_what_is_over_the_time_stops(ground: Ground, whole: State, tmp_path: Pat
     """With hardly any time it stops as soon as it could, and with enough it goes on to the end."""
     out = tmp_path / "head"
     assert ground.run(out, "--max-runtime", "0.3s") == STOPPED
-    assert "stopped by max-runtime, start again to go on" in out.with_suffix(".err").read_text()
+    assert "stopped by max-runtime, start again to resume" in out.with_suffix(".err").read_text()
     assert ground.run(out, "--max-runtime", "1h") == 3
     assert_same(state_of(out), whole)
 

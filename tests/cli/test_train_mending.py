@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,41 +11,14 @@ import torch
 from safetensors.torch import load_file
 
 from specvlm.drafts.head_model import read_config
-from specvlm.training import folder
 from specvlm.training.checkpoint import Checkpoints
 from specvlm_cli import app
-from specvlm_cli.decoding import DecodingPool
 from specvlm_cli.lock import take
 from specvlm_cli.training import job
 from tests.cli.conftest import snapshot
-from tests.cli.test_real import save
-from tests.cli.test_train import Train, log_of, texts
-from tests.cli.train_reader import PLACE
-from tests.tiny import Size
+from tests.cli.test_train import Train, log_of, models, out, train, videos
 
-
-@pytest.fixture(scope="module")
-def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save(tmp_path_factory.mktemp("models") / "target", "qwen", Size(seed=1))
-
-
-@pytest.fixture
-def train(
-    target: Path, forked_readers: None, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Train:
-    monkeypatch.setattr(job, "DecodingPool", partial(DecodingPool, reader=PLACE))
-    monkeypatch.setattr(folder, "curve", lambda _: b"")
-    return Train(target, capfd)
-
-
-@pytest.fixture
-def videos(tmp_path: Path) -> Path:
-    return texts(tmp_path / "videos", *(f"video {number}" for number in range(5)))
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    return tmp_path / "head"
+__all__ = ["models", "out", "train", "videos"]  # fixtures
 
 
 def spoil(out: Path, what: str) -> None:
@@ -188,7 +160,7 @@ def test_a_start_that_skips_says_so(train: Train, videos: Path, out: Path) -> No
         said = train(videos, "-o", out, if_locked="skip")
     assert (said.code, said.json["stopped"]) == (0, "locked")
     assert "skipped: another start is at work there" in said.err
-    assert "start again to go on" not in said.err
+    assert "start again to resume" not in said.err
 
 
 def test_a_start_that_waited_asks_again_whether_it_is_finished(
@@ -196,15 +168,15 @@ def test_a_start_that_waited_asks_again_whether_it_is_finished(
 ) -> None:
     """The other start ends the training while this one waits; nothing is loaded then."""
     assert train(videos, "-o", out, max_steps=1).code == 0
-    locked = job._locked
+    when_free = job.when_free
 
-    def waited(*given: Any) -> bool:
-        monkeypatch.setattr(job, "_locked", locked)
+    def waited(*given: Any) -> object:
+        monkeypatch.setattr(job, "when_free", when_free)
         assert train(videos, "-o", out).json["steps"] == 2
         monkeypatch.setattr(job.engine, "load_captioner", None)
-        return locked(*given)
+        return when_free(*given)
 
-    monkeypatch.setattr(job, "_locked", waited)
+    monkeypatch.setattr(job, "when_free", waited)
     said = train(videos, "-o", out, if_locked="wait")
     assert (said.code, said.json["steps"]) == (0, 2)
     assert "nothing to do: 2 steps are done" in said.err

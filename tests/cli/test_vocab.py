@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 
 from specvlm.bench.clips import example_clips
+from specvlm.config import ModelSettings
 from specvlm.drafts.kept_tokens import KeptTokens, MostUsed, read_kept
-from specvlm.preset import find_preset
 from specvlm_cli import app, engine, vocab
-from specvlm_cli.settings import ModelChoice
 from tests.cli.conftest import Specvlm, rows, snapshot
 
 DEMO = ("--preset", "demo")
@@ -22,9 +21,7 @@ HALF = 312  # of the demo draft's 624 rows
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    pair = find_preset("demo")
-    assert pair is not None
-    return engine.load_tokenizer(ModelChoice("demo", pair.target), quiet=True)
+    return engine.load_tokenizer(ModelSettings("demo"), quiet=True)
 
 
 def counted(tokenizer: Any, *texts: str) -> Counter[int]:

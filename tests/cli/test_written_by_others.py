@@ -13,6 +13,8 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from specvlm_cli import lock, parts
@@ -453,7 +455,7 @@ def test_a_finished_run_is_still_finished(specvlm: Specvlm, ground: Ground) -> N
 
 def test_a_lock_that_somebody_never_gives_back(ground: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
     with lock.share(ground.state / "run.json.lock", alone=True):
-        monkeypatch.setattr(lock, "is_asked", lambda: True)
+        monkeypatch.setattr("specvlm_cli.stopping._asked", ["SIGTERM"])
         with pytest.raises(NotBegunError):
             lock.share(ground.state / "run.json.lock", alone=True, patient=True)
 
@@ -496,3 +498,87 @@ def test_a_division_that_a_crash_left_in_the_middle_of_a_write_is_finished(
     assert specvlm("caption", ground.videos, "-o", ground.out, *REUSE).code == 0
     assert not (ground.state / "resharded").exists()
     assert len(rows(ground.out)) == 3
+
+
+def _part(ground: Ground, name: str, values: pa.Array) -> None:
+    """Have another column of that name in the part, and no ledger."""
+    table = pq.read_table(ground.part)
+    at = table.schema.get_field_index(name)
+    changed = table.append_column(name, values) if at < 0 else table.set_column(at, name, values)
+    pq.write_table(changed, ground.part)
+    ground.ledger.unlink()
+
+
+def _not_utf8() -> pa.Array:
+    _, offsets, content = pa.array([b"\xc3", b"q", b"r"]).buffers()
+    return pa.Array.from_buffers(pa.string(), 3, [None, offsets, content])
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("created_at", pa.array([1 << 60] * 3).cast(pa.timestamp("us", tz="UTC"))),
+        ("id", _not_utf8()),
+        ("caption", _not_utf8()),
+        ("prompt_index", pa.array([0, -7, 0])),
+        ("attempts", pa.array([1, 1, -3])),
+        ("start", pa.array([None, float("nan"), None], pa.float64())),
+        ("end", pa.array([float("inf")] * 3)),
+        ("flags", pa.array([[None], [], []], pa.list_(pa.string()))),
+        ("mine", pa.array([{"a": 2}] * 3)),
+        ("score", pa.array([float("-inf")] * 3)),
+    ],
+)
+def test_parts_that_a_ledger_cannot_be_made_of(
+    specvlm: Specvlm, ground: Ground, name: str, values: pa.Array
+) -> None:
+    _part(ground, name, values)
+    for target in ("x.jsonl", "x"):
+        assert refused(specvlm("export", ground.out, ground.root / target), ground.part)
+    assert refused(start(specvlm, ground), ground.part)
+    assert not ground.ledger.exists()
+    assert ground.part.exists()
+
+
+def test_failures_that_a_ledger_cannot_be_made_of(specvlm: Specvlm, ground: Ground) -> None:
+    failures = ground.out / "failures/part-00000.parquet"
+    failures.parent.mkdir(exist_ok=True)
+    row = dict.fromkeys(parts.FAILURE_SCHEMA.names, "x") | {
+        "start": None,
+        "end": None,
+        "at": None,
+        "attempts": -2,
+    }
+    pq.write_table(pa.Table.from_pylist([row], schema=parts.FAILURE_SCHEMA), failures)
+    ground.ledger.unlink()
+    assert refused(specvlm("export", ground.out, ground.root / "x.csv"), failures)
+
+
+def test_a_part_of_any_size_is_not_hashed(specvlm: Specvlm, ground: Ground) -> None:
+    os.truncate(ground.part, 1 << 42)
+    assert "is not what was written (size)" in specvlm("status", ground.out, "--verify").out
+
+
+def test_a_fifo_where_shards_are_divided(specvlm: Specvlm, ground: Ground) -> None:
+    os.mkfifo(ground.state / ".resharding")
+    assert start(specvlm, ground, "--shard", "0/2", "--reshard").code == 0
+    assert not (ground.state / ".resharding").exists()
+
+
+def test_a_ledger_in_another_encoding(specvlm: Specvlm, ground: Ground) -> None:
+    with closing(sqlite3.connect(ground.ledger)) as database:
+        lines = ["PRAGMA encoding = 'UTF-16be'", *database.iterdump()]
+        lines += [
+            f"PRAGMA {name} = {database.execute(f'PRAGMA {name}').fetchone()[0]}"
+            for name in ("application_id", "user_version")
+        ]
+    ground.ledger.unlink()
+    ground.sql(";\n".join(lines))
+    assert refused(start(specvlm, ground), ground.ledger)
+    assert refused(specvlm("export", ground.out, ground.root / "x.csv"), ground.ledger)
+
+
+def test_a_film_that_is_longer_than_any_clock(specvlm: Specvlm, ground: Ground) -> None:
+    ground.sql("UPDATE caption SET row = json_set(row, '$.duration_s', 1.5e308)")
+    assert specvlm("export", ground.out, ground.root / "x", "--format", "srt").code == 0
+    assert "--> 99:59:59,999" in (ground.root / "x/q.srt").read_text()

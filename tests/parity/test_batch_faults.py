@@ -232,7 +232,7 @@ def test_5_a_rejection_is_applied_one_step_late(depth: int, monkeypatch: pytest.
         old = before[-2:][0]
         return accepted._replace(guessed=old) if len(old) == len(accepted.guessed) else accepted
 
-    monkeypatch.setattr(case.captioner, "accept", late)
+    monkeypatch.setattr("specvlm.decode.accept", late)
     assert not case.writes_stock()
 
 
@@ -343,7 +343,7 @@ def test_11_the_batch_is_clamped_to_the_row_that_accepts_least(monkeypatch: pyte
         accepted = accept(guesses, choices, depth)
         return accepted._replace(guessed=accepted.guessed.min().expand_as(accepted.guessed))
 
-    monkeypatch.setattr(case.captioner, "accept", clamped)
+    monkeypatch.setattr("specvlm.decode.accept", clamped)
     assert not case.guesses_as_alone()
     assert case.accepted() < 0.8 * alone  # though the captions are the same
 

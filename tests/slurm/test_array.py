@@ -178,7 +178,7 @@ def test_an_array_that_is_stopped_cancelled_and_killed_is_complete_in_the_end(
     assert tasks[cancelled] == Task(cancelled, "CANCELLED", exit_code=75, restarts=0)
     assert tasks[killed] == Task(killed, "FAILED", exit_code=128 + signal.SIGKILL, restarts=0)
     assert tasks[left_alone] == Task(left_alone, "COMPLETED", exit_code=0, restarts=0)
-    story = "requeued 0 times.*stopped by SIGUSR1.*; requeued, to go on.*requeued 1 times.*exit code 0"
+    story = "requeued 0 times.*stopped by SIGUSR1.*; requeued, to resume.*requeued 1 times.*exit code 0"
     assert re.search(story, run.log(job, stopped), re.DOTALL), "both starts are in one log"
     assert "stopped by SIGTERM" in run.log(job, cancelled)
 

@@ -16,7 +16,6 @@ import pytest
 import torch
 
 from specvlm.demo import demo_folder
-from specvlm.published import find_shape
 from specvlm_cli import runner
 from tests.cli.conftest import forked, forked_readers
 
@@ -132,13 +131,14 @@ def test_pruning_compares_every_ratio_and_reports_the_drafts_shares(
 def test_rounds_of_published_shapes_read_less_with_a_pruned_draft(
     scripts: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    find_shape, pass_bytes = scripts.pruning_shapes.find_shape, scripts.pruning_shapes.pass_bytes
     target, draft = find_shape("qwen2.5-vl-7b"), find_shape("qwen2.5-vl-3b")
     found = scripts.pruning_shapes.round_of(target, draft, 2000, 200, 100, 8, 6)
     assert (
         found.target_kv == 8 * 2100 * 28 * 2 * 4 * 128 * 2
     )  # rows, tokens, layers, K and V, heads, width, bytes
     assert found.draft_kv == 8 * 300 * 36 * 2 * 2 * 128 * 2
-    assert found.draft == 6 * draft.text.pass_bytes(8 * 300, 2)
+    assert found.draft == 6 * pass_bytes(draft.text, 8 * 300, 2)
     monkeypatch.setattr(sys, "argv", ["pruning_shapes.py"])
     scripts.pruning_shapes.main()
     said = capsys.readouterr().out

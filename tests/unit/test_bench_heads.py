@@ -24,6 +24,7 @@ from specvlm.drafts.head_model import HeadConfig, HeadModel
 from specvlm.errors import ConfigError
 from tests.bench_reports import made
 from tests.tiny import FamilyName, Size, random_frames, stock_ids, tiny_captioner
+from tests.unit import test_bench
 
 SMALL, OTHER = GridDraft("models/small"), GridDraft("hub/other")
 HEAD = GridDraft("/work/my-head", is_head=True)
@@ -190,23 +191,8 @@ def test_transformers_cannot_be_assisted_by_a_head() -> None:
 
 def sample(how: Configuration, decode_s: float, **more: Any) -> Sample:
     """A caption of eleven tokens."""
-    figures: dict[str, Any] = {
-        "num_frames": 8,
-        "video_tokens": 100,
-        "video_tokens_kept": 20,
-        "prompt_tokens": 120,
-        "token_ids": tuple(range(11)),
-        "stages": Stages(),
-        "decode_tokens": 10,
-        "num_drafts": 0,
-        "num_draft_tokens": 0,
-        "num_accepted_tokens": 0,
-        "acceptance_histogram": (),
-        "depth_tries": (),
-        "peak_memory_bytes": 7,
-    }
-    given = figures | {"total_s": decode_s + 0.1} | more
-    return Sample(how, given.pop("video", "a"), given.pop("turn", 1), decode_s=decode_s, **given)
+    given: dict[str, Any] = {"video": "a", "turn": 1, "total_s": decode_s + 0.1, "video_tokens_kept": 20}
+    return test_bench.sample(how, decode_s=decode_s, **(given | more))
 
 
 def summed(how: Configuration, **stages: float) -> Summary:

@@ -58,10 +58,8 @@ def test_it_is_of_the_first_clip_that_was_captioned_with_the_strongest_pruning(
     assert of_a_file.title.endswith("a file")
 
 
-def test_there_is_none_without_pruning_or_with_random_weights(captioner: Captioner) -> None:
+def test_there_is_none_without_pruning(captioner: Captioner) -> None:
     clips = [Clip("read before", random_frames(1))]
     for grid in (Grid(("stock", "plain", "sd")), Grid(pruners=("none",)), Grid(prune_ratios=(0.0,))):
         assert sheets_of(captioner, report(grid, "read before"), clips) == ()
-    modelled = replace(report(Grid(), "read before"), modelled=True)
-    assert sheets_of(captioner, modelled, clips) == ()
     assert sheets_of(captioner, report(Grid(), "another"), clips) == ()

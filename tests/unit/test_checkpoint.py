@@ -105,12 +105,8 @@ def test_weights_are_hashed_once(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     assert checkpoint.fingerprint(folder, at_once=True) is None
     first = checkpoint.fingerprint(folder)
     read = []
-    digest = checkpoint.hashlib.file_digest
-    monkeypatch.setattr(
-        checkpoint.hashlib,
-        "file_digest",
-        lambda stream, name: read.append(Path(stream.name).name) or digest(stream, name),
-    )
+    opened = checkpoint.open_plain
+    monkeypatch.setattr(checkpoint, "open_plain", lambda file: read.append(file.name) or opened(file))
     assert checkpoint.fingerprint(folder, at_once=True) == first
     assert "tokenizer.json" in read
     assert not [name for name in read if name.endswith(".safetensors")]
@@ -297,3 +293,38 @@ def test_revisions_of_earlier_versions_say_nothing(
     then: str | None, now: str | None, comparable: bool
 ) -> None:
     assert checkpoint.can_compare(then, now) == checkpoint.can_compare(now, then) == comparable
+
+
+def test_a_config_that_could_block_or_never_ends_is_refused(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    assert "has no config.json" in refusal(ModelLoadError, folder)
+    with pytest.raises(ModelLoadError, match=r"has no config\.json"):
+        checkpoint.fingerprint(folder)
+    os.mkfifo(folder / "config.json")
+    assert "config.json: not readable as JSON (not a regular file)" in refusal(ModelLoadError, folder)
+    (folder / "config.json").unlink()
+    (folder / "config.json").symlink_to("/dev/zero")
+    assert "not a regular file" in refusal(ModelLoadError, folder)
+    (folder / "config.json").unlink()
+    write(folder / "config.json", 200_000 * "[")
+    assert "config.json: not readable as JSON" in refusal(ModelLoadError, folder)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "merges.txt", "additional_chat_templates/rag.jinja"])
+def test_a_file_that_would_fill_the_memory_is_refused(folder: Path, name: str) -> None:
+    os.truncate(folder / name, 1 << 40)
+    assert f"{folder / name}: larger than 256 MiB" in refusal(ModelLoadError, folder)
+    with pytest.raises(ModelLoadError, match="larger than"):
+        checkpoint.fingerprint(folder, at_once=True)
+
+
+def test_hashing_can_be_ended(folder: Path) -> None:
+    class EndedError(BaseException):
+        pass
+
+    def end() -> None:
+        raise EndedError
+
+    os.truncate(folder / "one.safetensors", 1 << 40)
+    with pytest.raises(EndedError):
+        checkpoint.fingerprint(folder, between_pieces=end)

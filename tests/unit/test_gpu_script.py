@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from specvlm.settling import Settling
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 WAYS = ("plain", "static", "chain", "dynamic", "auto")
 
@@ -73,6 +75,44 @@ def test_float32_captions_are_stocks(found: Any) -> None:
         len({one["model"] for one in parity["captions"]}) == 4
     )  # demo pairs and random pairs, of both families
     assert parity["comparisons"] == sum(one["captions"] for one in parity["captions"]) == 4 * len(WAYS)
+
+
+def test_bfloat16_captions_are_stocks_with_exact(found: Any) -> None:
+    rows = found["exactness"]
+    assert len(rows) == 8 * 2  # ways, with and without exact
+    sizes = {"plain": {1, 4}, "chain": {1, 4}, "static": {1, 8}, "dynamic": {1}, "head": {1}}
+    for one in rows:
+        assert (one["dtype"], one["attention"]) == ("bfloat16", "split")
+        assert one["batch_size"] in sizes[one["way"]]
+        assert one["captions"] == one["batch_size"]
+        assert one["tokens"] == 32 * one["captions"]
+        assert sum(one["first_differences"].values()) == one["captions"] - one["equal"]
+        if one["exact"]:
+            assert one["equal"] == one["captions"]
+            assert (one["bound"] is None) == (one["way"] == "plain" and one["batch_size"] == 1)
+            assert one["settled_share"] == one["settled"] / one["tokens"]
+        else:
+            assert one["settled"] == 0
+    assert any(one["smallest_margin"] is not None for one in rows)
+
+
+def test_a_first_difference_names_the_rows_of_its_pass(gpu: Any) -> None:
+    """Every token of a caption has its pass: the prompt's, a round over several rows, or a plain step."""
+    from gpu_exactness import _made_by, recorded_rows
+
+    plan = gpu.replace(gpu.smoke_plan(60.0), dtype=torch.bfloat16)
+    captioner, videos, _ = gpu._random(plan, gpu.TINY[0][0], 0)()
+    captioner.settling = Settling()
+    with recorded_rows() as recorded:
+        caption = captioner.caption(videos[0], tree="chain", depth=5, max_new_tokens=40)
+    ((tokens, rows),) = recorded
+    assert tuple(tokens) == caption.token_ids
+    assert len(rows) == len(tokens)
+    assert rows[0] == 0
+    assert set(rows[1:]) <= {1, 6}
+    assert _made_by(recorded, caption.token_ids, 0) == "prefill"
+    assert _made_by(recorded, caption.token_ids, 1) == str(rows[1])
+    assert _made_by(recorded, caption.token_ids, len(tokens)) == "end"
 
 
 def test_shapes_have_plain_and_every_tree_at_each_number_of_frames(found: Any) -> None:
@@ -203,6 +243,7 @@ def test_the_tables_hold_the_figures_and_say_modelled(folder: Path, found: Any) 
             assert "modelled" in line
     for head in (
         "## Parity",
+        "## Exactness",
         "## Batches",
         "## Pairs",
         "## Choices",
@@ -243,8 +284,8 @@ def test_a_difference_tells_where_and_how_near_it_was(gpu: Any) -> None:
     plan = gpu.smoke_plan(60.0)
     shape = gpu.TINY[0][0]
     models = [gpu.build(shape, plan.device, plan.dtype, 3) for _ in range(2)]
-    captioner = gpu._Unforced(gpu.Pair(shape, shape, 0.0), *models)
-    video = gpu.modelled_video(captioner, 2, (56, 84), 3)
+    captioner = gpu.RandomCaptioner(gpu.Pair(shape, shape, 0.0), *models, (56, 84))
+    video = captioner.video(2, 3)
     stock = gpu.Measurer(captioner, 8).measure(gpu.Configuration("stock"), video, "", 1).token_ids
     with torch.inference_mode():
         logits = captioner.target.model(**video.inputs.tensors).logits[0, -1]

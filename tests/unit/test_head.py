@@ -17,7 +17,7 @@ from transformers import DynamicCache
 import specvlm
 from specvlm.captioner import Captioner, PreparedVideo
 from specvlm.choosing import Batch, FixedTree
-from specvlm.config import SpeculationSettings
+from specvlm.config import ModelSettings, SpeculationSettings
 from specvlm.drafts import head as head_file
 from specvlm.drafts.compressor import CompressorConfig
 from specvlm.drafts.head import HeadDraft, _HeadProposer
@@ -363,7 +363,8 @@ def test_a_loaded_head_is_stock(family: FamilyName, folders: dict[str, Path]) ->
     assert captioner.info.draft_revision != captioner.info.target_revision
     assert re.fullmatch("sha256:[0-9a-f]{16}", captioner.info.draft_revision or "")
     plain = specvlm.load(str(folders[family]))
-    other = with_draft(plain, str(folders[f"{family}-head"]), draft_vocab=100)
+    head = ModelSettings(str(folders[family]), str(folders[f"{family}-head"]), draft_vocab=100)
+    other = with_draft(plain, head)
     assert other.caption(video, tree="static", max_new_tokens=16).token_ids == stock
 
 

@@ -13,7 +13,6 @@ from specvlm.drafts import head as head_file
 from specvlm.drafts.head import HeadDraft
 from specvlm.drafts.head_model import HeadModel
 from tests.emulated_graphs import (
-    FORBIDDEN,
     attend_by,
     caches_of,
     emulate,
@@ -22,7 +21,7 @@ from tests.emulated_graphs import (
     slabs_of,
     strangers,
 )
-from tests.fake_cuda import Case, run_round
+from tests.fake_cuda import Case, round_that_stays
 from tests.heads import config_of, fitted_head, head_captioner, target_captioner, videos_of, written
 from tests.parity.test_changing_trees import ByChance
 from tests.tiny import FamilyName, caption_rows, random_frames
@@ -234,14 +233,4 @@ def test_a_round_on_cuda_stays_there(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """No operation touches the host's memory or asks for a value, and none copies the cache or its features."""
-    flash = dtype == torch.bfloat16
-    if how == "varlen" and not flash:
-        pytest.skip("no such kernel")
-    monkeypatch.setattr(attention, "_cuda_kernels", lambda *_: attention._Kernels(flash, True))
-    seen = run_round(Case(family, SHAPES[shape], how, dtype, exact, trimmed, headed=True), 4000)
-    assert seen.elsewhere == set()
-    assert [name for name in seen.names if any(word in name for word in FORBIDDEN)] == []
-    if how != "masked":  # whose mask is as long as the prompt
-        assert (
-            seen.largest < 4000 * 2 * 16
-        )  # one row's keys in one layer, and less than features of the prompt
+    round_that_stays(Case(family, SHAPES[shape], how, dtype, exact, trimmed, headed=True), monkeypatch)

@@ -300,3 +300,28 @@ def test_what_is_in_the_cache_of_the_hub_is_looked_at_too(folders: dict[str, str
     assert said["org/adapter"].startswith("ModelLoadError: org/adapter: a LoRA adapter for org/base")
     assert said["org/awq"].startswith("ModelLoadError: org/awq: quantised as AWQ")
     assert said["org/codec"].startswith("ConfigError: ")
+
+
+@pytest.mark.parametrize(
+    ("file", "keys", "value"),
+    [
+        ("config.json", ("vision_config", "patch_size"), "wide"),
+        ("config.json", ("text_config",), ["none"]),
+        ("config.json", ("video_token_id",), {}),
+        ("tokenizer.json", ("post_processor",), 3),
+        ("tokenizer.json", ("model", "vocab"), 3),
+        ("tokenizer_config.json", ("eos_token",), 4),
+        ("generation_config.json", ("pad_token_id",), "last"),
+    ],
+)
+def test_values_of_other_types_are_one_line_that_names_the_checkpoint(
+    tmp_path: Path, file: str, keys: tuple[str, ...], value: Any
+) -> None:
+    folder = Path(save(tmp_path / "odd", "qwen", TARGET))
+    found = inner = json.loads((folder / file).read_text())
+    for key in keys[:-1]:
+        inner = inner[key]
+    inner[keys[-1]] = value
+    (folder / file).write_text(json.dumps(found))
+    said = refusal(specvlm.ModelLoadError, str(folder))
+    assert str(folder) in said

@@ -7,13 +7,18 @@ from typing import Any
 
 import pytest
 
-from specvlm.config import FrameSettings
+from specvlm.config import FrameSettings, GenerationSettings, SpeculationSettings
 from specvlm_cli import read_ahead
 from specvlm_cli.decoding import ReadFailure
 from specvlm_cli.inputs.item import Item
 from specvlm_cli.ledger import Claim
 from specvlm_cli.policy import Policy
 from specvlm_cli.read_ahead import Queue
+from specvlm_cli.settings import CaptionSettings, ModelChoice
+
+SETTINGS = CaptionSettings(
+    ModelChoice("tiny"), ("why?",), None, FrameSettings(), GenerationSettings(), SpeculationSettings()
+)
 
 
 def claim_of(ordinal: int) -> Claim:
@@ -89,7 +94,7 @@ def queue_of(
 ) -> tuple[Queue, Any]:
     pool: Any = FakePool(size_bytes, bad)
     ledger: Any = FakeLedger(number, crashed)
-    queue = Queue(ledger, Policy(FrameSettings(), ("why?",), **policy))
+    queue = Queue(ledger, Policy(SETTINGS, **policy))
     queue.begin(pool, 1)
     return queue, pool
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from specvlm.batch import CaptionBatch, Finished
 from specvlm.captioner import Captioner
-from specvlm.config import GenerationSettings
+from specvlm.choosing import Batch, FixedTree
+from specvlm.config import GenerationSettings, SpeculationSettings
 from specvlm.errors import ConfigError
 from specvlm.model import TextModel, VideoLM
 from specvlm.sampling import TokenRule, logits_rules
@@ -23,6 +26,7 @@ from specvlm.settling import (
     Settling,
     Worth,
 )
+from specvlm.tree import ROOT, TreeShape, make_shape
 from tests.tiny import Size, caption_rows, random_frames, stock_ids, tiny_captioner
 
 TOKENS = 40
@@ -115,13 +119,63 @@ def test_it_is_measured_once_and_not_where_nothing_is_unsettled(monkeypatch: pyt
     assert SAFETY > 1.0
 
 
-def test_without_memory_to_measure_nothing_is_settled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_caption_that_has_ended_is_not_measured() -> None:
+    captioner = captioner_of()
+    captioner.caption(random_frames(1), "Describe.", tree="chain", max_new_tokens=1)
+    assert captioner.settling is not None
+    assert captioner.settling.bound is None
+
+
+def test_no_more_is_measured_than_a_sliding_window_holds() -> None:
+    captioner = captioner_of()
+    video = captioner.prepare(random_frames(1), "Describe.")
+    options: dict[str, Any] = {"tree": "chain", "depth": 3, "max_new_tokens": 8}
+    expected = captioner_of().caption(video, **options)
+    captioner.target._window = video.inputs.prompt_tokens + 12  # the caption, and the nodes of a round
+    assert captioner.caption(video, **options).token_ids == expected.token_ids
+    assert captioner.settling is not None
+    assert captioner.settling.bound is not None
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_logits_that_are_not_finite_measure_nothing(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    captioner = captioner_of()
+    video = captioner.prepare(random_frames(1), "Describe.")
+    options: dict[str, Any] = {"tree": "chain", "max_new_tokens": 9}
+    plain = captioner.caption(video, speculate=False, max_new_tokens=9)
+    real = VideoLM.step
+    steps: list[int] = []
+
+    def step(self: VideoLM, token: int, *more: Any) -> torch.Tensor:
+        hidden = real(self, token, *more)
+        steps.append(token)
+        return torch.full_like(hidden, value) if len(steps) == 20 else hidden
+
+    monkeypatch.setattr(VideoLM, "step", step)
+    assert captioner.caption(video, **options).token_ids == plain.token_ids
+    assert captioner.settling is not None
+    assert captioner.settling.bound is None
+    assert captioner.caption(video, **options).token_ids == plain.token_ids
+    assert 0.0 < captioner.settling.bound < 1e-3
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+    ],
+    ids=["cuda", "cpu"],
+)
+def test_without_memory_to_measure_nothing_is_settled(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
     captioner = captioner_of()
     video = captioner.prepare(random_frames(1), "Describe.")
     stock = stock_ids(captioner.target.model, video.inputs.tensors, TOKENS)
 
     def fail(*_: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory.")
+        raise error
 
     with monkeypatch.context() as patch:
         patch.setattr(Settling, "measure", fail)
@@ -157,6 +211,69 @@ def test_changed_logits_flip_choices_and_exact_undoes_it(monkeypatch: pytest.Mon
             assert {row.stats.smallest_margin for row in loose} == {None}
     assert differ > 5
     assert settled > differ
+
+
+class Guesses(FixedTree):
+    """A chain for some rounds, in which all choices are settled; then plain steps, in which none is."""
+
+    def __init__(self, settling: Settling, rounds: int) -> None:
+        super().__init__(make_shape(SpeculationSettings(tree="chain", depth=3), 300, torch.device("cpu")))
+        self._settling, self._left = settling, rounds
+
+    def choose(self, batch: Batch) -> TreeShape:
+        self._left -= 1
+        self._settling.bound = 0.0 if self._left >= 0 else 1e9
+        return self._shape if self._left >= 0 else ROOT
+
+
+def test_a_plain_step_after_rounds_is_not_one_of_stock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reads keys and values that rounds have written, so its choice may not be stock's."""
+    for rounds, settled in ((0, 0), (1, 1), (3, 1)):
+        captioner = captioner_of()
+        assert captioner.settling is not None
+        chooser = Guesses(captioner.settling, rounds)
+        monkeypatch.setattr(captioner, "chooser", lambda *_, chooser=chooser: chooser)
+        found = captioner.caption(random_frames(1), "Describe.", max_new_tokens=TOKENS).stats
+        assert found.num_drafts == rounds
+        assert found.settled_tokens == settled
+
+
+def test_the_last_caption_of_a_batch_is_not_taken_for_one_alone() -> None:
+    captioner = captioner_of()
+    videos = [captioner.prepare(random_frames(n), "Describe.") for n in range(2)]
+    alone = [captioner.caption(video, speculate=False, max_new_tokens=TOKENS).token_ids for video in videos]
+    end = next(token for token in alone[0][4:] if token not in alone[1])
+    captioner.generation_config.eos_token_id = [299, end]
+    settling = captioner.settling
+    assert settling is not None
+    settling.bound = 0.0
+    batch = CaptionBatch(captioner, 2)
+    for key, video in enumerate(videos):
+        batch.add(key, video, captioner.kind(False, {"max_new_tokens": TOKENS}))
+    found: list[Finished] = []
+    while len(batch):
+        found += batch.step()
+        settling.bound = 1e9 if found else 0.0
+    assert [one.caption.stats.settled_tokens for one in found if one.caption] == [0, 1]
+    assert found[1].caption is not None
+    assert found[1].caption.token_ids == alone[1]
+
+
+def test_the_smallest_margin_is_that_of_a_token_of_the_caption() -> None:
+    """Not of what a round would have written after the end; with top-k too, where plain steps settle everything."""
+    for seed in range(4):
+        captioner = captioner_of(seed)
+        video = captioner.prepare(random_frames(seed), "Describe.")
+        for sampling in ({}, {"temperature": 1.0, "top_k": 3}):
+            options: dict[str, Any] = {"max_new_tokens": 12, **sampling}
+            captioner.generation_config.eos_token_id = [299]
+            free = captioner.caption(video, speculate=False, **options).token_ids
+            captioner.generation_config.eos_token_id = [299, free[6]]
+            plain = captioner.caption(video, speculate=False, **options).stats
+            assert plain.smallest_margin is not None
+            assert plain.smallest_margin > 0.0
+            found = captioner.caption(video, tree="chain", depth=8, **options).stats
+            assert found.smallest_margin == pytest.approx(plain.smallest_margin, abs=1e-4)
 
 
 def test_figures_of_settled_captions_add_up(monkeypatch: pytest.MonkeyPatch) -> None:

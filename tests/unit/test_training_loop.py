@@ -560,3 +560,40 @@ def test_without_a_whole_checkpoint_it_does_not_begin_anew(clips: Clips, tmp_pat
         path.write_text("{")
     with pytest.raises(TrainingError, match=r"no checkpoint is whole .*; train in another folder"):
         train(clips, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["FIFO", "link", "file", "odd name"])
+def test_what_somebody_put_beside_the_checkpoints_is_not_touched(kind: str, tmp_path: Path) -> None:
+    folder, outside = tmp_path / "state", tmp_path / "outside"
+    folder.mkdir()
+    outside.mkdir()
+    (outside / "diary.txt").write_text("dear diary")
+    planted = folder / ("checkpoint-latest" if kind == "odd name" else "checkpoint-00000007")
+    match kind:
+        case "FIFO":
+            os.mkfifo(planted)
+        case "link":
+            planted.symlink_to(outside)
+        case "file":
+            planted.write_text("x")
+        case _:
+            planted.mkdir()
+    os.mkfifo(folder / "checkpoint-00000001.part")
+    checkpoints = Checkpoints(folder)
+    for step in (1, 2, 3):
+        save(checkpoints, step)
+    assert checkpoints.peek() == (3, {"fact": 3})
+    found, damaged = checkpoints.newest()
+    assert found is not None
+    assert (found.step, damaged) == (3, [])
+    assert os.path.lexists(planted)
+    assert (outside / "diary.txt").read_text() == "dear diary"
+
+
+@pytest.mark.parametrize("file", ["state.safetensors", "state.json"])
+def test_a_checkpoint_that_is_a_fifo_is_damaged(file: str, tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    save(checkpoints, 5)
+    (tmp_path / "checkpoint-00000001" / file).unlink()
+    os.mkfifo(tmp_path / "checkpoint-00000001" / file)
+    assert checkpoints.newest() == (None, ["checkpoint-00000001: not a regular file"])

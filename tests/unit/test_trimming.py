@@ -111,7 +111,7 @@ def test_the_batch_tools_engine_counts_each_caption_once(captioner: Captioner) -
     trimming = Trimming(captioner, MostUsed(40))
     trimming.hear = heard.append  # type: ignore[assignment,method-assign]
     settings = CaptionSettings(
-        ModelChoice("tiny", "tiny"),
+        ModelChoice("tiny"),
         ("Hi there.",),
         None,
         captioner.frames,
