@@ -90,16 +90,19 @@ def test_caption_folder(two_videos: Path, run: Callable[..., str]) -> None:
 
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
-    """An active environment, as far as scripts can tell: `specvlm` is a command. Captions are cut short."""
-    command = tmp_path / "bin" / "specvlm"
-    command.parent.mkdir()
-    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m specvlm_cli "$@"\n')
+    """An active environment, as far as scripts can tell: `specvlm` is a command, with a fake engine.
+
+    `test_caption_one` and `test_demo_and_read_captions` run the real one.
+    """
+    command = tmp_path / ".venv" / "bin" / "specvlm"
+    command.parent.mkdir(parents=True)
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m tests.cli.drive run "$@"\n')
     command.chmod(0o755)
     return {
         "PATH": f"{command.parent}:/usr/bin:/bin",
         "HOME": str(tmp_path),
         "PYTHONPATH": str(EXAMPLES.parent),
-        "SPECVLM_MAX_NEW_TOKENS": "16",
+        "DRIVE_FORK": "1",
         "OMP_NUM_THREADS": "1",
     }
 
@@ -113,6 +116,15 @@ def two_videos(tmp_path: Path) -> Path:
         shutil.copyfile(EXAMPLES / "videos" / name, folder / name)
         os.utime(folder / name, (0, 0))
     return folder
+
+
+@pytest.fixture
+def two_texts(two_videos: Path) -> Path:
+    """The same two, as the fake reader takes them."""
+    for number, path in enumerate(sorted(two_videos.iterdir())):
+        path.write_text(f"video {number}")
+        os.utime(path, (0, 0))
+    return two_videos
 
 
 def shell(name: str, *arguments: Path, environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
@@ -135,34 +147,36 @@ def captioned(out: Path) -> list[str]:
     return sorted(Path(path).name for table in tables for path in table["path"].to_pylist())
 
 
-def test_cron(two_videos: Path, tmp_path: Path, environment: dict[str, str]) -> None:
+def test_cron(two_texts: Path, tmp_path: Path, environment: dict[str, str]) -> None:
     """It says nothing, leaves a file that may still be on its way, and stands back where another start is at work."""
     out = tmp_path / "captions of today"
-    (two_videos / "two-still-and-rising-vp9.webm").touch()
-    done = shell("cron.sh", two_videos, out, environment=environment)
+    (tmp_path / "examples").mkdir()
+    script = shutil.copy(EXAMPLES / "cron.sh", tmp_path / "examples")  # it takes the command of its checkout
+    (two_texts / "two-still-and-rising-vp9.webm").touch()
+    done = shell(script, two_texts, out, environment=environment)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert captioned(out) == ["one-grows.mp4"]
     assert "1 done" in (out / "cron.log").read_text()
-    os.utime(two_videos / "two-still-and-rising-vp9.webm", (0, 0))
+    os.utime(two_texts / "two-still-and-rising-vp9.webm", (0, 0))
     with lock.take(out / ".specvlm" / "state-00000.lock", "another"):
-        done = shell("cron.sh", two_videos, out, environment=environment)
+        done = shell(script, two_texts, out, environment=environment)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert captioned(out) == ["one-grows.mp4"]
 
 
-def test_multi_gpu(two_videos: Path, tmp_path: Path, environment: dict[str, str]) -> None:
-    done = shell("multi_gpu.sh", two_videos, tmp_path / "out", environment=environment)
+def test_multi_gpu(two_texts: Path, tmp_path: Path, environment: dict[str, str]) -> None:
+    done = shell("multi_gpu.sh", two_texts, tmp_path / "out", environment=environment)
     assert done.returncode == 0, done.stderr
     assert captioned(tmp_path / "out") == ["one-grows.mp4", "two-still-and-rising-vp9.webm"]
 
 
-def test_slurm_array(two_videos: Path, tmp_path: Path, environment: dict[str, str]) -> None:
+def test_slurm_array(two_texts: Path, tmp_path: Path, environment: dict[str, str]) -> None:
     """One task, told what Slurm would tell it; tests/slurm has a real one."""
     mine = shard_of(item_id(b"one-grows.mp4"), 4)
     assert mine != shard_of(item_id(b"two-still-and-rising-vp9.webm"), 4)
     task = {"ID": mine, "COUNT": 4, "MIN": 0, "MAX": 3, "STEP": 1}
     variables = {f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in task.items()}
     variables |= {"SLURM_ARRAY_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "1"}
-    done = shell("slurm_array.sbatch", two_videos, tmp_path / "out", environment=environment | variables)
+    done = shell("slurm_array.sbatch", two_texts, tmp_path / "out", environment=environment | variables)
     assert done.returncode == 0, done.stderr
     assert captioned(tmp_path / "out") == ["one-grows.mp4"]

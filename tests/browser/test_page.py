@@ -59,10 +59,10 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[chromium.Browser]:
+def browser() -> Iterator[chromium.Browser]:
     assert PROGRAM is not None
-    with chromium.Browser(PROGRAM, tmp_path_factory.mktemp("browser")) as started:
-        yield started
+    with chromium.started(PROGRAM) as browser:
+        yield browser
 
 
 def picture() -> bytes:

@@ -1,7 +1,7 @@
 """Runs `specvlm` with a fake engine in processes of their own, to be killed or hindered there.
 
     python -m tests.cli.drive run ARGUMENTS...    one run, as the shell would do it
-    python -m tests.cli.drive serve               starts in forks, as orders on stdin say; see `Order`
+    python -m tests.cli.drive serve               starts in forks, as orders on stdin say; see `Start`
 
 Kills and input/output faults are installed from here, by wrapping functions and by a shim (`iofault.c`): the
 product knows none of it. The environment says how the fakes behave: DRIVE_DELAY_S for each step, DRIVE_STEPS at
@@ -15,22 +15,18 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import gc
 import importlib
-import json
 import os
 import signal
 import subprocess
 import sys
-import threading
-import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import typer.main
 
@@ -44,11 +40,11 @@ from specvlm_cli.decoding import DecodingPool, keeper
 from specvlm_cli.export import job as export_job  # noqa: F401
 from specvlm_cli.generating import worker
 from specvlm_cli.policy import Policy
-from tests.cli import family
+from tests.cli import family, fork_server, forks
 from tests.cli.fake import FakeFactory, with_demo
 from tests.cli.fake_reader import READER
+from tests.cli.forks import Forked, Order
 
-ROOT = Path(__file__).parents[2]
 # A third of what a short start takes of the processor is making the commands of the functions, the same each time.
 typer.main.get_command = functools.cache(typer.main.get_command)
 
@@ -129,7 +125,7 @@ class Fault:
 
 
 @dataclass(frozen=True)
-class Order:
+class Start:
     """One start. It works in `folder`, where its stderr is added to a file."""
 
     arguments: tuple[str, ...]
@@ -139,100 +135,27 @@ class Order:
     kill: Kill | None = None
     fault: Fault | None = None
 
-    def line(self) -> str:
-        """Return what `serve` reads."""
-        return json.dumps({"start": asdict(self)})
-
     @classmethod
-    def of(cls, said: dict[str, Any]) -> Order:
-        """Undo `line`."""
+    def of(cls, said: dict[str, Any]) -> Start:
+        """Undo `asdict`."""
         kill = said.pop("kill")
         fault = said.pop("fault")
         return cls(**said, kill=kill and Kill(**kill), fault=fault and Fault(**fault))
 
 
-class Starter:
-    """A process that makes starts as it is ordered: one JSON object a line in, one answer out."""
+class ForkedHere(Forked):
+    """A fork of this process."""
 
-    def __init__(self, module: str, *arguments: str, **environment: str) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", module, *arguments],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={"PATH": os.defpath, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
-        )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.close()
-        self._process.stdout.close()
-        self._process.wait(30)
-
-    def wait(self, process: int, most_s: float = 120.0) -> int | None:
-        """Return the exit code of a start, or minus the signal that ended it; None: it still runs."""
-        return self.ask(json.dumps({"wait": process, "most_s": most_s}))
-
-    def ask(self, line: str) -> int | None:
-        """Give an order; return the answer."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(f"{line}\n")
-        self._process.stdin.flush()
-        answer: int | None = json.loads(self._process.stdout.readline())
-        return answer
-
-
-class Forked(subprocess.Popen[bytes]):
-    """A child as `subprocess.Popen` would start it, but for the interpreter: it runs the statement in a fork."""
-
-    def __init__(
-        self,
-        command: list[str],
-        *,
-        stdin: int,
-        stderr: Any,
-        pass_fds: Sequence[int],
-        stdout: int | None = None,
-        env: dict[str, str] | None = None,
-        start_new_session: bool = False,
-    ) -> None:
-        self.returncode: int | None = None
-        self.stdin = self.stdout = self.stderr = None
-        self.args, self._child_created = command, True
-        self._waitpid_lock = threading.Lock()
+    def _fork(self, order: Order, descriptors: list[int]) -> int:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns about other threads
-            self.pid = os.fork()
-        if self.pid:
-            return
-        try:
+            child = os.fork()
+        if child == 0:
             for number in range(1, signal.NSIG):
                 with suppress(OSError, ValueError):
                     signal.signal(number, signal.SIG_DFL)
-            error = stderr if isinstance(stderr, int) else stderr.fileno()
-            nowhere = os.open(os.devnull, os.O_RDWR)
-            os.dup2(error, 2)
-            for stream in (0, 1) if stdout == subprocess.DEVNULL else (0,):
-                os.dup2(nowhere, stream)
-            kept = sorted(pass_fds)
-            for low, high in zip([2, *kept], [*kept, os.sysconf("SC_OPEN_MAX")], strict=True):
-                os.closerange(low + 1, high)
-            if start_new_session:
-                os.setsid()
-            if env is not None:
-                os.environ.clear()
-                os.environ.update(env)
-            statement = command[-1].partition("; ")[2]
-            family.name_me("nursery" if "nursery" in statement else "worker")
-            exec(statement.partition("; ")[2], {})
-        finally:
-            os._exit(0)
+            forks.be_child(order, descriptors)
+        return child
 
 
 def _strike(victim: Victim) -> None:
@@ -299,7 +222,7 @@ def prepare() -> None:
 
 
 def fork_children(
-    put: Callable[[Any, str, object], None], *starters: ModuleType, by: type[subprocess.Popen[bytes]] = Forked
+    put: Callable[[Any, str, object], None], *starters: ModuleType, by: type[Forked] = ForkedHere
 ) -> None:
     """Have these modules fork their children instead of starting interpreters; `put` sets an attribute."""
     names = {name: getattr(subprocess, name) for name in ("DEVNULL", "TimeoutExpired")}
@@ -312,41 +235,23 @@ def _put(module: ModuleType, name: str, value: object) -> None:
     setattr(module, name, value)
 
 
-def _start(order: Order) -> int:
-    """Make one start in a fork with a session of its own; return its process id."""
-    child = os.fork()
-    if child:
-        return child
-    code = 70
-    try:
-        os.setsid()
-        os.chdir(order.folder)
-        _redirect(Path(order.stderr))
-        for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        os.environ.update(order.environment)
-        prepare()
-        if order.kill is not None:
-            install_kill(order.kill)
-        if order.fault is not None:
-            _arm(order.fault)
-        code = app.main(list(order.arguments))
-        if order.fault is not None:
-            Path(order.fault.report).write_text(str(ctypes.CDLL(None).iofault_count()))
-    finally:
-        sys.stderr.flush()
-        os._exit(code)
+def _start(order: Start) -> int:
+    """Make one start in a fork; return its process id."""
+    return fork_server.fork(functools.partial(_run, order), Path(order.folder, order.stderr))
 
 
-def _redirect(stderr: Path) -> None:
-    nowhere = os.open(os.devnull, os.O_RDWR)
-    os.dup2(nowhere, 0)
-    os.dup2(nowhere, 1)
-    file = os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-    os.dup2(file, 2)
-    os.close(nowhere)
-    os.close(file)
+def _run(order: Start) -> int:
+    os.chdir(order.folder)
+    os.environ.update(order.environment)
+    prepare()
+    if order.kill is not None:
+        install_kill(order.kill)
+    if order.fault is not None:
+        _arm(order.fault)
+    code = app.main(list(order.arguments))
+    if order.fault is not None:
+        Path(order.fault.report).write_text(str(ctypes.CDLL(None).iofault_count()))
+    return code
 
 
 def _arm(fault: Fault) -> None:
@@ -357,38 +262,14 @@ def _arm(fault: Fault) -> None:
     )
 
 
-def _wait(process: int, most_s: float) -> int | None:
-    """Return the exit code of a start, or minus the signal that ended it; None: it still runs."""
-    end_s = time.monotonic() + most_s
-    while True:
-        found, status = os.waitpid(process, os.WNOHANG)
-        if found:
-            return os.waitstatus_to_exitcode(status)
-        if time.monotonic() >= end_s:
-            return None
-        time.sleep(0.004)
-
-
-def _serve() -> None:
-    typer.main.get_command(app.app)
-    gc.collect()
-    gc.freeze()  # so that collections in a fork neither look through all this nor copy it
-    for line in sys.stdin:
-        said = json.loads(line)
-        if "start" in said:
-            answer: int | None = _start(Order.of(said["start"]))
-        else:
-            answer = _wait(said["wait"], said["most_s"])
-        print(json.dumps(answer), flush=True)
-
-
 def main(arguments: list[str]) -> int:
     """Do what the command line of this file says."""
     verb, *rest = arguments
     if verb == "run":
         prepare()
         return app.main(rest)
-    _serve()
+    typer.main.get_command(app.app)
+    fork_server.serve(lambda order: _start(Start.of(order)))
     return 0
 
 

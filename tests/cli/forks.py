@@ -23,6 +23,7 @@ import threading
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,17 @@ _USED = (
 )
 _MOST_BYTES = 1 << 20
 _NOT_PASSED_ON = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "PYTHONUTF8")
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a child runs, and with what. Its descriptors are those of stdin, stdout and stderr, and those passed."""
+
+    statement: str
+    passed: list[int]  # the numbers that the child knows them by
+    folder: str
+    environment: dict[str, str]
+    session: bool  # of its own
 
 
 class Forked(subprocess.Popen[bytes]):
@@ -59,17 +71,22 @@ class Forked(subprocess.Popen[bytes]):
         self.stdin = self.stdout = self.stderr = None
         self.args, self._child_created = command, False
         self._waitpid_lock = threading.Lock()
-        streams = [1 if stdout is None else -1, stderr if isinstance(stderr, int) else stderr.fileno()]
+        error = stderr if isinstance(stderr, int) else stderr.fileno()
         with open(os.devnull, "r+b", 0) as nowhere:
-            self.pid = server().fork(
-                [nowhere.fileno() if one < 0 else one for one in streams],
-                list(pass_fds),
-                statement=command[-1],
+            streams = [nowhere.fileno(), 1 if stdout is None else nowhere.fileno(), error]
+            order = Order(
+                command[-1],
+                passed=list(pass_fds),
                 folder=os.getcwd(),
                 environment=dict(os.environ) if env is None else env,
                 session=start_new_session,
             )
+            self.pid = self._fork(order, [*streams, *pass_fds])
         self._child_created = True
+
+    def _fork(self, order: Order, descriptors: list[int]) -> int:
+        """Run the order in a fork with copies of these descriptors; return its process id."""
+        return server().fork(order, descriptors)
 
 
 class _Server:
@@ -88,11 +105,10 @@ class _Server:
             )
         atexit.register(self.close)
 
-    def fork(self, streams: list[int], passed: list[int], **order: object) -> int:
-        """Have a statement run in a fork, with these streams and descriptors; return its process id."""
-        data = json.dumps(order | {"passed": passed}).encode()
+    def fork(self, order: Order, descriptors: list[int]) -> int:
+        """Have an order run in a fork with these descriptors; return its process id."""
         with self._asking:
-            socket.send_fds(self._control, [data], [*streams, *passed])
+            socket.send_fds(self._control, [json.dumps(asdict(order)).encode()], descriptors)
             process = int(self._control.recv(64))
         assert process > 0, "it cannot fork"
         return process
@@ -122,25 +138,24 @@ def _sibling() -> int:
     return process
 
 
-def _run(order: dict[str, Any], descriptors: list[int]) -> None:
-    """Be the child. Does not return."""
+def be_child(order: Order, descriptors: list[int]) -> None:
+    """Be the child that an order describes. Does not return."""
     code = 1
     try:
-        streams, passed = descriptors[:2], descriptors[2:]
-        high = max(descriptors, default=0) + max(order["passed"], default=0) + 64
-        moved = [os.dup2(one, high + place) for place, one in enumerate([*streams, *passed])]
-        for one, number in zip(moved, [1, 2, *order["passed"]], strict=True):
+        high = max([*descriptors, *order.passed]) + 64
+        moved = [os.dup2(one, high + place) for place, one in enumerate(descriptors)]
+        for one, number in zip(moved, [0, 1, 2, *order.passed], strict=True):
             os.dup2(one, number)
-        kept = sorted(order["passed"])
+        kept = sorted(order.passed)
         for low, above in zip([2, *kept], [*kept, os.sysconf("SC_OPEN_MAX")], strict=True):
             os.closerange(low + 1, above)
-        if order["session"]:
+        if order.session:
             os.setsid()
-        os.chdir(order["folder"])
+        os.chdir(order.folder)
         os.environ.clear()
-        os.environ.update(order["environment"])
-        family.name_me("nursery" if "nursery" in order["statement"] else "worker")
-        exec(order["statement"], {})
+        os.environ.update(order.environment)
+        family.name_me("nursery" if "nursery" in order.statement else "worker")
+        exec(order.statement, {})
         code = 0
     except BaseException:
         traceback.print_exc()
@@ -157,7 +172,7 @@ def _serve(control: socket.socket) -> None:
             return
         process = _sibling()
         if process == 0:
-            _run(json.loads(data), descriptors)
+            be_child(Order(**json.loads(data)), list(descriptors))
         for one in descriptors:
             os.close(one)
         control.send(str(process).encode())

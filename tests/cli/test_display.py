@@ -74,7 +74,7 @@ def test_the_display_stands_below_all_messages_and_leaves_no_trace(width: int, h
         assert "clip29.mp4" in terminal.lines[-1] or height == 5
     terminal.feed("".join(file.writes))
     assert [one for one in terminal.lines if one] == [f"message {number}" for number in range(0, 30, 3)]
-    assert terminal.widest < width
+    assert terminal.screen.widest < width
 
 
 @pytest.mark.parametrize("reflow", [True, False])
@@ -90,15 +90,15 @@ def test_the_display_follows_a_terminal_that_changes_its_size(
     sizes = (150, 120, 119, 60, 59, 160, 41, 90)
     with Display(output, meter) as display:
         for width in sizes:
-            output.width, terminal.widest = width, 0
             terminal.resize(width, reflow=reflow)
+            output.width, terminal.screen.widest = width, 0
             meter.captioned(claim(), [compared(caption="word " * 100)])
             display.say(f"at {width}")
             display.refresh()
             terminal.feed("".join(file.writes))
             file.writes.clear()
             assert len(bars(terminal)) == 1
-            assert width - 10 <= terminal.widest < width
+            assert width - 10 <= terminal.screen.widest < width
     terminal.feed("".join(file.writes))
     assert [one for one in terminal.lines if one] == [f"at {width}" for width in sizes]
 

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from tests.cli import invariants
+from tests.cli.fork_server import ROOT
 from tests.faults import signals
-from tests.faults.harness import ROOT, Driver, Trial, place
+from tests.faults.harness import Driver, Trial, place
 from tests.faults.kills import Ground
 from tests.faults.signals import SIGNALS, Signalled
 

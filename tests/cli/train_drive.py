@@ -1,64 +1,49 @@
 """Runs `specvlm train` in forks of a process that has everything imported, to be killed there.
 
-    python -m tests.cli.train_drive         starts, as orders on stdin say, one JSON object a line
-
-`{"start": [ARGUMENTS], "stderr": FILE, "environment": {}}` answers with the process id, which is its process group too;
-`{"wait": PID, "most_s": S}` with the exit code, minus the signal that ended it, or null where it still runs.
-Importing and compiling takes most of a start's time; here it is done once. Nothing is faked but the picture of the
-curve: drawing it would take half of what is left. Its file is written, and may be cut short, all the same.
+Nothing is faked but the picture of the curve: drawing it would take half of what importing leaves of a start's time.
+Its file is written, and may be cut short, all the same.
 """
 
 from __future__ import annotations
 
-import gc
-import json
 import os
-import signal
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from tests.cli.drive import Starter, _redirect, _wait
+from tests.cli import fork_server
+from tests.cli.fork_server import ForkServer
 
 
-class TrainDriver(Starter):
-    """The other end: makes starts, and waits for them."""
+class TrainDriver(ForkServer):
+    """Makes starts, and waits for them."""
 
     def __init__(self, target: Path) -> None:
         """`target` is loaded once, so that all it brings is imported."""
-        super().__init__("tests.cli.train_drive", str(target), MPLCONFIGDIR=str(target))
+        super().__init__("tests.cli.train_drive", target, MPLCONFIGDIR=str(target))
 
     def start(self, arguments: Sequence[object], stderr: Path, **environment: object) -> int:
         """Make a start; return its process id."""
         more = {name: str(value) for name, value in environment.items()}
         words = [str(one) for one in arguments]
-        process = self.ask(json.dumps({"start": words, "stderr": str(stderr), "environment": more}))
-        assert process is not None
-        return process
+        return self.fork({"arguments": words, "stderr": str(stderr), "environment": more})
 
     def run(self, arguments: Sequence[object], stderr: Path) -> int | None:
         """Make a start and wait for it."""
         return self.wait(self.start(arguments, stderr))
 
 
-def _start(arguments: list[str], stderr: Path, environment: dict[str, str]) -> int:
-    child = os.fork()
-    if child:
-        return child
-    code = 70
-    try:
-        os.setsid()
-        _redirect(stderr)
-        for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        os.environ.update(environment)
-        from specvlm_cli import app
+def _start(order: dict[str, Any]) -> int:
+    return fork_server.fork(partial(_run, order), Path(order["stderr"]))
 
-        code = app.main(arguments)
-    finally:
-        sys.stderr.flush()
-        os._exit(code)
+
+def _run(order: dict[str, Any]) -> int:
+    from specvlm_cli import app
+
+    os.environ.update(order["environment"])
+    return app.main(order["arguments"])
 
 
 def _warm_up(target: str) -> None:
@@ -77,19 +62,6 @@ def _warm_up(target: str) -> None:
     captioner.caption(captioner.prepare(random_frames(0), "Hi."), max_new_tokens=2)
 
 
-def main() -> None:
-    """Serve."""
-    _warm_up(sys.argv[1])
-    gc.collect()
-    gc.freeze()  # so that collections in a fork neither look through all this nor copy it
-    for line in sys.stdin:
-        said = json.loads(line)
-        if "start" in said:
-            answer: int | None = _start(said["start"], Path(said["stderr"]), said["environment"])
-        else:
-            answer = _wait(said["wait"], said["most_s"])
-        print(json.dumps(answer), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    _warm_up(sys.argv[1])
+    fork_server.serve(_start)

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from io import StringIO
 from multiprocessing import get_context
 from pathlib import Path
@@ -24,11 +24,10 @@ from typing import TypeVar
 from specvlm_cli import app
 from specvlm_cli.parts import CAPTION_SCHEMA
 from tests.cli import family
-from tests.cli.drive import Fault, Kill, Order, Starter
+from tests.cli.drive import Fault, Kill, Start
+from tests.cli.fork_server import LONGEST_START_S, ForkServer
 
-ROOT = Path(__file__).parents[2]
 CHILDREN_END_S = 20.0  # after their parent was killed
-LONGEST_START_S = 90.0
 VOLATILE = (
     "created_at",
     "run_id",
@@ -64,17 +63,15 @@ def make_videos(folder: Path, number: int, *, bad: bool = True, word: str = "vid
     return folder
 
 
-class Driver(Starter):
+class Driver(ForkServer):
     """A process that has everything imported and forks a start on request."""
 
     def __init__(self, **environment: str) -> None:
         super().__init__("tests.cli.drive", "serve", **FORK, **environment)
 
-    def start(self, order: Order) -> int:
+    def start(self, order: Start) -> int:
         """Make a start; return its process id, which is its process group too."""
-        process = self.ask(order.line())
-        assert process is not None
-        return process
+        return self.fork(asdict(order))
 
 
 @dataclass
@@ -97,21 +94,21 @@ class Trial:
 
     def order(
         self, *flags: str, kill: Kill | None = None, fault: Fault | None = None, quiet: bool = True
-    ) -> Order:
+    ) -> Start:
         """Return the order for one start of `specvlm caption`."""
         arguments = ("caption", str(self.videos), "-o", str(self.out), *(["-q"] if quiet else []))
         return self.command(*arguments, *self.flags, *flags, kill=kill, fault=fault)
 
-    def command(self, *arguments: str, kill: Kill | None = None, fault: Fault | None = None) -> Order:
+    def command(self, *arguments: str, kill: Kill | None = None, fault: Fault | None = None) -> Start:
         """Return the order for any command."""
         (self.folder / "tmp").mkdir(parents=True, exist_ok=True)
         more = {"DRIVE_JOURNAL": str(self.journal), "TMPDIR": str(self.folder / "tmp")} | self.environment
-        return Order(tuple(arguments), str(self.folder), environment=more, kill=kill, fault=fault)
+        return Start(tuple(arguments), str(self.folder), environment=more, kill=kill, fault=fault)
 
-    def run(self, order: Order) -> int:
+    def run(self, order: Start) -> int:
         """Run one start to its end; one that does not end is killed, and that is a violation."""
         process = self.driver.start(order)
-        code = self.driver.wait(process, LONGEST_START_S)
+        code = self.driver.wait(process)
         if code is None:
             os.killpg(process, 9)
             raise AssertionError(f"did not end within {LONGEST_START_S} s: {' '.join(order.arguments)}")

@@ -42,7 +42,7 @@ def trimmed(family: FamilyName, draft: str, count: int) -> Captioner:
     return out
 
 
-@pytest.mark.covering
+@pytest.mark.covering(strength=1)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("draft", DRAFTS)
 @pytest.mark.parametrize("tree", TREES)
@@ -65,7 +65,7 @@ def test_sampling_is_plain_sampling(family: FamilyName, count: int) -> None:
             assert ids(trimmed(family, "noisy", count), prepared, tree=tree, **sampled) == plain, (seed, tree)
 
 
-@pytest.mark.covering
+@pytest.mark.covering(strength=1)
 @pytest.mark.filterwarnings("ignore:Both `min_new_tokens`")
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("count", [3, 145])

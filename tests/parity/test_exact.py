@@ -100,6 +100,7 @@ def case_of(seed: int, family: FamilyName, dtype: torch.dtype) -> Case:
     return Case(captioner, small, HeadDraft(head, models[0], None), videos, stock)
 
 
+@pytest.mark.covering(strength=1)
 @pytest.mark.parametrize("dtype", DTYPES, ids=["bfloat16", "float16"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_everything_writes_what_stock_writes(family: FamilyName, dtype: torch.dtype) -> None:

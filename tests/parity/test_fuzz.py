@@ -16,7 +16,7 @@ from specvlm.training.objective import ObjectiveSettings
 from tests.heads import config_of, examples_of, fit
 from tests.tiny import FamilyName, Size, random_frames, stock_ids, tiny_captioner
 
-CI_CASES, MORE_CASES = 25, 35
+CI_CASES, MORE_CASES = 12, 48
 PROMPTS = (
     "Describe.",
     "<video>",

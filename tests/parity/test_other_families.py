@@ -27,6 +27,7 @@ OTHERS: tuple[FamilyName, ...] = ("qwen2", "qwen3", "qwen3-moe")
 WITH_TIMES: tuple[FamilyName, ...] = ("qwen3", "qwen3-moe")
 
 
+@pytest.mark.covering(strength=1)
 @pytest.mark.parametrize("family", OTHERS)
 @pytest.mark.parametrize("seed", range(6))
 def test_random_cases(family: FamilyName, seed: int) -> None:
@@ -34,6 +35,7 @@ def test_random_cases(family: FamilyName, seed: int) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Both `min_new_tokens`", "ignore:Unfeasible length")
+@pytest.mark.covering(strength=1)
 @pytest.mark.parametrize("family", OTHERS)
 @pytest.mark.parametrize("seed", range(4))
 def test_random_batches(family: FamilyName, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,6 +59,7 @@ def test_only_the_text_is_prepared_anew(family: FamilyName, prompt: str) -> None
     assert again.tensors["pixel_values_videos"] is first.tensors["pixel_values_videos"]
 
 
+@pytest.mark.covering(strength=1)
 @pytest.mark.parametrize("family", OTHERS)
 @pytest.mark.parametrize("draft", DRAFTS)
 def test_several_prompts_of_a_video_share_its_prefill(family: FamilyName, draft: str) -> None:
@@ -158,7 +161,13 @@ def test_deep_features_reach_the_layers_of_their_tokens(broken: str, monkeypatch
     assert torch.allclose(told.logits, stock, atol=1e-4) == (not broken)
 
 
-@pytest.mark.parametrize("name", COMPRESSORS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("none", "prune") else pytest.param(name, marks=pytest.mark.slow)
+        for name in COMPRESSORS
+    ],
+)
 def test_heads_guess_as_they_learned(name: str) -> None:
     """A head that was fitted to the captions is right most of the time, and changes none of them."""
     captioner = head_captioner("qwen3", name)

@@ -143,6 +143,7 @@ def test_exactly_max_new_tokens(family: FamilyName, tree: str, draft: str) -> No
 
 
 @pytest.mark.filterwarnings("ignore:Both `min_new_tokens`")
+@pytest.mark.covering(strength=1)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
     "rules",

@@ -51,7 +51,7 @@ def test_the_command_writes_what_it_says(tmp_path: Path, capsys: pytest.CaptureF
         main([str(tmp_path / "c"), "--count", "301", "--split", "held-out"])
 
 
-@pytest.mark.parametrize("preset", ["demo", "demo-llava"])
+@pytest.mark.parametrize("preset", ["demo", pytest.param("demo-llava", marks=pytest.mark.slow)])
 def test_targets_caption_the_files_right(tmp_path: Path, preset: str) -> None:
     captioner = specvlm.load(preset)
     right = total = 0

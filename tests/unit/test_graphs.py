@@ -90,7 +90,7 @@ def written(captioner: Captioner, videos: list[PreparedVideo], **options: Any) -
     ]
 
 
-@pytest.mark.covering
+@pytest.mark.covering(strength=1)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tree", [tree for tree in TREES if tree != "auto"])
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
@@ -210,6 +210,7 @@ def test_a_second_video_needs_no_more_graphs(how: attention.RoundAttention) -> N
     assert emulator.replayed - replayed == 3 * rounds
 
 
+@pytest.mark.covering(strength=1)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("how", ["masked", "split", "varlen"])
 def test_one_graph_serves_many_rounds(family: FamilyName, how: attention.RoundAttention) -> None:

@@ -60,10 +60,10 @@ def told(captioner: Captioner, videos: list[PreparedVideo], **options: Any) -> T
 @pytest.mark.parametrize(
     ("family", "tree", "rows", "temperature", "how"),
     [
-        ("qwen", "chain", 1, 0.0, "masked"),
         ("llava", "static", 1, 0.0, "masked"),
         ("qwen", "dynamic", 2, 0.7, "split"),
-        ("llava", "dynamic", 2, 0.0, "varlen"),
+        pytest.param("qwen", "chain", 1, 0.0, "masked", marks=pytest.mark.slow),
+        pytest.param("llava", "dynamic", 2, 0.0, "varlen", marks=pytest.mark.slow),
         pytest.param("llava", "dynamic", 1, 0.0, "masked", marks=pytest.mark.slow),
         pytest.param("llava", "chain", 2, 0.7, "split", marks=pytest.mark.slow),
         pytest.param("qwen", "static", 2, 0.7, "split", marks=pytest.mark.slow),
@@ -106,7 +106,9 @@ def test_plain_rounds_between_share_the_rig(monkeypatch: pytest.MonkeyPatch) -> 
     assert emulator.replayed > 0
 
 
-@pytest.mark.parametrize(("family", "tree"), [("qwen", "dynamic"), ("llava", "chain")])
+@pytest.mark.parametrize(
+    ("family", "tree"), [("qwen", "dynamic"), pytest.param("llava", "chain", marks=pytest.mark.slow)]
+)
 def test_graphs_read_nothing_that_nobody_keeps(family: FamilyName, tree: str) -> None:
     """Weights, slabs and features, tensors in their places, constants of the tree, and what the stages before gave."""
     captioner, videos = pair(family)
@@ -122,7 +124,9 @@ def test_graphs_read_nothing_that_nobody_keeps(family: FamilyName, tree: str) ->
         assert strangers(captioner, emulator) == [], how
 
 
-@pytest.mark.parametrize("how", ["masked", "split", "varlen"])
+@pytest.mark.parametrize(
+    "how", ["varlen", *(pytest.param(how, marks=pytest.mark.slow) for how in ("masked", "split"))]
+)
 def test_batches_that_shrink_and_fill_again(how: attention.RoundAttention) -> None:
     """Rows that end at different moments and others that take their slots: features go where their rows go."""
     captioner, videos = pair("qwen")
