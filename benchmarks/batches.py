@@ -23,9 +23,9 @@ from acceptance import conditions
 import specvlm
 from specvlm.bench.clips import Clip, example_clips
 from specvlm.bench.grid import Grid, GridDraft
-from specvlm.bench.measure import Asked
-from specvlm.bench.records import Configuration, Left, MethodName, Report, Spread, Summary
-from specvlm.bench.suite import Setup, Step, bench
+from specvlm.bench.measure import BenchRequest
+from specvlm.bench.records import BenchReport, Configuration, Left, MethodName, Spread, Summary
+from specvlm.bench.suite import BenchSetup, BenchStep, bench
 from specvlm.captioner import Captioner
 from specvlm.config import ModelSettings
 from specvlm.costs import CostStore
@@ -49,7 +49,7 @@ class Methods(Grid):
 class Progress:
     """Tells on stderr what is being measured."""
 
-    def step(self, step: Step) -> None:
+    def step(self, step: BenchStep) -> None:
         """Say it on one line, over the last one."""
         print(f"\r{step.done} of {step.total}: {step.what}\x1b[K", end="", file=sys.stderr, flush=True)
 
@@ -109,7 +109,7 @@ def rows() -> list[tuple[str, Callable[[Summary], str]]]:
     return [("videos per hour", rate), ("x stock", over("stock")), ("x plain", over("plain"))]
 
 
-def table(report: Report) -> None:
+def table(report: BenchReport) -> None:
     """A row for each method and figure, a column for each batch size."""
     sizes = list(dict.fromkeys(one.configuration.batch_size for one in report.summaries))
     labels = list(dict.fromkeys(one.configuration.label for one in report.summaries))
@@ -152,7 +152,7 @@ def main() -> None:
         batch_sizes=tuple(map(int, options.batch_sizes.split(","))),
         chain_depth=CHAIN,
     )
-    asked = Asked(
+    asked = BenchRequest(
         command=f"python benchmarks/batches.py --preset {options.preset}",
         target=preset.target,
         draft=preset.draft,
@@ -162,7 +162,7 @@ def main() -> None:
         clips="the example clips",
     )
     clips = clips_of(captioner, options.clips)
-    setup = Setup(grid, clips, None, asked)
+    setup = BenchSetup(grid, clips, None, asked)
     report = bench(captioner, setup, Progress(), {RANDOM: with_random_draft(captioner, preset)})
     print("\r\x1b[K", end="", file=sys.stderr)
     print(

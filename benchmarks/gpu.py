@@ -60,10 +60,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import specvlm
 from recipes.demo.clips import render, scene_for, seed_for
 from specvlm.bench.grid import Grid
-from specvlm.bench.measure import Asked, Measurer
-from specvlm.bench.records import Configuration, Report, Summary
+from specvlm.bench.measure import BenchRequest, Measurer
+from specvlm.bench.records import BenchReport, Configuration, Summary
 from specvlm.bench.stock import stock_attention
-from specvlm.bench.suite import Step
+from specvlm.bench.suite import BenchStep
 from specvlm.captioner import Captioner, PreparedVideo
 from specvlm.config import SpeculationSettings, TreeName
 from specvlm.costs import CostStore
@@ -487,7 +487,7 @@ class _Quiet:
     def __init__(self, run: Run) -> None:
         self._run = run
 
-    def step(self, step: Step) -> None:
+    def step(self, step: BenchStep) -> None:
         """Nothing to say."""
 
     def left_out(self, left: Any) -> None:
@@ -516,7 +516,7 @@ def shape_bench(run: Run, captioner: ModelledCaptioner, frames: int) -> None:
     assert pair.draft is not None
     grid = Grid(("plain", "specvlm"), (frames,), trees=plan.trees)
     command = run.found["conditions"]["command"]
-    asked = Asked(
+    asked = BenchRequest(
         command, pair.target.name, pair.draft.name, "", plan.new_tokens, plan.turns, "random pixels"
     )
     report = bench_pair(captioner, grid, asked, _Quiet(run))
@@ -533,7 +533,7 @@ def shape_bench(run: Run, captioner: ModelledCaptioner, frames: int) -> None:
     )
 
 
-def _row(run: Run, pair: Pair, report: Report, one: Summary) -> dict[str, Any]:
+def _row(run: Run, pair: Pair, report: BenchReport, one: Summary) -> dict[str, Any]:
     """One configuration, with the share of the roofline that it reaches."""
     speedup = one.speedup("plain")
     samples = [sample for sample in report.samples if sample.configuration == one.configuration]

@@ -18,7 +18,7 @@ from modelled import ModelledCaptioner, random_clip
 from specvlm.attention import RoundAttention
 from specvlm.bench.batches import SetMeasurer, SetVideo
 from specvlm.bench.measure import MethodError, facts_of
-from specvlm.bench.records import Configuration, Sample
+from specvlm.bench.records import Configuration, TimedCaption
 from specvlm.captioner import Captioner
 from specvlm.drafts.small_model import SmallModelDraft
 from specvlm.records import Frames
@@ -105,9 +105,9 @@ def batch_speed(
 
 def _one_turn(
     measurer: SetMeasurer, some: Sequence[SetVideo], size: int, turn: int
-) -> list[tuple[list[Sample], str | None]]:
+) -> list[tuple[list[TimedCaption], str | None]]:
     """Every way once, each turn beginning with another one; in the order of `WAYS`. Or why there are no samples."""
-    found: dict[Configuration, tuple[list[Sample], str | None]] = {}
+    found: dict[Configuration, tuple[list[TimedCaption], str | None]] = {}
     first = turn % len(WAYS)
     for how in (*WAYS[first:], *WAYS[:first]):
         try:
@@ -118,7 +118,7 @@ def _one_turn(
 
 
 def _speed_rows(
-    turns: Sequence[Sequence[tuple[list[Sample], str | None]]], size: int, where: dict[str, Any]
+    turns: Sequence[Sequence[tuple[list[TimedCaption], str | None]]], size: int, where: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
     walls: dict[str, list[float]] = {}
     for number, how in enumerate(WAYS):
@@ -135,7 +135,7 @@ def _speed_rows(
         }
 
 
-def _figures(turns: Sequence[Sequence[Sample]]) -> dict[str, float]:
+def _figures(turns: Sequence[Sequence[TimedCaption]]) -> dict[str, float]:
     """Of one way: wall time and decoding, of the whole set."""
     wall_s = statistics.median(sum(one.total_s for one in samples) for samples in turns)
     decode_s = statistics.median(sum(one.decode_s for one in samples) for samples in turns)

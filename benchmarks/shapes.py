@@ -44,9 +44,9 @@ from modelled import (
 
 from specvlm.bench.clips import Clip
 from specvlm.bench.grid import HEAD, WITH_DRAFT, Grid
-from specvlm.bench.measure import Asked
-from specvlm.bench.records import METHODS, Report
-from specvlm.bench.suite import Listener, Setup, StoppedError, bench
+from specvlm.bench.measure import BenchRequest
+from specvlm.bench.records import METHODS, BenchReport
+from specvlm.bench.suite import BenchListener, BenchSetup, StoppedError, bench
 from specvlm.bench.words import amount, percent, stopped_words
 from specvlm.config import GenerationSettings, SpeculationSettings
 from specvlm.errors import ConfigError
@@ -150,7 +150,9 @@ def check_setup(pair: Pair, grid: Grid, frame_size: tuple[int, int]) -> None:
         check_frames(pair.target, frames, frame_size)
 
 
-def bench_pair(captioner: ModelledCaptioner, grid: Grid, asked: Asked, listener: Listener) -> Report:
+def bench_pair(
+    captioner: ModelledCaptioner, grid: Grid, asked: BenchRequest, listener: BenchListener
+) -> BenchReport:
     """Measure everything that was asked for; `num_frames` of the grid are numbers.
 
     Captions of assumed acceptance differ from plain ones by design, so nothing is said of exactness.
@@ -162,13 +164,13 @@ def bench_pair(captioner: ModelledCaptioner, grid: Grid, asked: Asked, listener:
     check_setup(captioner.pair, grid, captioner.frame_size)
     clip = Clip(_VIDEO, random_clip(max(frames or 0 for frames in grid.num_frames)))
     try:
-        return _without_exactness(bench(captioner, Setup(grid, [clip], None, asked), listener))
+        return _without_exactness(bench(captioner, BenchSetup(grid, [clip], None, asked), listener))
     except StoppedError as error:
         error.report = _without_exactness(error.report)
         raise
 
 
-def _without_exactness(report: Report) -> Report:
+def _without_exactness(report: BenchReport) -> BenchReport:
     summaries = (replace(one, exact_match=None, exact_match_against=None) for one in report.summaries)
     return replace(report, summaries=tuple(summaries))
 
@@ -279,7 +281,9 @@ def _announce(pair: Pair, device: torch.device, talk: BenchTalk) -> None:
         )
 
 
-def _measured(captioner: ModelledCaptioner, grid: Grid, asked: argparse.Namespace, talk: BenchTalk) -> Report:
+def _measured(
+    captioner: ModelledCaptioner, grid: Grid, asked: argparse.Namespace, talk: BenchTalk
+) -> BenchReport:
     """What was measured, until an interrupt if there is one."""
     try:
         with talk.working():
@@ -301,9 +305,9 @@ def _grid(asked: argparse.Namespace) -> Grid:
     )
 
 
-def _conditions(captioner: ModelledCaptioner, asked: argparse.Namespace) -> Asked:
+def _conditions(captioner: ModelledCaptioner, asked: argparse.Namespace) -> BenchRequest:
     height, width = captioner.frame_size
-    return Asked(
+    return BenchRequest(
         command=asked.command,
         target=captioner.info.target,
         draft=captioner.info.draft,
@@ -314,7 +318,7 @@ def _conditions(captioner: ModelledCaptioner, asked: argparse.Namespace) -> Aske
     )
 
 
-def _print(report: Report, pair: Pair, reads: Sequence[StepBytes], as_json: bool) -> None:
+def _print(report: BenchReport, pair: Pair, reads: Sequence[StepBytes], as_json: bool) -> None:
     if as_json:
         whole = {"modelled": pair.label, **report.as_json(), "reads": [asdict(one) for one in reads]}
         print(json.dumps(whole, allow_nan=False))

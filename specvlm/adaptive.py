@@ -101,14 +101,14 @@ def likeliest_nodes(shares: Sequence[Sequence[float]], count: int) -> Iterator[t
             heapq.heappush(heap, (value * shares[depth][0], depth + 1, (*path, 0)))
 
 
-class Bounds(NamedTuple):
+class TreeBounds(NamedTuple):
     """The largest tree that may be used."""
 
     depth: int = 16
     nodes: int = 64
 
 
-class Plan(NamedTuple):
+class TreePlan(NamedTuple):
     """A tree, and what it promises."""
 
     paths: tuple[Path, ...]
@@ -128,7 +128,7 @@ def widths_of(paths: Sequence[Path]) -> tuple[int, ...]:
     return tuple(sum(len(path) == level for path in inner) for level in range(depth + 1))
 
 
-def best_tree(shares: Sequence[Sequence[float]], prices: Prices, bounds: Bounds) -> Plan:
+def best_tree(shares: Sequence[Sequence[float]], prices: Prices, bounds: TreeBounds) -> TreePlan:
     """The tree that promises the most tokens per second."""
     nodes = list(likeliest_nodes(shares[: bounds.depth], bounds.nodes + bounds.nodes // 2))
     deepest = max(len(path) for _, path in nodes)
@@ -139,7 +139,7 @@ def best_tree(shares: Sequence[Sequence[float]], prices: Prices, bounds: Bounds)
     return max(found, key=lambda plan: plan.rate)
 
 
-def _best_size(nodes: Sequence[tuple[float, Path]], prices: Prices, bounds: Bounds) -> Plan:
+def _best_size(nodes: Sequence[tuple[float, Path]], prices: Prices, bounds: TreeBounds) -> TreePlan:
     """The best tree of the first nodes, however many of them."""
     tokens, best, inner = 1.0, (0.0, 1.0, 1.0, 0), set()
     widths = [0] * bounds.depth
@@ -152,7 +152,7 @@ def _best_size(nodes: Sequence[tuple[float, Path]], prices: Prices, bounds: Boun
         if count in _SIZES or count == most:
             seconds = prices.round_s(tuple(width for width in widths if width), count)
             best = max(best, (tokens / seconds, tokens, seconds, count))
-    return Plan(tuple(path for _, path in nodes[: best[3] - 1]), best[1], best[2])
+    return TreePlan(tuple(path for _, path in nodes[: best[3] - 1]), best[1], best[2])
 
 
 @dataclass(slots=True)
@@ -166,7 +166,7 @@ class Choice:
         pays: It was faster than plain decoding.
     """
 
-    plan: Plan
+    plan: TreePlan
     prices: Prices
     rounds_to_go: int
     pays: bool
@@ -215,7 +215,7 @@ class AdaptiveTree(TreeChooser):
     """
 
     def __init__(
-        self, learned: Learned, costs: CostStore, most_tokens: int, device: torch.device, bounds: Bounds
+        self, learned: Learned, costs: CostStore, most_tokens: int, device: torch.device, bounds: TreeBounds
     ) -> None:
         """`most_tokens`: of a caption."""
         self.nodes = self.slots = bounds.nodes
@@ -361,10 +361,12 @@ def _told_apart(rows: int) -> int:
     return max(number for number in _ROWS if number <= rows)
 
 
-def _worth(plan: Plan, shares: Sequence[Sequence[float]], prices: Prices) -> Plan:
+def _worth(plan: TreePlan, shares: Sequence[Sequence[float]], prices: Prices) -> TreePlan:
     """An older plan by what is known now."""
     chances = (_product(shares[depth][rank] for depth, rank in enumerate(path)) for path in plan.paths)
-    return Plan(plan.paths, 1.0 + sum(chances), prices.round_s(widths_of(plan.paths), len(plan.paths) + 1))
+    return TreePlan(
+        plan.paths, 1.0 + sum(chances), prices.round_s(widths_of(plan.paths), len(plan.paths) + 1)
+    )
 
 
 def _product(values: Iterator[float]) -> float:

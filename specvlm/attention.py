@@ -80,7 +80,7 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class VisibleNodes:
     """What the nodes of some rows of a round see: those that one slab holds.
 
     Attributes:
@@ -103,14 +103,14 @@ class AttentionPlan:
     """What one forward attends to: the segments of a prefill, or the rows of a round, slab by slab."""
 
     segments: tuple[Segment, ...] = ()
-    rows: tuple[Rows, ...] = ()
+    rows: tuple[VisibleNodes, ...] = ()
 
     def to(self, device: Any, *_: Any, **__: Any) -> AttentionPlan:
         """Follow a layer to its device (accelerate moves what it finds in a forward's arguments)."""
         return replace(self, rows=tuple(_moved(rows, device) for rows in self.rows))
 
 
-def _moved(rows: Rows, device: Any) -> Rows:
+def _moved(rows: VisibleNodes, device: Any) -> VisibleNodes:
     mask = None if rows.mask is None else rows.mask.to(device)
     lengths = None if rows.lengths is None else rows.lengths.to(device)
     where = rows.where if isinstance(rows.where, slice) else rows.where.to(device)
@@ -271,7 +271,7 @@ def _merge(one: _Part, other: _Part) -> torch.Tensor:
 
 
 def _split(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: Rows, scaling: float
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: VisibleNodes, scaling: float
 ) -> torch.Tensor:
     """The prefix without a mask, the rest under it, merged by log-sum-exp; -> [B, n, H, d].
 
@@ -285,7 +285,7 @@ def _split(
 
 
 def _varlen(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: Rows, scaling: float
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: VisibleNodes, scaling: float
 ) -> torch.Tensor:
     """All committed slots of each row by one kernel, the round's own nodes under their mask; -> [B, n, H, d]."""
     assert rows.lengths is not None
@@ -423,7 +423,7 @@ def _round(
     query: torch.Tensor,
     keys: Sequence[torch.Tensor],
     values: Sequence[torch.Tensor],
-    rows: Sequence[Rows],
+    rows: Sequence[VisibleNodes],
     scaling: float,
     step: _StockStep,
 ) -> torch.Tensor:
@@ -440,7 +440,7 @@ def _of_rows(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    rows: Rows,
+    rows: VisibleNodes,
     scaling: float,
     step: _StockStep,
 ) -> torch.Tensor:

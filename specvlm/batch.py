@@ -19,7 +19,7 @@ from specvlm.decode import CaptionSequence, CaptionText, Decoder
 from specvlm.prefill import Begun
 from specvlm.pruning import budget_for
 from specvlm.records import Caption
-from specvlm.scheduler import Entry, Scheduler
+from specvlm.scheduler import QueuedSequence, Scheduler
 from specvlm.stats import free_memory_bytes, is_out_of_memory, reset_peak_memory
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Kind(NamedTuple):
     speculation: SpeculationSettings | None  # None: decoded plainly
 
 
-class Finished(NamedTuple):
+class FinishedCaption(NamedTuple):
     """What became of one sequence: a caption, or why there is none."""
 
     key: Hashable
@@ -125,7 +125,7 @@ class CaptionBatch:
         """
         assert key not in self._requests
         self._requests[key] = _Request(video, kind, begun, first)
-        self._scheduler.add(Entry(key, kind, self._size_bytes(video, kind), alone))
+        self._scheduler.add(QueuedSequence(key, kind, self._size_bytes(video, kind), alone))
 
     def _size_bytes(self, video: PreparedVideo, kind: Kind) -> int:
         """Memory of a sequence's caches, about."""
@@ -158,7 +158,7 @@ class CaptionBatch:
         """The tokens that a running sequence has written so far."""
         return () if self._decoder is None else self._decoder.written(key)
 
-    def step(self) -> list[Finished]:
+    def step(self) -> list[FinishedCaption]:
         """Admit what has room, then one round of all sequences; -> those that have ended, with a caption or an error.
 
         Raises:
@@ -224,19 +224,19 @@ class CaptionBatch:
         text = CaptionText(request.kind.generation.max_new_tokens, eos)
         return CaptionSequence(key, request.video.inputs, text, request.begun)
 
-    def _finished(self, sequence: CaptionSequence) -> Finished:
+    def _finished(self, sequence: CaptionSequence) -> FinishedCaption:
         request = self._requests.pop(sequence.key)
         self._scheduler.remove(sequence.key)
         if sequence.error is not None:
-            return Finished(sequence.key, None, sequence.error)
+            return FinishedCaption(sequence.key, None, sequence.error)
         assert self._decoder is not None
         try:
             caption = self._captioner.finished(
                 sequence, request.video, request.kind, self._decoder, first=request.first
             )
         except Exception as error:  # those that ended in the same step are not lost with it
-            return Finished(sequence.key, None, error)
-        return Finished(sequence.key, caption, None)
+            return FinishedCaption(sequence.key, None, error)
+        return FinishedCaption(sequence.key, caption, None)
 
     def _settle(self) -> None:
         """Where nothing is left, let others have the decoder."""

@@ -156,7 +156,7 @@ class _Place(NamedTuple):
     row: int
 
 
-class Group(NamedTuple):
+class SlabRows(NamedTuple):
     """The rows of the batch that one slab holds, in the order in which it holds them."""
 
     slab: Slab
@@ -188,7 +188,7 @@ class Tables:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class PrefillPart:
     """Tokens of one sequence in a prefill: `count` of them after `first` slots of a row of the batch."""
 
     row: int
@@ -296,7 +296,7 @@ class KVCache(Cache):
         self._shape, self._device, self._aim = shape, device, _Aim()
         self._slabs: list[Slab] = []
         self._places: list[_Place] = []
-        self._groups: list[Group] = []
+        self._groups: list[SlabRows] = []
         self.base = torch.zeros(0, dtype=torch.long, device=device)
         super().__init__(
             layers=[_SlabLayer(index, device, self._aim) for index, device in enumerate(shape.devices)]
@@ -310,7 +310,7 @@ class KVCache(Cache):
         return len(self._places)
 
     @property
-    def groups(self) -> Sequence[Group]:
+    def groups(self) -> Sequence[SlabRows]:
         """The rows by slab."""
         return self._groups
 
@@ -413,13 +413,13 @@ class KVCache(Cache):
             where: slice | torch.Tensor = slice(first, first + len(rows))
             if rows != tuple(range(first, first + len(rows))):
                 where = torch.tensor(rows, device=self._device)
-            self._groups.append(Group(slab, rows, where, self._places[first].row))
+            self._groups.append(SlabRows(slab, rows, where, self._places[first].row))
         base = [place.row * place.slab.capacity for place in self._places]
         self.base = torch.tensor(base, dtype=torch.long, device=self._device)
 
     # --- forwards ---
 
-    def aim_prefill(self, parts: Sequence[Part], device: torch.device) -> None:
+    def aim_prefill(self, parts: Sequence[PrefillPart], device: torch.device) -> None:
         """The next forward reads parts of sequences, one after the other in one row; each sees its own row alone.
 
         Raises:
@@ -462,11 +462,11 @@ class KVCache(Cache):
         ]
         self._aim.at(self._shape.devices, writes, reads)
 
-    def _flat(self, group: Group, slots: torch.Tensor) -> torch.Tensor:
+    def _flat(self, group: SlabRows, slots: torch.Tensor) -> torch.Tensor:
         """Slots [B, n] of all rows -> flat slots of the group's in its slab, [rows * n]."""
         return (group.of(self.base)[:, None] + group.of(slots)).flatten()
 
-    def _tokens(self, group: Group, count: int) -> torch.Tensor | None:
+    def _tokens(self, group: SlabRows, count: int) -> torch.Tensor | None:
         """Which tokens of [B * n] are the group's; None: all."""
         if len(self._groups) == 1 and isinstance(group.where, slice):
             return None
@@ -511,7 +511,7 @@ class KVCache(Cache):
             out[group.where] = features
         return out
 
-    def _group_features(self, group: Group, slots: torch.Tensor) -> torch.Tensor:
+    def _group_features(self, group: SlabRows, slots: torch.Tensor) -> torch.Tensor:
         kept = group.slab.features
         assert kept is not None
         return kept.index_select(0, self._flat(group, slots)).view(len(group.rows), slots.shape[1], -1)

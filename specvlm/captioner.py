@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, Unpack
 import numpy as np
 import torch
 
-from specvlm.adaptive import AdaptiveTree, Bounds, Learned
-from specvlm.batch import CaptionBatch, Finished, Kind
+from specvlm.adaptive import AdaptiveTree, Learned, TreeBounds
+from specvlm.batch import CaptionBatch, FinishedCaption, Kind
 from specvlm.choosing import FixedTree, TreeChooser
 from specvlm.config import (
     FrameSettings,
@@ -204,7 +204,7 @@ class Captioner:
         if settings.tree != "auto":
             return FixedTree(make_shape(settings, self.draft.vocabulary, self.target.device))
         learned = self._learned.setdefault(Kind(generation, settings), Learned())
-        bounds = Bounds(settings.most_depth, settings.most_nodes)
+        bounds = TreeBounds(settings.most_depth, settings.most_nodes)
         return AdaptiveTree(learned, self.costs, generation.max_new_tokens, self.target.device, bounds)
 
     def nodes(self, kind: Kind) -> int:
@@ -575,13 +575,13 @@ class Captioner:
             fix = "give a list of videos, or use caption()"
             raise ConfigError(Setting("videos", videos), "is one video", fix=fix)
         of_type("videos", videos, Iterable, "give a list of videos")
-        asked = _Asked(prompt, system, frames, kind)
+        asked = _Batch(prompt, system, frames, kind)
         return self._caption_many(
             enumerate(videos), CaptionBatch(self, batch_size), asked, on_error == "raise"
         )
 
     def _caption_many(
-        self, videos: Iterator[tuple[int, Any]], batch: CaptionBatch, asked: _Asked, raises: bool
+        self, videos: Iterator[tuple[int, Any]], batch: CaptionBatch, asked: _Batch, raises: bool
     ) -> Iterator[Done]:
         try:
             more = True
@@ -601,7 +601,7 @@ class Captioner:
         finally:
             batch.close()
 
-    def _add(self, batch: CaptionBatch, index: int, video: Any, asked: _Asked) -> SpecvlmError | None:
+    def _add(self, batch: CaptionBatch, index: int, video: Any, asked: _Batch) -> SpecvlmError | None:
         """Prepare a video and queue it; -> why that is not possible."""
         prompt = asked.prompt
         # Frames and prepared videos are no pairs, though frames are a tuple.
@@ -618,7 +618,7 @@ class Captioner:
         return None
 
 
-class _Asked(NamedTuple):
+class _Batch(NamedTuple):
     """What is asked of all videos of `caption_many`."""
 
     prompt: str | None
@@ -627,7 +627,7 @@ class _Asked(NamedTuple):
     kind: Kind
 
 
-def _done(one: Finished) -> Done:
+def _done(one: FinishedCaption) -> Done:
     error = one.error
     if error is not None and not isinstance(error, SpecvlmError):
         reason = " ".join(str(error).split()) or type(error).__name__

@@ -24,7 +24,7 @@ from specvlm.errors import NonFiniteLogitsError
 from specvlm.families.base import ModelInputs
 from specvlm.graphs import Capture, CudaCapture, Rig, Stage, Table
 from specvlm.model import Lengths, Nodes, VideoLM
-from specvlm.prefill import Begun, Prompt, Reading, ToSee, embed, prefill_target
+from specvlm.prefill import Begun, PrefillRow, Prompt, ToSee, embed, prefill_target
 from specvlm.records import FinishReason
 from specvlm.sampling import Choices, TokenRule
 from specvlm.settling import Settling, Worth
@@ -638,11 +638,11 @@ class Decoder:
     def _is_new(self, sequence: CaptionSequence) -> bool:
         return sequence.begun is None or self._target not in sequence.begun.features.of
 
-    def _reading(self, sequence: CaptionSequence, prompt: Prompt, row: int) -> Reading:
+    def _reading(self, sequence: CaptionSequence, prompt: Prompt, row: int) -> PrefillRow:
         known = 0
         if sequence.begun is not None and not self._alone:
             known = sequence.begun.give(prompt, self._verifier.cache, row)
-        return Reading(prompt, row, known)
+        return PrefillRow(prompt, row, known)
 
     def _first_tokens(self, logits: torch.Tensor, first: int) -> tuple[list[int], list[bool]]:
         """The token that each prefill's logits [n, 1, C] choose, and whether they were finite."""

@@ -82,7 +82,7 @@ class Table(Protocol):
         """Whether it is still there."""
 
 
-class _Round(NamedTuple):
+class _CapturedRound(NamedTuple):
     """A kind of round that was met before."""
 
     stages: Sequence[Stage] | None  # None: it ran once, eagerly
@@ -102,7 +102,7 @@ class Rig:
         """`capture`: records stages."""
         self._capture = capture
         self._tensors: dict[Hashable, torch.Tensor] = {}
-        self._rounds: OrderedDict[Hashable, _Round] = OrderedDict()
+        self._rounds: OrderedDict[Hashable, _CapturedRound] = OrderedDict()
         self.working = True
 
     def fresh(self) -> Rig:
@@ -148,7 +148,7 @@ class Rig:
             return stages
         known = self._rounds.get(key)
         if known is None:
-            self._rounds[key] = _Round(None, ())
+            self._rounds[key] = _CapturedRound(None, ())
             if len(self._rounds) > MOST_ROUNDS:
                 self._rounds.popitem(last=False)
             return stages
@@ -157,7 +157,7 @@ class Rig:
             recorded = self._record(stages)
             if recorded is None:
                 return stages
-            known = self._rounds[key] = _Round(recorded, tables)
+            known = self._rounds[key] = _CapturedRound(recorded, tables)
         assert known.stages is not None
         return known.stages
 

@@ -12,7 +12,7 @@ import torch
 from specvlm.attention import (
     AttentionPlan,
     RoundAttention,
-    Rows,
+    VisibleNodes,
     has_flash,
     own_mask,
     plan_arguments,
@@ -20,7 +20,7 @@ from specvlm.attention import (
     ragged_mask,
     tail_mask,
 )
-from specvlm.cache import Group, KVCache, SlabShape, rounded
+from specvlm.cache import KVCache, SlabRows, SlabShape, rounded
 from specvlm.errors import GenerationError
 from specvlm.families.base import Family, ModelInputs, VideoFeatures
 from specvlm.graphs import can_capture
@@ -58,10 +58,10 @@ class Lengths(NamedTuple):
 class _Read(NamedTuple):
     """Rows of a slab that see its first slots under one plan."""
 
-    group: Group
+    group: SlabRows
     within: slice  # of the slab's rows
     visible: int
-    plan: Rows
+    plan: VisibleNodes
 
 
 def cache_keyword(text: Any) -> str:
@@ -240,7 +240,7 @@ class TextModel:
         slot = torch.full((1, 1), length, device=cache.base.device)
         row = slice(group.first, group.first + 1)
         cache.aim_nodes(slot, [(group.slab, row, length + 1)])
-        plan = AttentionPlan(rows=(Rows(slice(0, 1)),))
+        plan = AttentionPlan(rows=(VisibleNodes(slice(0, 1)),))
         return self.forward(embeds, torch.full((1, 1, 1), position, device=embeds.device), cache, plan)
 
     def _told(self, lengths: Lengths) -> Lengths:
@@ -257,13 +257,13 @@ class TextModel:
         """All that a pass over nodes depends on besides tensors and the nodes' number."""
         return self.round_attention, self._told(lengths)[1:], cache.layout
 
-    def _reads(self, group: Group, nodes: Nodes, lengths: Lengths, own: int) -> list[_Read]:
+    def _reads(self, group: SlabRows, nodes: Nodes, lengths: Lengths, own: int) -> list[_Read]:
         """How the rows of a slab are read: together, or one by one where each has a prefix of its own to split off."""
         everyone = slice(group.first, group.first + len(group.rows))
         if self.round_attention == "varlen":
             sees = self._sees(nodes, own)[group.where]
             mask = own_mask(sees, self._groups, self.dtype)
-            plan = Rows(group.where, mask, lengths=lengths.slots[group.where])
+            plan = VisibleNodes(group.where, mask, lengths=lengths.slots[group.where])
             return [_Read(group, everyone, group.slab.capacity, plan)]
         if self.round_attention == "split" and any(prefix_of(lengths.least[row]) for row in group.rows):
             return [
@@ -274,7 +274,7 @@ class TextModel:
 
     def _read(
         self,
-        group: Group,
+        group: SlabRows,
         rows: Sequence[int],
         where: slice | torch.Tensor,
         within: slice,
@@ -288,13 +288,13 @@ class TextModel:
         prefix = prefix_of(min(least)) if self.round_attention == "split" and len(rows) == 1 else 0
         known = len(most) == 1 and most == least  # all rows have committed this many slots
         if known and nodes.sees is None:  # a lone node sees every visible slot
-            return _Read(group, within, visible, Rows(where))
+            return _Read(group, within, visible, VisibleNodes(where))
         sees = self._sees(nodes, own)[where]
         if known:
             mask = tail_mask(sees, visible, self._groups, self.dtype, prefix)
         else:
             mask = ragged_mask(lengths.slots[where], sees, visible, self._groups, self.dtype, prefix)
-        return _Read(group, within, visible, Rows(where, mask, prefix))
+        return _Read(group, within, visible, VisibleNodes(where, mask, prefix))
 
     def _sees(self, nodes: Nodes, own: int) -> torch.Tensor:
         if nodes.sees is not None:

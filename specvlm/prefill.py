@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from specvlm.attention import AttentionPlan, ScoreSum, Segment
-from specvlm.cache import KVCache, Part
+from specvlm.cache import KVCache, PrefillPart
 from specvlm.families.base import ModelInputs, VideoFeatures
 from specvlm.model import VideoLM
 
@@ -159,7 +159,7 @@ def _prompt(model: VideoLM, video: ToSee, seen: dict[int, VideoFeatures]) -> Pro
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class PrefillRow:
     """A prompt to read into a row of a cache, which has the first `known` tokens of it already."""
 
     prompt: Prompt
@@ -173,7 +173,7 @@ class Reading:
 
 
 def _pass(
-    model: VideoLM, cache: KVCache, readings: Sequence[Reading], scores: Sequence[ScoreSum | None]
+    model: VideoLM, cache: KVCache, readings: Sequence[PrefillRow], scores: Sequence[ScoreSum | None]
 ) -> torch.Tensor:
     """Read some prompts in one pass; -> hidden states of the last token of each, [1, prompts, hidden]."""
     device = readings[0].prompt.embeds.device
@@ -183,7 +183,7 @@ def _pass(
         segments.append(Segment(done, reading.count, reading.known, scored, score))
         done += reading.count
         ends.append(done - 1)
-    cache.aim_prefill([Part(one.row, one.known, one.count) for one in readings], device)
+    cache.aim_prefill([PrefillPart(one.row, one.known, one.count) for one in readings], device)
     hidden = model.forward(
         torch.cat([one.prompt.embeds[:, one.known :] for one in readings], dim=1),
         torch.cat([one.prompt.positions[:, one.known :] for one in readings], dim=1)[:, None],
@@ -195,7 +195,7 @@ def _pass(
 
 
 def _deep_arguments(
-    model: VideoLM, readings: Sequence[Reading], segments: Sequence[Segment]
+    model: VideoLM, readings: Sequence[PrefillRow], segments: Sequence[Segment]
 ) -> dict[str, Any]:
     """What the text model gets about the video tokens of a pass besides their embeddings."""
     if not any(one.prompt.deep for one in readings):
@@ -215,7 +215,7 @@ def _deep_arguments(
 def prefill_target(
     model: VideoLM,
     cache: KVCache,
-    readings: Sequence[Reading],
+    readings: Sequence[PrefillRow],
     *,
     scored: bool = True,
     alone: bool = False,
@@ -244,7 +244,7 @@ def prefill_target(
     return [found[index] for index in range(len(readings))]
 
 
-def prefill_draft(model: VideoLM, cache: KVCache, readings: Sequence[Reading]) -> None:
+def prefill_draft(model: VideoLM, cache: KVCache, readings: Sequence[PrefillRow]) -> None:
     """Read pruned prompts into their rows of the draft's cache."""
     for pack in packs([one.count for one in readings], model.packed_tokens):
         some = [readings[index] for index in pack]

@@ -127,7 +127,7 @@ def _mix(value: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(slots=True)
-class _Round:
+class _NoisyRound:
     """What holds for all nodes of one round."""
 
     first_index: torch.Tensor  # int64 [B], output index of the token that the root's logits choose
@@ -183,7 +183,7 @@ class TokenRule:
         self._least = torch.zeros(0, 1, 1, dtype=torch.long, device=device)  # [B, 1, 1], tokens before an end
         # One column more than tokens, where marks that are not to count go.
         self._seen = torch.zeros(0, vocabulary + 1, dtype=torch.bool, device=device)
-        self._round = _Round(torch.zeros(0, dtype=torch.long, device=device), None)
+        self._round = _NoisyRound(torch.zeros(0, dtype=torch.long, device=device), None)
         self._suppress = self._column(rules.suppress)
         self._suppress_first = self._column(rules.suppress_first)
         self._no_eos = self._column(rules.eos)
@@ -233,7 +233,7 @@ class TokenRule:
         if self._rules.temperature > 0:
             index = first_index[:, None] + torch.arange(depth + 1, device=self._device)
             noise = gumbel_noise(self._settings.seed, index, self._vocabulary)
-        self._round = _Round(first_index, noise)
+        self._round = _NoisyRound(first_index, noise)
 
     def scores(
         self,

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class QueuedSequence:
     """What the scheduler knows of one sequence.
 
     Attributes:
@@ -40,8 +40,8 @@ class Scheduler:
     def __init__(self, batch_size: int, memory_bytes: int | None = None) -> None:
         """Nothing waits."""
         self.batch_size, self.memory_bytes = batch_size, memory_bytes
-        self._waiting: deque[Entry] = deque()
-        self._running: dict[Hashable, Entry] = {}
+        self._waiting: deque[QueuedSequence] = deque()
+        self._running: dict[Hashable, QueuedSequence] = {}
 
     @property
     def waiting(self) -> tuple[Hashable, ...]:
@@ -63,7 +63,7 @@ class Scheduler:
         """Sequences that wait or run."""
         return len(self._waiting) + len(self._running)
 
-    def add(self, entry: Entry) -> None:
+    def add(self, entry: QueuedSequence) -> None:
         """A sequence waits from now on."""
         self._waiting.append(entry)
 
@@ -76,7 +76,7 @@ class Scheduler:
             admitted.append(entry.key)
         return admitted
 
-    def _has_room(self, entry: Entry) -> bool:
+    def _has_room(self, entry: QueuedSequence) -> bool:
         if not self._running:
             return True
         others = self._running.values()

@@ -15,7 +15,7 @@ from specvlm_cli.generating.messages import Admit, Compare, Task, Withdraw
 from specvlm_cli.generating.worker import Worker
 from specvlm_cli.ledger import Claim
 from specvlm_cli.policy import Policy
-from specvlm_cli.read_ahead import Group, Queue, Read
+from specvlm_cli.read_ahead import Queue, Read, VideoGroup
 
 _AHEAD = (
     4  # a quarter of a batch is claimed ahead of its slots, so that a free one does not wait for the ledger
@@ -97,11 +97,11 @@ class Assigner:
         )
         return None if comes else next(iter(self._emptiest(free)), None)
 
-    def _send_all(self, worker: Worker, group: Group) -> None:
+    def _send_all(self, worker: Worker, group: VideoGroup) -> None:
         while group.read:
             self._send(worker, group.read.popleft())
 
-    def _begin(self, worker: Worker, group: Group) -> Admission:
+    def _begin(self, worker: Worker, group: VideoGroup) -> Admission:
         """Have a worker decode a group, now that it has nothing else."""
         self._queue.groups.remove(group)
         worker.group, worker.decodes = None, group

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from specvlm.bench.page import PageSheet, write_page
-from specvlm.bench.records import STAGES, Report, rows_of
+from specvlm.bench.records import STAGES, BenchReport, rows_of
 from specvlm.durable import publish
 from specvlm_cli.exits import FatalError, Flag, UsageError
 from specvlm_cli.safe_files import new_file
@@ -76,7 +76,7 @@ def ready(folder: Path) -> Path:
     return folder
 
 
-def write(report: Report, folder: Path, sheets: Sequence[PageSheet] = ()) -> None:
+def write(report: BenchReport, folder: Path, sheets: Sequence[PageSheet] = ()) -> None:
     """Write a report; files of an earlier bench are replaced.
 
     Args:
@@ -96,7 +96,7 @@ def write(report: Report, folder: Path, sheets: Sequence[PageSheet] = ()) -> Non
         ) from error
 
 
-def _write_rows(report: Report, path: Path) -> None:
+def _write_rows(report: BenchReport, path: Path) -> None:
     rows = [row | _texts(row) for row in rows_of(report.samples)]
     note = json.dumps({"conditions": asdict(report.conditions)})
     table = pa.Table.from_pylist(rows, SCHEMA.with_metadata({_METADATA: note}))
@@ -109,7 +109,7 @@ def _texts(row: dict[str, Any]) -> dict[str, str]:
     return {name: storable(row[name]) for name in ("video", "draft") if row[name] is not None}
 
 
-def _write_page(report: Report, path: Path, sheets: Sequence[PageSheet]) -> None:
+def _write_page(report: BenchReport, path: Path, sheets: Sequence[PageSheet]) -> None:
     with _whole(path) as temporary:
         write_page(report, temporary, sheets)
 

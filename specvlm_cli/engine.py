@@ -63,7 +63,7 @@ class Session(Protocol):
     """One video, preprocessed with its prompts; its sequences share all that they have in common."""
 
 
-class Finished(NamedTuple):
+class FinishedSequence(NamedTuple):
     """One sequence that runs no more: a caption, or the error that belongs to this sequence alone."""
 
     key: Hashable  # what `add` was given
@@ -103,7 +103,7 @@ class Engine(Protocol):
         With `alone`, nothing else runs while it does.
         """
 
-    def step(self) -> list[Finished]:
+    def step(self) -> list[FinishedSequence]:
         """Admit waiting sequences for which there is room, run one round of all that run; return what finished.
 
         Raises:
@@ -157,7 +157,7 @@ class SpecvlmEngine:
         self._captioner, self._trimming = captioner, trimming
         self._settings = settings
         self._batch = CaptionBatch(captioner, batch_size)
-        self._refused: list[Finished] = []  # sequences whose prompts cannot be used
+        self._refused: list[FinishedSequence] = []  # sequences whose prompts cannot be used
         self._counted: set[Hashable] = set()  # sequences whose tokens trimming counts
 
     @property
@@ -198,19 +198,19 @@ class SpecvlmEngine:
         try:
             session.add_to(self._batch, key, index, self._kind(speculate), alone=alone)
         except PromptError as error:
-            self._refused.append(Finished(key, None, error))
+            self._refused.append(FinishedSequence(key, None, error))
             return
         if speculate and not alone:  # what is also decoded in other ways is counted once
             self._counted.add(key)
 
-    def step(self) -> list[Finished]:
+    def step(self) -> list[FinishedSequence]:
         finished, self._refused = self._refused, []
         for one in self._batch.step():
             if one.key in self._counted:
                 self._counted.remove(one.key)
                 if self._trimming is not None and one.caption is not None:
                     self._trimming.hear(one.caption.token_ids)
-            finished.append(Finished(*one))
+            finished.append(FinishedSequence(*one))
         return finished
 
     def abort(self, key: Hashable) -> None:

@@ -34,7 +34,7 @@ from specvlm_cli.settings import CaptionSettings, Change, Plain, config_hash, di
 from specvlm_cli.shard import Shard
 from specvlm_cli.stopping import Stop, end_if_asked, listening
 from specvlm_cli.text import clean, short
-from specvlm_cli.wanted import Wanted
+from specvlm_cli.wanted import WantedVideos
 
 ChangePolicy = Literal["error", "reuse", "new"]
 
@@ -42,7 +42,7 @@ _MOST_TOLD = 20  # rows that name no video; the others are in the failures file
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class CaptionRequest:
     """What one start is asked to do.
 
     Attributes:
@@ -63,7 +63,7 @@ class Request:
         before_loading: Called where there is something to do, before models are loaded.
     """
 
-    wanted: Wanted
+    wanted: WantedVideos
     out: Path
     policy: Policy
     version: str
@@ -95,7 +95,7 @@ class Display(Reporter, Protocol):
         """Say something that is worth a line."""
 
 
-def run(request: Request, factory: EngineFactory, display: Display) -> Outcome:
+def run(request: CaptionRequest, factory: EngineFactory, display: Display) -> Outcome:
     """Caption what is to be captioned, and say how it ended.
 
     Raises:
@@ -109,7 +109,7 @@ def run(request: Request, factory: EngineFactory, display: Display) -> Outcome:
     return replace(outcome, wall_s=time.monotonic() - started)
 
 
-def _run(request: Request, factory: EngineFactory, display: Display, stop: Stop) -> Outcome:
+def _run(request: CaptionRequest, factory: EngineFactory, display: Display, stop: Stop) -> Outcome:
     folder = choose_folder(request)
     if str(folder.root) != str(request.out):
         display.note(f"settings changed: captions go to {clean(str(folder.root))}")
@@ -134,7 +134,7 @@ def _run(request: Request, factory: EngineFactory, display: Display, stop: Stop)
             return start.work(factory)
 
 
-def _divide(request: Request, folder: RunFolder, display: Display) -> bool:
+def _divide(request: CaptionRequest, folder: RunFolder, display: Display) -> bool:
     """Finish an interrupted redistribution, and redistribute if asked to."""
     finish(folder.root)
     if request.reshard and reshard(folder.root, request.shard.count):
@@ -142,7 +142,7 @@ def _divide(request: Request, folder: RunFolder, display: Display) -> bool:
     return True
 
 
-def _not_begun(request: Request, folder: RunFolder, stop: Stop) -> Outcome:
+def _not_begun(request: CaptionRequest, folder: RunFolder, stop: Stop) -> Outcome:
     code = ExitCode.OK if stop.reason is None else ExitCode.STOPPED
     return Outcome(
         code,
@@ -156,7 +156,7 @@ def _not_begun(request: Request, folder: RunFolder, stop: Stop) -> Outcome:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class DryRun:
     """What a start would do.
 
     Attributes:
@@ -172,7 +172,7 @@ class Plan:
     problems: Sequence[str]
 
 
-def plan(request: Request, show: Callable[[Planned], None]) -> Plan:
+def plan(request: CaptionRequest, show: Callable[[Planned], None]) -> DryRun:
     """Show each video that a start would work on, touching nothing; say how things stand.
 
     Raises:
@@ -191,12 +191,12 @@ def plan(request: Request, show: Callable[[Planned], None]) -> Plan:
             for planned in ledger.to_do(request.overwrite, request.retry_failed, request.policy.limit):
                 show(planned)
                 number += 1
-            return Plan(_outcome(request, folder, ledger), number, *ledger.problems(_MOST_TOLD))
+            return DryRun(_outcome(request, folder, ledger), number, *ledger.problems(_MOST_TOLD))
     except UNREADABLE as error:
         raise folder.damaged(error) if is_damage(error) else error from error
 
 
-def choose_folder(request: Request) -> RunFolder:
+def choose_folder(request: CaptionRequest) -> RunFolder:
     """Return the run folder: OUT, or with `--on-config-change new` a sibling named after the new settings.
 
     Raises:
@@ -216,7 +216,7 @@ def choose_folder(request: Request) -> RunFolder:
     return RunFolder(out.with_name(f"{out.name}-{config_hash(fingerprint)[:8]}"), request.shard)
 
 
-def _agree(request: Request, folder: RunFolder) -> None:
+def _agree(request: CaptionRequest, folder: RunFolder) -> None:
     """Refuse another number of shards than the run has; take its columns that pass through.
 
     Raises:
@@ -226,7 +226,7 @@ def _agree(request: Request, folder: RunFolder) -> None:
     folder.parts.kept = request.kept if known is None else _kept(request, folder, known)
 
 
-def _kept(request: Request, folder: RunFolder, known: RunFile) -> Mapping[str, str]:
+def _kept(request: CaptionRequest, folder: RunFolder, known: RunFile) -> Mapping[str, str]:
     """Return the columns that pass through: those of the run, which a start may not add to."""
     if known.shards != request.shard.count:
         had = "1 shard" if known.shards == 1 else f"{known.shards} shards"
@@ -249,7 +249,7 @@ def _kept(request: Request, folder: RunFolder, known: RunFile) -> Mapping[str, s
     return known.kept
 
 
-def _nothing_to_do(request: Request, folder: RunFolder) -> Outcome | None:
+def _nothing_to_do(request: CaptionRequest, folder: RunFolder) -> Outcome | None:
     """Return the outcome where this start has nothing to do, having touched nothing; else None."""
     if not request.wanted.count:
         return Outcome(_code_without_work(request), str(folder.root), found=0, done=0, failed=0, pending=0)
@@ -278,7 +278,7 @@ class _Start:
         refused: Rows of a manifest that failed because they name no video.
     """
 
-    request: Request
+    request: CaptionRequest
     folder: RunFolder
     ledger: Ledger
     run_id: str
@@ -388,7 +388,7 @@ class _Start:
             raise _other_target(self.folder, changes)
 
 
-def _outcome(request: Request, folder: RunFolder, ledger: Ledger) -> Outcome:
+def _outcome(request: CaptionRequest, folder: RunFolder, ledger: Ledger) -> Outcome:
     counts = ledger.counts()
     return Outcome(
         _code_without_work(request),
@@ -400,11 +400,11 @@ def _outcome(request: Request, folder: RunFolder, ledger: Ledger) -> Outcome:
     )
 
 
-def _code_without_work(request: Request) -> ExitCode:
+def _code_without_work(request: CaptionRequest) -> ExitCode:
     return ExitCode.SOME_FAILED if request.unreadable and not request.exit_zero else ExitCode.OK
 
 
-def _provenance(request: Request, models: Models, run_id: str) -> Provenance:
+def _provenance(request: CaptionRequest, models: Models, run_id: str) -> Provenance:
     return Provenance(
         target_model=models.target,
         target_revision=models.target_revision,
@@ -415,7 +415,7 @@ def _provenance(request: Request, models: Models, run_id: str) -> Provenance:
     )
 
 
-def _refuse_changes(request: Request, folder: RunFolder, ledger: Ledger) -> None:
+def _refuse_changes(request: CaptionRequest, folder: RunFolder, ledger: Ledger) -> None:
     """Refuse to mix captions of other settings, or of another video with the same id, into one run."""
     _refuse_other_video(ledger)
     known = folder.read()
@@ -429,7 +429,7 @@ def _refuse_changes(request: Request, folder: RunFolder, ledger: Ledger) -> None
 
 
 def _refuse_other_settings(
-    request: Request, folder: RunFolder, ledger: Ledger, known: RunFile | None
+    request: CaptionRequest, folder: RunFolder, ledger: Ledger, known: RunFile | None
 ) -> None:
     fingerprint = request.settings.fingerprint()
     if known is not None and known.settings == fingerprint:
@@ -456,7 +456,7 @@ def _prompts(known: RunFile) -> list[object]:
     return prompts if isinstance(prompts, list) else [prompts]
 
 
-def _adds_prompts(request: Request, known: RunFile) -> bool:
+def _adds_prompts(request: CaptionRequest, known: RunFile) -> bool:
     """Say whether a start has the prompts of its run and further ones."""
     before = _prompts(known)
     return (
@@ -465,7 +465,9 @@ def _adds_prompts(request: Request, known: RunFile) -> bool:
     )
 
 
-def _refuse_other_order(request: Request, folder: RunFolder, ledger: Ledger, known: RunFile | None) -> None:
+def _refuse_other_order(
+    request: CaptionRequest, folder: RunFolder, ledger: Ledger, known: RunFile | None
+) -> None:
     """Refuse prompts that have captions under another index: they would be asked twice, or not at all."""
     prompts = request.settings.prompts
     found = ledger.asked_elsewhere(prompts)
@@ -487,7 +489,7 @@ def _refuse_other_order(request: Request, folder: RunFolder, ledger: Ledger, kno
 
 
 def _refuse_changed_files(
-    request: Request, folder: RunFolder, ledger: Ledger, *, at_once: bool = False
+    request: CaptionRequest, folder: RunFolder, ledger: Ledger, *, at_once: bool = False
 ) -> None:
     """Refuse a local target whose files are not those of the captions, before it is loaded.
 
@@ -519,7 +521,7 @@ def _other_target(folder: RunFolder, changes: Sequence[Change]) -> UsageError:
     )
 
 
-def _refuse_other_prompts(request: Request, ledger: Ledger) -> None:
+def _refuse_other_prompts(request: CaptionRequest, ledger: Ledger) -> None:
     """A row of a manifest that asks something else now, or about another part, has no caption for that."""
     ways_out = "--overwrite, or --on-config-change reuse (keep such captions)"
     path = None if request.overwrite else ledger.asked_differently()
@@ -540,7 +542,7 @@ def _hashes(folder: RunFolder, ledger: Ledger) -> set[str]:
     return ledger.config_hashes().union(*(other.config_hashes() for other in folder.other_ledgers()))
 
 
-def _captions_kept(request: Request, folder: RunFolder, ledger: Ledger) -> int:
+def _captions_kept(request: CaptionRequest, folder: RunFolder, ledger: Ledger) -> int:
     """Return how many captions of the whole run stay when this start makes its own."""
     ours = ledger.captions_kept(request.overwrite, request.policy.limit)
     return ours + sum(other.captions_kept(False, None) for other in folder.other_ledgers())

@@ -31,7 +31,7 @@ from specvlm_cli.safe_files import new_file
 from specvlm_cli.stored_rows import OddRowError, read_row
 from specvlm_cli.stored_rows import Row as Row
 from specvlm_cli.text import clean, path_bytes, path_text
-from specvlm_cli.wanted import Wanted
+from specvlm_cli.wanted import WantedVideos
 
 STATES = ("pending", "running", "done", "failed")
 MOST_PARTS = 10**15  # a part number has at most fifteen digits
@@ -211,7 +211,7 @@ class Ledger:
 
     # What is wanted by this run
 
-    def want(self, wanted: Wanted, prompts: int = 1) -> None:
+    def want(self, wanted: WantedVideos, prompts: int = 1) -> None:
         """Say which videos this run is about, and how many prompts each has. It changes nothing in this file.
 
         A video that is known already keeps the id it has: given through another folder, its path below

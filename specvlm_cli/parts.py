@@ -176,7 +176,7 @@ def free_name(name: str, taken: Collection[str]) -> str:
     return name
 
 
-class Parts:
+class PartFiles:
     """The Parquet files of one shard of a run folder.
 
     Attributes:

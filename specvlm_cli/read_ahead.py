@@ -37,7 +37,7 @@ class _Lent(NamedTuple):
     size_bytes: int
 
 
-class Group:
+class VideoGroup:
     """Videos that a worker decodes by themselves: a sampled set, or a suspect alone.
 
     Attributes:
@@ -75,7 +75,7 @@ class Queue:
 
     def __init__(self, ledger: Ledger, policy: Policy) -> None:
         self.batch_size = self.workers = 1
-        self.groups: list[Group] = []
+        self.groups: list[VideoGroup] = []
         self.first_read_s: float | None = None
         self._ledger = ledger
         self._policy = policy
@@ -92,7 +92,7 @@ class Queue:
         self._started = 0
         self._reading: dict[int, Claim] = {}
         self._read: deque[Read] = deque()
-        self._group_of: dict[int, Group] = {}  # those that are being read
+        self._group_of: dict[int, VideoGroup] = {}  # those that are being read
         self._lent: dict[object, deque[_Lent]] = {}  # by whom they are lent to
         self._impossible: deque[tuple[Claim, ReadFailure]] = deque()
         self._largest_bytes = 0
@@ -201,7 +201,7 @@ class Queue:
         return share > 0.0 and baseline.sampled(claim.item.id, share)
 
     def _in_group(self, claim: Claim) -> Claim:
-        group = Group([claim], alone=True)
+        group = VideoGroup([claim], alone=True)
         self.groups.append(group)
         self._group_of[claim.ordinal] = group
         return claim
@@ -216,7 +216,7 @@ class Queue:
         claims = [self._aside.popleft()]
         while self._aside and self._sequences([*claims, self._aside[0]]) <= self.batch_size:
             claims.append(self._aside.popleft())
-        group = Group(claims)
+        group = VideoGroup(claims)
         self.groups.append(group)
         self._group_of |= {claim.ordinal: group for claim in claims}
         self._set.extend(claims)
@@ -274,11 +274,11 @@ class Queue:
             group.unread.discard(claim.ordinal)
             self._forget_if_empty(group)
 
-    def _forget_if_empty(self, group: Group) -> None:
+    def _forget_if_empty(self, group: VideoGroup) -> None:
         if not group.unread and not group.claims and group in self.groups:
             self.groups.remove(group)
 
-    def lose(self, group: Group) -> list[Claim]:
+    def lose(self, group: VideoGroup) -> list[Claim]:
         """Return those of a group that its worker had, which is gone now; the others wait for another worker."""
         waiting = {read.claim.ordinal for read in group.read}
         lost = [claim for claim in group.claims if claim.ordinal not in waiting]

@@ -22,7 +22,7 @@ OTHER_KINDS = "other kinds"
 
 
 @dataclass(frozen=True, slots=True)
-class Spread:
+class CaptionSpread:
     """How a figure of single captions varies.
 
     Attributes:
@@ -39,7 +39,7 @@ class Spread:
 
 
 @dataclass(frozen=True, slots=True)
-class Speedup(Spread):
+class PlainSpeedup(CaptionSpread):
     """One kind of speedup over plain decoding at the same batch size, over the captions that have one.
 
     Attributes:
@@ -89,11 +89,11 @@ class Figures:
     mean_acceptance_length: float | None = None
     compared: int = 0
     identical: int = 0
-    decode: Speedup | None = None
-    end_to_end: Speedup | None = None
-    decode_estimated: Speedup | None = None
-    end_to_end_estimated: Speedup | None = None
-    estimate_over_measured: Spread | None = None
+    decode: PlainSpeedup | None = None
+    end_to_end: PlainSpeedup | None = None
+    decode_estimated: PlainSpeedup | None = None
+    end_to_end_estimated: PlainSpeedup | None = None
+    estimate_over_measured: CaptionSpread | None = None
     mean_batch_size: float | None = None
     tokens_per_s: float | None = None
     stages_s: dict[str, float] = field(default_factory=dict)
@@ -115,8 +115,8 @@ class Running:
     """
 
     accepted: float | None = None
-    decode: Speedup | None = None
-    end_to_end: Speedup | None = None
+    decode: PlainSpeedup | None = None
+    end_to_end: PlainSpeedup | None = None
     estimated: bool = False
 
 
@@ -150,14 +150,14 @@ class Quantiles:
         step = round(math.log(value) / self._STEP) if value > 0.0 else -self._MOST_STEPS
         return max(-self._MOST_STEPS, min(step, self._MOST_STEPS))
 
-    def spread(self) -> Spread | None:
+    def spread(self) -> CaptionSpread | None:
         """Return median, p10 and p90; None: there is no number yet."""
         if not self.count:
             return None
         steps = sorted(self._steps)
         values = [math.exp(step * self._STEP) for step in steps] if steps else sorted(self._kept)
         ends = list(accumulate(self._steps[step] for step in steps)) if steps else range(1, self.count + 1)
-        return Spread(self.count, *(self._at(share, values, ends) for share in (0.5, 0.1, 0.9)))
+        return CaptionSpread(self.count, *(self._at(share, values, ends) for share in (0.5, 0.1, 0.9)))
 
     def _at(self, share: float, values: Sequence[float], ends: Sequence[int]) -> float:
         """Return the number that this share is below, between its two neighbours; value k ends at rank ends[k]."""
@@ -179,12 +179,12 @@ class _Ratio:
         self._plain_s += ours_s * speedup
         self._quantiles.add(speedup)
 
-    def speedup(self, mean_batch_size: float | None) -> Speedup | None:
+    def speedup(self, mean_batch_size: float | None) -> PlainSpeedup | None:
         spread = self._quantiles.spread()
         if spread is None or not self._ours_s:
             return None
         of_totals = self._plain_s / self._ours_s
-        return Speedup(**asdict(spread), of_totals=of_totals, mean_batch_size=mean_batch_size)
+        return PlainSpeedup(**asdict(spread), of_totals=of_totals, mean_batch_size=mean_batch_size)
 
 
 class _BatchSize:
@@ -221,10 +221,10 @@ class _Speedups:
         if row["e2e_speedup"] is not None:
             self._end_to_end.add(row["total_s"], row["e2e_speedup"])
 
-    def decode(self) -> Speedup | None:
+    def decode(self) -> PlainSpeedup | None:
         return self._decode.speedup(self._batch_size.mean())
 
-    def end_to_end(self) -> Speedup | None:
+    def end_to_end(self) -> PlainSpeedup | None:
         return self._end_to_end.speedup(self._batch_size.mean())
 
 

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from specvlm.demo import local_name
 from specvlm.records import Caption, CaptionStats, VideoSource
 from specvlm_cli.baseline import Comparison
-from specvlm_cli.generating.messages import Made
+from specvlm_cli.generating.messages import VideoCaptions
 from specvlm_cli.ledger import Claim, Row
 from specvlm_cli.text import path_text, storable
 
@@ -78,7 +78,7 @@ def caption_row(
     prompt: str,
     caption: Caption,
     comparison: Comparison | None,
-    made: Made,
+    made: VideoCaptions,
     provenance: Provenance,
 ) -> Row:
     """Return the row of one caption: that for prompt number `index` of a video."""

@@ -28,7 +28,7 @@ from specvlm_cli.parts import (
     CAPTIONS,
     FAILURES,
     KEPT_KINDS,
-    Parts,
+    PartFiles,
     ids_in_parts,
     kept_in_parts,
     listed,
@@ -89,7 +89,7 @@ class RunFolder:
     def __init__(self, root: Path, shard: Shard = Shard()) -> None:  # noqa: B008  frozen
         self.root = root
         self.shard = shard
-        self.parts = Parts(root, shard.index)
+        self.parts = PartFiles(root, shard.index)
         self._state = root / ".specvlm"
         self._run_file = self._state / "run.json"
         self._ledger = self.ledger_path(shard.index)

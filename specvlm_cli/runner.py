@@ -29,10 +29,19 @@ from specvlm_cli.exits import FatalError, Flag, UsageError
 from specvlm_cli.failing import SameFailure
 from specvlm_cli.failure import BAD_INPUT, Failure
 from specvlm_cli.generating.crew import Crew
-from specvlm_cli.generating.messages import Broken, Failed, FromWorker, Hello, Lost, Made, Ready, Report
+from specvlm_cli.generating.messages import (
+    Broken,
+    Failed,
+    FromWorker,
+    Hello,
+    Lost,
+    Ready,
+    VideoCaptions,
+    WorkerReport,
+)
 from specvlm_cli.generating.worker import Worker
 from specvlm_cli.ledger import NO_FILE, Claim, FileStamp, Ledger, Row
-from specvlm_cli.parts import Parts
+from specvlm_cli.parts import PartFiles
 from specvlm_cli.policy import Policy
 from specvlm_cli.read_ahead import Queue
 from specvlm_cli.results import Captioning, LiveStatus, Tally
@@ -76,7 +85,7 @@ class Runner:
     def __init__(
         self,
         ledger: Ledger,
-        parts: Parts,
+        parts: PartFiles,
         factory: EngineFactory,
         policy: Policy,
         reporter: Reporter,
@@ -280,7 +289,7 @@ class Runner:
                 self._welcome(worker, models)
             case Broken():
                 self._on_broken(worker, message)
-            case Report():
+            case WorkerReport():
                 for ended in message.ended:
                     self._on_ended(worker, ended)
             case Lost():
@@ -314,15 +323,15 @@ class Runner:
         if self._fatal is None:
             self._reporter.warn(f"going on without {worker.device or 'the first worker'}: {broken.error}")
 
-    def _on_ended(self, worker: Worker, ended: Made | Failed) -> None:
+    def _on_ended(self, worker: Worker, ended: VideoCaptions | Failed) -> None:
         claim = worker.drop(ended.key)
-        if isinstance(ended, Made):
+        if isinstance(ended, VideoCaptions):
             self._on_made(claim, ended)
         else:
             self._fail(claim, ended.failure, ended.trace)
             self._stop_if_never_finite(ended.failure)
 
-    def _on_made(self, claim: Claim, made: Made) -> None:
+    def _on_made(self, claim: Claim, made: VideoCaptions) -> None:
         assert self._provenance is not None
         prompts = self._policy.prompts_of(claim)
         rows = [
@@ -507,11 +516,13 @@ def _has_outcome(heard: tuple[Worker, FromWorker | None]) -> bool:
     """Say whether what a worker said is about outcomes of videos, which belong in the ledger."""
     _, message = heard
     return (
-        message is None or isinstance(message, Lost) or (isinstance(message, Report) and bool(message.ended))
+        message is None
+        or isinstance(message, Lost)
+        or (isinstance(message, WorkerReport) and bool(message.ended))
     )
 
 
-def _stamp(made: Made) -> FileStamp:
+def _stamp(made: VideoCaptions) -> FileStamp:
     source = made.captions[0][0].source
     return NO_FILE if source is None else FileStamp(source.size_bytes, source.mtime_ns)
 

@@ -28,7 +28,7 @@ NOTHING = Counts()
 
 
 @dataclass(frozen=True, slots=True)
-class Pace:
+class RunPace:
     """How fast videos come to an end.
 
     Attributes:
@@ -46,7 +46,7 @@ class Pace:
     since: str | None = None
 
 
-UNKNOWN = Pace()
+UNKNOWN = RunPace()
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ class ShardStatus:
     problem: str | None = None
     unfinished: bool = True
     holder: Holder | None = None
-    pace: Pace = UNKNOWN
+    pace: RunPace = UNKNOWN
     tokens_per_s: float | None = None
     captioning: Captioning | None = None
     last_caption_at: str | None = None
@@ -152,7 +152,7 @@ class _Sums:
         self._rows = max(1, MOST_ROWS // shards)
         self._errors: dict[tuple[str, str], ErrorKind] = {}
 
-    def add(self, ledger: LedgerView, pace: Pace) -> float | None:
+    def add(self, ledger: LedgerView, pace: RunPace) -> float | None:
         """Sum up one shard; return its tokens per second at this pace."""
         tokens = 0
         for row in ledger.latest_rows(self._rows):
@@ -257,13 +257,13 @@ def _works(holder: Holder | None) -> bool:
     return holder is not None and holder.alive is not False
 
 
-def pace(finishes: Sequence[str], holder: Holder | None, now: datetime) -> Pace:
+def pace(finishes: Sequence[str], holder: Holder | None, now: datetime) -> RunPace:
     """Return how fast videos came to an end, from when the latest ones did, the latest first.
 
     While somebody works on it, time counts on until now, and what was before this start does not count.
     """
     if not finishes:
-        return Pace()
+        return RunPace()
     last_at = finishes[0]
     ended = [_time(at) for at in finishes]
     running = _works(holder)
@@ -275,8 +275,8 @@ def pace(finishes: Sequence[str], holder: Holder | None, now: datetime) -> Pace:
     over_s = (end - chosen[-1]).total_seconds() if chosen else 0.0
     since = chosen[-1].isoformat(timespec="microseconds") if chosen else None
     if len(chosen) < 2 or over_s <= 0.0:
-        return Pace(last_at=last_at)
-    return Pace((len(chosen) - 1) / over_s, len(chosen), over_s, last_at, since)
+        return RunPace(last_at=last_at)
+    return RunPace((len(chosen) - 1) / over_s, len(chosen), over_s, last_at, since)
 
 
 def _time(text: str) -> datetime:

@@ -17,9 +17,9 @@ from rich.text import Text
 from specvlm_cli.exits import ExitCode
 from specvlm_cli.ledger import Claim, Failure, Row
 from specvlm_cli.results import LiveStatus, Outcome
-from specvlm_cli.screen.live import REFRESH_S, Display, every
+from specvlm_cli.screen.live import REFRESH_S, LiveDisplay, every
 from specvlm_cli.screen.meter import Meter, line, name_of
-from specvlm_cli.screen.overheard import Lines, Overheard
+from specvlm_cli.screen.overheard import LineJoiner, Overheard
 from specvlm_cli.screen.report import ending, summary
 from specvlm_cli.screen.voice import LOG_EVERY_S, STDERR, ProgressName, Voice
 from specvlm_cli.screen.words import counted
@@ -44,9 +44,9 @@ class Talk(Voice):
     ) -> None:
         super().__init__(quiet=quiet, verbose=verbose, progress=progress, log_file=log_file)
         self._meter = Meter(0)
-        self._display: Display | None = None
+        self._display: LiveDisplay | None = None
         self._overheard: Overheard | None = None
-        self._overheard_lines = Lines()
+        self._overheard_lines = LineJoiner()
         self._is_working = False
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
@@ -117,7 +117,7 @@ class Talk(Voice):
 
     @contextmanager
     def _displayed(self) -> Iterator[None]:
-        with Display(self._console, self._meter) as display:
+        with LiveDisplay(self._console, self._meter) as display:
             self._display = display
             try:
                 with escaping(), every(REFRESH_S, display.refresh):  # rich would read escape sequences

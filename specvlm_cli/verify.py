@@ -33,17 +33,17 @@ Content = dict[tuple[str, int], str]  # (id, prompt index) -> caption; of a fail
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class RunProblem:
     """One line of the verdict."""
 
     text: str
     wrong: bool = True  # false: worth knowing, and in order
 
 
-def verify(run: RunView) -> Iterator[Finding]:
+def verify(run: RunView) -> Iterator[RunProblem]:
     """Yield what is wrong with a run folder, and what is worth knowing."""
     if run.problem is not None:
-        yield Finding(run.problem)
+        yield RunProblem(run.problem)
     if run.dividing:  # until that is done, ledgers and parts cannot agree
         return
     listed: set[str] = set()
@@ -65,14 +65,14 @@ class _Ids:
     def close(self) -> None:
         self._db.close()
 
-    def add(self, shard: int, page: Page) -> Iterator[Finding]:
+    def add(self, shard: int, page: Page) -> Iterator[RunProblem]:
         """Take in the videos of a page; yield those that another shard has too."""
         self._db.execute("BEGIN")
         for item in page.items:
             sql = "INSERT OR IGNORE INTO seen VALUES (?, ?)"
             if not self._db.execute(sql, (item.id, shard)).rowcount:
                 ((other,),) = self._db.execute("SELECT shard FROM seen WHERE id = ?", (item.id,)).fetchall()
-                yield Finding(f"video {clean(item.id)} is in shard {other} and in shard {shard}")
+                yield RunProblem(f"video {clean(item.id)} is in shard {other} and in shard {shard}")
         self._db.execute("COMMIT")
 
 
@@ -86,7 +86,7 @@ class _Shard:
         holder = holder_of(run.lock(shard))
         self._live = holder is not None and holder.alive is not False
 
-    def findings(self, listed: set[str], ids: _Ids | None) -> Iterator[Finding]:
+    def findings(self, listed: set[str], ids: _Ids | None) -> Iterator[RunProblem]:
         """Yield the findings, and add to `listed` the files that the ledger knows."""
         try:
             with self._run.open(self._shard) as ledger:
@@ -98,15 +98,15 @@ class _Shard:
                         yield from self._part(ledger, part)
                     else:
                         text = f"lists {clean(part.name)}, which is not the name of a part of shard {self._shard}"
-                        yield Finding(f"{self._name}: {text}; delete it to have it rebuilt from captions/")
+                        yield RunProblem(f"{self._name}: {text}; delete it to have it rebuilt from captions/")
         except FileNotFoundError:
             parts = self._take_for_listed(listed)
             gone = f"is gone, {parts} of its parts are there; the next start rebuilds it from them"
             text = f"{self._name}: {gone}" if parts else f"shard {self._shard}: not started"
-            yield Finding(text, wrong=bool(parts))
+            yield RunProblem(text, wrong=bool(parts))
         except LedgerProblemError as error:
             self._take_for_listed(listed)
-            yield Finding(str(error))
+            yield RunProblem(str(error))
 
     def _take_for_listed(self, listed: set[str]) -> int:
         """Without a ledger nothing can be said of its parts one by one; return how many there are."""
@@ -115,25 +115,25 @@ class _Shard:
         listed.add(f"failures/part-{self._shard:05d}.parquet")
         return len(parts)
 
-    def _ledger(self, ledger: LedgerView) -> Iterator[Finding]:
+    def _ledger(self, ledger: LedgerView) -> Iterator[RunProblem]:
         damage = ledger.damage(LIVE_CHECK_S if self._live else None)
         if damage is None:
             text = "not checked to the end, it would have held up the run; verify again once that has ended"
-            yield Finding(f"{self._name}: {text}", wrong=False)
+            yield RunProblem(f"{self._name}: {text}", wrong=False)
         for line in damage or ():
-            yield Finding(f"{self._name}: damaged: {clean(line)}")
+            yield RunProblem(f"{self._name}: damaged: {clean(line)}")
         for part, captions in ledger.unlisted_parts():
             text = f"{captions} captions are recorded in {clean(part)}, which it does not list"
-            yield Finding(f"{self._name}: {text}")
+            yield RunProblem(f"{self._name}: {text}")
         if self._live:
             return
         if orphans := ledger.captions_without_video():
-            yield Finding(f"{self._name}: {orphans} captions belong to no video")
+            yield RunProblem(f"{self._name}: {orphans} captions belong to no video")
         if waiting := ledger.unwritten():
             text = f"{waiting} captions are in no part yet; the next start writes them"
-            yield Finding(f"shard {self._shard}: {text}", wrong=False)
+            yield RunProblem(f"shard {self._shard}: {text}", wrong=False)
 
-    def _videos(self, ledger: LedgerView, ids: _Ids | None) -> Iterator[Finding]:
+    def _videos(self, ledger: LedgerView, ids: _Ids | None) -> Iterator[RunProblem]:
         named = 0
         for page in ledger.pages():
             if ids is not None:
@@ -143,9 +143,9 @@ class _Shard:
                 if named <= _MOST_NAMED:
                     yield finding
         if named > _MOST_NAMED:
-            yield Finding(f"{self._name}: {named - _MOST_NAMED} more videos lack captions")
+            yield RunProblem(f"{self._name}: {named - _MOST_NAMED} more videos lack captions")
 
-    def _captions(self, page: Page) -> Iterator[Finding]:
+    def _captions(self, page: Page) -> Iterator[RunProblem]:
         """Yield the videos of a page that are done and lack captions."""
         found: dict[int, list[int]] = {}
         current: set[int] = set()
@@ -162,9 +162,9 @@ class _Shard:
                 text = (
                     f"video {clean(item.id)} is done with captions {have or 'none'}, {asked} were asked for"
                 )
-                yield Finding(f"{self._name}: {text}")
+                yield RunProblem(f"{self._name}: {text}")
 
-    def _part(self, ledger: LedgerView, part: PartView) -> Iterator[Finding]:
+    def _part(self, ledger: LedgerView, part: PartView) -> Iterator[RunProblem]:
         """Look at a part; where something is wrong while a run is at work, look again at what is listed then."""
         findings = self._file(ledger, part)
         for _ in range(_LOOKS if self._live and findings else 0):
@@ -175,35 +175,35 @@ class _Shard:
                 break
         yield from findings
 
-    def _file(self, ledger: LedgerView, part: PartView) -> list[Finding]:
+    def _file(self, ledger: LedgerView, part: PartView) -> list[RunProblem]:
         path = self._run.root / part.name
         name = clean(str(path))
         if part.outdated:
             text = "its rows have changed since it was written; the next start rewrites it"
-            return [Finding(f"{name}: {text}", wrong=not self._live)]
+            return [RunProblem(f"{name}: {text}", wrong=not self._live)]
         try:
             if path.lstat().st_size != part.size_bytes:  # before a file is read that may have any size
-                return [Finding(f"{name}: is not what was written (size); the next start rewrites it")]
+                return [RunProblem(f"{name}: is not what was written (size); the next start rewrites it")]
             if _sha256(path) != part.sha256:
-                return [Finding(f"{name}: is not what was written (sha256); the next start rewrites it")]
+                return [RunProblem(f"{name}: is not what was written (sha256); the next start rewrites it")]
             return self._content(ledger, part, path)
         except FileNotFoundError:
-            return [Finding(f"{name}: is gone; the next start rewrites it")]
+            return [RunProblem(f"{name}: is gone; the next start rewrites it")]
         except UnsafeFileError as error:
-            return [Finding(str(error))]
+            return [RunProblem(str(error))]
         except (OSError, pa.ArrowException, KeyError, ValueError) as error:
             reason = clean(" ".join(str(error).split()))
-            return [Finding(f"{name}: not readable ({reason}); the next start rewrites it")]
+            return [RunProblem(f"{name}: not readable ({reason}); the next start rewrites it")]
 
-    def _content(self, ledger: LedgerView, part: PartView, path: Path) -> list[Finding]:
+    def _content(self, ledger: LedgerView, part: PartView, path: Path) -> list[RunProblem]:
         name = clean(str(path))
         captions = path.parent.name == "captions"
         rows, found = _read(path, captions=captions)
         if not captions and ledger.unreported():
             text = "some failures are newer than it; the next start rewrites it"
-            return [] if self._live else [Finding(f"{name}: {text}", wrong=False)]
+            return [] if self._live else [RunProblem(f"{name}: {text}", wrong=False)]
         wanted = ledger.captions_of_part(part.name) if captions else _failures(ledger)
-        return [Finding(f"{name}: {text}") for text in _differences(rows, part.rows, found, wanted)]
+        return [RunProblem(f"{name}: {text}") for text in _differences(rows, part.rows, found, wanted)]
 
 
 def _failures(ledger: LedgerView) -> Content:
@@ -241,7 +241,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _files(run: RunView, listed: set[str]) -> Iterator[Finding]:
+def _files(run: RunView, listed: set[str]) -> Iterator[RunProblem]:
     """Yield what lies in `captions` and `failures` and is no part that a ledger lists."""
     for folder in ("captions", "failures"):
         for path in run.files(folder):
@@ -254,7 +254,7 @@ def _files(run: RunView, listed: set[str]) -> Iterator[Finding]:
                 ours = "no ledger lists this part; if a crash left it, the next start removes it, else move it away"
                 other = "no part of this run, but readers take it for one; move it away"
                 text = other if shard_of_part(path.name) is None else ours
-                yield Finding(f"{clean(str(path))}: {text}")
+                yield RunProblem(f"{clean(str(path))}: {text}")
 
 
 def _listed_now(run: RunView, path: Path, name: str) -> bool:

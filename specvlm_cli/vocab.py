@@ -114,7 +114,7 @@ def blocks(path: Path) -> Iterator[str]:
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class VocabularyRequest:
     """What is counted, and how much of it is kept.
 
     Attributes:
@@ -131,7 +131,7 @@ class Wanted:
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
+class WrittenVocabulary:
     """The result.
 
     Attributes:
@@ -147,7 +147,7 @@ class Made:
     vocabulary: int
 
 
-def make(wanted: Wanted, tokenizer: Any) -> Made:
+def make(wanted: VocabularyRequest, tokenizer: Any) -> WrittenVocabulary:
     """Count and choose.
 
     Raises:
@@ -176,15 +176,15 @@ def make(wanted: Wanted, tokenizer: Any) -> Made:
         texts=number + len(wanted.texts),
         sources=tuple(_names(wanted)),
     )
-    return Made(kept, number, len(wanted.texts), vocabulary)
+    return WrittenVocabulary(kept, number, len(wanted.texts), vocabulary)
 
 
-def _names(wanted: Wanted) -> list[str]:
+def _names(wanted: VocabularyRequest) -> list[str]:
     run = [] if wanted.run is None else [wanted.run.root]
     return [storable(str(path)) for path in (*run, *wanted.texts)]
 
 
-def _sources(wanted: Wanted) -> str:
+def _sources(wanted: VocabularyRequest) -> str:
     return ", ".join(clean(name) for name in _names(wanted))
 
 

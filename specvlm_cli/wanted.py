@@ -37,7 +37,7 @@ _DOUBLED = """(SELECT id, coalesce(min(iif(problem IS NULL, place, NULL)), min(p
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class WantedVideos:
     """The videos of one start, each once.
 
     Attributes:

@@ -7,10 +7,10 @@ from typing import Any
 
 from specvlm.bench.grid import Grid
 from specvlm.bench.records import (
+    BenchReport,
     Conditions,
     Configuration,
     Left,
-    Report,
     Speedup,
     Spread,
     Stages,
@@ -113,7 +113,7 @@ def _around(value: float) -> Spread:
     return Spread(0.96 * value, value, 1.03 * value)
 
 
-def made(grid: Grid | None = None, **more: Any) -> Report:
+def made(grid: Grid | None = None, **more: Any) -> BenchReport:
     """A report of a grid; the first of stock and plain in it is the baseline."""
     grid = Grid(trees=("static",)) if grid is None else grid
     baseline = next((one for one in ("stock", "plain") if one in grid.methods), "stock")
@@ -124,7 +124,7 @@ def made(grid: Grid | None = None, **more: Any) -> Report:
         summaries.append(_summary(how, (stages.steps_s, stages.steps_s + before), baseline))
     if baseline not in grid.methods:
         summaries = [replace(one, speedups=()) for one in summaries]
-    return replace(Report(CONDITIONS, tuple(summaries), ()), **more)
+    return replace(BenchReport(CONDITIONS, tuple(summaries), ()), **more)
 
 
 FULL = Grid(
@@ -137,7 +137,7 @@ BATCHED = Grid(("stock", "plain", "sd", "specvlm"), trees=("auto",), batch_sizes
 HOSTILE = '<script>fetch("https://example.invalid/x")</script>\x1b[31m\u202e&"\'\n\ud800'
 
 
-def hostile() -> Report:
+def hostile() -> BenchReport:
     """A report with markup wherever text comes from outside."""
     texts = dict.fromkeys(
         "started_at command machine processor device python_version torch_version transformers_version "

@@ -23,7 +23,7 @@ from specvlm.bench.measure import (
     options_of,
     sample_of,
 )
-from specvlm.bench.records import Configuration, Sample, Stages
+from specvlm.bench.records import Configuration, Stages, TimedCaption
 from specvlm.bench.stock import batches, stackable
 from specvlm.captioner import Captioner, CaptionOptions
 from specvlm.errors import ConfigError, SpecvlmError
@@ -48,7 +48,7 @@ class SetVideo(NamedTuple):
 class SetMeasurer(Measurer):
     """Captions whole sets of videos by any method, and times them."""
 
-    def measure_set(self, how: Configuration, videos: Sequence[SetVideo], turn: int) -> list[Sample]:
+    def measure_set(self, how: Configuration, videos: Sequence[SetVideo], turn: int) -> list[TimedCaption]:
         """Caption all videos once.
 
         Raises:

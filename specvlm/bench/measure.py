@@ -19,7 +19,7 @@ import torch
 import transformers
 
 import specvlm
-from specvlm.bench.records import Conditions, Configuration, Sample, Stages
+from specvlm.bench.records import Conditions, Configuration, Stages, TimedCaption
 from specvlm.bench.stock import Clock, Generated, generate, stock_attention
 from specvlm.captioner import Captioner, CaptionOptions, PreparedVideo
 from specvlm.drafts.small_model import SmallModelDraft
@@ -38,7 +38,7 @@ class MethodError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What one method did with one prepared video; see `Sample` for the figures."""
+    """What one method did with one prepared video; see `TimedCaption` for the figures."""
 
     token_ids: tuple[int, ...]
     stages: Stages  # without reading and rest, and without preprocessing that was done before
@@ -78,7 +78,7 @@ class Measurer:
         self._others = {} if others is None else others
         self._device = captioner.target.device
 
-    def measure(self, how: Configuration, video: PreparedVideo, name: str, turn: int) -> Sample:
+    def measure(self, how: Configuration, video: PreparedVideo, name: str, turn: int) -> TimedCaption:
         """Caption once.
 
         Raises:
@@ -212,9 +212,11 @@ def facts_of(name: str, video: PreparedVideo) -> VideoFacts:
     )
 
 
-def sample_of(how: Configuration, facts: VideoFacts, turn: int, measured: Measured, peak: int) -> Sample:
+def sample_of(
+    how: Configuration, facts: VideoFacts, turn: int, measured: Measured, peak: int
+) -> TimedCaption:
     """The sample of one caption."""
-    return Sample(
+    return TimedCaption(
         configuration=how,
         video=facts.name,
         turn=turn,
@@ -250,7 +252,7 @@ def _whole(measured: Measured, facts: VideoFacts) -> Stages:
     )
 
 
-class Asked(NamedTuple):
+class BenchRequest(NamedTuple):
     """What the user asked for, as the conditions tell it."""
 
     command: str
@@ -262,7 +264,7 @@ class Asked(NamedTuple):
     clips: str
 
 
-def conditions(captioner: Captioner, asked: Asked, videos: tuple[str, ...]) -> Conditions:
+def conditions(captioner: Captioner, asked: BenchRequest, videos: tuple[str, ...]) -> Conditions:
     """Machine, versions and settings of this moment."""
     info = captioner.info
     return Conditions(

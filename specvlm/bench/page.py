@@ -13,7 +13,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from specvlm.bench.records import BASELINES, Report, Speedup, Summary
+from specvlm.bench.records import BASELINES, BenchReport, Speedup, Summary
 from specvlm.bench.words import (
     Column,
     amount,
@@ -54,7 +54,7 @@ class PageSheet(NamedTuple):
     png: bytes
 
 
-def write_page(report: Report, path: Path, sheets: Sequence[PageSheet] = ()) -> None:
+def write_page(report: BenchReport, path: Path, sheets: Sequence[PageSheet] = ()) -> None:
     """Write the page; what is at `path` is replaced.
 
     Args:
@@ -68,7 +68,7 @@ def write_page(report: Report, path: Path, sheets: Sequence[PageSheet] = ()) -> 
     path.write_text(page(report, sheets), encoding="utf-8")
 
 
-def page(report: Report, sheets: Sequence[PageSheet] = ()) -> str:
+def page(report: BenchReport, sheets: Sequence[PageSheet] = ()) -> str:
     """The page as text, without lone surrogates."""
     from specvlm.bench.plots import plots
 
@@ -108,7 +108,7 @@ def safe(text: str) -> str:
 # --- parts of the page ---
 
 
-def _head(report: Report) -> str:
+def _head(report: BenchReport) -> str:
     its = report.conditions
     pair = safe(its.target) + (f" with {safe(its.draft)}" if its.draft else "")
     return (
@@ -117,7 +117,7 @@ def _head(report: Report) -> str:
     )
 
 
-def _headline(report: Report) -> str:
+def _headline(report: BenchReport) -> str:
     """The fastest configuration from the file to the text, its numbers large."""
     base = baseline_of(report)
     if base is None:
@@ -144,7 +144,7 @@ def _throughput(pair: tuple[Summary, Speedup]) -> float:
     return pair[0].videos_per_hour or 0.0
 
 
-def _conditions(report: Report) -> str:
+def _conditions(report: BenchReport) -> str:
     its = report.conditions
     versions = {
         "specvlm": its.specvlm_version,
@@ -173,7 +173,7 @@ def _conditions(report: Report) -> str:
     return f'<section id="conditions"><h2>Conditions</h2><dl>{shown}</dl></section>'
 
 
-def _left_out(report: Report) -> str:
+def _left_out(report: BenchReport) -> str:
     if not report.left_out:
         return ""
     lines = "".join(f"<li><b>{safe(one.video)}</b>: {safe(one.reason)}</li>" for one in report.left_out)
@@ -202,7 +202,7 @@ def _section(name: str, title: str, inner: str) -> str:
 # --- tables ---
 
 
-def _results(report: Report) -> str:
+def _results(report: BenchReport) -> str:
     bases = [base for base in BASELINES if any(one.speedup(base) for one in report.summaries)]
     columns = [
         *(Column(f"decode × {base}", speedup_cell(base, "decode")) for base in bases),  # noqa: RUF001
@@ -221,7 +221,7 @@ def _results(report: Report) -> str:
     return _table(report, report.summaries, columns)
 
 
-def _figures(report: Report, name: str, title: str, columns: Sequence[Column]) -> str:
+def _figures(report: BenchReport, name: str, title: str, columns: Sequence[Column]) -> str:
     """A section with a table of these columns; none where all are empty."""
     if not any(column.cell(one) for one in report.summaries for column in columns):
         return ""
@@ -229,7 +229,7 @@ def _figures(report: Report, name: str, title: str, columns: Sequence[Column]) -
     return _section(name, title, _table(report, report.summaries, shown))
 
 
-def _rounds(report: Report) -> str:
+def _rounds(report: BenchReport) -> str:
     columns = [
         Column("nodes", lambda one: "" if one.mean_nodes is None else f"{one.mean_nodes:.1f}"),
         Column("T_plain, ms", lambda one: ms(one.plain_token_s)),
@@ -244,7 +244,7 @@ def _rounds(report: Report) -> str:
     return _table(report, shown, columns)
 
 
-def _table(report: Report, summaries: Iterable[Summary], columns: Sequence[Column]) -> str:
+def _table(report: BenchReport, summaries: Iterable[Summary], columns: Sequence[Column]) -> str:
     """A table that scrolls by itself where it is too wide; columns without a word are left out."""
     shown, several = list(summaries), has_several_frames(report.summaries)
     cells = {column.name: [column.cell(one) if one.videos else "" for one in shown] for column in columns}
@@ -284,7 +284,7 @@ def _short(error: str) -> str:
     return error if len(error) <= _MOST_CHARACTERS else error[:_MOST_CHARACTERS].rstrip() + "…"
 
 
-def _limits(report: Report) -> str:
+def _limits(report: BenchReport) -> str:
     lines = [f"<li><b>{safe(name)}</b>: {safe(said)}</li>" for name, said in limits(report)]
     return f"<ul>{''.join(lines)}</ul>" if lines else "<p>Nothing can be said: no captions were timed.</p>"
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from specvlm.bench.clips import Clip
 from specvlm.bench.page import PageSheet
-from specvlm.bench.records import Configuration, Report
+from specvlm.bench.records import BenchReport, Configuration
 from specvlm.config import SpeculationSettings
 from specvlm.records import Frames
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from specvlm.captioner import Captioner
 
 
-def sheets_of(captioner: Captioner, report: Report, clips: Sequence[Clip]) -> tuple[PageSheet, ...]:
+def sheets_of(captioner: Captioner, report: BenchReport, clips: Sequence[Clip]) -> tuple[PageSheet, ...]:
     """Draw one sheet: the first clip that was captioned, with the strongest pruning that ran.
 
     Returns:
@@ -33,7 +33,7 @@ def sheets_of(captioner: Captioner, report: Report, clips: Sequence[Clip]) -> tu
     return (_sheet(captioner, report, captioned[0], how),)
 
 
-def _sheet(captioner: Captioner, report: Report, clip: Clip, how: Configuration) -> PageSheet:
+def _sheet(captioner: Captioner, report: BenchReport, clip: Clip, how: Configuration) -> PageSheet:
     from specvlm.inspection import look
     from specvlm.inspection.sheet import SheetText, draw_sheet
 

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from specvlm.bench.records import STAGES, MethodName, Report, Summary
+from specvlm.bench.records import STAGES, BenchReport, MethodName, Summary
 from specvlm.bench.words import STAGE_NAMES, baseline_of, frames_of, has_several_frames, name_of
 
 INK = "#010203"  # replaced by the page's text colour
@@ -90,7 +90,7 @@ class _Line(NamedTuple):
     points: list[tuple[float, Summary]]
 
 
-def plots(report: Report) -> list[Plot]:
+def plots(report: BenchReport) -> list[Plot]:
     """Every plot that has something to show, in the page's order."""
     ran = [one for one in report.summaries if one.videos]
     base = baseline_of(report)

@@ -120,7 +120,7 @@ def untold(method: MethodName) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class TimedCaption:
     """One timed caption.
 
     Attributes:
@@ -256,7 +256,7 @@ class Summary:
         host_share: host_s / decode_s; None without our rounds.
         limit: Which term is the limit, in words; empty where nothing can be said.
         peak_memory_bytes: Largest of all turns. Of a process it holds what ran before, so that JSON has null
-            here, and `Report.process_peak_bytes` for all.
+            here, and `BenchReport.process_peak_bytes` for all.
         compressors: What a trained head's compressor did to the videos, the commonest first; empty without a head.
         videos_per_hour: 3600 x videos / total_s.
         videos_per_hour_turns: The same over turns; None with a single turn.
@@ -396,7 +396,7 @@ class Left:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class BenchReport:
     """All of it.
 
     Attributes:
@@ -409,7 +409,7 @@ class Report:
 
     conditions: Conditions
     summaries: tuple[Summary, ...]
-    samples: tuple[Sample, ...]
+    samples: tuple[TimedCaption, ...]
     left_out: tuple[Left, ...] = ()
     stopped: bool = False
 
@@ -442,7 +442,7 @@ class Report:
         return told | {"peak_memory_bytes": None} if self.conditions.peak_memory_of == "process" else told
 
 
-def rows_of(samples: Iterable[Sample]) -> list[dict[str, Any]]:
+def rows_of(samples: Iterable[TimedCaption]) -> list[dict[str, Any]]:
     """Samples as flat rows."""
     return [one.as_row() for one in samples]
 

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple, Protocol
 from specvlm.bench.batches import SetMeasurer, SetVideo
 from specvlm.bench.clips import Clip
 from specvlm.bench.grid import Grid
-from specvlm.bench.measure import Asked, Measurer, MethodError, conditions, facts_of
-from specvlm.bench.records import Conditions, Configuration, Left, Report, Sample
+from specvlm.bench.measure import BenchRequest, Measurer, MethodError, conditions, facts_of
+from specvlm.bench.records import BenchReport, Conditions, Configuration, Left, TimedCaption
 from specvlm.bench.summing import summarise
 from specvlm.captioner import Captioner, PreparedVideo
 from specvlm.config import FrameSettings
@@ -28,7 +28,7 @@ from specvlm.records import Frames
 from specvlm.video import read_video
 
 
-class Step(NamedTuple):
+class BenchStep(NamedTuple):
     """How far a bench is, before a caption is made."""
 
     done: int
@@ -36,10 +36,10 @@ class Step(NamedTuple):
     what: str
 
 
-class Listener(Protocol):
+class BenchListener(Protocol):
     """Receives events of a bench."""
 
-    def step(self, step: Step) -> None:
+    def step(self, step: BenchStep) -> None:
         """A caption is about to be made."""
 
     def left_out(self, left: Left) -> None:
@@ -52,22 +52,22 @@ class Listener(Protocol):
 class Measuring(Protocol):
     """What times one caption; `Measurer` is the real one."""
 
-    def measure(self, how: Configuration, video: Any, name: str, turn: int) -> Sample:
+    def measure(self, how: Configuration, video: Any, name: str, turn: int) -> TimedCaption:
         """See `Measurer.measure`."""
 
 
 class MeasuringSets(Protocol):
     """What times a set of videos; `SetMeasurer` is the real one."""
 
-    def measure_set(self, how: Configuration, videos: Sequence[SetVideo], turn: int) -> list[Sample]:
+    def measure_set(self, how: Configuration, videos: Sequence[SetVideo], turn: int) -> list[TimedCaption]:
         """See `SetMeasurer.measure_set`."""
 
 
 @dataclass
-class Found:
+class Measurements:
     """What has been measured so far."""
 
-    samples: list[Sample] = field(default_factory=list)
+    samples: list[TimedCaption] = field(default_factory=list)
     errors: dict[Configuration, str] = field(default_factory=dict)
     left_out: dict[str, Left] = field(default_factory=dict)
 
@@ -75,7 +75,7 @@ class Found:
 class StoppedError(KeyboardInterrupt):
     """A bench was interrupted; `report` has what was measured until then, and is marked as stopped."""
 
-    def __init__(self, report: Report) -> None:
+    def __init__(self, report: BenchReport) -> None:
         super().__init__()
         self.report = report
 
@@ -97,16 +97,18 @@ _ENDLESS = Budget(None)
 class _Running:
     """What benches of single videos and of sets have in common: what is measured, what failed, how far they are."""
 
-    def __init__(self, grid: Grid, captions: int, repeat: int, listener: Listener, budget: Budget) -> None:
+    def __init__(
+        self, grid: Grid, captions: int, repeat: int, listener: BenchListener, budget: Budget
+    ) -> None:
         """`captions`: of one turn of a configuration."""
         self._grid, self._repeat, self._listener, self._budget = grid, repeat, listener, budget
-        self._found = Found()
+        self._found = Measurements()
         self._done: Counter[Configuration] = Counter()  # captions, those of videos that were left out too
         self._of_each = captions * (repeat + 1)
         self._total = len(grid.all()) * self._of_each
 
     @property
-    def found(self) -> Found:
+    def found(self) -> Measurements:
         """What has been measured so far."""
         return self._found
 
@@ -121,12 +123,12 @@ class _Running:
         turn: int,
         what: str,
         captions: int,
-        measure: Callable[[], Sample | list[Sample]],
+        measure: Callable[[], TimedCaption | list[TimedCaption]],
     ) -> None:
         """Have a configuration make so many captions, unless it failed before."""
         if how in self._found.errors:
             return
-        self._listener.step(Step(self._done.total(), self._total, what))
+        self._listener.step(BenchStep(self._done.total(), self._total, what))
         try:
             made = measure()
         except MethodError as error:
@@ -149,14 +151,14 @@ class Suite(_Running):
         repeat: int,
         prepare: Callable[[Clip, int | None], PreparedVideo],
         measurer: Measuring,
-        listener: Listener,
+        listener: BenchListener,
         budget: Budget = _ENDLESS,
     ) -> None:
         """`prepare` reads and preprocesses a clip; `repeat` timed turns follow one of warm-up."""
         super().__init__(grid, len(clips), repeat, listener, budget)
         self._clips, self._prepare, self._measurer = clips, prepare, measurer
 
-    def run(self) -> Found:
+    def run(self) -> Measurements:
         """Measure everything."""
         for num_frames in dict.fromkeys(self._grid.num_frames):
             configurations = self._grid.configurations(num_frames)
@@ -201,7 +203,7 @@ class SetSuite(_Running):
         repeat: int,
         read: Callable[[Clip, int | None], SetVideo],
         measurer: MeasuringSets,
-        listener: Listener,
+        listener: BenchListener,
         budget: Budget = _ENDLESS,
     ) -> None:
         """`read` reads a clip and sees whether it can be preprocessed; `repeat` timed turns follow one of warm-up."""
@@ -209,7 +211,7 @@ class SetSuite(_Running):
         super().__init__(grid, self._captions, repeat, listener, budget)
         self._clips, self._read, self._measurer = clips, read, measurer
 
-    def run(self) -> Found:
+    def run(self) -> Measurements:
         """Measure everything."""
         for num_frames in dict.fromkeys(self._grid.num_frames):
             videos = repeated(self._videos(num_frames), self._captions)
@@ -254,7 +256,7 @@ def repeated(videos: Sequence[SetVideo], count: int) -> list[SetVideo]:
     return found
 
 
-def whole_turns(found: Found, configurations: Sequence[Configuration]) -> Found:
+def whole_turns(found: Measurements, configurations: Sequence[Configuration]) -> Measurements:
     """What of an interrupted bench can be compared: turns that all methods had, of those that did not fail."""
     had: dict[tuple[int | None, str, int], set[Configuration]] = {}
     for one in found.samples:
@@ -269,7 +271,7 @@ def whole_turns(found: Found, configurations: Sequence[Configuration]) -> Found:
     ]
     measured = {one.configuration for one in kept}
     untold = {how: "not measured, it was stopped before" for how in needed if how not in measured}
-    return Found(kept, found.errors | untold, found.left_out)
+    return Measurements(kept, found.errors | untold, found.left_out)
 
 
 def rotated(configurations: Sequence[Configuration], turn: int) -> list[Configuration]:
@@ -279,7 +281,7 @@ def rotated(configurations: Sequence[Configuration], turn: int) -> list[Configur
 
 
 @dataclass(frozen=True, slots=True)
-class Setup:
+class BenchSetup:
     """What a bench is about.
 
     Attributes:
@@ -293,13 +295,16 @@ class Setup:
     grid: Grid
     clips: Sequence[Clip]
     frames: FrameSettings | None
-    asked: Asked
+    asked: BenchRequest
     budget_s: float | None = None
 
 
 def bench(
-    captioner: Captioner, setup: Setup, listener: Listener, others: Mapping[str, Captioner] | None = None
-) -> Report:
+    captioner: Captioner,
+    setup: BenchSetup,
+    listener: BenchListener,
+    others: Mapping[str, Captioner] | None = None,
+) -> BenchReport:
     """Measure everything that was asked for.
 
     A video that cannot be read is left out; a method that fails is left out from there on, and its summary says
@@ -363,7 +368,9 @@ def _refuse_unfit_drafts(grid: Grid, captioner: Captioner, others: Mapping[str, 
             raise ConfigError(f"method {method!r} needs a draft {kind}, and there is none; give one")
 
 
-def reported(suite: Suite | SetSuite, grid: Grid, report: Callable[[Found], Report]) -> Report:
+def reported(
+    suite: Suite | SetSuite, grid: Grid, report: Callable[[Measurements], BenchReport]
+) -> BenchReport:
     """Run a suite and make its report.
 
     Raises:
@@ -376,9 +383,9 @@ def reported(suite: Suite | SetSuite, grid: Grid, report: Callable[[Found], Repo
     return report(found)
 
 
-def _report(captioner: Captioner, setup: Setup, found: Found) -> Report:
+def _report(captioner: Captioner, setup: BenchSetup, found: Measurements) -> BenchReport:
     kept = tuple(one for one in found.samples if one.configuration not in found.errors)
-    return Report(
+    return BenchReport(
         conditions_of(captioner, setup.asked, kept, (clip.name for clip in setup.clips)),
         summarise(setup.grid.all(), kept, found.errors),
         kept,
@@ -387,7 +394,7 @@ def _report(captioner: Captioner, setup: Setup, found: Found) -> Report:
 
 
 def conditions_of(
-    captioner: Captioner, asked: Asked, samples: Sequence[Sample], names: Iterable[str]
+    captioner: Captioner, asked: BenchRequest, samples: Sequence[TimedCaption], names: Iterable[str]
 ) -> Conditions:
     """The conditions of samples: which of the named videos they are of, and whether these are repeated."""
     made = {one.video for one in samples}

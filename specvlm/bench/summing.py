@@ -18,11 +18,11 @@ from specvlm.bench.records import (
     STAGES,
     Configuration,
     MethodName,
-    Sample,
     Speedup,
     Spread,
     Stages,
     Summary,
+    TimedCaption,
 )
 
 _T = TypeVar("_T")
@@ -40,7 +40,7 @@ _MOSTLY = 0.5  # from this share of the time on, what comes before the first tok
 
 def summarise(
     configurations: Iterable[Configuration],
-    samples: Iterable[Sample],
+    samples: Iterable[TimedCaption],
     errors: Mapping[Configuration, str] | None = None,
 ) -> tuple[Summary, ...]:
     """Sum up each configuration, in the order given.
@@ -74,15 +74,15 @@ class _Group:
 
     def __init__(self, configuration: Configuration) -> None:
         self.configuration = configuration
-        self.videos: dict[str, list[Sample]] = defaultdict(list)
+        self.videos: dict[str, list[TimedCaption]] = defaultdict(list)
 
-    def add(self, sample: Sample) -> None:
+    def add(self, sample: TimedCaption) -> None:
         self.videos[sample.video].append(sample)
 
-    def all(self) -> list[Sample]:
+    def all(self) -> list[TimedCaption]:
         return [sample for turns in self.videos.values() for sample in turns]
 
-    def typical(self) -> dict[str, Sample]:
+    def typical(self) -> dict[str, TimedCaption]:
         """Of each video the turn whose total time is the median, so that all of its figures hang together.
 
         Videos of a batch share their time: there it is one turn, by the total of all videos.
@@ -92,9 +92,9 @@ class _Group:
             return turns[_middle(turns, key=lambda turn: _total_s(turns[turn].values()))]
         return {video: _middle(turns, key=lambda one: one.total_s) for video, turns in self.videos.items()}
 
-    def turns(self) -> dict[int, dict[str, Sample]]:
+    def turns(self) -> dict[int, dict[str, TimedCaption]]:
         """The turns that have all videos: their samples by video."""
-        found: dict[int, dict[str, Sample]] = defaultdict(dict)
+        found: dict[int, dict[str, TimedCaption]] = defaultdict(dict)
         for sample in self.all():
             found[sample.turn][sample.video] = sample
         return {turn: samples for turn, samples in found.items() if len(samples) == len(self.videos)}
@@ -112,7 +112,7 @@ def _middle(values: Iterable[_T], key: Callable[[_T], float]) -> _T:
     return ordered[(len(ordered) - 1) // 2]
 
 
-def _total_s(samples: Iterable[Sample]) -> float:
+def _total_s(samples: Iterable[TimedCaption]) -> float:
     return sum(one.total_s for one in samples)
 
 
@@ -130,14 +130,14 @@ def _frames_of_others(failed: Configuration, groups: Mapping[Configuration, _Gro
     return next((fmean(one.num_frames for one in group.typical().values()) for group in others), 0.0)
 
 
-def _token_s(samples: Iterable[Sample]) -> float | None:
+def _token_s(samples: Iterable[TimedCaption]) -> float | None:
     """Time per token of all of them together."""
     samples = list(samples)
     return _over(sum(one.decode_s for one in samples), sum(one.decode_tokens for one in samples))
 
 
 @dataclass(frozen=True, slots=True)
-class _Rounds:
+class _RoundTerms:
     """The terms of the formula (see docs/bench.md), each None where it was not measured."""
 
     plain_steps: int = 0
@@ -214,7 +214,7 @@ def _summary(group: _Group, peers: Mapping[MethodName, _Group], alone: _Group | 
     return _judged(summary)
 
 
-def _settled_share(samples: Sequence[Sample]) -> float | None:
+def _settled_share(samples: Sequence[TimedCaption]) -> float | None:
     if samples[0].configuration.method in ("stock", "assisted"):
         return None
     return sum(one.settled_tokens for one in samples) / sum(len(one.token_ids) for one in samples)
@@ -230,7 +230,7 @@ def _reference(method: MethodName, peers: Mapping[MethodName, _Group]) -> _Group
     return next((peers[one] for one in before if one in peers), None)
 
 
-def _stages(samples: Sequence[Sample]) -> Stages:
+def _stages(samples: Sequence[TimedCaption]) -> Stages:
     return Stages(**{name: sum(getattr(one.stages, name) for one in samples) for name in STAGES})
 
 
@@ -251,13 +251,13 @@ def _judged(summary: Summary) -> Summary:
     return replace(summary, limit=limit(summary))
 
 
-def _rounds(samples: Sequence[Sample], stages: Stages, plain_token_s: float | None) -> _Rounds:
+def _rounds(samples: Sequence[TimedCaption], stages: Stages, plain_token_s: float | None) -> _RoundTerms:
     rounds = sum(one.num_drafts for one in samples)
     if not rounds:
-        return _Rounds()
+        return _RoundTerms()
     steps = sum(map(_plain_steps, samples))
     verify_s = None if steps and plain_token_s is None else stages.verify_s - steps * (plain_token_s or 0.0)
-    return _Rounds(
+    return _RoundTerms(
         plain_steps=steps,
         accepted=sum(one.num_accepted_tokens for one in samples) / rounds,
         draft_s=_drafting_s(samples[0].configuration, stages) / rounds,
@@ -275,14 +275,14 @@ def _other_s(how: Configuration, stages: Stages) -> float:
     return stages.host_s + (0.0 if how.method == HEAD else stages.commit_s)
 
 
-def _plain_steps(sample: Sample) -> int:
+def _plain_steps(sample: TimedCaption) -> int:
     """Tokens that came neither from a guess nor as a round's bonus; a caption's last round may have no bonus."""
     if not sample.num_drafts:
         return 0
     return max(sample.decode_tokens - sample.num_accepted_tokens - sample.num_drafts, 0)
 
 
-def _mean_nodes(samples: Sequence[Sample]) -> float | None:
+def _mean_nodes(samples: Sequence[TimedCaption]) -> float | None:
     rounds = sum(one.num_drafts for one in samples)
     return 1.0 + sum(one.num_draft_tokens for one in samples) / rounds if rounds else None
 

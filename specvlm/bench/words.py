@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from statistics import fmean
 from typing import NamedTuple
 
-from specvlm.bench.records import BASELINES, MethodName, Report, Spread, Summary
+from specvlm.bench.records import BASELINES, BenchReport, MethodName, Spread, Summary
 
 STAGE_NAMES = {
     "read_s": "read",
@@ -89,7 +89,7 @@ def has_several_frames(summaries: Iterable[Summary]) -> bool:
     return len({one.configuration.frames_asked for one in summaries}) > 1
 
 
-def baseline_of(report: Report) -> MethodName | None:
+def baseline_of(report: BenchReport) -> MethodName | None:
     """The method that speedups are shown against: the first of the baselines that ran."""
     return next((base for base in BASELINES if any(one.speedup(base) for one in report.summaries)), None)
 
@@ -119,7 +119,7 @@ def frames_note(asked: int, read: float, multiple: int) -> str:
     return f"{told}: videos have no more" if read < asked else f"{told}: the fewest that are read"
 
 
-def frames_notes(report: Report) -> list[str]:
+def frames_notes(report: BenchReport) -> list[str]:
     """What is to be said of each number of frames that was asked for, once."""
     multiple, found = report.conditions.frame_multiple, []
     for asked in dict.fromkeys(one.configuration.frames_asked for one in report.summaries):
@@ -133,7 +133,7 @@ def frames_notes(report: Report) -> list[str]:
     return found
 
 
-def clips_words(report: Report) -> str:
+def clips_words(report: BenchReport) -> str:
     """Which clips, how many, and how often."""
     its = report.conditions
     words = f"{its.clips}: {counted(len(its.videos), 'video')}"
@@ -142,7 +142,7 @@ def clips_words(report: Report) -> str:
     )
 
 
-def peak_words(report: Report) -> str:
+def peak_words(report: BenchReport) -> str:
     """The peak of a process, which no method has for itself; empty if the device reports each method's."""
     most = report.process_peak_bytes
     return "" if most is None else f"{amount(most)}, of the process with all methods"
@@ -156,7 +156,7 @@ def name_of(summary: Summary, several_frames: bool) -> str:
     return f"{label}, batch {size}" if size > 1 else label
 
 
-def limits(report: Report) -> Iterator[tuple[str, str]]:
+def limits(report: BenchReport) -> Iterator[tuple[str, str]]:
     """Each configuration, and what is said of its limit, or why it failed."""
     several = has_several_frames(report.summaries)
     for one in report.summaries:
@@ -165,7 +165,7 @@ def limits(report: Report) -> Iterator[tuple[str, str]]:
             yield name_of(one, several), said
 
 
-def stopped_words(report: Report) -> str:
+def stopped_words(report: BenchReport) -> str:
     """What a bench that was stopped has kept; empty where it was not."""
     if not report.stopped:
         return ""
@@ -178,7 +178,7 @@ def stopped_words(report: Report) -> str:
     return f"stopped early: kept {counted(turns, 'whole turn')} of {counted(videos, 'video')}"
 
 
-def reference(report: Report) -> str:
+def reference(report: BenchReport) -> str:
     """The method whose captions the others are compared with."""
     return next((one.exact_match_against for one in report.summaries if one.exact_match_against), "stock")
 

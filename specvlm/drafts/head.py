@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 
 from specvlm.attention import AttentionPlan, Segment
-from specvlm.cache import KVCache, Part
+from specvlm.cache import KVCache, PrefillPart
 from specvlm.config import SpeculationSettings
 from specvlm.drafts.base import Draft, DraftRead, DraftRow, Proposer
 from specvlm.drafts.head_model import HeadModel, PairSequence, Shown
@@ -126,7 +126,9 @@ class _HeadProposer(Proposer):
             for index in pack:
                 segments.append(Segment(done, read[index].pairs.shape[1]))
                 done += segments[-1].count
-            parts = [Part(first + index, 0, one.count) for index, one in zip(pack, segments, strict=True)]
+            parts = [
+                PrefillPart(first + index, 0, one.count) for index, one in zip(pack, segments, strict=True)
+            ]
             self.cache.aim_prefill(parts, self._head.device)
             hidden = self._text.forward(
                 torch.cat([read[index].pairs for index in pack], dim=1),

@@ -11,7 +11,7 @@ from specvlm.config import SpeculationSettings
 from specvlm.drafts.base import Draft, DraftRead, DraftRow, Proposer
 from specvlm.drafts.vocabulary import DraftVocabulary
 from specvlm.model import Lengths, Nodes, VideoLM
-from specvlm.prefill import Reading, ToSee, embed, prefill_draft, prune_prompt
+from specvlm.prefill import PrefillRow, ToSee, embed, prefill_draft, prune_prompt
 from specvlm.pruning import prune
 from specvlm.sampling import TokenRule
 from specvlm.tree import Frontier, Guesses, TreeShape
@@ -92,7 +92,7 @@ class _SmallModelProposer(Proposer):
         self._previous = self._with(self._previous, last)
         self._prompt_lengths = self._with(self._prompt_lengths, [prompt.length for prompt in prompts])
         prefill_draft(
-            self._model, self.cache, [Reading(prompt, row) for row, prompt in enumerate(prompts, first)]
+            self._model, self.cache, [PrefillRow(prompt, row) for row, prompt in enumerate(prompts, first)]
         )
         return [DraftRead(int(keep.sum())) for keep in keeps]
 

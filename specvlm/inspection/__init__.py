@@ -12,7 +12,7 @@ for `look_through_head`, which says what a trained head's compressor makes of th
 """
 
 from specvlm.inspection.looking import Compression as Compression
+from specvlm.inspection.looking import FrameStep as FrameStep
 from specvlm.inspection.looking import Inspection as Inspection
-from specvlm.inspection.looking import Step as Step
 from specvlm.inspection.looking import look as look
 from specvlm.inspection.looking import look_through_head as look_through_head

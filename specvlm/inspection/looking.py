@@ -20,7 +20,7 @@ from specvlm.drafts.base import DraftRow
 from specvlm.drafts.head import HeadDraft
 from specvlm.errors import ConfigError, NonFiniteLogitsError
 from specvlm.families.base import ModelInputs, VideoGrid
-from specvlm.prefill import Prompt, Reading, TargetPrefill, ToSee, embed, prefill_target
+from specvlm.prefill import PrefillRow, Prompt, TargetPrefill, ToSee, embed, prefill_target
 from specvlm.pruning import kept_by_stage
 from specvlm.records import Frames
 from specvlm.sampling import TokenRule, logits_rules
@@ -68,7 +68,7 @@ class StageFigures:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class FrameStep:
     """One step of the video's tokens in time: the cells of the frames that it covers.
 
     Attributes:
@@ -203,17 +203,17 @@ class Inspection:
         return values[: grid.cells].reshape(grid.steps, grid.rows, grid.columns)
 
     @cached_property
-    def steps(self) -> tuple[Step, ...]:
+    def steps(self) -> tuple[FrameStep, ...]:
         """The grid's T steps in time."""
         return tuple(self._step(number) for number in range(self.grid.steps))
 
-    def _step(self, number: int) -> Step:
+    def _step(self, number: int) -> FrameStep:
         last = len(self.frames.pixels) - 1
         begin = number * self.grid.frames_per_step
         frames = begin, min(begin + self.grid.frames_per_step - 1, last)
         stage, shares = self.cells(self.stage)[number], self.cells(self.shares)[number]
         times_s = self.frames.times_s
-        return Step(
+        return FrameStep(
             frames=frames,
             times_s=(float(times_s[frames[0]]), float(times_s[frames[1]])),
             kept_first=int((stage == FIRST).sum()),
@@ -348,7 +348,7 @@ def _read(captioner: Captioner, inputs: ModelInputs) -> _TargetRead:
     with torch.inference_mode():
         (prompt,) = embed(target, [ToSee(inputs)])
         cache = target.new_cache(prompt.length)
-        (told,) = prefill_target(target, cache, [Reading(prompt, 0)])
+        (told,) = prefill_target(target, cache, [PrefillRow(prompt, 0)])
         return _TargetRead(prompt, cache, told)
 
 

@@ -27,7 +27,7 @@ from specvlm.inspection.drawing import (
     outline,
     write,
 )
-from specvlm.inspection.looking import FIRST, SECOND, Inspection, Step
+from specvlm.inspection.looking import FIRST, SECOND, FrameStep, Inspection
 
 MOST_PICTURES = 12
 _MARGIN, _GAP = 28, 18
@@ -267,7 +267,7 @@ def _draw_label(
     write(draw, (at[0], at[1] + 17), cut(below, face, layout.slot), face, layout.theme.faint)
 
 
-def _frames_and_times(step: Step) -> str:
+def _frames_and_times(step: FrameStep) -> str:
     first, last = step.frames
     if first == last:
         return f"frame {first + 1}  ·  {step.times_s[0]:.2f} s"
@@ -304,7 +304,7 @@ def _draw_timeline(draw: ImageDraw.ImageDraw, top: int, layout: _Layout, found: 
     write(draw, (right, bottom + 5), f"{steps[-1].times_s[1]:.2f} s", face, layout.theme.faint, "ra")
 
 
-def _draw_bar(draw: ImageDraw.ImageDraw, step: Step, span: tuple[int, int], low: int, most: int) -> None:
+def _draw_bar(draw: ImageDraw.ImageDraw, step: FrameStep, span: tuple[int, int], low: int, most: int) -> None:
     """Stage I below, stage II upon it."""
     inset = (span[1] - span[0]) // 8
     left, right = span[0] + inset, max(span[0] + inset, span[1] - inset)

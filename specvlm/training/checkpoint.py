@@ -42,7 +42,7 @@ class DamagedCheckpointError(Exception):
     """A checkpoint is not what was written. The message says what is wrong with it."""
 
 
-class Found(NamedTuple):
+class SavedTraining(NamedTuple):
     """A checkpoint to resume from."""
 
     checkpoint: Checkpoint | None  # the newest that is whole; None: there is none
@@ -87,7 +87,7 @@ class Checkpoints:
                 return int(told["step"]), told["facts"]
         return None
 
-    def newest(self) -> Found:
+    def newest(self) -> SavedTraining:
         """Read the newest checkpoint that is whole."""
         damaged: list[str] = []
         for number, name in enumerate(names := self._names()):
@@ -98,8 +98,8 @@ class Checkpoints:
                 continue
             for newer in names[:number]:  # they would stand before those to come
                 shutil.rmtree(self._folder / newer)
-            return Found(checkpoint, damaged)
-        return Found(None, damaged)
+            return SavedTraining(checkpoint, damaged)
+        return SavedTraining(None, damaged)
 
     def _names(self) -> list[str]:
         """Newest first."""

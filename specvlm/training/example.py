@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 
 from specvlm.attention import AttentionPlan, Segment
-from specvlm.cache import Part
+from specvlm.cache import PrefillPart
 from specvlm.errors import GenerationError
 from specvlm.families.base import ModelInputs
 from specvlm.model import VideoLM
-from specvlm.prefill import Reading, ToSee, embed, prefill_target
+from specvlm.prefill import PrefillRow, ToSee, embed, prefill_target
 
 SHORTEST = 2  # tokens of a caption: the head guesses from the second one on
 
@@ -67,11 +67,11 @@ def read_example(target: VideoLM, inputs: ModelInputs, token_ids: Sequence[int])
         known = torch.tensor([list(token_ids[:-1])], device=target.embedding_device)
         count = prompt.length + known.shape[1]
         cache = target.new_cache(count)
-        scores = prefill_target(target, cache, [Reading(prompt, 0)])[0].scores
+        scores = prefill_target(target, cache, [PrefillRow(prompt, 0)])[0].scores
         written = target.embed_tokens(known)
         where = prompt.next_position + torch.arange(known.shape[1], device=written.device)
         positions = where.expand(prompt.positions.shape[0], -1)
-        cache.aim_prefill([Part(0, prompt.length, known.shape[1])], written.device)
+        cache.aim_prefill([PrefillPart(0, prompt.length, known.shape[1])], written.device)
         plan = AttentionPlan((Segment(0, known.shape[1], prompt.length),))
         target.forward(written, positions[:, None], cache, plan)
         features = cache.features(torch.arange(count, device=target.device)[None])

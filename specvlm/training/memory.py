@@ -25,7 +25,7 @@ _FLOAT = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class SampleSize:
     """How large a sample is, and what is done with it.
 
     Attributes:
@@ -54,7 +54,7 @@ class Need:
     head: int
 
 
-def need(target: VideoLM, head: HeadModel, sample: Sample) -> Need:
+def need(target: VideoLM, head: HeadModel, sample: SampleSize) -> Need:
     """Estimate what a sample takes in addition to what is allocated."""
     logits = sample.written * target.vocabulary
     passes = 1 + sample.unroll
@@ -67,7 +67,7 @@ def need(target: VideoLM, head: HeadModel, sample: Sample) -> Need:
     return Need(int(_MARGIN * of_target), int(_MARGIN * of_head))
 
 
-def shortage(target: VideoLM, head: HeadModel, sample: Sample) -> str | None:
+def shortage(target: VideoLM, head: HeadModel, sample: SampleSize) -> str | None:
     """Say what is missing to learn from a sample; None: nothing is, as far as is known."""
     needed = need(target, head, sample)
     devices = {weight.device for weight in target.model.parameters()} | {target.device}
@@ -101,7 +101,7 @@ def free_bytes(device: torch.device) -> int | None:
     return 1024 * int(found[0]) if found else None
 
 
-def _slabs(target: VideoLM, sample: Sample) -> int:
+def _slabs(target: VideoLM, sample: SampleSize) -> int:
     """Keys, values and kept features of prompt, caption and a round."""
     config = target.text.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -110,7 +110,7 @@ def _slabs(target: VideoLM, sample: Sample) -> int:
     return int((sample.tokens + _ROUND_NODES) * each * _size(target.dtype))
 
 
-def _passes(target: VideoLM, sample: Sample) -> int:
+def _passes(target: VideoLM, sample: SampleSize) -> int:
     """One layer's activations over all tokens, the scores' attention, and the example that is kept."""
     config, size = target.text.config, _size(target.dtype)
     kept = 4 * config.hidden_size  # embeddings and features, and the example's own of both
@@ -133,7 +133,7 @@ def _tower(target: VideoLM, inputs: ModelInputs) -> int:
     return int(pixels * size + pixels // patch * (8 * hidden + 2 * inner) * size)
 
 
-def _layer(target: VideoLM, head: HeadModel, sample: Sample) -> int:
+def _layer(target: VideoLM, head: HeadModel, sample: SampleSize) -> int:
     """What the head keeps for its gradient: pairs of all tokens, the layer over those that are left, masks."""
     config, size = target.text.config, _size(head.dtype)
     hidden = config.hidden_size

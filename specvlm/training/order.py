@@ -13,7 +13,7 @@ from typing import NamedTuple
 from specvlm.training.settings import Schedule
 
 
-class Place(NamedTuple):
+class SampleTurn(NamedTuple):
     """One sample's turn."""
 
     position: int  # from the beginning of the training
@@ -34,16 +34,16 @@ class Order:
         steps = schedule.epochs * self.steps_per_epoch
         return steps if schedule.max_steps is None else min(steps, schedule.max_steps)
 
-    def places(self, step: int) -> list[Place]:
+    def places(self, step: int) -> list[SampleTurn]:
         """The samples of a step, which is counted from 0."""
         epoch, index = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
             self._epoch, self._shuffled = epoch, shuffled(self.count, self._seed, epoch)
         first = index * self._accumulate
         chosen = self._shuffled[first : first + self._accumulate]
-        return [Place(epoch * self.count + first + i, sample) for i, sample in enumerate(chosen)]
+        return [SampleTurn(epoch * self.count + first + i, sample) for i, sample in enumerate(chosen)]
 
-    def places_of(self, steps: range, rank: int, ranks: int) -> Iterator[Place]:
+    def places_of(self, steps: range, rank: int, ranks: int) -> Iterator[SampleTurn]:
         """The samples that one of several processes learns from, in order."""
         own = Order(self.count, self._accumulate, self._seed)  # another epoch than ours may be asked for
         for step in steps:

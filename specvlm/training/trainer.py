@@ -23,7 +23,7 @@ from specvlm.training.example import Example
 from specvlm.training.folder import HeadFolder
 from specvlm.training.learner import Learner
 from specvlm.training.objective import ObjectiveSettings, distillation_loss
-from specvlm.training.order import Order, Place, noise_seed
+from specvlm.training.order import Order, SampleTurn, noise_seed
 from specvlm.training.progress import Held, Measures, Progress, mean_accepted_tokens
 from specvlm.training.ranks import Ranks
 from specvlm.training.settings import Schedule, TrainingSettings
@@ -35,13 +35,13 @@ class Interrupted(Exception):  # noqa: N818  it is no fault
     """Stopping was asked for while a sample was waited for; the step is not taken."""
 
 
-class Source(Protocol):
+class SampleSource(Protocol):
     """Where samples come from: videos, captioned by the target. Every process has one."""
 
     def begin(self, steps: range) -> None:
         """These steps are to come."""
 
-    def visit(self, place: Place | None, learn: Learn) -> Measures | None:
+    def visit(self, place: SampleTurn | None, learn: Learn) -> Measures | None:
         """Show `learn` the sample of a place; every process calls this, those that have none left with None.
 
         Returns:
@@ -84,13 +84,13 @@ class Watcher(Protocol):
     def evaluated(self, entry: dict[str, Any]) -> None: ...
 
 
-class Parts(NamedTuple):
+class TrainingParts(NamedTuple):
     """What a training is made of."""
 
     target: VideoLM
     learner: Learner
     in_use: HeadModel  # where its weights are put to decode with, and to be saved
-    source: Source
+    source: SampleSource
     folder: HeadFolder | None  # None: another process writes
     ranks: Ranks
     watcher: Watcher
@@ -118,7 +118,7 @@ class Trainer:
 
     def __init__(
         self,
-        parts: Parts,
+        parts: TrainingParts,
         order: Order,
         settings: TrainingSettings,
         objective: ObjectiveSettings,
@@ -201,7 +201,7 @@ class Trainer:
         parts.watcher.stepped(parts.learner.steps, self._progress)
         return True
 
-    def _learn(self, place: Place) -> Learn:
+    def _learn(self, place: SampleTurn) -> Learn:
         """What is done with the sample of a place."""
         parts = self._parts
 

@@ -20,9 +20,9 @@ from av.video.frame import VideoFrame
 from numpy.typing import NDArray
 
 from specvlm.errors import VideoError
-from specvlm.video.demuxing import DISCARD, HIDDEN, KEY, UNKNOWN, Packets, Source
+from specvlm.video.demuxing import DISCARD, HIDDEN, KEY, UNKNOWN, OpenVideo, Packets
 from specvlm.video.pixels import Decoded, FrameStore, orientation_of
-from specvlm.video.plan import Plan
+from specvlm.video.plan import FramePlan
 
 # Formats that decord's FFmpeg 4.1 and PyAV's turn into the same RGB; others differ in their chroma.
 _SAME_PIXELS = frozenset({"yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p"})
@@ -46,7 +46,7 @@ def name() -> str:
     return f"decord {load().__version__}"
 
 
-def refusal(source: Source, packets: Packets, plan: Plan) -> str | None:
+def refusal(source: OpenVideo, packets: Packets, plan: FramePlan) -> str | None:
     """Why this file should not be given to decord; None if it may."""
     context, pixels = source.stream.codec_context, source.pixel_format
     pts, dts, flags, _ = packets.columns()
@@ -75,7 +75,7 @@ def refusal(source: Source, packets: Packets, plan: Plan) -> str | None:
 
 
 def decode(
-    source: Source, times_s: NDArray[np.float64], chosen: NDArray[np.int64], store: FrameStore
+    source: OpenVideo, times_s: NDArray[np.float64], chosen: NDArray[np.int64], store: FrameStore
 ) -> Decoded:
     """Decode the chosen frames, all of them.
 

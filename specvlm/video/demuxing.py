@@ -59,7 +59,7 @@ _PAUSE_S = (
 )
 
 
-class Source(NamedTuple):
+class OpenVideo(NamedTuple):
     """An open container and its video stream. Valid inside `open_source` only."""
 
     file: VideoFile
@@ -82,7 +82,7 @@ class Source(NamedTuple):
 
 
 @contextmanager
-def open_source(file: VideoFile, heard: list[ffmpeg_log.Line]) -> Iterator[Source]:
+def open_source(file: VideoFile, heard: list[ffmpeg_log.Line]) -> Iterator[OpenVideo]:
     """Open the file's demuxer and its main video stream, set to decode on one thread.
 
     Raises:
@@ -102,7 +102,7 @@ def open_source(file: VideoFile, heard: list[ffmpeg_log.Line]) -> Iterator[Sourc
             stream.codec_context.thread_count = 1
             stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # frames may grow in mid-stream
             name = _FORMATS[container.format.name]
-            yield Source(file, container, stream, name, _codec_name(stream), heard)
+            yield OpenVideo(file, container, stream, name, _codec_name(stream), heard)
     except VideoError:
         contents.require_read()  # says more than what it made the demuxer say
         raise
@@ -171,7 +171,7 @@ class Packets:
         """
         return np.array(self._rows, np.int64).reshape(-1, 4).T
 
-    def add(self, packet: Packet[VideoStream], source: Source) -> None:
+    def add(self, packet: Packet[VideoStream], source: OpenVideo) -> None:
         self.note_complaints(source)
         numbers = (packet.pts, packet.dts, _flags(packet, source.codec), packet.pos)
         self._rows.extend(UNKNOWN if number is None else number for number in numbers)
@@ -182,7 +182,7 @@ class Packets:
             if self._size > _HELD_BYTES:
                 self.held = None
 
-    def note_complaints(self, source: Source) -> None:
+    def note_complaints(self, source: OpenVideo) -> None:
         """Note where the demuxer has lost its way, and forget what was said until now."""
         if source.heard:
             name = source.container.format.name
@@ -226,7 +226,7 @@ def _gap(places: NDArray[np.int64], before: int, what: str) -> int:
     return before if place is None else int(np.searchsorted(places, int(place[1], 0)))
 
 
-def demux(source: Source) -> Iterator[Packet[VideoStream]]:
+def demux(source: OpenVideo) -> Iterator[Packet[VideoStream]]:
     """All packets of the stream that are not empty, from where the container stands.
 
     Raises:
@@ -240,7 +240,7 @@ def demux(source: Source) -> Iterator[Packet[VideoStream]]:
         return  # PyAV's, at the end, where a transport stream has announced further streams on its way
 
 
-def read_packets(source: Source, count: int | None = None, end: int = _FAR_TICKS) -> Packets:
+def read_packets(source: OpenVideo, count: int | None = None, end: int = _FAR_TICKS) -> Packets:
     """Demux up to the end of the file, to a number of packets, or until all later ones are shown after `end`."""
     packets, later = Packets(), 0
     try:
@@ -255,7 +255,7 @@ def read_packets(source: Source, count: int | None = None, end: int = _FAR_TICKS
     return packets
 
 
-def read_part(source: Source, start_s: float, end_s: float | None) -> Packets | None:
+def read_part(source: OpenVideo, start_s: float, end_s: float | None) -> Packets | None:
     """Read a part and a little more by the container's index; None: it has none, or the part is too large."""
     stream, seek, rate = source.stream, source.container.seek, source.stream.average_rate
     is_complete = source.format == "matroska" or 0 < stream.frames == len(stream.index_entries)
@@ -287,7 +287,7 @@ def _shown(packets: Packets) -> tuple[int, int]:
     return int(pts.min()), int(pts.max())
 
 
-def rate_of(source: Source) -> Fraction:
+def rate_of(source: OpenVideo) -> Fraction:
     """Frames a second as the container or the codec says; 25, FFmpeg's own guess, where neither makes sense."""
     rate = source.stream.average_rate or source.stream.guessed_rate or Fraction(25)
     return rate if rate <= _HIGHEST_RATE else Fraction(25)

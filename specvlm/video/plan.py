@@ -9,14 +9,24 @@ from numpy.typing import NDArray
 
 from specvlm.errors import VideoDecodeError
 from specvlm.video.contents import ends_early
-from specvlm.video.demuxing import CORRUPT, DISCARD, HIDDEN, INDEXED, KEY, UNKNOWN, Packets, Source, rate_of
+from specvlm.video.demuxing import (
+    CORRUPT,
+    DISCARD,
+    HIDDEN,
+    INDEXED,
+    KEY,
+    UNKNOWN,
+    OpenVideo,
+    Packets,
+    rate_of,
+)
 from specvlm.video.sampling import mean_gap_s
 
 BROADCAST = frozenset({"mpegts", "mpeg"})  # may be recorded from anywhere on
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class FramePlan:
     """All frames of a video, or of a part of it, in the order in which they are shown.
 
     Attributes:
@@ -40,7 +50,7 @@ class Plan:
     fps: float
 
 
-def plan_of(source: Source, packets: Packets) -> Plan:
+def plan_of(source: OpenVideo, packets: Packets) -> FramePlan:
     """Plan the reading of all packets of a file, or of those of a part of it.
 
     Raises:
@@ -64,7 +74,7 @@ def plan_of(source: Source, packets: Packets) -> Plan:
     first = packets.whole[0] if packets.whole else ticks[0]
     times_s: NDArray[np.float64] = (ticks - first) * source.tick_s
     length = packets.whole[1:] if packets.whole else length_of(source, times_s, packets.last_duration)
-    return Plan(
+    return FramePlan(
         times_s=times_s,
         numbers=numbers[where],
         starts=_starts(ticks, numbers[where], stamps, keys),
@@ -76,7 +86,7 @@ def plan_of(source: Source, packets: Packets) -> Plan:
     )
 
 
-def length_of(source: Source, times_s: NDArray[np.float64], last_duration: int) -> tuple[float, float]:
+def length_of(source: OpenVideo, times_s: NDArray[np.float64], last_duration: int) -> tuple[float, float]:
     """(duration in seconds, mean frame rate) of a video with these frames."""
     gap_s = mean_gap_s(times_s)
     stays_s = gap_s or last_duration * source.tick_s

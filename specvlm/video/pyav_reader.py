@@ -28,8 +28,8 @@ from specvlm.video.demuxing import (
     DISCARD,
     HIDDEN,
     UNKNOWN,
+    OpenVideo,
     Packets,
-    Source,
     demux,
     open_source,
     rate_of,
@@ -44,7 +44,7 @@ from specvlm.video.pixels import (
     orientation_of,
     pixel_limit,
 )
-from specvlm.video.plan import BROADCAST, Plan, length_of
+from specvlm.video.plan import BROADCAST, FramePlan, length_of
 from specvlm.video.sampling import select_frames
 from specvlm.video.timing import Stamp, frame_times
 
@@ -59,7 +59,7 @@ _SLICES = range(1, 6)  # parts of a packet of H.264 that are of a picture
 _CLOCK_MAY_JUMP = frozenset({"mpegts", "mpeg", "ogg"})
 
 
-class Request(NamedTuple):
+class FrameRequest(NamedTuple):
     """What is asked of a video."""
 
     settings: FrameSettings
@@ -74,15 +74,15 @@ class Request(NamedTuple):
         return FrameStore(frames, pixel_limit(self.settings, max(1, frames)), self.memory)
 
 
-class Reading(NamedTuple):
+class DecodedFrames(NamedTuple):
     """What one read found."""
 
     decoded: Decoded  # `places` among the chosen frames
-    plan: Plan  # as the decoder confirmed or corrected it
+    plan: FramePlan  # as the decoder confirmed or corrected it
     chosen: NDArray[np.int64]  # [F] of the plan's frames, never empty
 
 
-def decode(source: Source, packets: Packets, plan: Plan, request: Request) -> Reading:
+def decode(source: OpenVideo, packets: Packets, plan: FramePlan, request: FrameRequest) -> DecodedFrames:
     """Decode those of the chosen frames that are intact. There are no stand-ins.
 
     Args:
@@ -100,7 +100,9 @@ def decode(source: Source, packets: Packets, plan: Plan, request: Request) -> Re
     return reading or _decode_straight(source, packets, plan, request)
 
 
-def decode_by_plan(source: Source, packets: Packets, plan: Plan, request: Request) -> Reading | None:
+def decode_by_plan(
+    source: OpenVideo, packets: Packets, plan: FramePlan, request: FrameRequest
+) -> DecodedFrames | None:
     """Decode what the chosen frames need, and no more; None at the first disagreement of decoder and plan.
 
     `packets` may be those of a part. For the rest see `decode`.
@@ -119,7 +121,9 @@ def decode_by_plan(source: Source, packets: Packets, plan: Plan, request: Reques
     return _without_lost(source, plan, chosen, store, losses)
 
 
-def _decode_straight(source: Source, packets: Packets, plan: Plan, request: Request) -> Reading:
+def _decode_straight(
+    source: OpenVideo, packets: Packets, plan: FramePlan, request: FrameRequest
+) -> DecodedFrames:
     """Decode everything, and once more where other frames are chosen than the plan let expect."""
     expected, chosen = None, request.choose(plan.times_s)
     while expected is None or not np.array_equal(chosen, expected):
@@ -151,17 +155,21 @@ def _decode_straight(source: Source, packets: Packets, plan: Plan, request: Requ
 
 
 def _without_lost(
-    source: Source, plan: Plan, chosen: NDArray[np.int64], store: FrameStore, losses: NDArray[np.int64]
-) -> Reading:
+    source: OpenVideo,
+    plan: FramePlan,
+    chosen: NDArray[np.int64],
+    store: FrameStore,
+    losses: NDArray[np.int64],
+) -> DecodedFrames:
     """Keep the frames that no loss has reached."""
     lost = _any_between(losses, plan.starts[chosen], plan.numbers[chosen])
     intact = [place for place in range(len(chosen)) if place in store.filled and not lost[place]]
     if not intact:
         raise too_few(source.file, 0, len(chosen))
-    return Reading(store.result(intact), plan, chosen)
+    return DecodedFrames(store.result(intact), plan, chosen)
 
 
-def past_the_end(file: VideoFile, plan: Plan, start_s: float) -> VideoRangeError:
+def past_the_end(file: VideoFile, plan: FramePlan, start_s: float) -> VideoRangeError:
     """The error for a part that begins after the end."""
     reason = f"start_s={start_s:g} is past the video's {plan.duration_s:.3f} s; start earlier"
     return VideoRangeError(file.label, reason)
@@ -178,7 +186,7 @@ def _any_between(losses: NDArray[np.int64], first: Any, last: Any) -> Any:
     return np.searchsorted(losses, first, side="left") < np.searchsorted(losses, last, side="right")
 
 
-def _spans(plan: Plan, chosen: NDArray[np.int64]) -> list[tuple[int, int]]:
+def _spans(plan: FramePlan, chosen: NDArray[np.int64]) -> list[tuple[int, int]]:
     """First and last packet of what the chosen frames need, in the order of the file, without overlap."""
     spans: list[tuple[int, int]] = []
     for start, number in sorted(np.stack([plan.starts[chosen], plan.numbers[chosen]], 1).tolist()):
@@ -235,7 +243,7 @@ class _Run:
 
 
 def _decode_runs(
-    source: Source,
+    source: OpenVideo,
     packets: Packets,
     spans: Sequence[tuple[int, int]],
     places: dict[int, int],
@@ -285,7 +293,7 @@ class _Decoder:
         length_bytes: Size of the lengths between parts of a packet of H.264; 0: there are none.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: OpenVideo) -> None:
         self._native: VideoCodecContext = source.stream.codec_context
         self._context = self._native
         self.knows_keys = True
@@ -352,7 +360,9 @@ def _is_unreferenced(packet: Packet[VideoStream], length_bytes: int) -> bool:
 
 
 @contextmanager
-def _from_start(source: Source, packets: Packets) -> Iterator[tuple[Source, Iterable[Packet[VideoStream]]]]:
+def _from_start(
+    source: OpenVideo, packets: Packets
+) -> Iterator[tuple[OpenVideo, Iterable[Packet[VideoStream]]]]:
     """The packets once more: from memory, or by reading the file again, up to where that failed before."""
     if packets.held is not None:
         yield source, packets.held

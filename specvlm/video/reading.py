@@ -22,7 +22,7 @@ from specvlm.video.ffmpeg_log import Line
 from specvlm.video.opening import VideoFile, open_video
 from specvlm.video.pixels import Decoded, Memory, own_memory
 from specvlm.video.plan import plan_of
-from specvlm.video.pyav_reader import Reading, Request
+from specvlm.video.pyav_reader import DecodedFrames, FrameRequest
 
 _LONG_BYTES = 16 << 20  # files from which a part is worth seeking for
 
@@ -56,7 +56,7 @@ def read(
     began = time.perf_counter()
     _check(settings, frame_multiple)
     hooks.began("open")
-    request = Request(settings, frame_multiple, hooks.memory)
+    request = FrameRequest(settings, frame_multiple, hooks.memory)
     with ffmpeg_log.listening() as heard, open_video(path, root) as file:
         hooks.began("index")
         reading = _read_part(file, heard, request, hooks) or _read_whole(file, heard, request, hooks)
@@ -85,7 +85,9 @@ def _check(settings: FrameSettings, frame_multiple: int) -> None:
         )
 
 
-def _read_part(file: VideoFile, heard: list[Line], request: Request, hooks: Hooks) -> Reading | None:
+def _read_part(
+    file: VideoFile, heard: list[Line], request: FrameRequest, hooks: Hooks
+) -> DecodedFrames | None:
     """Read what a part of a long film needs; None where the whole has to be read."""
     start_s, end_s, backend = request.settings.start_s, request.settings.end_s, request.settings.backend
     is_part = start_s > 0.0 or end_s is not None
@@ -102,7 +104,7 @@ def _read_part(file: VideoFile, heard: list[Line], request: Request, hooks: Hook
         return pyav_reader.decode_by_plan(source, packets, plan, request)
 
 
-def _read_whole(file: VideoFile, heard: list[Line], request: Request, hooks: Hooks) -> Reading:
+def _read_whole(file: VideoFile, heard: list[Line], request: FrameRequest, hooks: Hooks) -> DecodedFrames:
     """Read the file from its beginning to its end."""
     with open_source(file, heard) as source:
         packets = read_packets(source)
@@ -118,14 +120,14 @@ def _read_whole(file: VideoFile, heard: list[Line], request: Request, hooks: Hoo
             hooks.began("decord")
             try:
                 decoded = decord_reader.decode(source, plan.times_s, chosen, request.room_for(len(chosen)))
-                return Reading(decoded, plan, chosen)
+                return DecodedFrames(decoded, plan, chosen)
             except decord_reader.DecordFailedError as error:
                 reason = str(error)
         advice = f"decord cannot be trusted with it: {reason}; use --video-backend auto or pyav"
         raise VideoDecodeError(file.label, advice)
 
 
-def _require_enough(file: VideoFile, reading: Reading, request: Request) -> Decoded:
+def _require_enough(file: VideoFile, reading: DecodedFrames, request: FrameRequest) -> Decoded:
     """Refuse a video of which too little is left; keep the multiple where the rest holds one."""
     decoded, chosen = reading.decoded, len(reading.chosen)
     intact = len(decoded.places)
@@ -135,7 +137,7 @@ def _require_enough(file: VideoFile, reading: Reading, request: Request) -> Deco
     return decoded._replace(pixels=decoded.pixels[:kept], places=decoded.places[:kept])
 
 
-def _flags(reading: Reading, decoded: Decoded) -> Iterator[str]:
+def _flags(reading: DecodedFrames, decoded: Decoded) -> Iterator[str]:
     """What was unusual. Damage behind the last frame that was needed does not count."""
     partial = len(decoded.places) < len(reading.chosen)
     if reading.plan.truncated:

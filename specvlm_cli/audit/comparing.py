@@ -24,7 +24,7 @@ _UNFINISHED = "\ufffd"  # half a character, at the end of tokens
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class RowVerdict:
     """What came of one row.
 
     Attributes:
@@ -51,7 +51,7 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class RowInputs:
     """What a row should have been made of.
 
     Attributes:
@@ -67,15 +67,17 @@ class Asked:
     times_s: Sequence[float]
 
 
-def compare(row: Row, stock: StockCaption, asked: Asked, decode: Callable[[Sequence[int]], str]) -> Verdict:
+def compare(
+    row: Row, stock: StockCaption, asked: RowInputs, decode: Callable[[Sequence[int]], str]
+) -> RowVerdict:
     """Return what came of a row; `decode`: tokens -> text, as captions have it."""
     text = storable(stock.text)
     differs = (*_of_caption(row, stock, text), *_of_input(row, stock, asked), *_of_settings(row, asked))
     if not differs:
-        return Verdict("equal")
+        return RowVerdict("equal")
     index = _first_difference(row, stock, lambda tokens: storable(decode(tokens)), text)
     margin = stock.margins[index] if index is not None and index < len(stock.margins) else None
-    return Verdict("different", differs, index, margin, text)
+    return RowVerdict("different", differs, index, margin, text)
 
 
 def _of_caption(row: Row, stock: StockCaption, text: str) -> tuple[str, ...]:
@@ -87,7 +89,7 @@ def _of_caption(row: Row, stock: StockCaption, text: str) -> tuple[str, ...]:
     return _unequal(row, made)
 
 
-def _of_input(row: Row, stock: StockCaption, asked: Asked) -> tuple[str, ...]:
+def _of_input(row: Row, stock: StockCaption, asked: RowInputs) -> tuple[str, ...]:
     made = {
         "prompt": row["prompt"] if asked.prompt is None else asked.prompt,
         "prompt_sha256": hashlib.sha256(row["prompt"].encode()).hexdigest(),
@@ -99,7 +101,7 @@ def _of_input(row: Row, stock: StockCaption, asked: Asked) -> tuple[str, ...]:
     return _unequal(row, made)
 
 
-def _of_settings(row: Row, asked: Asked) -> tuple[str, ...]:
+def _of_settings(row: Row, asked: RowInputs) -> tuple[str, ...]:
     found = ["target_model"] if row.get("target_model") != asked.made_with.target else []
     revision = row.get("target_revision")
     if can_compare(revision, asked.target_revision) and revision != asked.target_revision:

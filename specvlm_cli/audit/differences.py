@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from specvlm.durable import publish
-from specvlm_cli.audit.comparing import Verdict
+from specvlm_cli.audit.comparing import RowVerdict
 from specvlm_cli.safe_files import new_file
 from specvlm_cli.stored_rows import Row
 
@@ -40,7 +40,7 @@ class Difference(NamedTuple):
     """A row of the run that is not equal, and its verdict."""
 
     row: Row
-    verdict: Verdict
+    verdict: RowVerdict
 
     def plain(self) -> Row:
         """Return it as a row of the file."""

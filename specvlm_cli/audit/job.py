@@ -19,8 +19,8 @@ from specvlm_cli.audit import differences
 from specvlm_cli.audit.comparing import Outcome
 from specvlm_cli.audit.differences import Difference
 from specvlm_cli.audit.made_with import How, made_with
-from specvlm_cli.audit.rows import Counted, Rows, places
-from specvlm_cli.audit.sample import Sample
+from specvlm_cli.audit.rows import Counted, RunRows, places
+from specvlm_cli.audit.sample import AuditSample
 from specvlm_cli.audit.verdicts import Verdicts
 from specvlm_cli.audit.work import Tick, Work
 from specvlm_cli.exits import BusyError, ExitCode, FatalError, UsageError
@@ -38,7 +38,7 @@ MOST_SHOWN = 10  # differences that a person sees
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class AuditRequest:
     """What is asked for.
 
     Attributes:
@@ -48,7 +48,7 @@ class Request:
         again: Forget what was compared before.
     """
 
-    sample: Sample
+    sample: AuditSample
     shard: Shard
     how: How
     again: bool = False
@@ -117,7 +117,7 @@ class Audited:
         }
 
 
-def audit(run: RunView, request: Request, tick: Tick = lambda done, of, odd: None) -> Audited:
+def audit(run: RunView, request: AuditRequest, tick: Tick = lambda done, of, odd: None) -> Audited:
     """Make captions of a run again, and compare; what an earlier audit compared is not made again.
 
     Args:
@@ -140,7 +140,7 @@ def audit(run: RunView, request: Request, tick: Tick = lambda done, of, odd: Non
         _held(run.root / FOLDER, name) as folder,
         listening() as stop,
         Verdicts.open(folder / f"verdicts-{name}.db") as verdicts,
-        Rows(run) as rows,
+        RunRows(run) as rows,
     ):
         if request.again:
             verdicts.forget()

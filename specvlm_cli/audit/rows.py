@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from itertools import groupby, islice
 from typing import Self
 
-from specvlm_cli.audit.sample import Place
+from specvlm_cli.audit.sample import RowPlace
 from specvlm_cli.exits import FatalError
 from specvlm_cli.ledger import FileStamp
 from specvlm_cli.ledger_view import ItemView, LedgerView
@@ -18,7 +18,7 @@ from specvlm_cli.text import clean
 _AT_ONCE = 500  # rows of a ledger that are read together
 
 
-def places(run: RunView) -> Iterator[Place]:
+def places(run: RunView) -> Iterator[RowPlace]:
     """Yield where each caption of a run is.
 
     Raises:
@@ -43,24 +43,24 @@ def _require_not_begun(run: RunView, shard: int) -> None:
         raise FatalError(f"{name}: is gone; start specvlm caption again, which makes it from captions/")
 
 
-def _place(shard: int, item: ItemView, prompt_index: int) -> Place:
+def _place(shard: int, item: ItemView, prompt_index: int) -> RowPlace:
     stamp = FileStamp(item.size_bytes, item.mtime_ns)
-    return Place(shard, item.ordinal, prompt_index, item.id, stamp, item.prompts is not None)
+    return RowPlace(shard, item.ordinal, prompt_index, item.id, stamp, item.prompts is not None)
 
 
 class Counted:
     """Passes places on, and counts them."""
 
-    def __init__(self, found: Iterator[Place]) -> None:
+    def __init__(self, found: Iterator[RowPlace]) -> None:
         self._found, self.count = found, 0
 
-    def __iter__(self) -> Iterator[Place]:
+    def __iter__(self) -> Iterator[RowPlace]:
         for place in self._found:
             self.count += 1
             yield place
 
 
-class Rows:
+class RunRows:
     """The rows of a run. One ledger is open at a time: places come in the order of the ledgers."""
 
     def __init__(self, run: RunView) -> None:
@@ -74,14 +74,14 @@ class Rows:
     def __exit__(self, *_: object) -> None:
         self._held.close()
 
-    def of(self, found: Sequence[Place]) -> list[tuple[Place, Row]]:
+    def of(self, found: Sequence[RowPlace]) -> list[tuple[RowPlace, Row]]:
         """Return the rows of places of one shard, in their order; those that have gone since are left out."""
         ledger = self._of_shard(found[0].shard)
         rows = ledger.rows(list(dict.fromkeys(place.ordinal for place in found)))
         pairs = ((place, rows.get((place.ordinal, place.prompt_index))) for place in found)
         return [(place, row) for place, row in pairs if row is not None]
 
-    def all_of(self, found: Iterable[Place]) -> Iterator[tuple[Place, Row]]:
+    def all_of(self, found: Iterable[RowPlace]) -> Iterator[tuple[RowPlace, Row]]:
         """Yield the rows of any number of places, in their order."""
         for _, group in groupby(found, key=lambda place: place.shard):
             while part := list(islice(group, _AT_ONCE)):

@@ -20,7 +20,7 @@ from specvlm_cli.ledger import FileStamp
 _ALL = 1 << 64  # places of the order
 
 
-class Place(NamedTuple):
+class RowPlace(NamedTuple):
     """Where a row is in the run, and what the ledger knows of its video; places sort in the order of the ledgers."""
 
     shard: int  # of the run, whose ledger holds the row
@@ -32,7 +32,7 @@ class Place(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class AuditSample:
     """How many rows are audited.
 
     Attributes:
@@ -45,7 +45,7 @@ class Sample:
     share: Decimal | None = None
     rows: int | None = None
 
-    def of(self, places: Iterable[Place]) -> list[Place]:
+    def of(self, places: Iterable[RowPlace]) -> list[RowPlace]:
         """Return the rows that are in the sample, in the order of the ledgers."""
         if self.share == 1:
             return sorted(places)
@@ -54,9 +54,9 @@ class Sample:
         return sorted(_below(places, int(self.share * _ALL)))
 
 
-def _below(places: Iterable[Place], bound: int) -> Iterator[Place]:
+def _below(places: Iterable[RowPlace], bound: int) -> Iterator[RowPlace]:
     """Yield the rows of ids whose hash is below a bound; where there is none, those of the id with the smallest."""
-    found, first = False, list[Place]()
+    found, first = False, list[RowPlace]()
     for place in places:
         if order_of(place.id) < bound:
             found = True
@@ -67,13 +67,13 @@ def _below(places: Iterable[Place], bound: int) -> Iterator[Place]:
         yield from first
 
 
-def _first(places: list[Place]) -> list[Place]:
+def _first(places: list[RowPlace]) -> list[RowPlace]:
     """Return those of the id that comes first."""
     least = min(order_of(place.id) for place in places)
     return [place for place in places if order_of(place.id) == least]
 
 
-def _rank(place: Place) -> tuple[int, str, int]:
+def _rank(place: RowPlace) -> tuple[int, str, int]:
     return order_of(place.id), place.id, place.prompt_index
 
 
@@ -83,20 +83,20 @@ def order_of(identity: str) -> int:
     return int.from_bytes(digest[:8])
 
 
-def parse_sample(text: str) -> Sample:
+def parse_sample(text: str) -> AuditSample:
     """Return what `--sample` says.
 
     Raises:
         UsageError: It is neither a share in percent, nor a number of rows, nor `all`.
     """
     if text == "all":
-        return Sample(text, share=Decimal(1))
+        return AuditSample(text, share=Decimal(1))
     if found := re.fullmatch(r"([0-9]{1,3}(?:\.[0-9]{1,9})?)%", text):
         share = Decimal(found[1]) / 100
         if 0 < share <= 1:
-            return Sample(text, share=share)
+            return AuditSample(text, share=share)
     if re.fullmatch(r"[0-9]{1,12}", text) and int(text):
-        return Sample(text, rows=int(text))
+        return AuditSample(text, rows=int(text))
     raise UsageError(
         Flag("sample", repr(text)),
         "is no sample",

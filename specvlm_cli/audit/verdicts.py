@@ -7,9 +7,9 @@ import json
 from dataclasses import asdict
 from typing import Any, get_args
 
-from specvlm_cli.audit.comparing import Outcome, Verdict
+from specvlm_cli.audit.comparing import Outcome, RowVerdict
 from specvlm_cli.audit.made_with import MadeWith
-from specvlm_cli.audit.sample import Place
+from specvlm_cli.audit.sample import RowPlace
 from specvlm_cli.own_database import OwnDatabase
 from specvlm_cli.stored_rows import Row
 
@@ -20,7 +20,7 @@ _TABLE = """
 _OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 
 
-def digest_of(row: Row, place: Place, made_with: MadeWith) -> str:
+def digest_of(row: Row, place: RowPlace, made_with: MadeWith) -> str:
     """Return a hash of all that a verdict depends on, the video's content excepted.
 
     A prompt that is added to the run changes no verdict on the others.
@@ -41,13 +41,13 @@ class Verdicts(OwnDatabase):
         with self._guarded():
             self._connection.execute("DELETE FROM verdict")
 
-    def add(self, place: Place, digest: str, verdict: Verdict) -> None:
+    def add(self, place: RowPlace, digest: str, verdict: RowVerdict) -> None:
         """Keep a verdict; it is on disk when this returns."""
         values = (place.id, place.prompt_index, digest, json.dumps(asdict(verdict)))
         with self._guarded():
             self._connection.execute("INSERT OR REPLACE INTO verdict VALUES (?, ?, ?, ?)", values)
 
-    def get(self, place: Place, digest: str | None = None) -> Verdict | None:
+    def get(self, place: RowPlace, digest: str | None = None) -> RowVerdict | None:
         """Return the verdict on a row; None: there is none, or none on this very row.
 
         Args:
@@ -64,14 +64,14 @@ class Verdicts(OwnDatabase):
             ).fetchone()
         return None if found is None or digest not in (None, found[0]) else self._read(found[1])
 
-    def _read(self, text: str) -> Verdict:
+    def _read(self, text: str) -> RowVerdict:
         try:
             return _verdict(json.loads(text))
         except (TypeError, ValueError, KeyError, RecursionError) as error:
             raise self.damaged(error) from error
 
 
-def _verdict(found: dict[str, Any]) -> Verdict:
+def _verdict(found: dict[str, Any]) -> RowVerdict:
     """Return what `asdict` made of a verdict; TypeError, KeyError or ValueError where it is something else."""
     kinds: dict[str, tuple[type, ...]] = {
         "token_index": (int, type(None)),
@@ -85,4 +85,4 @@ def _verdict(found: dict[str, Any]) -> Verdict:
     if found["outcome"] not in _OUTCOMES:
         raise ValueError(f"outcome is {str(found['outcome'])[:60]!r}")
     differs = tuple(str(name) for name in found["differs"])
-    return Verdict(found["outcome"], differs, *(found[name] for name in kinds))
+    return RowVerdict(found["outcome"], differs, *(found[name] for name in kinds))

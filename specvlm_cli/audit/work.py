@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from specvlm.errors import ConfigError
 from specvlm_cli import engine
-from specvlm_cli.audit.comparing import Asked, Outcome, Verdict, compare
+from specvlm_cli.audit.comparing import Outcome, RowInputs, RowVerdict, compare
 from specvlm_cli.audit.made_with import How, MadeWith
-from specvlm_cli.audit.rows import Rows
-from specvlm_cli.audit.sample import Place
+from specvlm_cli.audit.rows import RunRows
+from specvlm_cli.audit.sample import RowPlace
 from specvlm_cli.audit.verdicts import Verdicts, digest_of
 from specvlm_cli.decoding import DecodingPool, ReadFailure, ReadJob
 from specvlm_cli.exits import FatalError
@@ -27,7 +27,7 @@ from specvlm_cli.ledger import NO_FILE, FileStamp
 from specvlm_cli.stopping import NotBegunError, Stop
 from specvlm_cli.stored_rows import Row
 from specvlm_cli.text import clean, path_bytes
-from specvlm_cli.training.reading import Bounds, Reader
+from specvlm_cli.training.reading import ReadLimits, TrainingReader
 
 if TYPE_CHECKING:
     from specvlm.bench.reference import Reference, StockCaption
@@ -47,7 +47,7 @@ class _StoppedError(Exception):
 class _Video(NamedTuple):
     """A video with those of its rows that are to be compared."""
 
-    rows: list[tuple[Place, Row]]
+    rows: list[tuple[RowPlace, Row]]
     job: ReadJob | ReadFailure
 
 
@@ -63,13 +63,13 @@ class Work:
 
     made_with: MadeWith
     how: How
-    chosen: Sequence[Place]
-    rows: Rows
+    chosen: Sequence[RowPlace]
+    rows: RunRows
     verdicts: Verdicts
     stop: Stop
     tick: Tick
-    outcomes: dict[Place, Outcome] = field(default_factory=dict)
-    passing: dict[Place, Verdict] = field(default_factory=dict)
+    outcomes: dict[RowPlace, Outcome] = field(default_factory=dict)
+    passing: dict[RowPlace, RowVerdict] = field(default_factory=dict)
     made_now: int = 0
     _odd: int = 0  # that are not equal
     _failed_in_a_row: int = 0
@@ -86,11 +86,11 @@ class Work:
             if todo:
                 self._compare_all(todo, held)
 
-    def verdict(self, place: Place) -> Verdict | None:
+    def verdict(self, place: RowPlace) -> RowVerdict | None:
         """Return the verdict on a row that was looked at."""
         return self.passing.get(place) or self.verdicts.get(place)
 
-    def _is_settled(self, place: Place, row: Row) -> bool:
+    def _is_settled(self, place: RowPlace, row: Row) -> bool:
         """Take note of a row that was compared before, or that cannot be compared."""
         self._check()
         known = self.verdicts.get(place, digest_of(row, place, self.made_with))
@@ -102,14 +102,14 @@ class Work:
             return True
         return False
 
-    def _compare_all(self, todo: Sequence[Place], held: ExitStack) -> None:
+    def _compare_all(self, todo: Sequence[RowPlace], held: ExitStack) -> None:
         try:
             with self.stop.at_once():
                 stock = open_stock(self.made_with, self.how)
         except NotBegunError:
             raise _StoppedError from None
         pool = held.enter_context(DecodingPool(_READERS, self.how.limits))
-        reader = Reader(pool, Bounds(_READERS), self._check)
+        reader = TrainingReader(pool, ReadLimits(_READERS), self._check)
         like = ReadJob(0, b"", self.made_with.frames, stock.captioner.frame_multiple)
         announced: deque[_Video] = deque()
         reader.begin(_announce(self._videos(todo, like), announced))
@@ -119,7 +119,7 @@ class Work:
             for place, row in video.rows:
                 self._settle(place, row, self._verdict(place, row, read, stock))
 
-    def _videos(self, todo: Sequence[Place], like: ReadJob) -> Iterator[_Video]:
+    def _videos(self, todo: Sequence[RowPlace], like: ReadJob) -> Iterator[_Video]:
         """Yield videos with their rows as they are now; `like`: how videos are read."""
         for number, (_, group) in enumerate(groupby(todo, key=lambda place: place[:2])):
             if rows := self.rows.of(list(group)):
@@ -127,10 +127,10 @@ class Work:
                 job = like.for_video(number, path_bytes(row["path"]), row.get("start"), row.get("end"))
                 yield _Video(rows, job)
 
-    def _verdict(self, place: Place, row: Row, read: Frames | ReadFailure, stock: Reference) -> Verdict:
+    def _verdict(self, place: RowPlace, row: Row, read: Frames | ReadFailure, stock: Reference) -> RowVerdict:
         if isinstance(read, ReadFailure):
             outcome: Outcome = "missing" if read.error_type == _NOT_FOUND else "unreadable"
-            return Verdict(outcome, error=clean(f"{read.error} ({read.error_type})"))
+            return RowVerdict(outcome, error=clean(f"{read.error} ({read.error_type})"))
         source = read.source
         if source is not None and _is_other(place.stamp, FileStamp(source.size_bytes, source.mtime_ns)):
             return _CHANGED
@@ -150,13 +150,13 @@ class Work:
         return self._compared(place, row, frames, made, stock)
 
     def _compared(
-        self, place: Place, row: Row, frames: Frames, made: StockCaption, stock: Reference
-    ) -> Verdict:
+        self, place: RowPlace, row: Row, frames: Frames, made: StockCaption, stock: Reference
+    ) -> RowVerdict:
         revision = stock.captioner.info.target_revision
-        asked = Asked(self.made_with, revision, self._prompt(place), frames.times_s.tolist())
+        asked = RowInputs(self.made_with, revision, self._prompt(place), frames.times_s.tolist())
         return compare(row, made, asked, stock.captioner.detokenize)
 
-    def _prompt(self, place: Place) -> str | None:
+    def _prompt(self, place: RowPlace) -> str | None:
         """Return the run's prompt of a row; None: its video has its own.
 
         A ledger that was rebuilt from parts knows no prompts of videos, and no stamps of files either.
@@ -166,7 +166,7 @@ class Work:
             return None
         return prompts[place.prompt_index]
 
-    def _failed(self, error: Exception) -> Verdict:
+    def _failed(self, error: Exception) -> RowVerdict:
         reason = clean(" ".join(f"{type(error).__name__}: {error}".split()))[:1000]
         self._failed_in_a_row += 1
         if self._failed_in_a_row == _MOST_FAILED:
@@ -174,9 +174,9 @@ class Work:
                 f"stock generate() failed on {_MOST_FAILED} captions in a row (last: {reason}); fix the cause, "
                 "or give another --device-map, and start again: the audit resumes"
             ) from error
-        return Verdict("failed", error=reason)
+        return RowVerdict("failed", error=reason)
 
-    def _settle(self, place: Place, row: Row, verdict: Verdict) -> None:
+    def _settle(self, place: RowPlace, row: Row, verdict: RowVerdict) -> None:
         if verdict.is_final:
             self.verdicts.add(place, digest_of(row, place, self.made_with), verdict)
         else:
@@ -184,7 +184,7 @@ class Work:
         self.made_now += 1
         self._note(place, verdict)
 
-    def _note(self, place: Place, verdict: Verdict) -> None:
+    def _note(self, place: RowPlace, verdict: RowVerdict) -> None:
         self.outcomes[place] = verdict.outcome
         self._odd += verdict.outcome != "equal"
         self.tick(len(self.outcomes), len(self.chosen), self._odd)
@@ -202,8 +202,8 @@ def _announce(videos: Iterator[_Video], announced: deque[_Video]) -> Iterator[Re
             yield video.job
 
 
-_NO_PROMPT = Verdict("different", ("prompt",), error="the row holds no prompt")
-_CHANGED = Verdict("changed", error="its size or time is not that of the file that was captioned")
+_NO_PROMPT = RowVerdict("different", ("prompt",), error="the row holds no prompt")
+_CHANGED = RowVerdict("changed", error="its size or time is not that of the file that was captioned")
 
 
 def open_stock(made_with: MadeWith, how: How) -> Reference:
@@ -223,14 +223,14 @@ def open_stock(made_with: MadeWith, how: How) -> Reference:
     return Reference(captioner, made_with.generation, made_with.system)
 
 
-def _of_file(path: bytes, stamp: FileStamp) -> Verdict | None:
+def _of_file(path: bytes, stamp: FileStamp) -> RowVerdict | None:
     """Return why a file cannot be compared, without reading it; None: it may be the one that was captioned."""
     try:
         found = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
-        return Verdict("missing", error="no such file")
+        return RowVerdict("missing", error="no such file")
     except (OSError, ValueError) as error:
-        return Verdict("unreadable", error=clean(str(getattr(error, "strerror", None) or error)))
+        return RowVerdict("unreadable", error=clean(str(getattr(error, "strerror", None) or error)))
     return _CHANGED if _is_other(stamp, FileStamp(found.st_size, found.st_mtime_ns)) else None
 
 

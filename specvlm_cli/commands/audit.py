@@ -102,7 +102,7 @@ def audit(flags: AuditFlags) -> int:
     from specvlm_cli.audit import job
 
     how = How(**picked(flags, How) | {"limits": limits, "quiet": flags.quiet or flags.json_output})
-    request = job.Request(sample, shard, how, flags.again)
+    request = job.AuditRequest(sample, shard, how, flags.again)
     with _progress(flags.quiet) as tick:
         found = job.audit(run, request, tick)
     _show(found, flags)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 from specvlm.bench.clips import Clip, example_clips
 from specvlm.bench.grid import HEAD, WITH_DRAFT, Grid, GridDraft
 from specvlm.bench.page import PageSheet
-from specvlm.bench.records import METHODS, Left, MethodName, Report
+from specvlm.bench.records import METHODS, BenchReport, Left, MethodName
 from specvlm.bench.words import counted, stopped_words
 from specvlm.config import GenerationSettings, PrunerName, TreeName
 from specvlm.drafts.kinds import is_head
@@ -71,7 +71,7 @@ class _Compared(NamedTuple):
 class _Measured(NamedTuple):
     """The result, and pictures for the page."""
 
-    report: Report
+    report: BenchReport
     sheets: tuple[PageSheet, ...] = ()
 
 
@@ -102,7 +102,7 @@ def bench(flags: BenchFlags) -> int:
     return ExitCode.SOME_FAILED if measured.report.left_out else ExitCode.OK
 
 
-class Stop:
+class BenchStop:
     """What asked the bench to stop, as an exit code."""
 
     def __init__(self) -> None:
@@ -115,9 +115,9 @@ class Stop:
 
 
 @contextmanager
-def ending() -> Iterator[Stop]:
+def ending() -> Iterator[BenchStop]:
     """Have SIGTERM end the block as Ctrl-C does, with a KeyboardInterrupt."""
-    stop = Stop()
+    stop = BenchStop()
     before = signal.signal(signal.SIGTERM, stop.on_signal)
     try:
         yield stop
@@ -320,11 +320,11 @@ def _measured(
     captioner = engine.load_captioner(models, quiet=flags.quiet)
     by_name = {engine.public_name(one): engine.with_draft(captioner, one, models) for one in others}
 
-    from specvlm.bench.measure import Asked
-    from specvlm.bench.suite import Setup, StoppedError
+    from specvlm.bench.measure import BenchRequest
+    from specvlm.bench.suite import BenchSetup, StoppedError
     from specvlm.bench.suite import bench as run
 
-    asked = Asked(
+    asked = BenchRequest(
         command=_command(flags),
         target=models.name,
         draft=", ".join(compared.drafts) or None,
@@ -337,7 +337,7 @@ def _measured(
     with talk.working():
         try:
             grid = _both_ways(compared.grid, flags, captioner)
-            setup = Setup(grid, videos.clips, None, asked, QUICK_S if quick else None)
+            setup = BenchSetup(grid, videos.clips, None, asked, QUICK_S if quick else None)
             report = run(captioner, setup, talk, by_name)
         except StoppedError as error:
             error.report = replace(error.report, left_out=(*videos.left_out, *error.report.left_out))
@@ -358,7 +358,7 @@ def _measured(
 
 
 def _sheets(
-    captioner: Captioner, report: Report, clips: Sequence[Clip], talk: BenchTalk
+    captioner: Captioner, report: BenchReport, clips: Sequence[Clip], talk: BenchTalk
 ) -> tuple[PageSheet, ...]:
     """Draw the page's picture; what was measured is not lost for want of it."""
     from specvlm.bench.pictures import sheets_of
@@ -385,7 +385,7 @@ def _command(flags: BenchFlags) -> str:
     return storable(shlex.join(words))
 
 
-def _refuse_empty(report: Report) -> None:
+def _refuse_empty(report: BenchReport) -> None:
     """End the command where nothing was measured.
 
     Raises:

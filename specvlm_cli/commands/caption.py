@@ -33,7 +33,7 @@ from specvlm_cli.durations import positive_seconds, seconds
 from specvlm_cli.exits import ExitCode, Flag, UsageError, excluding
 from specvlm_cli.gpus import smallest_memory_bytes
 from specvlm_cli.inputs import InputOptions, Inputs
-from specvlm_cli.job import Request
+from specvlm_cli.job import CaptionRequest
 from specvlm_cli.ledger import Planned
 from specvlm_cli.policy import Policy
 from specvlm_cli.results import Outcome
@@ -42,7 +42,7 @@ from specvlm_cli.settings import CaptionSettings
 from specvlm_cli.shard import Shard, parse_shard
 from specvlm_cli.talk import Talk, counted
 from specvlm_cli.text import clean, short
-from specvlm_cli.wanted import Wanted
+from specvlm_cli.wanted import WantedVideos
 
 _FEWEST_DECODE_WORKERS, _MOST_DECODE_WORKERS = 4, 8  # where the flag does not say
 
@@ -62,7 +62,7 @@ def caption(flags: CaptionFlags) -> int:
     with _talk(flags) as talk:
         _tell_unknown_variables(talk)
         inputs = Inputs(flags.inputs, _input_options(flags, shard))
-        with Wanted.gather(inputs, overlapping=len(flags.inputs) > 1) as wanted:
+        with WantedVideos.gather(inputs, overlapping=len(flags.inputs) > 1) as wanted:
             _tell_what_was_left_out(inputs, wanted, talk)
             if not flags.allow_empty:
                 refuse_empty(inputs, "check the path and what is mounted there, or give --allow-empty")
@@ -132,18 +132,18 @@ def _policy(flags: CaptionFlags, captions: CaptionSettings, pair: Preset | None)
 def _request(
     flags: CaptionFlags,
     inputs: Inputs,
-    wanted: Wanted,
+    wanted: WantedVideos,
     policy: Policy,
     shard: Shard,
-) -> Request:
-    return Request(
+) -> CaptionRequest:
+    return CaptionRequest(
         wanted,
         policy=policy,
         version=specvlm.__version__,
         kept=dict(inputs.kept),
         unreadable=len(inputs.report.unreadable) + inputs.report.more_unreadable,
         max_runtime_s=runtime_limit_s(flags),
-        **picked(flags, Request) | {"shard": shard},
+        **picked(flags, CaptionRequest) | {"shard": shard},
     )
 
 
@@ -162,7 +162,7 @@ def _tell_unknown_variables(talk: Talk) -> None:
             talk.note(f"{clean(name)} is set, and no flag of caption has that name")
 
 
-def _tell_what_was_left_out(inputs: Inputs, wanted: Wanted, talk: Talk) -> None:
+def _tell_what_was_left_out(inputs: Inputs, wanted: WantedVideos, talk: Talk) -> None:
     report = inputs.report
     warn_of_unused_times(inputs, talk.warn)
     for column, name in inputs.renamed.items():
@@ -179,7 +179,7 @@ def _tell_what_was_left_out(inputs: Inputs, wanted: Wanted, talk: Talk) -> None:
         talk.note(f"{counted(report.too_young, 'file')} left for the next start: younger than --min-age")
 
 
-def _run(request: Request, talk: Talk, flags: CaptionFlags) -> int:
+def _run(request: CaptionRequest, talk: Talk, flags: CaptionFlags) -> int:
     factory = engine.Factory(
         _counted_in_captions(request, talk),
         quiet=flags.quiet,
@@ -193,7 +193,7 @@ def _run(request: Request, talk: Talk, flags: CaptionFlags) -> int:
     return outcome.exit_code
 
 
-def _counted_in_captions(request: Request, talk: Talk) -> CaptionSettings:
+def _counted_in_captions(request: CaptionRequest, talk: Talk) -> CaptionSettings:
     """Return the settings; a draft vocabulary given as a number holds the tokens that earlier captions use most."""
     settings, size = request.settings, request.settings.models.draft_vocab
     if not isinstance(size, int):
@@ -203,7 +203,7 @@ def _counted_in_captions(request: Request, talk: Talk) -> CaptionSettings:
     return replace(settings, models=replace(settings.models, draft_vocab=most_used))
 
 
-def _show_plan(request: Request, talk: Talk, flags: CaptionFlags) -> int:
+def _show_plan(request: CaptionRequest, talk: Talk, flags: CaptionFlags) -> int:
     request.before_loading()
     lines: list[str] = []
     planned = job.plan(

@@ -11,7 +11,7 @@ from specvlm.preset import find_preset, presets
 from specvlm_cli.exits import ExitCode, Flag, UsageError
 
 if TYPE_CHECKING:
-    from specvlm_cli.doctor.checks import Finding
+    from specvlm_cli.doctor.checks import TimedVerdict
 
 _STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 _INDENT = 20  # of what a check found
@@ -57,7 +57,7 @@ def doctor(
     return ExitCode.OK if found.ok else ExitCode.FATAL
 
 
-def _tell(finding: Finding) -> None:
+def _tell(finding: TimedVerdict) -> None:
     from specvlm_cli import show
 
     fix = f" -> {finding.fix}" if finding.fix else ""

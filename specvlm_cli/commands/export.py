@@ -14,11 +14,11 @@ from specvlm_cli.commands.options import output
 from specvlm_cli.exits import ExitCode
 from specvlm_cli.export.request import (
     ROWS_PER_FILE,
+    ExportRequest,
     FailuresName,
     FormatName,
     LinkName,
     PathsName,
-    Request,
     format_of,
 )
 from specvlm_cli.text import clean
@@ -103,7 +103,7 @@ def export(
     from specvlm_cli.run_view import view
 
     run = view(out)
-    request = Request(
+    request = ExportRequest(
         destination=destination,
         format=format_of(destination, format),
         overwrite=overwrite,

@@ -32,15 +32,15 @@ from specvlm_cli.durations import seconds
 from specvlm_cli.exits import ExitCode, Flag, UsageError
 from specvlm_cli.inputs import Inputs
 from specvlm_cli.settings import CaptionSettings
-from specvlm_cli.training.samples import Samples, Split, Video, divided, videos_of
+from specvlm_cli.training.samples import Samples, Split, TrainingVideo, divided, videos_of
 from specvlm_cli.training.talk import Speaker, ending
-from specvlm_cli.wanted import Wanted
+from specvlm_cli.wanted import WantedVideos
 
 if TYPE_CHECKING:
     from specvlm.drafts.compressor import CompressorConfig
     from specvlm.training.objective import ObjectiveSettings
     from specvlm.training.ranks import Ranks
-    from specvlm_cli.training.job import Outcome, Request
+    from specvlm_cli.training.job import TrainingOutcome, TrainingRequest
 
 _MODES = ("select", "weighted", "concat")
 _MOST_DECODE_WORKERS = 4  # where the flag does not say
@@ -80,7 +80,7 @@ def train(flags: TrainFlags) -> int:
             talk.note("nothing to do: no videos there")
             return _shown(_nothing(flags, samples), flags, ranks)
         workers = flags.decode_workers or _decode_workers(ranks.count)
-        request = job.Request(
+        request = job.TrainingRequest(
             samples=samples,
             captions=settings,
             split=split,
@@ -91,12 +91,12 @@ def train(flags: TrainFlags) -> int:
             limits=limits,
             max_runtime_s=max_runtime_s,
             unreadable=unreadable,
-            **picked(flags, job.Request) | {"decode_workers": workers, "root": root_of(flags.root)},
+            **picked(flags, job.TrainingRequest) | {"decode_workers": workers, "root": root_of(flags.root)},
         )
         return _run(request, ranks, talk, flags)
 
 
-def _run(request: Request, ranks: Ranks, talk: Speaker, flags: TrainFlags) -> int:
+def _run(request: TrainingRequest, ranks: Ranks, talk: Speaker, flags: TrainFlags) -> int:
     from specvlm_cli.training import job
 
     outcome = job.run(request, ranks, talk, quiet=flags.quiet or ranks.rank > 0)
@@ -105,17 +105,17 @@ def _run(request: Request, ranks: Ranks, talk: Speaker, flags: TrainFlags) -> in
     return _shown(outcome, flags, ranks)
 
 
-def _shown(outcome: Outcome, flags: TrainFlags, ranks: Ranks) -> int:
+def _shown(outcome: TrainingOutcome, flags: TrainFlags, ranks: Ranks) -> int:
     if flags.json_output and ranks.rank == 0:
         print(json.dumps(outcome.as_json()))
     return outcome.exit_code
 
 
-def _nothing(flags: TrainFlags, samples: Samples) -> Outcome:
-    from specvlm_cli.training.job import Outcome
+def _nothing(flags: TrainFlags, samples: Samples) -> TrainingOutcome:
+    from specvlm_cli.training.job import TrainingOutcome
 
     code = ExitCode.SOME_FAILED if samples.problems and not flags.exit_zero else ExitCode.OK
-    return Outcome(code, str(flags.out), 0, 0, left_out=len(samples.problems))
+    return TrainingOutcome(code, str(flags.out), 0, 0, left_out=len(samples.problems))
 
 
 def _speaker(flags: TrainFlags, ranks: Ranks) -> Speaker:
@@ -203,7 +203,7 @@ def _samples(
 ) -> tuple[Samples, int]:
     """Return the samples, and how many folders could not be listed."""
     videos, problems, unreadable = _gathered(flags.inputs, flags, settings, flags.limit, talk)
-    elsewhere: list[Video] | None = None
+    elsewhere: list[TrainingVideo] | None = None
     if share is None:
         elsewhere, more, also = _gathered([flags.held_out], flags, settings, flags.held_out_limit, talk)
         problems, unreadable = [*problems, *more], unreadable + also
@@ -218,9 +218,9 @@ def _samples(
 
 def _gathered(
     given: Sequence[str], flags: TrainFlags, settings: CaptionSettings, limit: int | None, talk: Speaker
-) -> tuple[list[Video], list[Any], int]:
+) -> tuple[list[TrainingVideo], list[Any], int]:
     inputs = Inputs(given, input_options(flags, flags.extensions))
-    with Wanted.gather(inputs, overlapping=len(given) > 1) as wanted:
+    with WantedVideos.gather(inputs, overlapping=len(given) > 1) as wanted:
         warn_of_unused_times(inputs, talk.warn)
         refuse_empty(inputs, "check the path and what is mounted there")
         videos, problems = videos_of(wanted, settings.prompts, limit)

@@ -23,7 +23,7 @@ from specvlm_cli.text import clean
 
 if TYPE_CHECKING:
     from specvlm_cli.run_view import RunView
-    from specvlm_cli.vocab import Made, Wanted
+    from specvlm_cli.vocab import VocabularyRequest, WrittenVocabulary
 
 SCHEMA = 1
 _COUNTED, _KEPT, _TALKING = "Input", "Output", "Messages"
@@ -121,9 +121,9 @@ def vocab(flags: VocabFlags) -> int:
     return ExitCode.OK
 
 
-def _wanted(flags: VocabFlags) -> Wanted:
+def _wanted(flags: VocabFlags) -> VocabularyRequest:
     from specvlm_cli.run_view import view
-    from specvlm_cli.vocab import Wanted
+    from specvlm_cli.vocab import VocabularyRequest
 
     if flags.out is None and not flags.text:
         raise UsageError("nothing to count; give a run folder, or text files with --text")
@@ -133,7 +133,7 @@ def _wanted(flags: VocabFlags) -> Wanted:
     if not 0.0 < coverage <= 1.0 or math.isnan(coverage):
         raise UsageError(Flag("coverage", coverage), "is out of range", fix="give a share above 0, at most 1")
     run = None if flags.out is None else view(flags.out)
-    return Wanted(run, tuple(flags.text or ()), flags.size, coverage)
+    return VocabularyRequest(run, tuple(flags.text or ()), flags.size, coverage)
 
 
 def _target(flags: VocabFlags, run: RunView | None) -> ModelChoice:
@@ -148,7 +148,7 @@ def _target(flags: VocabFlags, run: RunView | None) -> ModelChoice:
     return model_choice(replace(flags, target=settings["target"]), None, revision=revision)
 
 
-def _show(made: Made, target: str, flags: VocabFlags) -> None:
+def _show(made: WrittenVocabulary, target: str, flags: VocabFlags) -> None:
     from specvlm_cli import show
 
     kept = made.kept
@@ -171,7 +171,7 @@ def _show(made: Made, target: str, flags: VocabFlags) -> None:
         show.pairs(_lines(made, flags))
 
 
-def _lines(made: Made, flags: VocabFlags) -> list[tuple[str, str]]:
+def _lines(made: WrittenVocabulary, flags: VocabFlags) -> list[tuple[str, str]]:
     from specvlm_cli.screen.words import counted
 
     kept = made.kept

@@ -30,7 +30,7 @@ from specvlm_cli.failure import failure_of
 from specvlm_cli.process import die_with_parent
 
 
-class Reader(NamedTuple):
+class ReaderProcess(NamedTuple):
     """What reads a video in a child."""
 
     read: Callable[..., Frames]  # called like `specvlm.video.read_video`, with the path in bytes
@@ -43,7 +43,7 @@ _LAST_RESORT_S = 0.5  # after the time limit the child ends by itself, if its pa
 _KILL_ME_FIRST = b"1000"  # to the system, where memory runs out
 
 
-def main(descriptor: int, parent: int, reader: Reader, limits: Limits) -> None:
+def main(descriptor: int, parent: int, reader: ReaderProcess, limits: Limits) -> None:
     """Serve the coordinator at the other end of a socket once. Does not return."""
     code = 70  # of sysexits: an error of our own
     try:
@@ -133,7 +133,7 @@ class _Progress:
             resource.setrlimit(resource.RLIMIT_CPU, (_within(self._limits.whole_cpu_s(extra_s), hard), hard))
 
 
-def _serve(connection: socket.socket, reader: Reader, limits: Limits) -> None:
+def _serve(connection: socket.socket, reader: ReaderProcess, limits: Limits) -> None:
     job = job_of(_line(connection))
     memory = FrameMemory(os.fsdecode(job.path), limits.frames_bytes)
     try:
@@ -156,7 +156,7 @@ def _line(connection: socket.socket) -> bytes:
     return data
 
 
-def _read(reader: Reader, job: ReadJob, memory: FrameMemory, progress: _Progress) -> bytes:
+def _read(reader: ReaderProcess, job: ReadJob, memory: FrameMemory, progress: _Progress) -> bytes:
     options: dict[str, Any] = {"frame_multiple": job.frame_multiple, "root": job.root}
     if reader.takes_hooks:
         options["hooks"] = Hooks(memory.allocate, progress.began)

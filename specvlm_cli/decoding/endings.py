@@ -6,14 +6,14 @@ import os
 import signal
 
 from specvlm_cli.decoding.jobs import Limits
-from specvlm_cli.decoding.messages import NOT_STARTED, Report, Said
+from specvlm_cli.decoding.messages import NOT_STARTED, ReaderReport, Said
 from specvlm_cli.decoding.shared import MisreportError
 
 _TIMEOUT, _CRASHED, _MISREPORTED = "DecodeTimeout", "DecoderCrashed", "DecoderMisreported"
 _OUT_OF_TIME = (signal.SIGALRM, signal.SIGXCPU)
 
 
-def of(report: Report, status: int, *, killed: bool, limits: Limits) -> Said:
+def of(report: ReaderReport, status: int, *, killed: bool, limits: Limits) -> Said:
     """Return why a child that sent no frames ended; `killed`: by us, because its time was over."""
     if report.failed is not None:
         return report.failed
@@ -31,7 +31,7 @@ def of(report: Report, status: int, *, killed: bool, limits: Limits) -> Said:
     return Said("decode", _CRASHED, reason, transient=False)
 
 
-def _of_timeout(report: Report, limits: Limits) -> Said:
+def _of_timeout(report: ReaderReport, limits: Limits) -> Said:
     if report.began == "open":
         reason = f"not opened within {limits.timeout_s:g} s; check its disk or network mount"
         return Said("open", _TIMEOUT, reason, transient=True)

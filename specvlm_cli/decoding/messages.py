@@ -51,7 +51,7 @@ class Said:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class ReaderReport:
     """All that a child said.
 
     Attributes:
@@ -110,7 +110,7 @@ def read_line(shape: tuple[int, ...], source: VideoSource) -> bytes:
     return json.dumps({"shape": shape, "source": source._asdict()}).encode("ascii") + b"\n"
 
 
-def report_of(data: bytes) -> Report:
+def report_of(data: bytes) -> ReaderReport:
     """Return what a child said, checked.
 
     Raises:
@@ -118,13 +118,13 @@ def report_of(data: bytes) -> Report:
     """
     if len(data) > MOST_BYTES:
         raise MisreportError(f"more than {MOST_BYTES} bytes")
-    report = Report()
+    report = ReaderReport()
     for line in data.splitlines():
         report = _with_line(report, line)
     return report
 
 
-def _with_line(report: Report, line: bytes) -> Report:
+def _with_line(report: ReaderReport, line: bytes) -> ReaderReport:
     try:
         said = json.loads(line)
     except (ValueError, RecursionError):
@@ -135,7 +135,7 @@ def _with_line(report: Report, line: bytes) -> Report:
         case {"began": str(step), "size_bytes": size, **rest} if (
             not rest and _WORD.fullmatch(step) and _is_count(size)
         ):
-            return Report(step, size)
+            return ReaderReport(step, size)
         case {"failed": dict(failed), **rest} if not rest:
             return replace(report, failed=_said(failed))
         case {"shape": list(shape), "source": dict(source), **rest} if not rest:

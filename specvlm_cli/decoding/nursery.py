@@ -44,19 +44,19 @@ def main(descriptor: int, parent: int, reader: str, limits: dict[str, Any]) -> N
         Nursery(control, read, Limits(**limits)).run()
 
 
-def _loaded(reader: str) -> child.Reader:
+def _loaded(reader: str) -> child.ReaderProcess:
     """Import a reader, `module:function`, with all that its module says it will need."""
     module_name, _, function = reader.partition(":")
     module = importlib.import_module(module_name)
     getattr(module, "preload", lambda: None)()
     read = getattr(module, function)
-    return child.Reader(read, "hooks" in inspect.signature(read).parameters)
+    return child.ReaderProcess(read, "hooks" in inspect.signature(read).parameters)
 
 
 class Nursery:
     """Forks, kills and waits, until the coordinator hangs up."""
 
-    def __init__(self, control: socket.socket, reader: child.Reader, limits: Limits) -> None:
+    def __init__(self, control: socket.socket, reader: child.ReaderProcess, limits: Limits) -> None:
         self._control = control
         self._reader = reader
         self._limits = limits

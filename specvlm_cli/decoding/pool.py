@@ -17,7 +17,7 @@ from typing import Self
 from specvlm_cli.decoding import endings, shared
 from specvlm_cli.decoding.jobs import DEFAULT_READER, Limits, ReadFailure, ReadJob
 from specvlm_cli.decoding.keeper import Keeper, NurseryLostError
-from specvlm_cli.decoding.messages import ENDED, STARTED, Report, Said, job_line, report_of
+from specvlm_cli.decoding.messages import ENDED, STARTED, ReaderReport, Said, job_line, report_of
 from specvlm_cli.decoding.shared import MisreportError, ReadVideo
 from specvlm_cli.exits import FatalError
 
@@ -198,12 +198,12 @@ class DecodingPool:
                 return
             said = endings.of(report, status, killed=attempt.killed, limits=self._limits)
         except MisreportError as error:
-            report, said = Report(), endings.of_misreport(error)
+            report, said = ReaderReport(), endings.of_misreport(error)
         finally:
             shared.close_all(descriptors)
         self._fail(attempt.job, said)
 
-    def _succeed(self, attempt: _Attempt, report: Report, descriptors: list[int]) -> None:
+    def _succeed(self, attempt: _Attempt, report: ReaderReport, descriptors: list[int]) -> None:
         """Take the frames over, and their descriptor out of the list."""
         if report.shape is None or report.source is None or len(descriptors) != 1:
             raise MisreportError("frames without their memory")

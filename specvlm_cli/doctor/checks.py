@@ -15,7 +15,7 @@ Status = Literal["ok", "warn", "fail"]
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class CheckVerdict:
     """What a check found.
 
     Attributes:
@@ -40,12 +40,12 @@ class Check:
     """
 
     name: str
-    look: Callable[[], Verdict]
+    look: Callable[[], CheckVerdict]
     limit_s: float = 10.0
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class TimedVerdict:
     """A check's verdict, with its name and the time that it took."""
 
     name: str
@@ -55,36 +55,36 @@ class Finding:
     seconds: float
 
 
-def ok(detail: str) -> Verdict:
+def ok(detail: str) -> CheckVerdict:
     """Return that something is in order."""
-    return Verdict("ok", detail)
+    return CheckVerdict("ok", detail)
 
 
-def warn(detail: str, fix: str) -> Verdict:
+def warn(detail: str, fix: str) -> CheckVerdict:
     """Return that something works, but not well."""
-    return Verdict("warn", detail, fix)
+    return CheckVerdict("warn", detail, fix)
 
 
-def fail(detail: str, fix: str) -> Verdict:
+def fail(detail: str, fix: str) -> CheckVerdict:
     """Return that something does not work."""
-    return Verdict("fail", detail, fix)
+    return CheckVerdict("fail", detail, fix)
 
 
-def examine(check: Check) -> Finding:
+def examine(check: Check) -> TimedVerdict:
     """Do one check, within its time limit."""
-    found: list[Verdict] = []
+    found: list[CheckVerdict] = []
     began = time.monotonic()
     thread = threading.Thread(target=lambda: found.append(_looked(check)), daemon=True, name=check.name)
     thread.start()
     thread.join(check.limit_s)
     late = fail(f"no answer within {check.limit_s:g} s", "something hangs: a disk, a driver or a device")
     verdict = found[0] if found else late
-    return Finding(
+    return TimedVerdict(
         check.name, verdict.status, verdict.detail, verdict.fix, round(time.monotonic() - began, 3)
     )
 
 
-def _looked(check: Check) -> Verdict:
+def _looked(check: Check) -> CheckVerdict:
     try:
         return check.look()
     except Exception as error:  # a check that fails must not take the others with it

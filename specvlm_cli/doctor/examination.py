@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from specvlm_cli.doctor import machine, reading, storage
-from specvlm_cli.doctor.checks import Check, Finding, examine
+from specvlm_cli.doctor.checks import Check, TimedVerdict, examine
 from specvlm_cli.doctor.models import CHECKPOINT_S, DEVICES_S, GENERATION_S, Probe
 
 SCHEMA = 1
@@ -20,7 +20,7 @@ SCHEMA = 1
 class Examined:
     """All findings."""
 
-    findings: tuple[Finding, ...]
+    findings: tuple[TimedVerdict, ...]
 
     @property
     def ok(self) -> bool:
@@ -35,7 +35,7 @@ class Examined:
 def examination(
     out: Path,
     preset: str,
-    tell: Callable[[Finding], None],
+    tell: Callable[[TimedVerdict], None],
     *,
     target: str | None = None,
     draft: str | None = None,

@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from specvlm.host import usable_cores
-from specvlm_cli.doctor.checks import Verdict, fail, ok, warn
+from specvlm_cli.doctor.checks import CheckVerdict, fail, ok, warn
 from specvlm_cli.screen.words import amount
 
 _GB = 10**9
@@ -30,7 +30,7 @@ _SCHEDULERS = {
 }
 
 
-def python() -> Verdict:
+def python() -> CheckVerdict:
     """Look at the interpreter."""
     version = platform.python_version()
     detail = f"{version} on {platform.system()} {platform.machine()}, SQLite {sqlite3.sqlite_version}"
@@ -45,7 +45,7 @@ def python() -> Verdict:
     return ok(detail)
 
 
-def packages() -> Verdict:
+def packages() -> CheckVerdict:
     """Hold the installed packages against what specvlm declares."""
     try:
         declared = metadata.requires(_DISTRIBUTION) or []
@@ -82,7 +82,7 @@ def _wrong(needed: list[Requirement]) -> Iterator[tuple[str, str]]:
             yield one.name, f"{one.name} {version}, needed {one.specifier}"
 
 
-def processors() -> Verdict:
+def processors() -> CheckVerdict:
     """Count the processors that we may use."""
     usable = usable_cores()
     quota = _cpu_quota()
@@ -109,7 +109,7 @@ def _cpu_quota() -> float | None:
     return None
 
 
-def memory() -> Verdict:
+def memory() -> CheckVerdict:
     """Look at the memory of this machine, and at the limit of the container or job."""
     known = _meminfo()
     total, free = known.get("MemTotal", 0), known.get("MemAvailable", 0)
@@ -168,7 +168,7 @@ def _cgroup_folders(controller: str) -> Iterator[Path]:
         yield from (one for one in (folder, *folder.parents) if one == base or base in one.parents)
 
 
-def shared_memory() -> Verdict:
+def shared_memory() -> CheckVerdict:
     """Look at /dev/shm, through which containers often starve PyTorch."""
     try:
         found = os.statvfs("/dev/shm")
@@ -181,7 +181,7 @@ def shared_memory() -> Verdict:
     return ok(detail)
 
 
-def limits() -> Verdict:
+def limits() -> CheckVerdict:
     """Look at what this shell lets a process do."""
     files, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
     locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
@@ -198,7 +198,7 @@ def limits() -> Verdict:
     return ok(detail)
 
 
-def job(environment: Mapping[str, str] = os.environ) -> Verdict:
+def job(environment: Mapping[str, str] = os.environ) -> CheckVerdict:
     """Say which scheduler's job we are in, and what --shard auto would make of it."""
     from specvlm_cli.exits import UsageError
     from specvlm_cli.shard import parse_shard

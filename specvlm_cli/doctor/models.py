@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from specvlm.preset import find_preset
 from specvlm_cli.checkpoints import on_disk
-from specvlm_cli.doctor.checks import Verdict, fail, ok, warn
+from specvlm_cli.doctor.checks import CheckVerdict, fail, ok, warn
 from specvlm_cli.screen.words import amount
 from specvlm_cli.text import clean
 
@@ -103,7 +103,7 @@ class Probe:
 
     # The checks
 
-    def devices(self) -> Verdict:
+    def devices(self) -> CheckVerdict:
         """Tell which devices torch can use."""
         found = self.answer(DEVICES_S)
         built = f"torch {found['torch']}" + "".join(
@@ -116,7 +116,7 @@ class Probe:
             return _usable(built, found["devices"])
         return _none(built, found)
 
-    def checkpoint(self) -> Verdict:
+    def checkpoint(self) -> CheckVerdict:
         """Tell whether a target's family, weights, tokenizer and template are in order, and whether the draft fits."""
         try:
             found = self.answer(CHECKPOINT_S)
@@ -131,7 +131,7 @@ class Probe:
             return warn(words, found["warnings"][0])
         return ok(words)
 
-    def generation(self) -> Verdict:
+    def generation(self) -> CheckVerdict:
         """Tell whether both ways of decoding give the same tokens."""
         if missing := _missing(self._preset):
             fix = f"specvlm caption --preset {self._preset} downloads it; specvlm presets shows its size"
@@ -160,7 +160,7 @@ def _missing(preset: str) -> str:
     return ", ".join(model for model in (pair.target, pair.draft) if on_disk(model) != "yes")
 
 
-def _usable(built: str, devices: list[dict[str, Any]]) -> Verdict:
+def _usable(built: str, devices: list[dict[str, Any]]) -> CheckVerdict:
     shown = "; ".join(map(_device, devices))
     if any(not one["bf16"] for one in devices):
         return warn(f"{built}; {shown}", "no bf16 here: use --dtype float16")
@@ -175,7 +175,7 @@ def _device(device: dict[str, Any]) -> str:
     return f"{device['name']}, {amount(device['free'])} of {amount(device['total'])} free"
 
 
-def _none(built: str, found: dict[str, Any]) -> Verdict:
+def _none(built: str, found: dict[str, Any]) -> CheckVerdict:
     """Tell why there is no device: none is there, torch is not built for it, or the driver does not fit."""
     said = f"; torch says: {found['said'][0]}" if found["said"] else ""
     if _NVIDIA.exists() and not found["cuda"]:

@@ -10,20 +10,20 @@ from importlib import metadata
 from pathlib import Path
 
 from specvlm.config import BackendName, FrameSettings
-from specvlm_cli.doctor.checks import Verdict, fail, ok, warn
+from specvlm_cli.doctor.checks import CheckVerdict, fail, ok, warn
 
 _FRAMES, _RATE, _STEP = 24, 12, 9  # each frame is brighter than the one before by _STEP
 _WIDTH, _HEIGHT, _CHOSEN = 128, 96, 8
 _LIMIT_S = 20.0
 
 
-def pyav() -> Verdict:
+def pyav() -> CheckVerdict:
     """Read with PyAV, the default reader."""
     version = metadata.version("av")
     return _read("pyav", f"PyAV {version}", "pip install --force-reinstall av: without it nothing is read")
 
 
-def decord() -> Verdict:
+def decord() -> CheckVerdict:
     """Read with decord, where it is there."""
     if importlib.util.find_spec("decord") is None:
         return warn(
@@ -34,7 +34,7 @@ def decord() -> Verdict:
     return _read("decord", f"decord {metadata.version('decord')}", fix)
 
 
-def _read(backend: BackendName, name: str, fix: str) -> Verdict:
+def _read(backend: BackendName, name: str, fix: str) -> CheckVerdict:
     from specvlm_cli.decoding import DecodingPool, Limits, ReadJob, ReadVideo
 
     with tempfile.TemporaryDirectory(prefix="specvlm-doctor-") as folder:

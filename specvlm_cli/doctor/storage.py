@@ -17,7 +17,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from statistics import median
 
-from specvlm_cli.doctor.checks import Verdict, fail, ok, warn
+from specvlm_cli.doctor.checks import CheckVerdict, fail, ok, warn
 from specvlm_cli.screen.words import amount
 from specvlm_cli.text import clean
 
@@ -54,7 +54,7 @@ def existing(path: Path) -> Path:
 # The model cache
 
 
-def model_cache() -> Verdict:
+def model_cache() -> CheckVerdict:
     """Look at the folder into which models are downloaded."""
     from huggingface_hub import constants
 
@@ -69,7 +69,7 @@ def model_cache() -> Verdict:
     return ok(detail)
 
 
-def hub() -> Verdict:
+def hub() -> CheckVerdict:
     """Say whether the hub may be asked, and as whom. The token itself is never shown."""
     from huggingface_hub import constants, get_token
 
@@ -84,7 +84,7 @@ def hub() -> Verdict:
 # The run folder
 
 
-def file_system(out: Path) -> Verdict:
+def file_system(out: Path) -> CheckVerdict:
     """Look at the file system of a run folder: its type, space and free names."""
     folder = existing(out)
     kind = kind_of(folder)
@@ -128,7 +128,7 @@ def _below(path: str, where: str) -> bool:
     return where == "/" or path == where or path.startswith(f"{where}/")
 
 
-def writing(out: Path) -> Verdict:
+def writing(out: Path) -> CheckVerdict:
     """See whether files can be written, synced and renamed, and how long a sync takes."""
     folder = existing(out)
     if reason := _unwritable(folder):
@@ -153,7 +153,7 @@ def _synced_s(path: Path) -> float:
         return time.perf_counter() - began
 
 
-def locking(out: Path) -> Verdict:
+def locking(out: Path) -> CheckVerdict:
     """See whether a lock keeps a second process out."""
     with (
         _scratch(existing(out)) as scratch,
@@ -170,7 +170,7 @@ def locking(out: Path) -> Verdict:
     )
 
 
-def committing(out: Path) -> Verdict:
+def committing(out: Path) -> CheckVerdict:
     """See whether SQLite commits as the ledger does, and how fast."""
     with _scratch(existing(out)) as scratch, closing(sqlite3.connect(scratch / "ledger.db")) as database:
         database.isolation_level = None

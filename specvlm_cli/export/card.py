@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from specvlm_cli.export.merge import Place
+from specvlm_cli.export.merge import CaptionPlace
 from specvlm_cli.ledger_view import Row
 from specvlm_cli.text import clean
 
@@ -28,7 +28,7 @@ class Facts:
     captions: int = 0
     values: dict[str, dict[str, None]] = field(default_factory=lambda: {name: {} for name in _NAMED})
 
-    def watch(self, captions: Iterator[tuple[Place, Row]]) -> Iterator[tuple[Place, Row]]:
+    def watch(self, captions: Iterator[tuple[CaptionPlace, Row]]) -> Iterator[tuple[CaptionPlace, Row]]:
         """Pass captions on, and take note of them."""
         for place, row in captions:
             self.captions += 1

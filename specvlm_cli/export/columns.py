@@ -21,7 +21,7 @@ _FEATURES = b"huggingface"
 
 
 @dataclass(frozen=True, slots=True)
-class Columns:
+class TableColumns:
     """The columns of one table."""
 
     schema: pa.Schema
@@ -36,7 +36,7 @@ class Columns:
         return pa.Table.from_arrays(columns, schema=self.schema)
 
 
-def caption_columns(kept: Mapping[str, str], wanted: Sequence[str] | None) -> Columns:
+def caption_columns(kept: Mapping[str, str], wanted: Sequence[str] | None) -> TableColumns:
     """Return the columns of captions: all, or those that are wanted, in that order.
 
     Raises:
@@ -50,13 +50,13 @@ def caption_columns(kept: Mapping[str, str], wanted: Sequence[str] | None) -> Co
             raise UsageError(Flag("columns"), f": there is no column {clean(name)!r}", fix=meant)
     if wanted is not None and len(set(wanted)) < len(wanted):
         raise UsageError(Flag("columns", ",".join(wanted)), ": a column is named twice", fix="name each once")
-    return Columns(_marked(schema, wanted or schema.names))
+    return TableColumns(_marked(schema, wanted or schema.names))
 
 
-def failure_columns(kept: Mapping[str, str]) -> Columns:
+def failure_columns(kept: Mapping[str, str]) -> TableColumns:
     """Return the columns of failures."""
     schema = failure_schema(kept)
-    return Columns(_marked(schema, schema.names))
+    return TableColumns(_marked(schema, schema.names))
 
 
 def _marked(schema: pa.Schema, names: Sequence[str]) -> pa.Schema:

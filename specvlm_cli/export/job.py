@@ -16,26 +16,26 @@ import pyarrow as pa
 from specvlm_cli.exits import FatalError, Flag, UsageError
 from specvlm_cli.export import parquet
 from specvlm_cli.export.card import Config, Facts, card
-from specvlm_cli.export.columns import Columns, caption_columns, failure_columns
+from specvlm_cli.export.columns import TableColumns, caption_columns, failure_columns
 from specvlm_cli.export.lines import write_csv, write_jsonl
-from specvlm_cli.export.manifest import CARD, Manifest, described, foreign, foreign_file
-from specvlm_cli.export.merge import Index, Merged, Place
+from specvlm_cli.export.manifest import CARD, ExportManifest, described, foreign, foreign_file
+from specvlm_cli.export.merge import CaptionPlace, Index, Merged
 from specvlm_cli.export.names import Names
 from specvlm_cli.export.paths import Paths
-from specvlm_cli.export.request import FormatName, Request, SidecarName
+from specvlm_cli.export.request import ExportRequest, FormatName, SidecarName
 from specvlm_cli.export.sidecars import write_sidecars
 from specvlm_cli.export.staging import Staging, staged
 from specvlm_cli.export.videofolder import COLUMNS, FILE_NAME, METADATA, VIDEOS, VideoFolder
 from specvlm_cli.ledger import Ledger
 from specvlm_cli.ledger_view import LedgerView, Row
-from specvlm_cli.parts import Parts, failure_names
+from specvlm_cli.parts import PartFiles, failure_names
 from specvlm_cli.run_view import RunView, view
 from specvlm_cli.screen.words import counted
 from specvlm_cli.text import clean, path_bytes, path_text
 
 SCHEMA = 1
 FAILURES = "_failures.jsonl"
-_Captions = Iterator[tuple[Place, Row]]
+_Captions = Iterator[tuple[CaptionPlace, Row]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ class Exported:
 
 
 def export(
-    run: RunView, request: Request, tick: Callable[[int, int], None] = lambda done, of: None
+    run: RunView, request: ExportRequest, tick: Callable[[int, int], None] = lambda done, of: None
 ) -> Exported:
     """Write one export: all of it, or nothing.
 
@@ -108,7 +108,7 @@ def _require_whole(run: RunView) -> None:
         raise FatalError(reason)
 
 
-def _check(run: RunView, request: Request) -> None:
+def _check(run: RunView, request: ExportRequest) -> None:
     name = clean(str(request.destination))
     inside = os.path.realpath(request.destination.parent / request.destination.name)
     for folder in ("captions", "failures", ".specvlm"):
@@ -138,7 +138,7 @@ def _check(run: RunView, request: Request) -> None:
     caption_columns(run.kept, request.columns)
 
 
-def _refusal(run: RunView, request: Request) -> Callable[[Path], str | None] | None:
+def _refusal(run: RunView, request: ExportRequest) -> Callable[[Path], str | None] | None:
     """Return the question whether what stands at a path may be replaced; None where nothing may."""
     if not request.overwrite:
         return None
@@ -186,7 +186,7 @@ def _sources(run: RunView, work: Path) -> tuple[dict[int, Path], list[str]]:
 
 
 def _rebuilt(run: RunView, shard: int, path: Path) -> Path:
-    parts = Parts(run.root, shard)
+    parts = PartFiles(run.root, shard)
     parts.kept = run.kept
     with Ledger.create(path) as ledger:
         parts.rebuild(ledger)
@@ -197,7 +197,12 @@ class _Export:
     """One export under way."""
 
     def __init__(
-        self, run: RunView, request: Request, index: Index, staging: Staging, tick: Callable[[int, int], None]
+        self,
+        run: RunView,
+        request: ExportRequest,
+        index: Index,
+        staging: Staging,
+        tick: Callable[[int, int], None],
     ) -> None:
         self._run = run
         self._request = request
@@ -248,9 +253,9 @@ class _Export:
         )
 
     @contextmanager
-    def _folder(self) -> Iterator[Manifest]:
+    def _folder(self) -> Iterator[ExportManifest]:
         self._staging.data.mkdir()
-        with Manifest(self._staging.data, self._request.format) as manifest:
+        with ExportManifest(self._staging.data, self._request.format) as manifest:
             yield manifest
 
     def _watched(self) -> _Captions:
@@ -270,7 +275,7 @@ class _Export:
             kept = {names[column]: value for column, value in row.pop("kept").items() if column in names}
             yield self._paths.row(row, path_bytes(row["path"]), (row["start"], row["end"])) | kept
 
-    def _columns(self) -> Columns:
+    def _columns(self) -> TableColumns:
         return caption_columns(self._run.kept, self._request.columns)
 
     # Formats of one file
@@ -287,7 +292,7 @@ class _Export:
 
     # Formats of a folder
 
-    def _captions(self, manifest: Manifest) -> tuple[int, int, str | None]:
+    def _captions(self, manifest: ExportManifest) -> tuple[int, int, str | None]:
         """Write the captions; return how many, how many videos are missing, and one of those."""
         request = self._request
         root = self._staging.data
@@ -314,7 +319,7 @@ class _Export:
         parts = ("start", "end") if self._merged.segments else ()
         return [*COLUMNS, *parts, *(name for name in self._run.kept if name != FILE_NAME)]
 
-    def _failures(self, manifest: Manifest) -> int:
+    def _failures(self, manifest: ExportManifest) -> int:
         if self._request.failures == "without":
             return 0
         root = self._staging.data
@@ -327,7 +332,7 @@ class _Export:
         manifest.add(described(root, FAILURES, written))
         return written
 
-    def _card(self, manifest: Manifest, captions: int, failures: int) -> None:
+    def _card(self, manifest: ExportManifest, captions: int, failures: int) -> None:
         request = self._request
         if request.format not in ("parquet", "videofolder"):
             return

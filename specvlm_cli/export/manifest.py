@@ -28,7 +28,7 @@ _HEAD = f'{{\n{_MARK}"schema": {_SCHEMA},\n"specvlm_version": %s,\n"format": %s,
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class ExportedFile:
     """One file of an export."""
 
     name: str  # relative to the manifest; bytes that are not UTF-8 as surrogate escapes
@@ -43,14 +43,14 @@ class Entry:
         return {name: value for name, value in plain.items() if value is not None}
 
 
-def described(root: Path, name: str, rows: int | None = None) -> Entry:
+def described(root: Path, name: str, rows: int | None = None) -> ExportedFile:
     """Return the entry of a file that is finished."""
     with open_regular(root / name) as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return Entry(name, file.tell(), digest, rows)
+        return ExportedFile(name, file.tell(), digest, rows)
 
 
-class Manifest:
+class ExportManifest:
     """Writes the manifest as files come to be; as a context it is closed with the counts at the end."""
 
     def __init__(self, root: Path, kind: str) -> None:
@@ -62,7 +62,7 @@ class Manifest:
         self._file = (root / NAME).open("w", encoding="ascii", newline="\n")
         self._file.write(_HEAD % (json.dumps(__version__), json.dumps(kind)))
 
-    def add(self, entry: Entry) -> None:
+    def add(self, entry: ExportedFile) -> None:
         """List one more file."""
         self._file.write(",\n" * (self.files > 0) + json.dumps(entry.as_json()))
         self.files += 1
@@ -80,7 +80,7 @@ class Manifest:
                 self._file.write(f'"counts": {json.dumps(self.counts)}\n}}\n')
 
 
-def _entries(folder: Path) -> Iterator[Entry]:
+def _entries(folder: Path) -> Iterator[ExportedFile]:
     """Yield what the manifest of a folder lists.
 
     Raises:
@@ -94,7 +94,7 @@ def _entries(folder: Path) -> Iterator[Entry]:
             if not line:
                 raise ValueError("it is cut short")
             found = json.loads(line.rstrip(",\n"))
-            yield Entry(found["name"], found["bytes"], found.get("sha256"), link=found.get("link"))
+            yield ExportedFile(found["name"], found["bytes"], found.get("sha256"), link=found.get("link"))
 
 
 def foreign(folder: Path) -> str | None:
@@ -124,7 +124,7 @@ def _links(root: Path, folders: Sequence[str]) -> int:
     return sum((root / name).is_symlink() for name in folders)
 
 
-def _state(folder: Path, entry: Entry) -> str:
+def _state(folder: Path, entry: ExportedFile) -> str:
     """Say whether a listed file is the same, changed, or gone."""
     path = folder / entry.name
     if os.path.isabs(entry.name) or ".." in entry.name.split("/"):

@@ -40,7 +40,7 @@ _CAPTIONED, _FAILED, _PENDING = range(3)  # rank: what is said of a video that s
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class CaptionPlace:
     """Which caption, and of which video."""
 
     path: bytes
@@ -167,7 +167,7 @@ class Index:
             segments=bool(self.db.execute(parts).fetchone()[0]),
         )
 
-    def captions(self) -> Iterator[tuple[Place, Row]]:
+    def captions(self) -> Iterator[tuple[CaptionPlace, Row]]:
         """Yield every caption with its row, in order. One that has gone from its ledger since is left out."""
         cursor = self.db.execute(
             """SELECT path, start, "end", id, prompt_index, caption.shard, ordinal, size_bytes, mtime_ns, at
@@ -182,7 +182,7 @@ class Index:
                 if row is not None:
                     yield place, row
 
-    def _rows(self, places: Sequence[Place]) -> dict[tuple[int, int, int], Row]:
+    def _rows(self, places: Sequence[CaptionPlace]) -> dict[tuple[int, int, int], Row]:
         found: dict[tuple[int, int, int], Row] = {}
         ordered = sorted(places, key=lambda place: (place.shard, place.ordinal))
         for shard, group in groupby(ordered, key=lambda place: place.shard):
@@ -228,10 +228,10 @@ def _video(item: ItemView, captioned: bool) -> tuple[Any, ...]:
     return item.id, item.path, item.start_s, item.end_s, rank, *why, *rest
 
 
-def _place(values: tuple[Any, ...]) -> Place:
+def _place(values: tuple[Any, ...]) -> CaptionPlace:
     path, start_s, end_s, identity, index, shard, ordinal, size_bytes, mtime_ns, at = values
     file = FileStamp(size_bytes, mtime_ns)
-    return Place(bytes(path), start_s, end_s, identity, index, shard, ordinal, file, at)
+    return CaptionPlace(bytes(path), start_s, end_s, identity, index, shard, ordinal, file, at)
 
 
 def _private(file: Path) -> sqlite3.Connection:

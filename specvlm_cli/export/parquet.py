@@ -13,15 +13,15 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from specvlm_cli.exits import FatalError
-from specvlm_cli.export.columns import Columns
-from specvlm_cli.export.manifest import Manifest, described
+from specvlm_cli.export.columns import TableColumns
+from specvlm_cli.export.manifest import ExportManifest, described
 from specvlm_cli.ledger_view import Row
 from specvlm_cli.text import clean
 
 ROW_GROUP = 4000  # rows that are in memory at once
 
 
-def write_file(path: Path, columns: Columns, rows: Iterator[Row], most: int | None = None) -> int:
+def write_file(path: Path, columns: TableColumns, rows: Iterator[Row], most: int | None = None) -> int:
     """Write one file of at most `most` rows; return how many there were."""
     written = 0
     with pq.ParquetWriter(
@@ -43,7 +43,13 @@ def write_file(path: Path, columns: Columns, rows: Iterator[Row], most: int | No
 
 
 def write_split(
-    root: Path, folder: str, columns: Columns, rows: Iterator[Row], files: int, most: int, manifest: Manifest
+    root: Path,
+    folder: str,
+    columns: TableColumns,
+    rows: Iterator[Row],
+    files: int,
+    most: int,
+    manifest: ExportManifest,
 ) -> int:
     """Write `files` files of a split into a folder of the export, `most` rows in each; return all rows."""
     (root / folder).mkdir()

@@ -20,7 +20,7 @@ _SUFFIXES: dict[str, FormatName] = {".parquet": "parquet", ".jsonl": "jsonl", ".
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class ExportRequest:
     """What is asked for.
 
     Attributes:

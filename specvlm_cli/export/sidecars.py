@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from specvlm_cli.export.manifest import Entry, Manifest
-from specvlm_cli.export.merge import Place
+from specvlm_cli.export.manifest import ExportedFile, ExportManifest
+from specvlm_cli.export.merge import CaptionPlace
 from specvlm_cli.export.names import Names
 from specvlm_cli.export.request import SidecarName
 from specvlm_cli.ledger_view import Row
@@ -28,7 +28,7 @@ _NOT_IN_CUES = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class Cue:
     """One caption of a video, with its place in time."""
 
     start_s: float | None
@@ -38,7 +38,11 @@ class Piece:
 
 
 def write_sidecars(
-    root: Path, kind: SidecarName, captions: Iterator[tuple[Place, Row]], names: Names, manifest: Manifest
+    root: Path,
+    kind: SidecarName,
+    captions: Iterator[tuple[CaptionPlace, Row]],
+    names: Names,
+    manifest: ExportManifest,
 ) -> int:
     """Write a file for each video and prompt; return how many captions they hold."""
     written = 0
@@ -51,37 +55,37 @@ def write_sidecars(
     return written
 
 
-def _by_prompt(captions: Iterator[tuple[Place, Row]]) -> dict[int, list[Piece]]:
-    found: dict[int, list[Piece]] = {}
+def _by_prompt(captions: Iterator[tuple[CaptionPlace, Row]]) -> dict[int, list[Cue]]:
+    found: dict[int, list[Cue]] = {}
     for place, row in captions:
-        piece = Piece(place.start_s, place.end_s, row.get("duration_s"), storable(row.get("caption") or ""))
+        piece = Cue(place.start_s, place.end_s, row.get("duration_s"), storable(row.get("caption") or ""))
         found.setdefault(place.prompt_index, []).append(piece)
     return found
 
 
-def _write(root: Path, name: bytes, content: str, rows: int) -> Entry:
+def _write(root: Path, name: bytes, content: str, rows: int) -> ExportedFile:
     encoded = content.encode()
     path = os.path.join(os.fsencode(root), name)
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(path, "xb") as file:
         file.write(encoded)
-    return Entry(os.fsdecode(name), len(encoded), hashlib.sha256(encoded).hexdigest(), rows)
+    return ExportedFile(os.fsdecode(name), len(encoded), hashlib.sha256(encoded).hexdigest(), rows)
 
 
-def _text(pieces: Sequence[Piece]) -> str:
+def _text(pieces: Sequence[Cue]) -> str:
     if len(pieces) == 1 and pieces[0].start_s is None and pieces[0].end_s is None:
         return pieces[0].caption + "\n"
     return "".join(f"{_span(one, '.', ' - ')}  {' '.join(one.caption.split())}\n" for one in pieces)
 
 
-def _subtitles(pieces: Sequence[Piece]) -> str:
+def _subtitles(pieces: Sequence[Cue]) -> str:
     return "\n".join(
         f"{number}\n{_span(one, ',', ' --> ')}\n{_cue(one.caption)}\n"
         for number, one in enumerate(pieces, start=1)
     )
 
 
-def _span(piece: Piece, point: str, between: str) -> str:
+def _span(piece: Cue, point: str, between: str) -> str:
     """Return start and end of a piece; an end that is not known is the video's, else the latest that fits."""
     start_ms = max(_milliseconds(piece.start_s or 0.0), 0)
     end_s = piece.duration_s if piece.end_s is None else piece.end_s

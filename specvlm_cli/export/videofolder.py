@@ -17,8 +17,8 @@ from pathlib import Path
 
 from specvlm_cli.exits import UsageError
 from specvlm_cli.export.lines import write_jsonl
-from specvlm_cli.export.manifest import Entry, Manifest, described
-from specvlm_cli.export.merge import Place
+from specvlm_cli.export.manifest import ExportedFile, ExportManifest, described
+from specvlm_cli.export.merge import CaptionPlace
 from specvlm_cli.export.names import Names
 from specvlm_cli.export.request import LinkName
 from specvlm_cli.ledger_view import Row
@@ -45,7 +45,7 @@ class VideoFolder:
     """
 
     def __init__(
-        self, root: Path, how: LinkName, names: Names, manifest: Manifest, *, name_targets: bool
+        self, root: Path, how: LinkName, names: Names, manifest: ExportManifest, *, name_targets: bool
     ) -> None:
         """`name_targets`: the manifest says what symbolic links point to."""
         self.captions = 0
@@ -58,13 +58,13 @@ class VideoFolder:
         self._name_targets = name_targets
         (root / VIDEOS).mkdir()
 
-    def write(self, columns: Sequence[str], captions: Iterator[tuple[Place, Row]]) -> None:
+    def write(self, columns: Sequence[str], captions: Iterator[tuple[CaptionPlace, Row]]) -> None:
         """Link the videos and write the metadata."""
         path = self._root / METADATA
         self.captions = write_jsonl(path, [FILE_NAME, *columns], self._rows(captions))
         self._manifest.add(described(self._root, METADATA, self.captions))
 
-    def _rows(self, captions: Iterator[tuple[Place, Row]]) -> Iterator[Row]:
+    def _rows(self, captions: Iterator[tuple[CaptionPlace, Row]]) -> Iterator[Row]:
         for path, group in groupby(captions, key=lambda one: one[0].path):
             place, first = next(group)
             name = self._place(path, place)
@@ -72,7 +72,7 @@ class VideoFolder:
                 if name is not None:
                     yield row | {FILE_NAME: name}
 
-    def _place(self, path: bytes, place: Place) -> str | None:
+    def _place(self, path: bytes, place: CaptionPlace) -> str | None:
         """Put a video into the folder; return its name there, None where there is no such video any more.
 
         `place` is of its first caption.
@@ -89,9 +89,9 @@ class VideoFolder:
         os.makedirs(os.path.dirname(target), exist_ok=True)
         if self._how == "symlink":
             os.symlink(path, os.fsencode(target))
-            self._manifest.add(Entry(name, 0, link=os.fsdecode(path) if self._name_targets else ""))
+            self._manifest.add(ExportedFile(name, 0, link=os.fsdecode(path) if self._name_targets else ""))
         elif (size := _put(path, Path(target), self._how, place)) is not None:
-            self._manifest.add(Entry(name, size))
+            self._manifest.add(ExportedFile(name, size))
         else:
             self._leave_out(path)
             return None
@@ -102,7 +102,7 @@ class VideoFolder:
         self.example = self.example or path_text(path)
 
 
-def _put(path: bytes, target: Path, how: LinkName, place: Place) -> int | None:
+def _put(path: bytes, target: Path, how: LinkName, place: CaptionPlace) -> int | None:
     """Copy or link a video that is still the file that was captioned; return its size, None where it is not.
 
     What was opened or linked is compared, not what the path named before.
@@ -129,14 +129,14 @@ def _put(path: bytes, target: Path, how: LinkName, place: Place) -> int | None:
     return None
 
 
-def _is_same(found: os.stat_result, place: Place) -> bool:
+def _is_same(found: os.stat_result, place: CaptionPlace) -> bool:
     """Say whether a file is a regular one that has the size and time that the ledger has, where it has them."""
     size_bytes, mtime_ns = place.file
     same = size_bytes in (None, found.st_size) and mtime_ns in (None, found.st_mtime_ns)
     return same and stat.S_ISREG(found.st_mode)
 
 
-def _is_older(link: Path, place: Place) -> bool:
+def _is_older(link: Path, place: CaptionPlace) -> bool:
     """Say whether a link was there when its video was captioned: size and time alone can be made to agree."""
     if place.ended_at is None or None in place.file:
         return False

@@ -33,13 +33,13 @@ from specvlm_cli.generating.messages import (
     Failed,
     Hello,
     Lost,
-    Made,
     Ready,
-    Report,
-    Setup,
+    VideoCaptions,
     Withdraw,
+    WorkerReport,
+    WorkerSetup,
 )
-from specvlm_cli.generating.preparing import Heard, Prepared, Preparer, Video
+from specvlm_cli.generating.preparing import Heard, Prepared, Preparer, PreparingVideo
 from specvlm_cli.process import die_with_parent
 
 Captions = dict[int, Caption]  # of one video, by the number of the prompt
@@ -59,7 +59,7 @@ def main(descriptor: int, parent: int) -> None:
 
 
 def _serve(connection: Connection) -> None:
-    setup: Setup = connection.recv()
+    setup: WorkerSetup = connection.recv()
     try:
         connection.send(Hello(setup.factory.gpus()))
         engine = setup.factory.load(setup.device, setup.sharing)
@@ -117,7 +117,7 @@ class _Sequences:
         prepared_twice: Memory ran out while it was prepared, and it was tried again.
     """
 
-    video: Video
+    video: PreparingVideo
     alone: bool = False
     in_set: bool = False
     captions: Captions = field(default_factory=dict)
@@ -148,17 +148,19 @@ class _Opened(NamedTuple):
 class _Service:
     """Captions what the coordinator sends: the loop of a worker, and what it knows of each video."""
 
-    def __init__(self, connection: Connection, setup: Setup, engine: Engine, preparer: Preparer) -> None:
+    def __init__(
+        self, connection: Connection, setup: WorkerSetup, engine: Engine, preparer: Preparer
+    ) -> None:
         self._connection = connection
         self._setup = setup
         self._engine = engine
         self._preparer = preparer
-        self._known: dict[int, Video] = {}  # prepared or being prepared, and not admitted
+        self._known: dict[int, PreparingVideo] = {}  # prepared or being prepared, and not admitted
         self._waiting: dict[int, _Sequences] = {}  # admitted, without slots
         self._running: dict[int, _Sequences] = {}
         self._compare: list[Compare] = []
         self._admitted: list[int] = []  # since the last report, like what has ended
-        self._ended: list[Made | Failed] = []
+        self._ended: list[VideoCaptions | Failed] = []
         self._cold = True
 
     def run(self) -> None:
@@ -212,7 +214,7 @@ class _Service:
 
     def _take(self, heard: Heard) -> None:
         match heard:
-            case Video():
+            case PreparingVideo():
                 self._known[heard.task.key] = heard
             case Admit(keys, alone):
                 for key in keys:
@@ -229,7 +231,7 @@ class _Service:
     def _report(self) -> None:
         """Say what was admitted and what has ended since the last report."""
         if self._admitted or self._ended:
-            report = Report(tuple(self._admitted), tuple(self._ended), self._engine.batch_size)
+            report = WorkerReport(tuple(self._admitted), tuple(self._ended), self._engine.batch_size)
             self._admitted, self._ended = [], []
             self._connection.send(report)
 
@@ -330,7 +332,7 @@ class _Service:
                     made = tuple(
                         (one.captions[at], baseline.estimate(one.captions[at])) for at in sorted(one.captions)
                     )
-                    self._ended.append(Made(one.key, made, one.times_s, one.flags))
+                    self._ended.append(VideoCaptions(one.key, made, one.times_s, one.flags))
 
     def _overdue(self) -> list[_Sequences]:
         now_s = time.monotonic()
@@ -443,14 +445,14 @@ class _Service:
         return {one.key: one.captions for one, _ in opened if one.in_set and one.is_captioned}
 
 
-def _compared(one: _Sequences, drafted: Captions, plain: Captions, alone: Captions) -> Made:
+def _compared(one: _Sequences, drafted: Captions, plain: Captions, alone: Captions) -> VideoCaptions:
     """Return what the ways of decoding one video say together; `alone`: in a batch of one, where that was tried."""
     pairs = tuple(
         (caption, baseline.compare(caption, plain[index], alone.get(index)))
         for index, caption in sorted(drafted.items())
     )
     agrees = all(baseline.alone_agrees(caption, alone.get(index)) for index, caption in drafted.items())
-    return Made(one.key, pairs, one.times_s, one.flags, agrees if alone else None)
+    return VideoCaptions(one.key, pairs, one.times_s, one.flags, agrees if alone else None)
 
 
 def _trace_of(error: BaseException) -> str:

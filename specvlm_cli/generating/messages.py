@@ -22,7 +22,7 @@ REDUCED = "reduced_frames"  # flag of a row whose video was captioned from fewer
 
 
 @dataclass(frozen=True, slots=True)
-class Setup:
+class WorkerSetup:
     """First message to a worker."""
 
     factory: EngineFactory
@@ -81,7 +81,7 @@ class Ready:
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
+class VideoCaptions:
     """All captions of one video, one for each prompt."""
 
     key: int
@@ -101,11 +101,11 @@ class Failed:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class WorkerReport:
     """What became of videos since the last report."""
 
     admitted: tuple[int, ...]  # these run from now on, and so does their time
-    ended: tuple[Made | Failed, ...]
+    ended: tuple[VideoCaptions | Failed, ...]
     batch_size: int  # most sequences in flight, from now on
 
 
@@ -128,7 +128,7 @@ class Broken:
 
 
 ToWorker = Task | Admit | Compare | Withdraw  # once it is ready
-FromWorker = Hello | Ready | Report | Lost | Broken
+FromWorker = Hello | Ready | WorkerReport | Lost | Broken
 
 
 def send_descriptor(connection: int, descriptor: int) -> None:

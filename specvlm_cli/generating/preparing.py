@@ -24,7 +24,7 @@ class Prepared:
     """The inbox's word for a video that is prepared now, or cannot be; its session says which."""
 
 
-class Video:
+class PreparingVideo:
     """A video that is being prepared, or is.
 
     Attributes:
@@ -40,7 +40,9 @@ class Video:
         self.session = session
 
 
-Heard = Video | Admit | Compare | Withdraw | Prepared | BaseException  # the last: nothing more can be heard
+Heard = (
+    PreparingVideo | Admit | Compare | Withdraw | Prepared | BaseException
+)  # the last: nothing more can be heard
 
 
 class Preparer:
@@ -82,10 +84,10 @@ class Preparer:
         except BaseException as error:
             self.inbox.put(error)
 
-    def _begin(self, task: Task) -> Video:
+    def _begin(self, task: Task) -> PreparingVideo:
         descriptor = receive_descriptor(self._connection.fileno())
         frames = self._thread.submit(open_frames, descriptor, task.frames)
-        return Video(task, frames, self._submit(frames.result, task.prompts))
+        return PreparingVideo(task, frames, self._submit(frames.result, task.prompts))
 
     def _submit(self, frames: Callable[[], Frames], prompts: tuple[str, ...]) -> Future[Session]:
         def opened() -> Session:

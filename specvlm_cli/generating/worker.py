@@ -12,11 +12,19 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 
 from specvlm_cli.engine import EngineFactory, Models
-from specvlm_cli.generating.messages import FromWorker, Ready, Report, Setup, Task, ToWorker, send_descriptor
+from specvlm_cli.generating.messages import (
+    FromWorker,
+    Ready,
+    Task,
+    ToWorker,
+    WorkerReport,
+    WorkerSetup,
+    send_descriptor,
+)
 from specvlm_cli.ledger import Claim
 from specvlm_cli.policy import Policy
 from specvlm_cli.process import python_command
-from specvlm_cli.read_ahead import Group
+from specvlm_cli.read_ahead import VideoGroup
 
 HARD_LIMIT_S = 5.0  # a worker that does not answer this long after its time limit is killed
 _GOODBYE_S = 2.0
@@ -51,8 +59,8 @@ class Worker:
         self.models: Models | None = None
         self.device = device
         self.batch_size = 1
-        self.group: Group | None = None
-        self.decodes: Group | None = None
+        self.group: VideoGroup | None = None
+        self.decodes: VideoGroup | None = None
         self.withdrew = False
         self._in_flight: dict[int, _InFlight] = {}
         self._policy = policy
@@ -71,7 +79,9 @@ class Worker:
             ours.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", _TALK_S, 0))
         self.connection = Connection(ours.detach())
         with suppress(OSError):  # it is dead already, and the connection will say so
-            self.connection.send(Setup(factory, device, policy.cpu_workers, policy.timeout_s, policy.on_oom))
+            self.connection.send(
+                WorkerSetup(factory, device, policy.cpu_workers, policy.timeout_s, policy.on_oom)
+            )
 
     @property
     def claims(self) -> list[Claim]:
@@ -135,11 +145,11 @@ class Worker:
             return None
         if isinstance(message, Ready):
             self.models, self.batch_size = message.models, message.batch_size
-        if isinstance(message, Report):
+        if isinstance(message, WorkerReport):
             self._note(message)
         return message
 
-    def _note(self, report: Report) -> None:
+    def _note(self, report: WorkerReport) -> None:
         """Count the time of what is admitted from now, and that of what waits too: the worker is alive."""
         self.batch_size = report.batch_size
         due_s = self._due_s()

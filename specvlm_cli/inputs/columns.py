@@ -31,7 +31,7 @@ _LIKE_TIMES = re.compile(
 
 
 @dataclass(frozen=True, slots=True)
-class Columns:
+class ManifestColumns:
     """Names of the columns that are read; None: the manifest has no such column."""
 
     path: str | None
@@ -47,10 +47,10 @@ class Columns:
         return list(dict.fromkeys(name for name in names if name is not None))
 
 
-def find_columns(names: Sequence[str], options: InputOptions) -> Columns:
+def find_columns(names: Sequence[str], options: InputOptions) -> ManifestColumns:
     """Return what there is of the columns that are asked for, or have usual names."""
     start, end = _times(names)
-    return Columns(
+    return ManifestColumns(
         path=_chosen(names, options.path_column, _usual(names, PATHS)),
         id=_chosen(names, options.id_column, _usual(names, IDS)),
         start=_chosen(names, options.start_column, start),
@@ -82,7 +82,7 @@ def _times(names: Sequence[str]) -> tuple[str | None, str | None]:
     return whole or (_usual(names, _STARTS), _usual(names, _ENDS))
 
 
-def unused_times(names: Sequence[str], columns: Columns, options: InputOptions) -> list[str]:
+def unused_times(names: Sequence[str], columns: ManifestColumns, options: InputOptions) -> list[str]:
     """Return the columns that seem to say which part of a video is meant, where none was found that does.
 
     Nothing is returned where the caller said which columns hold times, or that none do.

@@ -12,7 +12,7 @@ from specvlm_cli.exits import UsageError
 from specvlm_cli.inputs.columns import MOST_COLUMNS, find_columns, refuse_missing, unused_times
 from specvlm_cli.inputs.lines import LongLineError, pieces
 from specvlm_cli.inputs.options import InputOptions
-from specvlm_cli.inputs.rows import NONE, Cells, Rows
+from specvlm_cli.inputs.rows import NONE, Cells, ManifestRows
 from specvlm_cli.inputs.values import MOST_CELL_BYTES, MOST_ROW_BYTES, Fault
 from specvlm_cli.text import clean
 
@@ -57,7 +57,7 @@ class CsvManifest:
                 "not needed"
             )
 
-    def rows(self) -> Iterator[Rows]:
+    def rows(self) -> Iterator[ManifestRows]:
         """Yield all rows, some at a time.
 
         Raises:
@@ -86,7 +86,7 @@ class CsvManifest:
     def _broken(self, line: int, reason: str) -> UsageError:
         return UsageError(f"{self._shown} line {line}: {clean(reason)}; fix the quotes and line ends there")
 
-    def _batches(self, records: _Records) -> Iterator[Rows]:
+    def _batches(self, records: _Records) -> Iterator[ManifestRows]:
         batch: list[list[str]] = []
         lines: list[int] = []
         line = records.line + 1
@@ -101,11 +101,11 @@ class CsvManifest:
                 records.held_bytes = 0
         yield self._rows(batch, lines)
 
-    def _rows(self, batch: list[list[str]], lines: Sequence[int]) -> Rows:
+    def _rows(self, batch: list[list[str]], lines: Sequence[int]) -> ManifestRows:
         columns = self._columns
         faults = self._square(batch)
         paths = self._cells(batch, columns.path)
-        return Rows(
+        return ManifestRows(
             lines,
             [faults.get(index, path) for index, path in enumerate(paths)] if faults else paths,
             self._cells(batch, columns.id),

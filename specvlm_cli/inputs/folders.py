@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from specvlm_cli.exits import UsageError
 from specvlm_cli.inputs.item import Item, item_id
-from specvlm_cli.inputs.options import Report
+from specvlm_cli.inputs.options import InputReport
 from specvlm_cli.text import clean
 
 
@@ -29,7 +29,7 @@ class Files:
         self._root = os.path.realpath(folder or b".")
         self._names = names
 
-    def items(self, report: Report) -> Iterator[Item]:
+    def items(self, report: InputReport) -> Iterator[Item]:
         return (_item(self._root, self._given, name) for name in self._names)
 
 
@@ -77,7 +77,7 @@ class Folder:
         self._recursive = recursive
         self._suffixes = suffixes
 
-    def items(self, report: Report) -> Iterator[Item]:
+    def items(self, report: InputReport) -> Iterator[Item]:
         """Yield every video; hidden names are left out.
 
         Links to folders are followed; a folder that was seen already is not entered again, so a link cannot

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 from specvlm_cli.exits import UsageError
 from specvlm_cli.inputs.columns import (
     MOST_COLUMNS,
-    Columns,
+    ManifestColumns,
     asked_columns,
     find_columns,
     missing,
@@ -22,7 +22,7 @@ from specvlm_cli.inputs.columns import (
 )
 from specvlm_cli.inputs.lines import LongLineError, pieces
 from specvlm_cli.inputs.options import InputOptions
-from specvlm_cli.inputs.rows import NONE, Rows
+from specvlm_cli.inputs.rows import NONE, ManifestRows
 from specvlm_cli.inputs.values import MOST_ROW_BYTES, CellError, Fault, json_text
 
 _HEAD_ROWS = 100  # in which some row must have a path
@@ -30,7 +30,7 @@ _MOST_FORMS = 64  # sets of keys that are remembered
 _MARK = b"\xef\xbb\xbf"
 _BLANKS = " \t\r\n"
 _decode = json.JSONDecoder().raw_decode  # json.loads looks for blanks at each end, which takes as long again
-_NOTHING = Columns(None, None, None, None, None, ())
+_NOTHING = ManifestColumns(None, None, None, None, None, ())
 
 Row = dict[Any, Any]
 
@@ -54,7 +54,7 @@ class JsonlManifest:
         self._path = path
         self._shown = shown
         self._options = options
-        self._forms: dict[tuple[str, ...], Columns] = {}
+        self._forms: dict[tuple[str, ...], ManifestColumns] = {}
         self._unseen = asked_columns(options)
         self._names: dict[str, None] = {}  # keys that were seen, the first of them
         self.kept: Mapping[str, str] = dict.fromkeys(options.keep_columns, "string")
@@ -71,7 +71,7 @@ class JsonlManifest:
             refuse_pathless(self._shown, list(names), self._options)
         return unused_times(list(names), find_columns(list(names), self._options), self._options)
 
-    def rows(self) -> Iterator[Rows]:
+    def rows(self) -> Iterator[ManifestRows]:
         """Yield all rows, some at a time.
 
         Raises:
@@ -94,10 +94,10 @@ class JsonlManifest:
                     f"{self._shown} line {error.line}: longer than {MOST_ROW_BYTES} bytes; write one object a line"
                 ) from error
 
-    def _rows(self, numbers: list[int], rows: list[Row | Fault]) -> Rows:
+    def _rows(self, numbers: list[int], rows: list[Row | Fault]) -> ManifestRows:
         forms = [_NOTHING if isinstance(row, Fault) else self._form(row) for row in rows]
         objects: list[Row] = [{} if isinstance(row, Fault) else row for row in rows]
-        return Rows(
+        return ManifestRows(
             numbers,
             [
                 row if isinstance(row, Fault) else row.get(form.path)
@@ -110,7 +110,7 @@ class JsonlManifest:
             (tuple(_kept(row.get(name)) for name in self.kept) for row in objects) if self.kept else NONE,
         )
 
-    def _form(self, row: Row) -> Columns:
+    def _form(self, row: Row) -> ManifestColumns:
         """Return which keys of a row mean what; rows with the same keys are looked at once."""
         keys = tuple(row)
         known = self._forms.get(keys)

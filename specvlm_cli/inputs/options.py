@@ -58,7 +58,7 @@ class InputOptions:
 
 
 @dataclass(slots=True)
-class Report:
+class InputReport:
     """What was seen while the inputs were read.
 
     Attributes:

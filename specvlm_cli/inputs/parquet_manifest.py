@@ -17,7 +17,7 @@ from specvlm_cli.exits import UsageError
 from specvlm_cli.inputs.columns import MOST_COLUMNS, find_columns, refuse_missing, unused_times
 from specvlm_cli.inputs.options import InputOptions
 from specvlm_cli.inputs.pages import Leaf, PagesError, batch_rows, check_footer
-from specvlm_cli.inputs.rows import NONE, Cells, Rows
+from specvlm_cli.inputs.rows import NONE, Cells, ManifestRows
 from specvlm_cli.inputs.values import CellError, Fault, json_text, plain_number
 from specvlm_cli.text import short
 
@@ -90,7 +90,7 @@ class ParquetManifest:
                     f"{self._shown}: not readable as Parquet ({reason}); write it again"
                 ) from error
 
-    def rows(self) -> Iterator[Rows]:
+    def rows(self) -> Iterator[ManifestRows]:
         """Yield all rows, some at a time.
 
         Raises:
@@ -112,13 +112,13 @@ class ParquetManifest:
             for batch in file.iter_batches(rows, row_groups=groups, columns=names):
                 yield from _slices(batch)
 
-    def _rows(self, batch: pa.RecordBatch, numbers: Sequence[int]) -> Rows:
+    def _rows(self, batch: pa.RecordBatch, numbers: Sequence[int]) -> ManifestRows:
         columns = self._columns
 
         def cells(name: str | None, values: Callable[[pa.Array], Cells]) -> Cells:
             return NONE if name is None else values(batch.column(batch.schema.get_field_index(name)))
 
-        return Rows(
+        return ManifestRows(
             numbers,
             cells(columns.path, _bytes),
             cells(columns.id, _texts),

@@ -9,15 +9,15 @@ from typing import BinaryIO
 from specvlm_cli.exits import UsageError
 from specvlm_cli.inputs.item import Item
 from specvlm_cli.inputs.lines import LongLineError, pieces
-from specvlm_cli.inputs.options import Report
-from specvlm_cli.inputs.rows import ItemMaker, Root, Rows
+from specvlm_cli.inputs.options import InputReport
+from specvlm_cli.inputs.rows import ItemMaker, ManifestRows, Root
 from specvlm_cli.inputs.values import MOST_PATH_BYTES
 
 _MOST_LINE_BYTES = 1 << 20
 _MARK = b"\xef\xbb\xbf"  # the byte order mark with which Windows editors begin a file
 
 
-class Lines:
+class PathStream:
     """Reads paths from a stream, once; relative ones are relative to the current folder."""
 
     def __init__(self, stream: BinaryIO, name: str = "standard input", root: bytes = b".") -> None:
@@ -26,7 +26,7 @@ class Lines:
         self._name = name
         self._maker = ItemMaker(os.fsencode(name), "line", Root(root))
 
-    def items(self, report: Report) -> Iterator[Item]:
+    def items(self, report: InputReport) -> Iterator[Item]:
         """Yield a video for each line that is not empty.
 
         Raises:
@@ -42,14 +42,14 @@ class Lines:
         except OSError as error:
             raise UsageError(f"{self._name}: {error.strerror}; give paths, one a line") from error
 
-    def _rows(self) -> Iterator[Rows]:
+    def _rows(self) -> Iterator[ManifestRows]:
         begin = self._begin()
         separator = b"\0" if b"\0" in begin else b"\n"
         first = 1
         for piece in pieces(self._stream, _MOST_LINE_BYTES, separator, begin):
             lines = self._lines(piece, separator)
             full = [(number, line) for number, line in enumerate(lines, first) if line]
-            yield Rows([number for number, _ in full], [line for _, line in full])
+            yield ManifestRows([number for number, _ in full], [line for _, line in full])
             first += len(lines) - 1
 
     def _lines(self, piece: bytes, separator: bytes) -> list[bytes]:
@@ -63,7 +63,7 @@ class Lines:
         return begin
 
 
-class PathList(Lines):
+class PathList(PathStream):
     """Reads a text file of paths, once; relative ones are relative to its folder."""
 
     def __init__(self, path: bytes, name: str) -> None:
@@ -74,7 +74,7 @@ class PathList(Lines):
         """
         super().__init__(open(path, "rb"), name, os.path.dirname(path) or b".")  # noqa: SIM115  until it is read
 
-    def items(self, report: Report) -> Iterator[Item]:
+    def items(self, report: InputReport) -> Iterator[Item]:
         with self._stream:
             yield from super().items(report)
 

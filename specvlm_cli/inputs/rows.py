@@ -31,7 +31,7 @@ NONE: Cells = repeat(None)  # a column that a manifest does not have
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class ManifestRows:
     """Some rows, column by column."""
 
     numbers: Sequence[int]  # of rows or lines, from 1, as messages name them
@@ -81,7 +81,7 @@ class ItemMaker:
         self._root = root
         self._kept = tuple(kept)
 
-    def items(self, rows: Rows) -> Iterator[Item]:
+    def items(self, rows: ManifestRows) -> Iterator[Item]:
         """Yield one item for every row."""
         columns = zip(
             rows.numbers, rows.paths, rows.ids, rows.starts, rows.ends, rows.prompts, rows.kept, strict=False

@@ -22,9 +22,9 @@ from specvlm_cli.inputs.csv_manifest import CsvManifest
 from specvlm_cli.inputs.folders import Folder, matches, parts_in, shown, single, suffixes_of
 from specvlm_cli.inputs.item import Item
 from specvlm_cli.inputs.jsonl_manifest import JsonlManifest
-from specvlm_cli.inputs.options import InputOptions, Report
-from specvlm_cli.inputs.path_list import Lines, PathList
-from specvlm_cli.inputs.rows import ItemMaker, Root, Rows, refused_address
+from specvlm_cli.inputs.options import InputOptions, InputReport
+from specvlm_cli.inputs.path_list import PathList, PathStream
+from specvlm_cli.inputs.rows import ItemMaker, ManifestRows, Root, refused_address
 from specvlm_cli.inputs.values import is_address
 from specvlm_cli.text import clean
 
@@ -37,10 +37,10 @@ _PACKED = re.compile(rb"\.(parquet|csv|jsonl|json|tsv|ndjson)\.(gz|bz2|xz|zst|lz
 _DEFAULT = InputOptions()
 
 
-class Source(Protocol):
+class InputSource(Protocol):
     """What one argument names."""
 
-    def items(self, report: Report) -> Iterator[Item]:
+    def items(self, report: InputReport) -> Iterator[Item]:
         """Yield its videos, once."""
 
 
@@ -51,7 +51,7 @@ class RowReader(Protocol):
     kept: Mapping[str, str]  # kept column -> bool, int64, float64 or string
     unused_times: Sequence[str]  # columns that seem to hold times, and are not read
 
-    def rows(self) -> Iterator[Rows]:
+    def rows(self) -> Iterator[ManifestRows]:
         """Yield all rows, some at a time."""
 
 
@@ -71,7 +71,7 @@ class Manifest:
         self.shown = shown(path)
         self.unused_times = self._reader.unused_times
 
-    def items(self, report: Report) -> Iterator[Item]:
+    def items(self, report: InputReport) -> Iterator[Item]:
         try:
             for rows in self._reader.rows():
                 report.rows += len(rows.numbers)
@@ -140,13 +140,13 @@ class Inputs:
         self._options = options
         self._suffixes = suffixes_of(options.extensions)
         self._stdin = stdin
-        self.report = Report()
+        self.report = InputReport()
         self._names = row_names(options)
         self.renamed = {column: name for column, name in self._names.items() if name != column}
         if given.count(STDIN) > 1:
             raise UsageError(f"{STDIN} was given {given.count(STDIN)} times; standard input is read once")
         sources = [(one, self._sources_of(one)) for one in given]
-        self._sources: list[tuple[str, Sequence[Source]]] | None = sources
+        self._sources: list[tuple[str, Sequence[InputSource]]] | None = sources
         manifests = [source for _, some in sources for source in some if isinstance(source, Manifest)]
         _refuse_without_manifest(options, manifests)
         self.kept: Mapping[str, str] = _one_type(manifests)
@@ -154,10 +154,10 @@ class Inputs:
             manifest.shown: manifest.unused_times for manifest in manifests if manifest.unused_times
         }
 
-    def _sources_of(self, given: str) -> Sequence[Source]:
+    def _sources_of(self, given: str) -> Sequence[InputSource]:
         path = os.fsencode(given)
         if given == STDIN:
-            return [Lines(self._stdin or _standard_input())]
+            return [PathStream(self._stdin or _standard_input())]
         if os.path.isdir(path):
             if parts := parts_in(path, self._suffixes):
                 return [Manifest(part, self._options, self._names) for part in parts]
@@ -175,7 +175,7 @@ class Inputs:
             "quoted glob"
         )
 
-    def _file(self, path: bytes) -> Source:
+    def _file(self, path: bytes) -> InputSource:
         if path.lower().endswith(_MANIFESTS):
             return Manifest(path, self._options, self._names)
         if path.lower().endswith(_LIST):
@@ -201,7 +201,7 @@ class Inputs:
             items = self._of_shard(items)
         return self._old_enough(items) if self._options.min_age_s > 0 else items
 
-    def _items(self, given: str, sources: Sequence[Source]) -> Iterator[Item]:
+    def _items(self, given: str, sources: Sequence[InputSource]) -> Iterator[Item]:
         """Yield the videos of one argument; note it where it has none. What a pipe brings may well be nothing."""
         item, unreadable = None, len(self.report.unreadable)
         for source in sources:

@@ -18,9 +18,9 @@ from rich.text import Text
 from specvlm.bench.records import (
     BASELINES,
     STAGES,
+    BenchReport,
     Configuration,
     Left,
-    Report,
     Summary,
 )
 from specvlm.bench.words import (
@@ -54,7 +54,7 @@ from specvlm_cli.text import MOST_CHARACTERS, cells, clean, short
 if TYPE_CHECKING:
     from typing import TextIO
 
-    from specvlm.bench.suite import Step
+    from specvlm.bench.suite import BenchStep
 
 _NAME_CHARACTERS = 60
 
@@ -100,7 +100,7 @@ class BenchTalk:
         console = self._console if self._bar is None else self._bar.console
         console.print(Text(short(message, MOST_CHARACTERS)))
 
-    def step(self, step: Step) -> None:
+    def step(self, step: BenchStep) -> None:
         """Take note of a caption that is about to be made."""
         if self._bar is not None:
             words = short(step.what, _NAME_CHARACTERS)
@@ -128,7 +128,7 @@ class Block(NamedTuple):
     listed: set[int]
 
 
-def tell(report: Report) -> None:
+def tell(report: BenchReport) -> None:
     """Print a report, in tables and lines as wide as the terminal at most, elsewhere of 80 characters."""
     _pairs([*_conditions(report), *_remarks(report)])
     if report.is_batched:
@@ -160,7 +160,7 @@ def _pairs(lines: Sequence[tuple[str, str]]) -> None:
 
 
 def _table(
-    title: str, report: Report, columns: Sequence[Column], summaries: Sequence[Summary] | None = None
+    title: str, report: BenchReport, columns: Sequence[Column], summaries: Sequence[Summary] | None = None
 ) -> None:
     """Print the columns that have something to say, below each other where they do not stand side by side."""
     shown = report.summaries if summaries is None else summaries
@@ -220,7 +220,7 @@ def _width_of(column: Sequence[str]) -> int:
     return max(map(cells, column)) + 2
 
 
-def _speed(report: Report) -> list[Column]:
+def _speed(report: BenchReport) -> list[Column]:
     columns = [
         Column(
             "ms/\ntoken", lambda one: missing_words(one, "").rstrip(": ") if one.error else ms(one.token_s)
@@ -272,7 +272,7 @@ def _rounds() -> list[Column]:
     ]
 
 
-def _limits(report: Report) -> None:
+def _limits(report: BenchReport) -> None:
     """Say of each method what its limit is, or why it failed."""
     lines = list(limits(report))
     if lines:
@@ -282,7 +282,7 @@ def _limits(report: Report) -> None:
         _wrapped(f"{name}: {said}")
 
 
-def _remarks(report: Report) -> Iterator[tuple[str, str]]:
+def _remarks(report: BenchReport) -> Iterator[tuple[str, str]]:
     """What is to be known of all figures."""
     remarks = [("frames", note) for note in frames_notes(report)]
     remarks += [
@@ -292,7 +292,7 @@ def _remarks(report: Report) -> Iterator[tuple[str, str]]:
     yield from ((name, said) for name, said in remarks if said)
 
 
-def _conditions(report: Report) -> list[tuple[str, str]]:
+def _conditions(report: BenchReport) -> list[tuple[str, str]]:
     its = report.conditions
     pair = its.target if its.draft is None else f"{its.target}, draft {its.draft}"
     machine = ", ".join(filter(None, (its.machine, its.processor, counted(its.cores, "core"))))

@@ -29,14 +29,14 @@ KINDS_SHOWN = 3
 _SHORTEST_BAR, _LONGEST_BAR = 10, 40
 
 
-class Piece(NamedTuple):
+class StyledWords(NamedTuple):
     """Words that stay on one line, in one style."""
 
     text: str
     style: str = ""
 
 
-class Display:
+class LiveDisplay:
     """The live display of one run, on a terminal."""
 
     def __init__(self, console: Console, meter: Meter) -> None:
@@ -107,18 +107,18 @@ def _up(rows: int) -> Control:
 def drawn(standing: Standing, width: int, height: int) -> Text:
     """Return the display: at most `height` lines of at most `width` columns."""
     width = max(width, 1)
-    so_far = Piece(f"{duration(standing.elapsed_s)} so far", "dim")
+    so_far = StyledWords(f"{duration(standing.elapsed_s)} so far", "dim")
     lines = [
         *flowing([*_progress(standing), so_far], width, start=_bar(standing, width)),
-        *flowing([Piece(text, "green") for text in speed(standing)], width),
-        *flowing([Piece(text, "dim") for text in state(standing)], width),
+        *flowing([StyledWords(text, "green") for text in speed(standing)], width),
+        *flowing([StyledWords(text, "dim") for text in state(standing)], width),
         *flowing(_kinds(standing), width),
         *_last(standing, width),
     ]
     return Text("\n", no_wrap=True, overflow="crop").join(lines[: max(height, 1)])
 
 
-def flowing(pieces: Iterable[Piece], width: int, start: Text | None = None) -> list[Text]:
+def flowing(pieces: Iterable[StyledWords], width: int, start: Text | None = None) -> list[Text]:
     """Set pieces one after the other, beginning a new line where the next one has no room."""
     lines = [] if start is None else [start]
     gap = " "
@@ -139,16 +139,16 @@ def _bar(standing: Standing, width: int) -> Text:
     return Text.assemble(("━" * done, "cyan"), ("─" * (length - done), "dim"))
 
 
-def _progress(standing: Standing) -> list[Piece]:
+def _progress(standing: Standing) -> list[StyledWords]:
     done, failed, *rest = progress(standing)
     some = standing.failed or standing.before.failed
-    return [Piece(done, "bold"), Piece(failed, "red" if some else ""), *map(Piece, rest)]
+    return [StyledWords(done, "bold"), StyledWords(failed, "red" if some else ""), *map(StyledWords, rest)]
 
 
-def _kinds(standing: Standing) -> list[Piece]:
-    shown = [Piece(f"{number} {clean(kind)}", "red") for kind, number in standing.kinds[:KINDS_SHOWN]]
+def _kinds(standing: Standing) -> list[StyledWords]:
+    shown = [StyledWords(f"{number} {clean(kind)}", "red") for kind, number in standing.kinds[:KINDS_SHOWN]]
     more = len(standing.kinds) - len(shown)
-    return [*shown, Piece(f"and {counted(more, 'more kind')}", "red")] if more else shown
+    return [*shown, StyledWords(f"and {counted(more, 'more kind')}", "red")] if more else shown
 
 
 def _last(standing: Standing, width: int) -> list[Text]:

@@ -15,7 +15,7 @@ from os import fsdecode
 from typing import NamedTuple
 
 from specvlm_cli.ledger import Claim, Failure, Row
-from specvlm_cli.results import LiveStatus, Running, Speedup, Tally
+from specvlm_cli.results import LiveStatus, PlainSpeedup, Running, Tally
 from specvlm_cli.screen.words import amount, between, duration, over_plain, per_hour, per_s
 
 WINDOW_S = 120.0
@@ -98,7 +98,7 @@ class Standing:
         return before + self.ended, before + self.todo
 
 
-class Pace:
+class PaceMeter:
     """How fast videos end: over two minutes, or over the last twenty where those took longer."""
 
     def __init__(self, now_s: float) -> None:
@@ -165,7 +165,7 @@ class Meter:
         self._last: Last | None = None
         self._started_s = clock()
         self._stopped_s: float | None = None
-        self._pace = Pace(self._started_s)
+        self._pace = PaceMeter(self._started_s)
 
     def captioned(self, claim: Claim, rows: Sequence[Row]) -> None:
         """Count one video that has its captions."""
@@ -257,7 +257,7 @@ def speed(standing: Standing) -> list[str]:
     return parts
 
 
-def _ratio(speedup: Speedup, estimated: bool) -> str:
+def _ratio(speedup: PlainSpeedup, estimated: bool) -> str:
     return between(*speedup.between) if estimated else f"{speedup.of_totals:.2f}x"
 
 

@@ -45,7 +45,7 @@ class Overheard:
         self._thread.join(_GOODBYE_S)
 
 
-class Lines:
+class LineJoiner:
     """Puts pieces of text together to lines: without colours, blank lines and repetitions."""
 
     def __init__(self) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 
 import specvlm
-from specvlm_cli.results import STAGES, Figures, Outcome, Speedup
+from specvlm_cli.results import STAGES, Figures, Outcome, PlainSpeedup
 from specvlm_cli.screen.words import between, counted, duration, over_plain, rate, share
 from specvlm_cli.text import cells, clean
 
@@ -106,7 +106,7 @@ def speedups(figures: Figures) -> Iterator[Line]:
         yield "identical to plain", f"{figures.identical:,}/{figures.compared:,} captions"
 
 
-def _speedup(name: str, measured: Speedup | None, estimated: Speedup | None) -> Iterator[Line]:
+def _speedup(name: str, measured: PlainSpeedup | None, estimated: PlainSpeedup | None) -> Iterator[Line]:
     if measured is not None:
         ratio = f"{measured.of_totals:.2f}x {over_plain(measured.mean_batch_size)}"
         yield name, f"{ratio}, {measured.captions:,} measured"

@@ -9,10 +9,10 @@ from specvlm.captioner import Captioner
 from specvlm_cli.decoding import ReadFailure, ReadJob
 from specvlm_cli.settings import CaptionSettings, Plain
 from specvlm_cli.training.captions import LeftOut
-from specvlm_cli.training.samples import Video
+from specvlm_cli.training.samples import TrainingVideo
 
 
-class Listener(Protocol):
+class SampleListener(Protocol):
     """Receives what happens to samples."""
 
     def left_out(self, left: LeftOut) -> None: ...
@@ -38,7 +38,7 @@ class Asking:
     read: ReadJob
     unroll: int = 0
 
-    def job(self, key: int, video: Video) -> ReadJob | ReadFailure:
+    def job(self, key: int, video: TrainingVideo) -> ReadJob | ReadFailure:
         """Return what reads a video, or why it cannot be read."""
         return self.read.for_video(key, video.path, video.start_s, video.end_s)
 

@@ -10,16 +10,16 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from specvlm.batch import CaptionBatch, Finished, Kind
+from specvlm.batch import CaptionBatch, FinishedCaption, Kind
 from specvlm.config import SpeculationSettings
 from specvlm.training.progress import Held
 from specvlm.training.ranks import Ranks
 from specvlm_cli.decoding import ReadFailure, ReadJob
-from specvlm_cli.training.asking import Asking, Captioners, Listener
+from specvlm_cli.training.asking import Asking, Captioners, SampleListener
 from specvlm_cli.training.captions import Blame, LeftOut
-from specvlm_cli.training.reading import Reader
+from specvlm_cli.training.reading import TrainingReader
 from specvlm_cli.training.register import Register, Suspect, UselessError
-from specvlm_cli.training.samples import Sample, Video
+from specvlm_cli.training.samples import TrainingSample, TrainingVideo
 from specvlm_cli.training.writing import drop_decoder
 
 _AS_IN_USE = SpeculationSettings(tree="dynamic")
@@ -52,13 +52,13 @@ class Exam:
 
     def __init__(
         self,
-        videos: Sequence[Video],
+        videos: Sequence[TrainingVideo],
         captioners: Captioners,
         asking: Asking,
-        reader: Reader,
+        reader: TrainingReader,
         register: Register,
         ranks: Ranks,
-        listener: Listener,
+        listener: SampleListener,
         check: Callable[[], None],
         batch_size: int | None = None,
     ) -> None:
@@ -72,14 +72,14 @@ class Exam:
         self._listener, self._check, self._batch_size = listener, check, batch_size
 
     def sit(self, step: int) -> list[Held] | None:
-        """See `specvlm.training.trainer.Source.held_out`."""
+        """See `specvlm.training.trainer.SampleSource.held_out`."""
         if not self._videos:
             return None
         mine = [
             _HeldOut(Suspect(video, 0, step), self._asking.job(number, video))
             for number, video in enumerate(self._videos)
             if number % self._ranks.count == self._ranks.rank
-            and not self._register.has(Sample(video, 0), step)
+            and not self._register.has(TrainingSample(video, 0), step)
         ]
         self._reader.begin(one.job for one in mine if isinstance(one.job, ReadJob))
         kind = self._pupil.kind_of(replace(self._asking.captions.generation, seed=0), _AS_IN_USE)
@@ -146,7 +146,7 @@ class Exam:
             number, prompt = done.key
             self._hear(running[number], prompt, done)
 
-    def _hear(self, one: _HeldOut, prompt: int, done: Finished) -> None:
+    def _hear(self, one: _HeldOut, prompt: int, done: FinishedCaption) -> None:
         if done.caption is not None:
             stats = done.caption.stats
             one.held[prompt] = Held(stats.num_drafts, stats.num_accepted_tokens)

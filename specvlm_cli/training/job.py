@@ -29,7 +29,7 @@ from specvlm.training.objective import ObjectiveSettings
 from specvlm.training.order import Order
 from specvlm.training.ranks import Ranks
 from specvlm.training.settings import Schedule, TrainingSettings
-from specvlm.training.trainer import Ending, Interrupted, Parts, Trainer
+from specvlm.training.trainer import Ending, Interrupted, Trainer, TrainingParts
 from specvlm_cli import engine
 from specvlm_cli.decoding import DecodingPool, Limits, ReadJob
 from specvlm_cli.exits import ExitCode, FatalError, Flag, UsageError
@@ -41,17 +41,17 @@ from specvlm_cli.training import stored
 from specvlm_cli.training.asking import Asking, Captioners
 from specvlm_cli.training.captions import LEFT_OUT_NAME, NAME, Captions, LeftOut, LeftOuts
 from specvlm_cli.training.exam import Exam
-from specvlm_cli.training.lessons import Lessons, Tally
-from specvlm_cli.training.reading import Bounds, Reader
+from specvlm_cli.training.lessons import Lessons, TrainingTally
+from specvlm_cli.training.reading import ReadLimits, TrainingReader
 from specvlm_cli.training.register import Register
 from specvlm_cli.training.samples import Samples, Split
-from specvlm_cli.training.source import VideoSource
+from specvlm_cli.training.source import VideoSamples
 from specvlm_cli.training.stored import Stored
 from specvlm_cli.training.talk import Speaker
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class TrainingRequest:
     """What one start is asked to do.
 
     Attributes:
@@ -117,7 +117,7 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class TrainingOutcome:
     """How a start ended.
 
     Attributes:
@@ -153,7 +153,7 @@ class Outcome:
         return asdict(self) | {"exit_code": int(self.exit_code)}
 
 
-def run(request: Request, ranks: Ranks, talk: Speaker, *, quiet: bool) -> Outcome:
+def run(request: TrainingRequest, ranks: Ranks, talk: Speaker, *, quiet: bool) -> TrainingOutcome:
     """Train, and say how it ended; of several processes each calls this, with its own `ranks`.
 
     Raises:
@@ -168,17 +168,19 @@ def run(request: Request, ranks: Ranks, talk: Speaker, *, quiet: bool) -> Outcom
     return replace(outcome, wall_s=time.monotonic() - began_s)
 
 
-def _run(request: Request, ranks: Ranks, talk: Speaker, stop: Stop, quiet: bool) -> Outcome:
+def _run(request: TrainingRequest, ranks: Ranks, talk: Speaker, stop: Stop, quiet: bool) -> TrainingOutcome:
     _check_place(request.head_device)
     total = request.order().total_steps(request.schedule)
     with ExitStack() as held:
         standing = ranks.first(_standing(request, total, talk, stop, held) if ranks.rank == 0 else None)
-        if isinstance(standing, Outcome):
+        if isinstance(standing, TrainingOutcome):
             return standing
-        return _Start(request, ranks, talk, stop, held).train(quiet)
+        return _TrainingStart(request, ranks, talk, stop, held).train(quiet)
 
 
-def _standing(request: Request, total: int, talk: Speaker, stop: Stop, held: ExitStack) -> Outcome | None:
+def _standing(
+    request: TrainingRequest, total: int, talk: Speaker, stop: Stop, held: ExitStack
+) -> TrainingOutcome | None:
     """Take the folder; or return the outcome where there is nothing to do, or it cannot be had."""
     if (finished := _finished(request, total, talk)) is not None:
         return finished
@@ -189,11 +191,11 @@ def _standing(request: Request, total: int, talk: Speaker, stop: Stop, held: Exi
     )
     if taken is None:
         code = ExitCode.OK if stop.reason is None else ExitCode.STOPPED
-        return Outcome(code, str(request.out), 0, total, stopped=stop.reason or "locked")
+        return TrainingOutcome(code, str(request.out), 0, total, stopped=stop.reason or "locked")
     return _finished(request, total, talk)  # it may have changed before we had it
 
 
-def _finished(request: Request, total: int, talk: Speaker) -> Outcome | None:
+def _finished(request: TrainingRequest, total: int, talk: Speaker) -> TrainingOutcome | None:
     """Return the outcome of a training that has nothing left to do; its head may still have to be rewritten."""
     if _known(request) is None or (progress := stored.finished(request.out, total)) is None:
         return None
@@ -207,10 +209,10 @@ def _finished(request: Request, total: int, talk: Speaker) -> Outcome | None:
     done = progress.log[-1]["step"]
     more = "" if done == total else f", and {total:,} were asked for"
     talk.note(f"nothing to do: {done:,} steps are done{more}; give more --epochs to continue")
-    return _outcome(request, Ending(done, done, None, progress), _left_out(request), Tally())
+    return _outcome(request, Ending(done, done, None, progress), _left_out(request), TrainingTally())
 
 
-def _known(request: Request) -> Stored | None:
+def _known(request: TrainingRequest) -> Stored | None:
     known = stored.read(request.out)
     if known is not None:
         stored.agree(request.out, known.settings, request.fingerprint())
@@ -218,16 +220,16 @@ def _known(request: Request) -> Stored | None:
 
 
 @dataclass(slots=True)
-class _Start:
+class _TrainingStart:
     """One start that has its folder, and something to do."""
 
-    request: Request
+    request: TrainingRequest
     ranks: Ranks
     talk: Speaker
     stop: Stop
     held: ExitStack
 
-    def train(self, quiet: bool) -> Outcome:
+    def train(self, quiet: bool) -> TrainingOutcome:
         """Load, train, and say how it ended."""
         request = self.request
         self.talk.note(f"loading {clean(request.captions.models.name)}")
@@ -297,11 +299,11 @@ class _Start:
             check,
             request.batch_size,
         )
-        parts = Parts(
+        parts = TrainingParts(
             target,
             Learner(head, request.training, ranks),
             in_use,
-            VideoSource(lessons, exam, register),
+            VideoSamples(lessons, exam, register),
             folder,
             ranks,
             self.talk,
@@ -316,10 +318,10 @@ class _Start:
         device = target.device if self.request.head_device is None else torch.device(self.request.head_device)
         return device, torch.float32 if device.type == "cpu" else target.dtype
 
-    def _reader(self, check: Callable[[], None]) -> Reader:
+    def _reader(self, check: Callable[[], None]) -> TrainingReader:
         workers = self.request.decode_workers
         pool = self.held.enter_context(DecodingPool(workers, self.request.limits))
-        return Reader(pool, Bounds(workers), check)
+        return TrainingReader(pool, ReadLimits(workers), check)
 
     def _check(self) -> None:
         if self.stop.reason is not None:
@@ -358,7 +360,7 @@ def _check_place(device: str | None) -> None:
         )
 
 
-def _left_out(request: Request) -> list[LeftOut]:
+def _left_out(request: TrainingRequest) -> list[LeftOut]:
     """What earlier starts left out; nothing is made."""
     path = request.out / STATE / LEFT_OUT_NAME
     if not path.exists():
@@ -367,7 +369,9 @@ def _left_out(request: Request) -> list[LeftOut]:
         return kept.left_out()
 
 
-def _outcome(request: Request, ending: Ending, noted: list[LeftOut], tally: Tally) -> Outcome:
+def _outcome(
+    request: TrainingRequest, ending: Ending, noted: list[LeftOut], tally: TrainingTally
+) -> TrainingOutcome:
     """How a start ended; `noted`: what was left out, `tally`: what the target wrote in this start."""
     progress, left = ending.progress, len(noted) + len(request.samples.problems)
     if not progress.samples and ending.stopped is None and ending.total:
@@ -375,7 +379,7 @@ def _outcome(request: Request, ending: Ending, noted: list[LeftOut], tally: Tall
         raise FatalError(f"none of the videos could be learned from{why}")
     failed = bool(left or request.unreadable) and not request.exit_zero
     code = ExitCode.SOME_FAILED if failed else ExitCode.OK
-    return Outcome(
+    return TrainingOutcome(
         exit_code=code if ending.stopped is None else ExitCode.STOPPED,
         out=str(request.out),
         steps=ending.steps,
@@ -410,7 +414,7 @@ def _refuse_float16(target: VideoLM) -> None:
         )
 
 
-def _head_config(request: Request, teacher: Captioner, processes: int) -> HeadConfig:
+def _head_config(request: TrainingRequest, teacher: Captioner, processes: int) -> HeadConfig:
     """What the head is made for, and how it is trained, for the record."""
     target = teacher.target
     training = {
@@ -443,7 +447,7 @@ def _pupil(teacher: Captioner, head: HeadModel) -> Captioner:
     return Captioner(teacher.target, teacher.processor, draft, teacher.info, teacher.frames)
 
 
-def _asking(request: Request, teacher: Captioner, resolved: Plain) -> Asking:
+def _asking(request: TrainingRequest, teacher: Captioner, resolved: Plain) -> Asking:
     settings = request.captions
     fingerprint = {name: value for name, value in settings.fingerprint().items() if name != "prompt"}
     read = ReadJob(0, b"", settings.frames, teacher.frame_multiple, request.root)

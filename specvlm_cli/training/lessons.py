@@ -19,19 +19,19 @@ from specvlm.errors import GenerationError, TrainingError
 from specvlm.records import Frames
 from specvlm.stats import is_out_of_memory
 from specvlm.training.example import read_example
-from specvlm.training.memory import Sample as Size
+from specvlm.training.memory import SampleSize as Size
 from specvlm.training.memory import shortage
-from specvlm.training.order import Order, Place
+from specvlm.training.order import Order, SampleTurn
 from specvlm.training.progress import Measures
 from specvlm.training.ranks import Ranks
 from specvlm.training.trainer import Learn
 from specvlm_cli.decoding import ReadFailure, ReadJob
 from specvlm_cli.failure import Failure
-from specvlm_cli.training.asking import Asking, Captioners, Listener
+from specvlm_cli.training.asking import Asking, Captioners, SampleListener
 from specvlm_cli.training.captions import Captions, LeftOut, caption_key
-from specvlm_cli.training.reading import Reader
+from specvlm_cli.training.reading import TrainingReader
 from specvlm_cli.training.register import Register, Suspect, UselessError
-from specvlm_cli.training.samples import Sample
+from specvlm_cli.training.samples import TrainingSample
 from specvlm_cli.training.writing import Lesson, Writer, held_bytes
 
 _AHEAD_BYTES = 1 << 30  # of preprocessed videos whose turn has not come
@@ -43,7 +43,7 @@ _FIXES = (
 
 
 @dataclass
-class Tally:
+class TrainingTally:
     """What a start did, in all processes.
 
     Attributes:
@@ -55,7 +55,7 @@ class Tally:
     tokens: int = 0
 
 
-class _Asked(NamedTuple):
+class _CaptionQuery(NamedTuple):
     """What one process wants to know of the captions that are kept."""
 
     now: str | None  # key of the sample whose turn it is
@@ -79,16 +79,16 @@ class Lessons:
 
     def __init__(
         self,
-        samples: Sequence[Sample],
+        samples: Sequence[TrainingSample],
         order: Order,
         head: HeadModel,
         captioners: Captioners,
         asking: Asking,
-        reader: Reader,
+        reader: TrainingReader,
         captions: Captions | None,
         register: Register,
         ranks: Ranks,
-        listener: Listener,
+        listener: SampleListener,
         batch_size: int | None = None,
     ) -> None:
         """Nothing is read yet.
@@ -96,7 +96,7 @@ class Lessons:
         `captions`: where they are kept; None: another process keeps them. `batch_size`: most captions in the making;
         None: as many as memory holds and as help.
         """
-        self.tally, self.head_guesses = Tally(), False
+        self.tally, self.head_guesses = TrainingTally(), False
         self._samples, self._order, self._head = samples, order, head
         self._captioners, self._asking, self._reader = captioners, asking, reader
         self._captions, self._register, self._ranks = captions, register, ranks
@@ -148,8 +148,8 @@ class Lessons:
         size = Size(prepared.inputs, written, self._asking.unroll, self._fresh)
         return shortage(self._captioners.teacher.target, self._head, size)
 
-    def visit(self, place: Place | None, learn: Learn) -> Measures | None:
-        """See `specvlm.training.trainer.Source`."""
+    def visit(self, place: SampleTurn | None, learn: Learn) -> Measures | None:
+        """See `specvlm.training.trainer.SampleSource`."""
         left: list[LeftOut] = []
         lesson, measures = None, None
         try:
@@ -165,7 +165,7 @@ class Lessons:
         self._register.note(left, [] if lesson is None or measures is None else [lesson.suspect.video])
         return measures
 
-    def _met(self, place: Place) -> Lesson | None:
+    def _met(self, place: SampleTurn) -> Lesson | None:
         """The sample of a place, read and preprocessed; None: it is left out already.
 
         Raises:
@@ -195,7 +195,7 @@ class Lessons:
         """Whose turn is over, or who is left out by now, needs no caption and no memory."""
         self._reader.drop_before(position)
         for lesson in list(self._ahead.values()):
-            sample = Sample(lesson.suspect.video, lesson.suspect.prompt)
+            sample = TrainingSample(lesson.suspect.video, lesson.suspect.prompt)
             if lesson.position < position or self._register.has(sample, lesson.position):
                 self._writer.forget(lesson.position)
                 del self._ahead[lesson.position]
@@ -220,7 +220,7 @@ class Lessons:
         """Look the captions of all processes up, have ours written where it is new, and keep all new ones at once."""
         fresh = self._noticed()
         now = None if lesson is None else lesson.key
-        asked = self._ranks.share(_Asked(now, [(one.position, one.key) for one in fresh]))
+        asked = self._ranks.share(_CaptionQuery(now, [(one.position, one.key) for one in fresh]))
         found = self._ranks.first([] if self._captions is None else self._looked_up(self._captions, asked))
         self._claim(asked, found)
         left = list[LeftOut]()
@@ -251,7 +251,7 @@ class Lessons:
         return fresh
 
     @staticmethod
-    def _looked_up(captions: Captions, asked: Sequence[_Asked]) -> list[_Found]:
+    def _looked_up(captions: Captions, asked: Sequence[_CaptionQuery]) -> list[_Found]:
         return [
             _Found(
                 None if one.now is None else captions.tokens(one.now),
@@ -260,7 +260,7 @@ class Lessons:
             for one in asked
         ]
 
-    def _claim(self, asked: Sequence[_Asked], found: Sequence[_Found]) -> None:
+    def _claim(self, asked: Sequence[_CaptionQuery], found: Sequence[_Found]) -> None:
         """Share out who captions which of the samples to come: each key once, and none that is kept already."""
         self._claims |= {one.now: -1 for one in asked if one.now is not None and one.now not in self._claims}
         missing = [
@@ -300,7 +300,7 @@ class Lessons:
     def _fill(self) -> None:
         """Take samples to come into the batch, as far as it and memory have room; nothing is waited for."""
         if self._captions is not None and self._ranks.count == 1:  # no other process has to be asked
-            asked = [_Asked(None, [(one.position, one.key) for one in self._noticed()])]
+            asked = [_CaptionQuery(None, [(one.position, one.key) for one in self._noticed()])]
             self._claim(asked, self._looked_up(self._captions, asked))
         room = self._writer.room(self._author)
         while room > 0 and self._wanted and held_bytes(self._ahead.values()) < _AHEAD_BYTES:

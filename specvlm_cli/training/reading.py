@@ -19,7 +19,7 @@ _FIRST_BACKOFF_S = 0.5
 _MOST_READ = 32  # videos that may wait, however small they are: each holds a descriptor
 
 
-class Bounds(NamedTuple):
+class ReadLimits(NamedTuple):
     """How much is read at a time."""
 
     workers: int
@@ -27,10 +27,10 @@ class Bounds(NamedTuple):
     retries: int = 2
 
 
-class Reader:
+class TrainingReader:
     """Reads videos ahead of those who ask for them."""
 
-    def __init__(self, pool: DecodingPool, bounds: Bounds, check: Callable[[], None]) -> None:
+    def __init__(self, pool: DecodingPool, bounds: ReadLimits, check: Callable[[], None]) -> None:
         """`check` is called while a video is waited for; what it raises ends the waiting."""
         self._pool, self._bounds, self._check = pool, bounds, check
         self._coming: Iterator[ReadJob] = iter(())

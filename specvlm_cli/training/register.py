@@ -22,7 +22,7 @@ from specvlm_cli.exits import FatalError
 from specvlm_cli.failure import BAD_INPUT, Failure, failure_of
 from specvlm_cli.text import clean
 from specvlm_cli.training.captions import ALL_PROMPTS, Blame, LeftOut, LeftOuts
-from specvlm_cli.training.samples import Sample, Video
+from specvlm_cli.training.samples import TrainingSample, TrainingVideo
 
 MOST_IN_A_ROW = 8  # samples that may fail one after another before that is no matter of single videos
 _NOT_FOUND = "VideoNotFoundError"
@@ -43,7 +43,7 @@ class UselessError(Exception):
 class Suspect:
     """A sample in progress, or all of a video's, which will be left out from `since` on if it fails."""
 
-    video: Video
+    video: TrainingVideo
     prompt: int
     since: int
 
@@ -107,12 +107,12 @@ class Register:
         self._most = max(min(MOST_IN_A_ROW, samples), 1)
         self._folders: set[str] = set()  # in which videos were found
 
-    def has(self, sample: Sample, position: int) -> bool:
+    def has(self, sample: TrainingSample, position: int) -> bool:
         """Say whether a sample is left out at a position."""
         keys = (sample.video.id, sample.prompt), (sample.video.id, ALL_PROMPTS)
         return any(self._since.get(key, position + 1) <= position for key in keys)
 
-    def note(self, found: Sequence[LeftOut], used: Sequence[Video]) -> None:
+    def note(self, found: Sequence[LeftOut], used: Sequence[TrainingVideo]) -> None:
         """Leave these out, and what other processes found; every process calls this, with what could be used, too.
 
         Raises:

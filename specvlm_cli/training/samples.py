@@ -15,11 +15,11 @@ from os import fsdecode
 from typing import NamedTuple
 
 from specvlm_cli.exits import UsageError
-from specvlm_cli.wanted import Wanted
+from specvlm_cli.wanted import WantedVideos
 
 
 @dataclass(frozen=True, slots=True)
-class Video:
+class TrainingVideo:
     """One video, or a part of it, with all that is asked about it.
 
     Attributes:
@@ -44,10 +44,10 @@ class Video:
         return fsdecode(self.path)
 
 
-class Sample(NamedTuple):
+class TrainingSample(NamedTuple):
     """One question about one video."""
 
-    video: Video
+    video: TrainingVideo
     prompt: int  # its index
 
 
@@ -68,8 +68,8 @@ class Samples:
         problems: Rows of manifests that name no video.
     """
 
-    train: tuple[Sample, ...]
-    held_out: tuple[Video, ...]
+    train: tuple[TrainingSample, ...]
+    held_out: tuple[TrainingVideo, ...]
     problems: tuple[Problem, ...] = ()
 
     def digest(self) -> str:
@@ -94,7 +94,7 @@ class Split:
     most: int
     seed: int
 
-    def chosen(self, videos: Sequence[Video]) -> set[str]:
+    def chosen(self, videos: Sequence[TrainingVideo]) -> set[str]:
         """Ids of the videos that are held out: at least one, where any is to be."""
         count = min(max(round(self.share * len(videos)), 1), self.most) if self.share else 0
         return set(sorted((video.id for video in videos), key=self._rank)[:count])
@@ -104,10 +104,10 @@ class Split:
 
 
 def videos_of(
-    wanted: Wanted, prompts: tuple[str, ...], limit: int | None
-) -> tuple[list[Video], list[Problem]]:
+    wanted: WantedVideos, prompts: tuple[str, ...], limit: int | None
+) -> tuple[list[TrainingVideo], list[Problem]]:
     """Return the videos of a start, at most `limit`, and what is wrong with rows that name none."""
-    videos: list[Video] = []
+    videos: list[TrainingVideo] = []
     problems: list[Problem] = []
     with closing(sqlite3.connect(f"{wanted.path.as_uri()}?mode=ro", uri=True)) as database:
         rows = database.execute("SELECT id, path, start_s, end_s, prompts, problem FROM video ORDER BY place")
@@ -116,12 +116,15 @@ def videos_of(
                 problems.append(Problem(fsdecode(path) or f"id {identity}", problem))
             elif limit is None or len(videos) < limit:
                 asked = prompts if own is None else tuple(json.loads(own))
-                videos.append(Video(identity, path, start_s, end_s, asked, own is not None))
+                videos.append(TrainingVideo(identity, path, start_s, end_s, asked, own is not None))
     return videos, problems
 
 
 def divided(
-    videos: Sequence[Video], problems: Iterable[Problem], split: Split, elsewhere: Sequence[Video] | None
+    videos: Sequence[TrainingVideo],
+    problems: Iterable[Problem],
+    split: Split,
+    elsewhere: Sequence[TrainingVideo] | None,
 ) -> Samples:
     """Return the samples to learn from, and what is held out: of these videos, or those from `elsewhere`.
 
@@ -145,11 +148,11 @@ def divided(
     return Samples(tuple(_samples(train)), tuple(held_out), tuple(problems))
 
 
-def _part(video: Video) -> tuple[bytes, float | None, float | None]:
+def _part(video: TrainingVideo) -> tuple[bytes, float | None, float | None]:
     return video.path, video.start_s, video.end_s
 
 
-def _samples(videos: Iterable[Video]) -> Iterator[Sample]:
+def _samples(videos: Iterable[TrainingVideo]) -> Iterator[TrainingSample]:
     for video in videos:
         for index in range(len(video.prompts)):
-            yield Sample(video, index)
+            yield TrainingSample(video, index)

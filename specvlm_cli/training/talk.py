@@ -176,17 +176,17 @@ class Speaker(Voice):
     # --- the listener of samples ---
 
     def left_out(self, left: LeftOut) -> None:
-        """See `specvlm_cli.training.asking.Listener`."""
+        """See `specvlm_cli.training.asking.SampleListener`."""
         why = left.failure
         self.warn(f"left out: {left.name}: {why.error} ({why.stage}, {why.error_type})")
 
     def captioned(self, name: str, text: str) -> None:
-        """See `specvlm_cli.training.asking.Listener`."""
+        """See `specvlm_cli.training.asking.SampleListener`."""
         if self._verbose:
             self.note(f"{name}: {caption_line(text)}")
 
     def measured(self, videos: int, of: int) -> None:
-        """See `specvlm_cli.training.asking.Listener`."""
+        """See `specvlm_cli.training.asking.SampleListener`."""
         self._asked_held_out = True
         self._doing = f"decoding held-out videos, {videos} of {of}"
         self._refresh()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from specvlm.batch import CaptionBatch, Kind, free_what_can_be_freed
 from specvlm.captioner import Captioner, PreparedVideo
-from specvlm_cli.training.asking import Asking, Listener
+from specvlm_cli.training.asking import Asking, SampleListener
 from specvlm_cli.training.register import Suspect
 
 
@@ -53,7 +53,7 @@ class Writer:
     When the author changes, captions that an earlier one has begun are finished by that one first.
     """
 
-    def __init__(self, batch_size: int | None, asking: Asking, listener: Listener) -> None:
+    def __init__(self, batch_size: int | None, asking: Asking, listener: SampleListener) -> None:
         """`batch_size`: most captions in flight; None: as many as memory holds and as help."""
         self._most, self._asking, self._listener = batch_size, asking, listener
         self._waiting: dict[int, Lesson] = {}  # by position

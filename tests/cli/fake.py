@@ -16,7 +16,7 @@ from typing import Any
 from specvlm.errors import GenerationError, NonFiniteLogitsError, PreprocessError, PromptError
 from specvlm.records import Caption, CaptionStats, Frames
 from specvlm_cli.commands.caption_flags import CaptionFlags
-from specvlm_cli.engine import Finished, Models
+from specvlm_cli.engine import FinishedSequence, Models
 from tests.cli.fake_reader import text_of
 
 ROUNDS = 4
@@ -144,7 +144,7 @@ class FakeEngine:
         steps = 1 + zlib.crc32(f"{session.text} {index}".encode()) % self._factory.steps
         self._waiting[key] = _Sequence(session, index, speculate, alone, steps)
 
-    def step(self) -> list[Finished]:
+    def step(self) -> list[FinishedSequence]:
         self._admit()
         running = list(self._running.items())
         self._factory.note("step", len(running), *sorted(one.session.text for _, one in running))
@@ -190,11 +190,15 @@ class FakeEngine:
                 self._factory.note("captioned", text, one.speculate, self._device)
                 time.sleep(600.0)
 
-    def _finished(self, key: Hashable, one: _Sequence) -> Finished:
+    def _finished(self, key: Hashable, one: _Sequence) -> FinishedSequence:
         text = one.session.text
         self._factory.note("captioned", text, one.speculate, self._device)
         error = _error(text, len(one.session.frames.pixels))
-        return Finished(key, None, error) if error is not None else Finished(key, self._caption(one), None)
+        return (
+            FinishedSequence(key, None, error)
+            if error is not None
+            else FinishedSequence(key, self._caption(one), None)
+        )
 
     def _caption(self, one: _Sequence) -> Caption:
         text, prompt, number = (

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from specvlm_cli.ledger import Ledger
-from specvlm_cli.parts import CAPTION_SCHEMA, Parts
+from specvlm_cli.parts import CAPTION_SCHEMA, PartFiles
 from specvlm_cli.text import path_text, storable
 
 SETTINGS = {"target": "fake/target", "prompt": "Describe it.", "fps": 2.0}
@@ -74,7 +74,7 @@ def make_shard(
     fill(path, videos)
     register(path)
     if part_rows:
-        parts = Parts(out, number)
+        parts = PartFiles(out, number)
         parts.kept = kept
         with Ledger.open(path) as ledger:
             parts.close_part(ledger, part_rows)

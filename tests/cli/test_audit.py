@@ -29,15 +29,15 @@ from specvlm.demo import demo_folder
 from specvlm.records import Frames
 from specvlm_cli import app, engine, lock
 from specvlm_cli.audit import differences, work
-from specvlm_cli.audit.comparing import Asked, Verdict, compare
+from specvlm_cli.audit.comparing import RowInputs, RowVerdict, compare
 from specvlm_cli.audit.made_with import How, MadeWith
-from specvlm_cli.audit.sample import Place, parse_sample
+from specvlm_cli.audit.sample import RowPlace, parse_sample
 from specvlm_cli.commands.audit import around
 from specvlm_cli.decoding import DecodingPool, keeper
 from specvlm_cli.exits import UsageError
 from specvlm_cli.generating import worker
 from specvlm_cli.ledger import NO_FILE, Ledger
-from specvlm_cli.parts import Parts
+from specvlm_cli.parts import PartFiles
 from specvlm_cli.settings import CaptionSettings, ModelChoice, config_hash
 from specvlm_cli.shard import shard_of
 from tests.cli import drive
@@ -144,7 +144,7 @@ def plant(out: Path, number: int, **changes: object) -> dict[str, Any]:
         )
         database.execute("UPDATE part SET outdated = 1")
     with Ledger.open(ledger) as opened:
-        Parts(out, 0).close_part(opened, 1000)
+        PartFiles(out, 0).close_part(opened, 1000)
     (part,) = (out / "captions").glob("part-00000-*.parquet")
     assert row["caption"] in pq.read_table(part).column("caption").to_pylist()
     return row
@@ -496,8 +496,8 @@ def test_a_sample_is_the_same_each_time_and_part_of_a_larger_one(
     assert specvlm("audit", faked, "--json").json["sample"] == "1%"
 
 
-def place(number: int, index: int = 0) -> Place:
-    return Place(0, number, index, f"id{number}", NO_FILE, own_prompts=False)
+def place(number: int, index: int = 0) -> RowPlace:
+    return RowPlace(0, number, index, f"id{number}", NO_FILE, own_prompts=False)
 
 
 def test_shares_and_numbers_choose_by_one_order() -> None:
@@ -771,7 +771,7 @@ MADE_WITH = MadeWith("t", ("p",), None, FrameSettings(), GenerationSettings(), {
 WORDS = ("a", " red", " ball", " moves", ".", "")
 
 
-def verdict(caption: str, reason: Any = "stop", count: int = 6, **kept: str) -> Verdict:
+def verdict(caption: str, reason: Any = "stop", count: int = 6, **kept: str) -> RowVerdict:
     """Compare a row with what stock wrote: the first `count` of `WORDS`, the last of which is the end."""
     row = {"caption": caption, "prompt": "p", "target_model": "t", "config_hash": "h", **kept}
 
@@ -780,7 +780,7 @@ def verdict(caption: str, reason: Any = "stop", count: int = 6, **kept: str) -> 
 
     ids = tuple(range(count))
     stock = StockCaption(ids, decode(ids), reason, tuple(float(one) for one in ids), 1, 1)
-    return compare(row, stock, Asked(MADE_WITH, None, None, (0.0,)), decode)
+    return compare(row, stock, RowInputs(MADE_WITH, None, None, (0.0,)), decode)
 
 
 @pytest.mark.parametrize(

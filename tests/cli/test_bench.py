@@ -20,8 +20,8 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from specvlm.bench.records import STAGES, Configuration, Left, Report, Sample, Stages
-from specvlm.bench.suite import Step
+from specvlm.bench.records import STAGES, BenchReport, Configuration, Left, Stages, TimedCaption
+from specvlm.bench.suite import BenchStep
 from specvlm.bench.summing import summarise
 from specvlm.preset import find_preset
 from specvlm_cli import app, bench_files
@@ -49,13 +49,13 @@ def run(capfd: pytest.CaptureFixture[str]) -> Run:
     return runs
 
 
-def sample(how: Configuration, turn: int, decode_s: float, video: str = "clip.mp4") -> Sample:
+def sample(how: Configuration, turn: int, decode_s: float, video: str = "clip.mp4") -> TimedCaption:
     """A caption of eleven tokens, in two rounds where it is ours."""
     rounds = 2 if how.method == "specvlm" else 0
     stages = Stages(read_s=0.25, prefill_s=0.25, steps_s=decode_s)
     if rounds:
         stages = Stages(read_s=0.25, vision_s=0.25, draft_s=0.25 * decode_s, verify_s=0.75 * decode_s)
-    return Sample(
+    return TimedCaption(
         configuration=how,
         video=video,
         turn=turn,
@@ -77,12 +77,12 @@ def sample(how: Configuration, turn: int, decode_s: float, video: str = "clip.mp
     )
 
 
-def report(*more: Configuration) -> Report:
+def report(*more: Configuration) -> BenchReport:
     """Stock and plain in a second, ours in half a second; what else is asked for has failed."""
     samples = [sample(how, turn, 1.0) for how in (STOCK, PLAIN) for turn in (1, 2)]
     samples += [sample(OURS, turn, 0.5) for turn in (1, 2)]
     errors = dict.fromkeys(more, "its tokenizer \x1b[31mdiffers")
-    return Report(CONDITIONS, summarise([STOCK, *more, PLAIN, OURS], samples, errors), tuple(samples))
+    return BenchReport(CONDITIONS, summarise([STOCK, *more, PLAIN, OURS], samples, errors), tuple(samples))
 
 
 # On the demo pair
@@ -239,7 +239,7 @@ def test_a_bench_that_is_stopped_keeps_whole_turns(
 
     measure, asked = Measurer.measure, []
 
-    def until_stopped(self: Measurer, how: Configuration, *more: Any) -> Sample:
+    def until_stopped(self: Measurer, how: Configuration, *more: Any) -> TimedCaption:
         asked.append(how)
         if len(asked) > captions:
             os.kill(os.getpid(), number)
@@ -468,7 +468,7 @@ def test_a_devices_peak_is_a_column(
 def test_frames_are_a_column_where_there_are_several(capsys: pytest.CaptureFixture[str]) -> None:
     few, many = Configuration("stock", 9), Configuration("stock", 64)
     samples = (sample(few, 1, 1.0), replace(sample(many, 1, 2.0), num_frames=64))
-    tell(Report(CONDITIONS, summarise([few, many], samples), samples))
+    tell(BenchReport(CONDITIONS, summarise([few, many], samples), samples))
     lines = capsys.readouterr().out.splitlines()
     assert lines[lines.index("Speed") + 2].split()[:2] == ["method", "frames"]
     assert [line.split()[1] for line in lines[lines.index("Speed") + 3 :][:2]] == ["8", "64"], (
@@ -530,7 +530,7 @@ def test_progress_off_a_terminal_is_a_line_now_and_then(capfd: pytest.CaptureFix
     talk = BenchTalk(quiet=False, clock=lambda: now[0])
     with talk.working():
         for done, now[0] in enumerate((10.0, 31.0, 40.0, 62.0)):
-            talk.step(Step(done, 4, f"clip\x07 {done}"))
+            talk.step(BenchStep(done, 4, f"clip\x07 {done}"))
         talk.left_out(Left("a\nb.mp4", "no video"))
         talk.failed(STOCK, "broken")
     assert capfd.readouterr().err.splitlines() == [
@@ -548,7 +548,7 @@ def test_progress_on_a_terminal_is_a_bar_that_goes_away() -> None:
     before = threading.active_count()
     with talk.working():
         for done in range(3):
-            talk.step(Step(done, 4, f"[red]clip\x07 {done}"))
+            talk.step(BenchStep(done, 4, f"[red]clip\x07 {done}"))
         assert threading.active_count() == before, "nothing draws while something is measured"
         talk.left_out(Left("a.mp4", "no video"))
     said = file.getvalue()
@@ -561,7 +561,7 @@ def test_progress_on_a_terminal_is_a_bar_that_goes_away() -> None:
 
 def test_quiet_says_only_what_went_wrong(capfd: pytest.CaptureFixture[str]) -> None:
     talk = BenchTalk(quiet=True, clock=lambda: 1e6)
-    talk.step(Step(1, 2, "clip"))
+    talk.step(BenchStep(1, 2, "clip"))
     talk.note("something")
     talk.failed(STOCK, "broken")
     talk.left_out(Left("a.mp4", "no video"))

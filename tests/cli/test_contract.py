@@ -16,7 +16,7 @@ from specvlm_cli import app
 from specvlm_cli.baseline import compare
 from specvlm_cli.checkpoints import preset_views
 from specvlm_cli.commands import caption
-from specvlm_cli.generating.messages import Made
+from specvlm_cli.generating.messages import VideoCaptions
 from specvlm_cli.parts import CAPTION_SCHEMA
 from specvlm_cli.rows import Provenance, caption_row
 from tests.cli.conftest import Specvlm, rows
@@ -290,7 +290,7 @@ def test_rows_name_their_batch_size_and_have_the_estimate_beside_the_measurement
     took = replace(stats(plain=False), mean_batch_size=7.5, plain_token_s=0.04)
     ours = Caption("text", (1, 2), "stop", took)
     measured = compare(ours, Caption("text", (1, 2), "stop", stats(plain=True)))
-    made = Made(((ours, measured),), (0.0, 0.5), ())
+    made = VideoCaptions(((ours, measured),), (0.0, 0.5), ())
     provenance = Provenance("target", None, "draft", "hash", "0.1.0", "run")
     row = caption_row(claim(), 0, "What is it?", ours, measured, made, provenance)
     assert set(row) == set(CAPTION_SCHEMA.names)

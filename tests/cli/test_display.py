@@ -14,7 +14,7 @@ from rich.console import Console
 
 from specvlm_cli.exits import ExitCode
 from specvlm_cli.results import LiveStatus, Outcome, Tally
-from specvlm_cli.screen.live import Display, reflows
+from specvlm_cli.screen.live import LiveDisplay, reflows
 from specvlm_cli.screen.meter import Meter
 from specvlm_cli.talk import Talk, error_line, error_trace
 from tests.cli.saying import HOSTILE, claim, compared, failure, harm, row
@@ -57,7 +57,7 @@ def test_the_display_stands_below_all_messages_and_leaves_no_trace(width: int, h
     output, file = console(width, height)
     terminal = Terminal(width, height)
     meter = Meter(30)
-    with Display(output, meter) as display:
+    with LiveDisplay(output, meter) as display:
         for number in range(30):
             meter.captioned(
                 claim(f"clip{number}.mp4"), [compared(caption=f"A very \n long {number} 日本 " * 20)]
@@ -88,7 +88,7 @@ def test_the_display_follows_a_terminal_that_changes_its_size(
     terminal = Terminal(150)
     meter = Meter(9)
     sizes = (150, 120, 119, 60, 59, 160, 41, 90)
-    with Display(output, meter) as display:
+    with LiveDisplay(output, meter) as display:
         for width in sizes:
             terminal.resize(width, reflow=reflow)
             output.width, terminal.screen.widest = width, 0
@@ -120,7 +120,7 @@ def test_which_terminals_break_lines_anew(environment: dict[str, str], expected:
 def test_what_has_not_changed_is_not_drawn_again() -> None:
     output, file = console(80)
     meter = Meter(9, lambda: 0.0)
-    with Display(output, meter) as display:
+    with LiveDisplay(output, meter) as display:
         file.writes.clear()
         display.refresh()
         assert file.writes == []

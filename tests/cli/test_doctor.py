@@ -20,7 +20,7 @@ import pytest
 from specvlm.demo import demo_folder
 from specvlm.errors import SpecvlmError
 from specvlm_cli.doctor import checks, machine, models, probe, reading, storage
-from specvlm_cli.doctor.checks import Check, Verdict
+from specvlm_cli.doctor.checks import Check, CheckVerdict
 from tests.cli.conftest import Specvlm, snapshot
 
 ROOT = Path(__file__).parents[2]
@@ -34,7 +34,7 @@ NAMES = (
 
 
 def test_a_check_that_raises_fails_alone() -> None:
-    def look() -> Verdict:
+    def look() -> CheckVerdict:
         raise RuntimeError("two\nlines")
 
     found = checks.examine(Check("broken", look))
@@ -78,7 +78,7 @@ def test_packages_out_of_their_bounds_and_missing_ones(monkeypatch: pytest.Monke
 
 def test_an_old_python(monkeypatch: pytest.MonkeyPatch) -> None:
     declare(monkeypatch, python=">=4")
-    assert machine.python() == Verdict("fail", machine.python().detail, "specvlm needs Python >=4")
+    assert machine.python() == CheckVerdict("fail", machine.python().detail, "specvlm needs Python >=4")
     declare(monkeypatch)
     assert machine.python().status == "ok"
 
@@ -93,7 +93,7 @@ def test_memory_is_bounded_by_the_job(monkeypatch: pytest.MonkeyPatch, tmp_path:
     (tmp_path / "a/memory.max").write_text("max\n")
     assert machine.memory().status == "ok"
     (tmp_path / "memory.limit_in_bytes").write_text("4000000000\n")
-    assert machine.memory() == Verdict(
+    assert machine.memory() == CheckVerdict(
         "warn",
         "32.0 GB of 64.0 GB free, limited to 4.0 GB by the container or job",
         "a 7B model is loaded through memory; 16 GB are safe",

@@ -485,14 +485,14 @@ def test_shards_that_have_not_started_are_told(specvlm: Specvlm, out: Path, tmp_
 def test_times_of_a_cue(
     start_s: float | None, end_s: float | None, duration_s: float | None, line: str
 ) -> None:
-    piece = sidecars.Piece(start_s, end_s, duration_s, "text")
+    piece = sidecars.Cue(start_s, end_s, duration_s, "text")
     assert sidecars._subtitles([piece]) == f"1\n{line}\ntext\n"
 
 
 @settings(deadline=None)
 @given(st.lists(st.text(), min_size=1, max_size=5))
 def test_a_caption_cannot_end_its_cue_or_begin_another(captions: list[str]) -> None:
-    pieces = [sidecars.Piece(float(n), n + 1.0, None, text) for n, text in enumerate(captions)]
+    pieces = [sidecars.Cue(float(n), n + 1.0, None, text) for n, text in enumerate(captions)]
     cues = sidecars._subtitles(pieces).split("\n\n")
     assert len(cues) == len(captions)
     for number, cue in enumerate(cues, start=1):
@@ -614,14 +614,14 @@ HOSTILE_PATHS = [
 ))  # fmt: skip
 def test_no_path_leads_outside(tmp_path_factory: pytest.TempPathFactory, paths: list[bytes]) -> None:
     from specvlm_cli.export.job import export
-    from specvlm_cli.export.request import Request
+    from specvlm_cli.export.request import ExportRequest
 
     folder = tmp_path_factory.mktemp("hostile")
     run = make_run(folder / "out", [[Video(str(n), path) for n, path in enumerate(paths)]], part_rows=0)
     around = folder / "around"
     around.mkdir()
     (around / "neighbour").write_text("mine")
-    export(view(run), Request(around / "dest", "txt"))
+    export(view(run), ExportRequest(around / "dest", "txt"))
     written = [name for name in files(around / "dest") if name.endswith(".txt")]
     assert len(written) == len(paths)
     assert sorted(os.listdir(around)) == ["dest", "neighbour"]

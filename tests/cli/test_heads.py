@@ -13,7 +13,7 @@ import pytest
 
 from specvlm import preset
 from specvlm.bench.grid import Grid, GridDraft
-from specvlm.bench.records import Sample, Stages
+from specvlm.bench.records import Stages, TimedCaption
 from specvlm_cli import bench_files, checkpoints
 from specvlm_cli.doctor.models import _missing
 from specvlm_cli.screen.bench import tell
@@ -126,7 +126,9 @@ def test_a_draft_whose_name_is_no_text_is_written_and_shown(
     drafts = tuple(GridDraft(name, is_head=True) for name in ("/work/a\x1b[31m", "/work/\udcff"))
     report = made(Grid(("stock", "head"), trees=("auto",), drafts=drafts))
     samples = tuple(
-        Sample(how, "a.mp4", 1, 8, 100, 20, 120, (1, 2), Stages(), 1.0, 1, 2.0, 0, 0, 0, (), (), 7, "pool")
+        TimedCaption(
+            how, "a.mp4", 1, 8, 100, 20, 120, (1, 2), Stages(), 1.0, 1, 2.0, 0, 0, 0, (), (), 7, "pool"
+        )
         for how in Grid(("head",), trees=("auto",), drafts=drafts).all()
     )
     bench_files.write(replace(report, samples=samples), tmp_path)

@@ -332,7 +332,7 @@ def test_a_start_that_waited_sees_what_changed_meanwhile(
     specvlm("caption", folder, "-o", out, "--shard", "0/2", "--limit", 1)
     before = job._agree
 
-    def divided_behind_our_back(request: job.Request, one: RunFolder) -> None:
+    def divided_behind_our_back(request: job.CaptionRequest, one: RunFolder) -> None:
         before(request, one)
         monkeypatch.setattr(job, "_agree", before)
         reshard(out, 3)

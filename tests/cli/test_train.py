@@ -33,7 +33,7 @@ from specvlm_cli.failure import Failure
 from specvlm_cli.training import job, lessons, source
 from specvlm_cli.training.captions import LEFT_OUT_NAME, NAME, Blame, Captions, LeftOut, LeftOuts
 from specvlm_cli.training.register import Register
-from specvlm_cli.training.samples import Split, Video
+from specvlm_cli.training.samples import Split, TrainingVideo
 from specvlm_cli.training.writing import Lesson, Writer
 from tests.cli.conftest import Result, snapshot
 from tests.cli.test_real import save
@@ -543,7 +543,7 @@ def test_what_fails_while_others_do_not_is_kept(tmp_path: Path) -> None:
         register.note([failed("passing", Blame.PASSING)], [])
         assert not register.settled
         assert [left.name for left in kept.left_out()] == ["own"]
-        register.note([], [Video("good", b"/good", None, None, ("Hi.",))])
+        register.note([], [TrainingVideo("good", b"/good", None, None, ("Hi.",))])
         assert register.settled
         assert [left.name for left in kept.left_out()] == ["own", "unsure"]
         for number in range(7):
@@ -555,11 +555,11 @@ def test_what_fails_while_others_do_not_is_kept(tmp_path: Path) -> None:
 
 
 def test_the_split_is_seeded_and_bounded() -> None:
-    class Video:
+    class TrainingVideo:
         def __init__(self, number: int) -> None:
             self.id = f"{number}"
 
-    videos: Any = [Video(number) for number in range(100)]
+    videos: Any = [TrainingVideo(number) for number in range(100)]
     chosen = {seed: Split(0.1, 50, seed).chosen(videos) for seed in (0, 1)}
     assert len(chosen[0]) == len(chosen[1]) == 10
     assert chosen[0] != chosen[1]
@@ -701,7 +701,7 @@ def test_the_estimate_of_memory_grows_with_what_takes_it(models: Path) -> None:
     few, many = (captioner.prepare(random_frames(0, frames=n), "Hi.").inputs for n in (4, 40))
 
     def need(inputs: Any = few, head: str = "none", **more: Any) -> int:
-        needed = memory.need(target, heads[head], memory.Sample(inputs, **{"written": 64} | more))
+        needed = memory.need(target, heads[head], memory.SampleSize(inputs, **{"written": 64} | more))
         return needed.target + needed.head
 
     assert need(many) > need() > need(head="pool")
@@ -711,7 +711,7 @@ def test_the_estimate_of_memory_grows_with_what_takes_it(models: Path) -> None:
     assert need(moments=True) - need() == pytest.approx(1.2 * 8 * weights, abs=2)
     free = memory.free_bytes(torch.device("cpu"))
     assert free is None or free > 1 << 20
-    assert memory.shortage(target, heads["none"], memory.Sample(few, 64)) is None
+    assert memory.shortage(target, heads["none"], memory.SampleSize(few, 64)) is None
 
 
 def test_float16_is_refused(train: Train, videos: Path, out: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from specvlm.batch import CaptionBatch, Finished
+from specvlm.batch import CaptionBatch, FinishedCaption
 from specvlm.captioner import Captioner
 from specvlm.drafts.head import HeadDraft
 from specvlm.errors import GenerationError
@@ -20,8 +20,8 @@ from specvlm.training import folder
 from specvlm_cli.decoding import DecodingPool
 from specvlm_cli.training import job, lessons
 from specvlm_cli.training.captions import ALL_PROMPTS, LEFT_OUT_NAME
-from specvlm_cli.training.reading import Reader
-from specvlm_cli.training.source import VideoSource
+from specvlm_cli.training.reading import TrainingReader
+from specvlm_cli.training.source import VideoSamples
 from specvlm_cli.training.writing import Lesson, Writer
 from tests.cli.conftest import Result
 from tests.cli.test_real import save
@@ -48,8 +48,8 @@ def train(
     """All videos are read before the first step, and one more is admitted with each round."""
     monkeypatch.setattr(job, "DecodingPool", partial(DecodingPool, reader=PLACE))
     monkeypatch.setattr(folder, "curve", lambda _: b"")
-    first, room = Reader.first, Writer.room
-    monkeypatch.setattr(Reader, "first", lambda self, _: first(self, COUNT))
+    first, room = TrainingReader.first, Writer.room
+    monkeypatch.setattr(TrainingReader, "first", lambda self, _: first(self, COUNT))
     monkeypatch.setattr(Writer, "room", lambda self, author: min(room(self, author), 1))
     return Train(target, capfd)
 
@@ -126,9 +126,9 @@ def test_a_failing_sample_is_blamed_in_its_turn(
 ) -> None:
     step = CaptionBatch.step
 
-    def failing(self: CaptionBatch) -> list[Finished]:
+    def failing(self: CaptionBatch) -> list[FinishedCaption]:
         error = GenerationError("it cannot be captioned")
-        return [Finished(3, None, error) if one.key == 3 else one for one in step(self)]
+        return [FinishedCaption(3, None, error) if one.key == 3 else one for one in step(self)]
 
     monkeypatch.setattr(CaptionBatch, "step", failing)
     for name, batch_size in (("many", "auto"), ("one", 1)):
@@ -214,10 +214,10 @@ def test_another_author_takes_over_when_the_first_is_done(
 ) -> None:
     """The head guesses for the target in some of the visits, with captions of both in the making."""
     assert run(train, videos, tmp_path / "plain", 1).code == 0
-    visit, step = VideoSource.visit, Writer.step
+    visit, step = VideoSamples.visit, Writer.step
     turns, heads = iter([True, False, False, True, True, False]), list[bool]()
 
-    def turning(self: VideoSource, *arguments: Any) -> Any:
+    def turning(self: VideoSamples, *arguments: Any) -> Any:
         self._lessons.head_guesses = next(turns)
         return visit(self, *arguments)
 
@@ -227,7 +227,7 @@ def test_another_author_takes_over_when_the_first_is_done(
         heads.extend([isinstance(self._author.draft, HeadDraft)] * len(ended))
         return ended
 
-    monkeypatch.setattr(VideoSource, "visit", turning)
+    monkeypatch.setattr(VideoSamples, "visit", turning)
     monkeypatch.setattr(Writer, "step", counted)
     said = run(train, videos, tmp_path / "turns", 2)
     assert (said.code, said.json["captions"]) == (0, COUNT), said.err
@@ -271,10 +271,10 @@ def test_held_out_videos_are_decoded_together(
     held = texts(tmp_path / "held", "video 90", "text", "video 91", "video 92")
     step, seen = CaptionBatch.step, list[int]()
 
-    def failing(self: CaptionBatch) -> list[Finished]:
+    def failing(self: CaptionBatch) -> list[FinishedCaption]:
         seen.append(len(self))
         error = GenerationError("it cannot be captioned")
-        return [Finished(one.key, None, error) if one.key == (2, 0) else one for one in step(self)]
+        return [FinishedCaption(one.key, None, error) if one.key == (2, 0) else one for one in step(self)]
 
     monkeypatch.setattr(CaptionBatch, "step", failing)
     results = []
@@ -297,7 +297,7 @@ def test_a_video_that_is_read_is_taken_before_its_turn(tmp_path: Path) -> None:
     from tests.cli.test_training_reading import check, jobs
 
     with DecodingPool(2, reader=PLACE) as pool:
-        reader = Reader(pool, job.Bounds(2), check)
+        reader = TrainingReader(pool, job.Bounds(2), check)
         reader.begin(jobs(tmp_path, 5, bad=1))
         while len(reader.ready()) < 4:
             pass

@@ -12,7 +12,7 @@ from specvlm.config import FrameSettings
 from specvlm.records import Frames
 from specvlm_cli.decoding import DecodingPool, ReadFailure, ReadJob
 from specvlm_cli.training import reading
-from specvlm_cli.training.reading import Bounds, Reader
+from specvlm_cli.training.reading import ReadLimits, TrainingReader
 from tests.cli.train_reader import PLACE
 
 
@@ -36,14 +36,14 @@ def check() -> None:
 
 def test_samples_that_were_left_out_take_no_room(pool: DecodingPool, tmp_path: Path) -> None:
     """A broken video with 100 prompts is asked for once; the next to be asked for is behind all of them."""
-    reader = Reader(pool, Bounds(4), check)
+    reader = TrainingReader(pool, ReadLimits(4), check)
     reader.begin(jobs(tmp_path, 101, bad=100))
     assert isinstance(reader.take(0), ReadFailure)
     assert isinstance(reader.take(100), Frames)
 
 
 def test_videos_that_are_passed_take_no_bytes(pool: DecodingPool, tmp_path: Path) -> None:
-    reader = Reader(pool, Bounds(2, ahead_bytes=1), check)
+    reader = TrainingReader(pool, ReadLimits(2, ahead_bytes=1), check)
     reader.begin(jobs(tmp_path, 12))
     for key in (0, 5, 6, 11):
         assert isinstance(reader.take(key), Frames)
@@ -54,7 +54,7 @@ def test_a_video_that_is_to_be_tried_again_is_forgotten_when_it_is_passed(
     pool: DecodingPool, tmp_path: Path
 ) -> None:
     (tmp_path / "stale.mp4").write_text("stale")
-    reader = Reader(pool, Bounds(1), check)
+    reader = TrainingReader(pool, ReadLimits(1), check)
     stale = ReadJob(0, os.fsencode(tmp_path / "stale.mp4"), FrameSettings(), 1)
     reader.begin([stale, *jobs(tmp_path, 3)[1:]])
     assert isinstance(reader.take(1), Frames)
@@ -66,7 +66,7 @@ def test_few_wait_at_a_time_those_that_are_being_read_included(
     pool: DecodingPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reading, "_MOST_READ", 3)
-    reader = Reader(pool, Bounds(4), check)
+    reader = TrainingReader(pool, ReadLimits(4), check)
     reader.begin(jobs(tmp_path, 8))
     for key in range(8):
         assert len(reader._read) + len(reader._reading) <= 3

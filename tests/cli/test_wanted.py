@@ -13,17 +13,17 @@ import pytest
 
 from specvlm_cli.exits import UsageError
 from specvlm_cli.inputs.item import Item
-from specvlm_cli.wanted import MOST_PROMPTS, Wanted
+from specvlm_cli.wanted import MOST_PROMPTS, WantedVideos
 
 
-def stored(wanted: Wanted) -> list[tuple[Any, ...]]:
+def stored(wanted: WantedVideos) -> list[tuple[Any, ...]]:
     with closing(sqlite3.connect(wanted.path)) as database:
         return database.execute("SELECT id, path, prompts FROM video ORDER BY place").fetchall()
 
 
 def test_the_first_of_equal_rows_is_kept_and_the_others_are_counted() -> None:
     items = [Item("a", b"/a"), Item("b", b"/b"), Item("a", b"/a"), Item("a", b"/a")]
-    with Wanted.gather(items) as wanted:
+    with WantedVideos.gather(items) as wanted:
         assert stored(wanted) == [("a", b"/a", None), ("b", b"/b", None)]
         assert (wanted.count, wanted.doubles) == (2, 2)
         place = wanted.path
@@ -39,33 +39,33 @@ def test_what_a_killed_start_left_is_removed_and_nothing_else(
         (tmp_path / name / "alive").touch()
         if name != "specvlm-wanted-young":
             os.utime(tmp_path / name, (1, 1))
-    with Wanted.gather([Item("a", b"/a")]) as held:
+    with WantedVideos.gather([Item("a", b"/a")]) as held:
         os.utime(held.path.parent, (1, 1))
-        with Wanted.gather([Item("b", b"/b")]) as wanted:
+        with WantedVideos.gather([Item("b", b"/b")]) as wanted:
             assert (held.path.exists(), wanted.count) == (True, 1)
     assert {path.name for path in tmp_path.iterdir()} == {"specvlm-wanted-young", "specvlm-other"}
 
 
 def test_rows_that_ask_different_things_about_one_video_go_together() -> None:
     items = [Item("a", b"/a", prompts=(text,)) for text in ("one", "two", "one")]
-    with Wanted.gather([*items, Item("b", b"/b", prompts=("three",))]) as wanted:
+    with WantedVideos.gather([*items, Item("b", b"/b", prompts=("three",))]) as wanted:
         assert [json.loads(prompts) for *_, prompts in stored(wanted)] == [["one", "two"], ["three"]]
 
 
 def test_a_file_through_two_inputs_is_one_video_but_not_where_the_manifest_says_so() -> None:
     through_two = [Item("a", b"/x"), Item("b", b"/x"), Item("c", b"/x", 1.0, 2.0)]
-    with Wanted.gather(through_two) as wanted:
+    with WantedVideos.gather(through_two) as wanted:
         assert [identity for identity, *_ in stored(wanted)] == ["a", "c"]
     meant = [Item("a", b"/x", own_id=True), Item("b", b"/x", own_id=True)]
-    with Wanted.gather(meant) as wanted:
+    with WantedVideos.gather(meant) as wanted:
         assert wanted.count == 2
 
 
 def test_a_row_that_names_no_video_takes_the_place_of_none() -> None:
     bad = Item("a", b"", problem="no path", own_id=True)
-    with Wanted.gather([bad, Item("a", b"/a", own_id=True), bad]) as wanted:
+    with WantedVideos.gather([bad, Item("a", b"/a", own_id=True), bad]) as wanted:
         assert stored(wanted) == [("a", b"/a", None)]
-    with Wanted.gather([bad, bad]) as wanted:
+    with WantedVideos.gather([bad, bad]) as wanted:
         assert (wanted.count, wanted.doubles) == (1, 1)
 
 
@@ -90,4 +90,4 @@ def test_a_row_that_names_no_video_takes_the_place_of_none() -> None:
 )
 def test_what_would_be_mistaken_for_something_else_is_refused(items: list[Item], words: str) -> None:
     with pytest.raises(UsageError, match=words):
-        Wanted.gather(items)
+        WantedVideos.gather(items)

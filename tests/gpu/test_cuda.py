@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from specvlm import attention, decode
-from specvlm.attention import AttentionPlan, RoundAttention, Rows, own_mask, ragged_mask
+from specvlm.attention import AttentionPlan, RoundAttention, VisibleNodes, own_mask, ragged_mask
 from specvlm.captioner import Captioner, PreparedVideo
 from specvlm.config import TREES, FrameSettings
 from specvlm.drafts.head import HeadDraft
@@ -308,10 +308,10 @@ def test_every_way_to_attend_gives_the_same_numbers(
     sees = torch.rand(2, nodes, own, device=DEVICE) < 0.5
     sees |= torch.eye(nodes, own, dtype=torch.bool, device=DEVICE)
     rows = {
-        "masked": [Rows(slice(0, 2), ragged_mask(lengths, sees, visible, 7, dtype))],
-        "varlen": [Rows(slice(0, 2), own_mask(sees, 7, dtype), lengths=lengths)],
+        "masked": [VisibleNodes(slice(0, 2), ragged_mask(lengths, sees, visible, 7, dtype))],
+        "varlen": [VisibleNodes(slice(0, 2), own_mask(sees, 7, dtype), lengths=lengths)],
         "split": [
-            Rows(at, ragged_mask(lengths[at], sees[at], visible, 7, dtype, prefix), prefix)
+            VisibleNodes(at, ragged_mask(lengths[at], sees[at], visible, 7, dtype, prefix), prefix)
             for at, prefix in ((slice(0, 1), 2944), (slice(1, 2), 3001))
         ],
     }[how]

@@ -16,7 +16,7 @@ import torch
 from specvlm import attention, decode, model
 from specvlm.attention import ragged_mask
 from specvlm.batch import CaptionBatch
-from specvlm.cache import Group, KVCache
+from specvlm.cache import KVCache, SlabRows
 from specvlm.captioner import Captioner, PreparedVideo
 from specvlm.choosing import Batch, FixedTree
 from specvlm.drafts.head import _HeadProposer
@@ -384,7 +384,7 @@ def test_12_a_rows_numbers_depend_on_the_lengths_of_its_neighbours(monkeypatch: 
     assert same()
 
     def at_the_shortest(
-        self: TextModel, group: Group, nodes: Nodes, lengths: Lengths, own: int
+        self: TextModel, group: SlabRows, nodes: Nodes, lengths: Lengths, own: int
     ) -> list[model._Read]:
         least = min(lengths.least)
         everyone = lengths._replace(least=(least,) * len(lengths.least))

@@ -13,7 +13,7 @@ from specvlm.config import SpeculationSettings
 from specvlm.drafts.compressor import stretches
 from specvlm.drafts.head import HeadDraft
 from specvlm.families import FAMILIES, Qwen3VL, register
-from specvlm.prefill import Reading, ToSee, embed, prefill_target, prune_prompt
+from specvlm.prefill import PrefillRow, ToSee, embed, prefill_target, prune_prompt
 from specvlm.pruning import prune
 from specvlm.training import memory
 from tests.heads import COMPRESSORS, fresh_captioner, head_captioner, videos_of
@@ -157,7 +157,7 @@ def test_deep_features_reach_the_layers_of_their_tokens(broken: str, monkeypatch
         stock = captioner.target.model(**inputs.tensors).logits[:, -1:]
         (prompt,) = embed(captioner.target, [ToSee(inputs)])
         cache = captioner.target.new_cache(prompt.length)
-        (told,) = prefill_target(captioner.target, cache, [Reading(prompt, 0)])
+        (told,) = prefill_target(captioner.target, cache, [PrefillRow(prompt, 0)])
     assert torch.allclose(told.logits, stock, atol=1e-4) == (not broken)
 
 
@@ -185,7 +185,7 @@ def test_what_learning_takes_in_memory_is_estimated(family: FamilyName) -> None:
     assert isinstance(captioner.draft, HeadDraft)
     few, many = (captioner.prepare(random_frames(0, count), "Hi.").inputs for count in (4, 40))
     needs = [
-        memory.need(captioner.target, captioner.draft.head, memory.Sample(one, 64)) for one in (few, many)
+        memory.need(captioner.target, captioner.draft.head, memory.SampleSize(one, 64)) for one in (few, many)
     ]
     assert 0 < needs[0].target < needs[1].target
     assert 0 < needs[0].head < needs[1].head

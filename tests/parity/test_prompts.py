@@ -135,7 +135,7 @@ def test_a_shared_prefix_gives_the_same_numbers(family: FamilyName) -> None:
             known = begun.give(prompt, caches[0], 0)
             assert known == (0 if index in (0, 1) else prompt.boundary), index
             shared, own = (
-                prefill.prefill_target(model, cache, [prefill.Reading(prompt, 0, first)])[0]
+                prefill.prefill_target(model, cache, [prefill.PrefillRow(prompt, 0, first)])[0]
                 for cache, first in zip(caches, (known, 0), strict=True)
             )
             begun.keep(prompt, caches[0], 0)

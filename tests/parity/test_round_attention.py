@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from specvlm import attention
-from specvlm.attention import RoundAttention, Rows
+from specvlm.attention import RoundAttention, VisibleNodes
 from specvlm.captioner import Captioner, PreparedVideo
 from tests.emulated_graphs import attend_by
 from tests.tiny import FamilyName, Size, caption_rows, random_frames, stock_ids, tiny_captioner
@@ -89,7 +89,7 @@ def test_each_row_has_a_prefix_of_its_own(how: RoundAttention, monkeypatch: pyte
     seen: list[list[tuple[int, int]]] = []
     real = attention._of_rows
 
-    def note(query: Any, key: Any, value: Any, rows: Rows, *more: Any) -> Any:
+    def note(query: Any, key: Any, value: Any, rows: VisibleNodes, *more: Any) -> Any:
         seen[-1].append((query.shape[0], rows.prefix))
         return real(query, key, value, rows, *more)
 

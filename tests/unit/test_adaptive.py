@@ -13,8 +13,8 @@ from specvlm import adaptive
 from specvlm.adaptive import (
     Acceptance,
     AdaptiveTree,
-    Bounds,
     Learned,
+    TreeBounds,
     best_tree,
     likeliest_nodes,
     widths_of,
@@ -103,7 +103,7 @@ def captions(
     """
     all_written = 0.0
     for _ in range(count):
-        chooser = AdaptiveTree(learned, store, 256, CPU, Bounds())
+        chooser = AdaptiveTree(learned, store, 256, CPU, TreeBounds())
         written, begun = 1.0, False
         while written < tokens:
             shape = chooser.choose(Batch(rows, 0 if begun else rows, PROMPT, written))
@@ -252,7 +252,7 @@ def test_a_tree_promises_what_it_gives() -> None:
             costs.hear(world.round(ROOT, frozenset()))
     prices = costs.prices(1, 64)
     assert prices is not None
-    plan = best_tree([world.shares] * 16, prices, Bounds())
+    plan = best_tree([world.shares] * 16, prices, TreeBounds())
     assert plan.seconds == pytest.approx(sum(world.seconds(widths_of(plan.paths), len(plan.paths) + 1)))
     assert plan.rate == pytest.approx(expected_rate(world, frozenset(plan.paths)))
     everything = [expected_rate(world, chain(d)) for d in range(1, 17)]
@@ -261,7 +261,7 @@ def test_a_tree_promises_what_it_gives() -> None:
 
 def test_bounds_are_kept() -> None:
     world = World((0.95, 0.02, 0.01, 0.01), node_s=0.001, noise=0.0)
-    learned, bounds = Learned(), Bounds(depth=3, nodes=4)
+    learned, bounds = Learned(), TreeBounds(depth=3, nodes=4)
     chooser = AdaptiveTree(learned, nothing_known(), 256, CPU, bounds)
     assert (chooser.nodes, chooser.slots) == (4, 4)
     for _ in range(60):
@@ -377,7 +377,7 @@ def test_rounds_that_nobody_asked_for_are_no_trials() -> None:
     for _ in range(4):
         captions(world, learned, costs, 1, tokens=3)
         before = costs.costs(PROMPT).trials
-        chooser = AdaptiveTree(learned, costs, 256, CPU, Bounds())
+        chooser = AdaptiveTree(learned, costs, 256, CPU, TreeBounds())
         for _ in range(8):
             chooser.hear(heard(1, (), 0.0, 1.0))
         assert costs.costs(PROMPT).trials == before < TRIALS
@@ -390,7 +390,7 @@ def test_prompts_of_other_lengths_have_costs_of_their_own() -> None:
     world = World((0.9, 0.05, 0.0, 0.0))
     captions(world, learned, costs, 3)
     assert costs.costs(PROMPT).settled
-    chooser = AdaptiveTree(learned, costs, 256, CPU, Bounds())
+    chooser = AdaptiveTree(learned, costs, 256, CPU, TreeBounds())
     for _ in range(TRIALS):
         shape = chooser.choose(Batch(1, 0, 20_000, 5.0))
         chooser.hear(world.round(shape, paths_of(shape)))
@@ -402,7 +402,7 @@ def test_plain_steps_are_timed_again_and_again(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(adaptive, "_PLAIN_AGAIN", 20)
     learned, costs, world = Learned(), nothing_known(), World((0.9, 0.05, 0.0, 0.0))
     captions(world, learned, costs, 5)
-    chooser, shapes = AdaptiveTree(learned, costs, 256, CPU, Bounds()), []
+    chooser, shapes = AdaptiveTree(learned, costs, 256, CPU, TreeBounds()), []
     for _ in range(110):
         shape = chooser.choose(Batch(1, 0, PROMPT, 5.0))
         shapes.append(shape.depth)

@@ -11,15 +11,15 @@ import torch
 from specvlm import attention
 from specvlm.attention import (
     AttentionPlan,
-    Rows,
     ScoreSum,
     Segment,
+    VisibleNodes,
     own_mask,
     prefix_of,
     ragged_mask,
     tail_mask,
 )
-from specvlm.prefill import Reading, ToSee, embed, prefill_target
+from specvlm.prefill import PrefillRow, ToSee, embed, prefill_target
 from tests.tiny import FamilyName, Size, random_frames, tiny_captioner, tiny_lm
 
 
@@ -100,7 +100,7 @@ def test_packed_prompts_do_not_see_each_other(counts: tuple[int, ...], continued
 EVERYONE = slice(0, None)
 
 
-def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rows: Rows) -> torch.Tensor:
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rows: VisibleNodes) -> torch.Tensor:
     """Attention of the nodes of a round; all rows see the same keys tensor, or each group its own rows of it."""
     keys, values = [key[one.where] for one in rows], [value[one.where] for one in rows]
     out, _ = attention._attend(
@@ -116,9 +116,9 @@ def test_tree_mask() -> None:
     expected, _ = reference(query, key, value, visible)
     lengths = torch.tensor([5])
     for rows in (
-        Rows(EVERYONE, ragged_mask(lengths, sees, 8, 2, torch.float32)),
-        Rows(EVERYONE, tail_mask(sees, 8, 2, torch.float32)),
-        Rows(EVERYONE, own_mask(sees, 2, torch.float32), lengths=lengths),
+        VisibleNodes(EVERYONE, ragged_mask(lengths, sees, 8, 2, torch.float32)),
+        VisibleNodes(EVERYONE, tail_mask(sees, 8, 2, torch.float32)),
+        VisibleNodes(EVERYONE, own_mask(sees, 2, torch.float32), lengths=lengths),
     ):
         torch.testing.assert_close(attend(query, key, value, rows), expected)
 
@@ -146,21 +146,21 @@ class Case(NamedTuple):
     visible: int
     expected: torch.Tensor
 
-    def masked(self, where: slice, prefix: int = 0) -> Rows:
+    def masked(self, where: slice, prefix: int = 0) -> VisibleNodes:
         """Rows under one mask, but for a prefix."""
         dtype = self.tensors[0].dtype
         mask = ragged_mask(self.lengths[where], self.sees[where], self.visible, self.groups, dtype, prefix)
-        return Rows(where, mask, prefix)
+        return VisibleNodes(where, mask, prefix)
 
-    def each(self, share: float) -> list[Rows]:
+    def each(self, share: float) -> list[VisibleNodes]:
         """Each row by itself, with so much of its own length split off."""
         rows = [slice(row, row + 1) for row in range(len(self.lengths))]
         return [self.masked(where, int(share * int(self.lengths[where]))) for where in rows]
 
-    def varlen(self) -> Rows:
+    def varlen(self) -> VisibleNodes:
         """All rows, what is committed by a kernel of its own."""
         mask = own_mask(self.sees, self.groups, self.tensors[0].dtype)
-        return Rows(EVERYONE, mask, lengths=self.lengths)
+        return VisibleNodes(EVERYONE, mask, lengths=self.lengths)
 
 
 def random_case(seed: int, dtype: torch.dtype = torch.float32, large: float = 1.0) -> Case:
@@ -228,7 +228,9 @@ def test_rows_of_several_slabs_find_their_own_keys() -> None:
     one, two = torch.tensor([0, 2]), slice(1, 2)
     dtype = case.tensors[0].dtype
     rows = [
-        Rows(where, ragged_mask(case.lengths[where], case.sees[where], case.visible, case.groups, dtype))
+        VisibleNodes(
+            where, ragged_mask(case.lengths[where], case.sees[where], case.visible, case.groups, dtype)
+        )
         for where in (one, two)
     ]
     torch.testing.assert_close(attend(*case.tensors, *rows), case.expected, rtol=1e-5, atol=1e-5)
@@ -249,10 +251,10 @@ def test_parts_in_half_precision_are_as_near_to_the_truth(seed: int, dtype: torc
 def test_a_lone_row_that_knows_its_length_splits_alike() -> None:
     query, key, value = tensors(3, 50)
     sees = torch.tensor([[[1, 0, 0], [1, 1, 0], [1, 0, 1]]], dtype=torch.bool)
-    whole = attend(query, key, value, Rows(EVERYONE, tail_mask(sees, 50, 2, torch.float32)))
+    whole = attend(query, key, value, VisibleNodes(EVERYONE, tail_mask(sees, 50, 2, torch.float32)))
     for prefix in (46, 47):
         mask = tail_mask(sees, 50, 2, torch.float32, prefix)
-        torch.testing.assert_close(attend(query, key, value, Rows(EVERYONE, mask, prefix)), whole)
+        torch.testing.assert_close(attend(query, key, value, VisibleNodes(EVERYONE, mask, prefix)), whole)
 
 
 def test_prefixes_come_in_steps_and_short_ones_not_at_all() -> None:
@@ -274,7 +276,7 @@ def test_scores_are_the_mean_attention_of_the_text_to_the_video(family: FamilyNa
     with torch.inference_mode():
         (prompt,) = embed(captioner.target, [ToSee(inputs)])
         cache = captioner.target.new_cache(prompt.length)
-        (read,) = prefill_target(captioner.target, cache, [Reading(prompt, 0)])
+        (read,) = prefill_target(captioner.target, cache, [PrefillRow(prompt, 0)])
         model = tiny_lm(family, Size(layers=3)).model
         model.set_attn_implementation("eager")
         weights = model(**inputs.tensors, output_attentions=True).attentions

@@ -17,7 +17,7 @@ import torch
 
 from specvlm import decode, stats
 from specvlm.attention import AttentionPlan
-from specvlm.batch import CaptionBatch, Finished
+from specvlm.batch import CaptionBatch, FinishedCaption
 from specvlm.captioner import Captioner, PreparedVideo
 from specvlm.config import TreeName
 from specvlm.decode import CaptionSequence, Decoder
@@ -81,9 +81,9 @@ def filled(captioner: Captioner, batch_size: int) -> CaptionBatch:
     return batch
 
 
-def run(batch: CaptionBatch) -> dict[Any, Finished]:
+def run(batch: CaptionBatch) -> dict[Any, FinishedCaption]:
     """Steps until nothing is left; nobody ends twice."""
-    found: dict[Any, Finished] = {}
+    found: dict[Any, FinishedCaption] = {}
     for _ in range(2000):
         if not len(batch):
             return found
@@ -93,7 +93,7 @@ def run(batch: CaptionBatch) -> dict[Any, Finished]:
     raise AssertionError("it never ends")
 
 
-def check(found: dict[Any, Finished], failed: Sequence[int] = ()) -> None:
+def check(found: dict[Any, FinishedCaption], failed: Sequence[int] = ()) -> None:
     """Everyone but those that failed has its caption."""
     assert sorted(found) == list(range(COUNT))
     assert [number for number in sorted(found) if found[number].error is not None] == list(failed)
@@ -105,7 +105,12 @@ def check(found: dict[Any, Finished], failed: Sequence[int] = ()) -> None:
 def usable(captioner: Captioner) -> None:
     """It captions as ever, and nothing of before is in flight."""
     assert all(len(decoder) == 0 for decoder in captioner._decoders.values())
-    check({done.index: Finished(done.index, done.caption, done.error) for done in many(captioner, videos())})
+    check(
+        {
+            done.index: FinishedCaption(done.index, done.caption, done.error)
+            for done in many(captioner, videos())
+        }
+    )
 
 
 # --- reading and results ---
@@ -270,7 +275,7 @@ def test_captions_in_between_disturb_nothing(captioner: Captioner) -> None:
 def test_whoever_is_aborted_is_gone_and_the_others_go_on(captioner: Captioner) -> None:
     for gone in range(COUNT):
         batch = filled(captioner, 3)
-        found: dict[Any, Finished] = {one.key: one for one in batch.step()}
+        found: dict[Any, FinishedCaption] = {one.key: one for one in batch.step()}
         batch.abort(gone)
         batch.abort(gone)
         found |= run(batch)
@@ -519,7 +524,7 @@ def test_a_draft_that_gives_nans_changes_no_caption(
 
     monkeypatch.setattr(model, "forward", forward)
     results = captioner.caption_many(videos(), batch_size=3, max_new_tokens=12, tree=tree)
-    check({done.index: Finished(done.index, done.caption, done.error) for done in results})
+    check({done.index: FinishedCaption(done.index, done.caption, done.error) for done in results})
 
 
 def test_keys_of_the_draft_that_are_nan_change_no_caption(
@@ -536,7 +541,12 @@ def test_keys_of_the_draft_that_are_nan_change_no_caption(
         return sound(inputs, features)
 
     monkeypatch.setattr(model, "embed_prompt", embed_prompt)
-    check({done.index: Finished(done.index, done.caption, done.error) for done in many(captioner, videos())})
+    check(
+        {
+            done.index: FinishedCaption(done.index, done.caption, done.error)
+            for done in many(captioner, videos())
+        }
+    )
 
 
 # --- whose time is whose ---

@@ -16,13 +16,13 @@ import torch
 import specvlm
 from specvlm.bench.clips import Clip, example_clips
 from specvlm.bench.grid import Grid
-from specvlm.bench.measure import Asked, Measurer, MethodError
-from specvlm.bench.records import Configuration, Left, MethodName, Report, Sample, Stages, Summary
+from specvlm.bench.measure import BenchRequest, Measurer, MethodError
+from specvlm.bench.records import BenchReport, Configuration, Left, MethodName, Stages, Summary, TimedCaption
 from specvlm.bench.suite import (
+    BenchSetup,
+    BenchStep,
     Budget,
-    Found,
-    Setup,
-    Step,
+    Measurements,
     StoppedError,
     Suite,
     bench,
@@ -40,7 +40,7 @@ from tests.tiny import FamilyName, Size, random_frames, stock_ids, tiny_captione
 STOCK, PLAIN = Configuration("stock"), Configuration("plain")
 OURS = Configuration("specvlm", None, "specvlm", 0.9, "static")
 VIDEOS = Path(__file__).parents[2] / "examples" / "videos"
-ASKED = Asked("specvlm bench", "tiny", "tiny", "What is it?", 12, 2, "noise")
+ASKED = BenchRequest("specvlm bench", "tiny", "tiny", "What is it?", 12, 2, "noise")
 FAMILIES: tuple[FamilyName, ...] = ("qwen", "llava")
 
 
@@ -48,11 +48,11 @@ class Heard:
     """A listener that keeps what it hears."""
 
     def __init__(self) -> None:
-        self.steps: list[Step] = []
+        self.steps: list[BenchStep] = []
         self.left: list[Left] = []
         self.failures: list[tuple[str, str]] = []
 
-    def step(self, step: Step) -> None:
+    def step(self, step: BenchStep) -> None:
         self.steps.append(step)
 
     def left_out(self, left: Left) -> None:
@@ -64,7 +64,7 @@ class Heard:
 
 def sample(
     how: Configuration, video: str, turn: int, decode_s: float, total_s: float = 0.0, **more: Any
-) -> Sample:
+) -> TimedCaption:
     """A caption of eleven tokens."""
     figures: dict[str, Any] = {
         "num_frames": 8,
@@ -81,7 +81,9 @@ def sample(
         "depth_tries": (),
         "peak_memory_bytes": 7,
     }
-    return Sample(how, video, turn, decode_s=decode_s, total_s=total_s or decode_s + 1.0, **(figures | more))
+    return TimedCaption(
+        how, video, turn, decode_s=decode_s, total_s=total_s or decode_s + 1.0, **(figures | more)
+    )
 
 
 # What is compared
@@ -141,7 +143,9 @@ def test_ratios_are_of_totals_of_medians_and_medians_are_of_videos() -> None:
 def test_all_figures_of_a_video_are_of_the_turn_whose_total_is_the_median() -> None:
     """Each stage's own median would be read 1, draft 2, verify 3: no turn, and 6 s in place of 7."""
 
-    def turn(video: str, number: int, read_s: float, draft_s: float, verify_s: float, rounds: int) -> Sample:
+    def turn(
+        video: str, number: int, read_s: float, draft_s: float, verify_s: float, rounds: int
+    ) -> TimedCaption:
         stages = Stages(read_s=read_s, draft_s=draft_s, verify_s=verify_s)
         decode_s = draft_s + verify_s
         more = {"token_ids": tuple(range(5 * rounds + 1)), "decode_tokens": 5 * rounds}
@@ -336,7 +340,7 @@ def test_everything_becomes_plain_json() -> None:
     captioner = tiny_captioner("qwen", Size(), None)
     from specvlm.bench.measure import conditions
 
-    report = Report(conditions(captioner, ASKED, ("a",)), summarise([STOCK, OURS], samples), samples)
+    report = BenchReport(conditions(captioner, ASKED, ("a",)), summarise([STOCK, OURS], samples), samples)
     told = json.loads(json.dumps(report.as_json(samples=True), allow_nan=False))
     assert told["schema"] == 1
     assert told["summaries"][1]["label"] == "specvlm 0.9 static"
@@ -360,7 +364,7 @@ class FakeMeasurer:
         self.asked: list[tuple[str, int, MethodName]] = []
         self._fails, self._at, self._stops = fails, at, stops
 
-    def measure(self, how: Configuration, video: Any, name: str, turn: int) -> Sample:
+    def measure(self, how: Configuration, video: Any, name: str, turn: int) -> TimedCaption:
         if len(self.asked) == self._stops:
             raise KeyboardInterrupt
         self.asked.append((name, turn, how.method))
@@ -456,8 +460,10 @@ def test_of_an_interrupted_bench_whole_turns_are_kept(stops: int, kept: list[int
     grid = Grid(("stock", "plain", "specvlm"))
     suite = suite_of(FakeMeasurer(stops=stops), ("a", "b"))
 
-    def report(found: Found) -> Report:
-        return Report(CONDITIONS, summarise(grid.all(), found.samples, found.errors), tuple(found.samples))
+    def report(found: Measurements) -> BenchReport:
+        return BenchReport(
+            CONDITIONS, summarise(grid.all(), found.samples, found.errors), tuple(found.samples)
+        )
 
     with pytest.raises(StoppedError) as caught:
         reported(suite, grid, report)
@@ -475,7 +481,7 @@ def test_frames_that_no_turn_had_are_not_measured() -> None:
     grid = Grid(("stock", "plain"), (4, 8))
     few, many = grid.configurations(4), grid.configurations(8)
     samples = [sample(how, "a", 1, 1.0) for how in (*few, many[0])]
-    found = whole_turns(Found(samples, {}, {}), grid.all())
+    found = whole_turns(Measurements(samples, {}, {}), grid.all())
     assert [one.configuration for one in found.samples] == few
     assert found.errors == dict.fromkeys(many, "not measured, it was stopped before")
 
@@ -499,9 +505,9 @@ def test_frames_are_those_that_were_read() -> None:
     samples = [sample(hows[0], "a", 1, 2.0, num_frames=6)]
     summaries = summarise(hows, samples, {hows[1]: "out of memory"})
     assert [frames_of(one) for one in summaries] == ["6", "6"], "of what failed, those of the others"
-    report = Report(replace(CONDITIONS, frame_multiple=2), summaries, tuple(samples))
+    report = BenchReport(replace(CONDITIONS, frame_multiple=2), summaries, tuple(samples))
     assert frames_notes(report) == ["7 frames asked, 6 read: this model takes multiples of 2"]
-    assert frames_notes(Report(CONDITIONS, (), ())) == []
+    assert frames_notes(BenchReport(CONDITIONS, (), ())) == []
 
 
 @pytest.mark.parametrize(
@@ -607,7 +613,7 @@ def test_a_whole_bench_on_frames() -> None:
     grid = Grid(num_frames=(2, 4), prune_ratios=(0.0, 0.9), trees=("chain",))
     clips = [Clip(f"noise {seed}", random_frames(seed, 4)) for seed in range(2)]
     heard = Heard()
-    report = bench(captioner, Setup(grid, clips, None, ASKED), heard)
+    report = bench(captioner, BenchSetup(grid, clips, None, ASKED), heard)
     assert [one.error is None for one in report.summaries] == [True, False, True, True, True, True] * 2
     assert [label for label, _ in heard.failures] == ["assisted", "assisted"], (
         "once for each number of frames"
@@ -629,8 +635,8 @@ def test_a_bench_without_a_draft_needs_methods_without_one() -> None:
     captioner = tiny_captioner("qwen", Size(), None)
     clips = [Clip("noise", random_frames(1, 4))]
     with pytest.raises(ConfigError, match="'assisted' needs a draft that is a small model"):
-        bench(captioner, Setup(Grid(), clips, None, ASKED), Heard())
-    report = bench(captioner, Setup(Grid(("stock", "plain")), clips, None, ASKED), Heard())
+        bench(captioner, BenchSetup(Grid(), clips, None, ASKED), Heard())
+    report = bench(captioner, BenchSetup(Grid(("stock", "plain")), clips, None, ASKED), Heard())
     assert [one.exact_match for one in report.summaries] == [None, 1.0]
 
 

@@ -13,14 +13,14 @@ import torch
 from specvlm.bench.batches import SetMeasurer, SetVideo, _shared
 from specvlm.bench.clips import Clip
 from specvlm.bench.grid import Grid
-from specvlm.bench.measure import Asked, Measured, MethodError, VideoFacts, facts_of
-from specvlm.bench.records import Configuration, Report, Sample, Spread, Stages
+from specvlm.bench.measure import BenchRequest, Measured, MethodError, VideoFacts, facts_of
+from specvlm.bench.records import BenchReport, Configuration, Spread, Stages, TimedCaption
 from specvlm.bench.stock import batches, generate, left_padded, stackable, stock_attention
 from specvlm.bench.suite import (
+    BenchSetup,
     Budget,
-    Found,
+    Measurements,
     SetSuite,
-    Setup,
     StoppedError,
     bench,
     repeated,
@@ -35,7 +35,7 @@ from tests.bench_reports import BATCHED, CONDITIONS, made
 from tests.tiny import FamilyName, Size, processor_for, random_frames, stock_ids, tiny_captioner
 from tests.unit.test_bench import Heard, sample
 
-ASKED = Asked("specvlm bench", "tiny", "tiny", "What is it?", 12, 2, "noise")
+ASKED = BenchRequest("specvlm bench", "tiny", "tiny", "What is it?", 12, 2, "noise")
 PROMPTS = ("What is it?", "Describe all that can be seen in this video.", "And?")
 FAMILIES: tuple[FamilyName, ...] = ("qwen", "llava")
 OURS = Configuration("specvlm", None, "specvlm", 0.9, "chain")
@@ -209,7 +209,7 @@ class FakeSets:
         self.asked: list[tuple[int, int, str, int]] = []
         self._fails, self._stops = fails, stops
 
-    def measure_set(self, how: Configuration, videos: Any, turn: int) -> list[Sample]:
+    def measure_set(self, how: Configuration, videos: Any, turn: int) -> list[TimedCaption]:
         if len(self.asked) == self._stops:
             raise KeyboardInterrupt
         self.asked.append((turn, how.batch_size, how.method, len(videos)))
@@ -268,8 +268,10 @@ def test_a_spent_budget_begins_no_further_turn_but_always_one() -> None:
 def test_of_an_interrupted_bench_whole_turns_are_kept() -> None:
     grid = Grid(("stock", "plain"), batch_sizes=(1, 4))
 
-    def report(found: Found) -> Report:
-        return Report(CONDITIONS, summarise(grid.all(), found.samples, found.errors), tuple(found.samples))
+    def report(found: Measurements) -> BenchReport:
+        return BenchReport(
+            CONDITIONS, summarise(grid.all(), found.samples, found.errors), tuple(found.samples)
+        )
 
     with pytest.raises(StoppedError) as caught:
         reported(suite_of(FakeSets(stops=10), repeat=3), grid, report)
@@ -286,7 +288,7 @@ def test_no_video_is_no_set() -> None:
 # Summing up
 
 
-def set_of(how: Configuration, turn: int, *totals: float, **more: Any) -> list[Sample]:
+def set_of(how: Configuration, turn: int, *totals: float, **more: Any) -> list[TimedCaption]:
     return [
         sample(how, f"clip {number}", turn, total / 2, total, **more) for number, total in enumerate(totals)
     ]
@@ -309,7 +311,7 @@ def test_in_a_batch_the_typical_turn_is_one_for_all_videos() -> None:
 
 def test_speedups_are_over_the_same_batch_size_and_their_spread_is_over_turns() -> None:
     hows = [replace(how, batch_size=size) for size in (1, 4) for how in (Configuration("stock"), OURS)]
-    samples: list[Sample] = []
+    samples: list[TimedCaption] = []
     for turn, (stock_s, ours_s) in enumerate([(8.0, 2.0), (8.0, 4.0), (9.0, 3.0)], 1):
         for how in hows:
             seconds = (stock_s if how.method == "stock" else ours_s) / how.batch_size
@@ -361,7 +363,7 @@ def test_a_whole_bench_in_batches(family: FamilyName) -> None:
     grid = Grid(("stock", "plain", "specvlm"), (2, 4), trees=("chain",), batch_sizes=(1, 4))
     clips = [Clip(f"noise {seed}", random_frames(seed, 4), prompt=PROMPTS[seed]) for seed in range(3)]
     heard = Heard()
-    report = bench(captioner, Setup(grid, clips, None, ASKED), heard)
+    report = bench(captioner, BenchSetup(grid, clips, None, ASKED), heard)
     assert heard.failures == []
     assert report.is_batched
     assert report.conditions.videos == ("noise 0", "noise 1", "noise 2")
@@ -381,5 +383,5 @@ def test_a_whole_bench_in_batches(family: FamilyName) -> None:
             assert [found.baseline for found in one.speedups] == ["stock", "plain"]
             assert all(found.e2e_turns and found.decode_turns for found in one.speedups)
     assert {(one.num_frames, one.configuration.frames_asked) for one in report.summaries} == {(2, 2), (4, 4)}
-    enough = Setup(replace(grid, batch_sizes=(2,), num_frames=(2,)), clips, None, ASKED)
+    enough = BenchSetup(replace(grid, batch_sizes=(2,), num_frames=(2,)), clips, None, ASKED)
     assert bench(captioner, enough, Heard()).conditions.repeated_to is None

@@ -11,11 +11,11 @@ import pytest
 
 from specvlm.bench.clips import Clip
 from specvlm.bench.grid import Grid, GridDraft
-from specvlm.bench.measure import Asked, Measurer, MethodError, conditions
+from specvlm.bench.measure import BenchRequest, Measurer, MethodError, conditions
 from specvlm.bench.page import page
 from specvlm.bench.plots import plots
-from specvlm.bench.records import Configuration, Report, Sample, Stages, Summary
-from specvlm.bench.suite import Setup, Step, bench
+from specvlm.bench.records import BenchReport, Configuration, Stages, Summary, TimedCaption
+from specvlm.bench.suite import BenchSetup, BenchStep, bench
 from specvlm.bench.summing import limit, summarise
 from specvlm.captioner import Captioner
 from specvlm.drafts.compressor import CompressorConfig
@@ -28,7 +28,7 @@ from tests.unit import test_bench
 
 SMALL, OTHER = GridDraft("models/small"), GridDraft("hub/other")
 HEAD = GridDraft("/work/my-head", is_head=True)
-ASKED = Asked("specvlm bench", "tiny", "tiny, my-head", "What is it?", 12, 1, "noise")
+ASKED = BenchRequest("specvlm bench", "tiny", "tiny, my-head", "What is it?", 12, 1, "noise")
 METHODS = ("stock", "assisted", "plain", "sd", "specvlm", "head")
 PLAIN, OF_HEAD = Configuration("plain"), Configuration("head", tree="auto", draft="my-head")
 POOL = CompressorConfig("single", ("pool",), ratio=4.0)
@@ -40,7 +40,7 @@ class Silent:
     def __init__(self) -> None:
         self.failures: list[str] = []
 
-    def step(self, step: Step) -> None:
+    def step(self, step: BenchStep) -> None:
         """Not kept."""
 
     def left_out(self, left: object) -> None:
@@ -110,7 +110,7 @@ def test_two_drafts_over_one_target_give_its_very_tokens(family: FamilyName) -> 
     others = {"my-head": headed(captioner)}
     grid = Grid(METHODS, trees=("chain", "dynamic"), drafts=(SMALL, GridDraft("my-head", is_head=True)))  # type: ignore[arg-type]
     report = bench(
-        captioner, Setup(grid, [Clip("noise", random_frames(3, 4))], None, ASKED), Silent(), others
+        captioner, BenchSetup(grid, [Clip("noise", random_frames(3, 4))], None, ASKED), Silent(), others
     )
     video = captioner.prepare(random_frames(3, 4), "What is it?")
     expected = stock_ids(captioner.target.model, video.inputs.tensors, 12)
@@ -141,7 +141,7 @@ def test_a_head_captions_with_the_adaptive_tree_in_turn_with_a_small_model() -> 
     )
     asked = ASKED._replace(max_new_tokens=40, repeat=2)
     report = bench(
-        captioner, Setup(grid, [Clip("noise", random_frames(3, 4))], None, asked), Silent(), others
+        captioner, BenchSetup(grid, [Clip("noise", random_frames(3, 4))], None, asked), Silent(), others
     )
     assert {one.exact_match for one in report.summaries} == {None, 1.0}
     head = report.summaries[-1]
@@ -174,9 +174,9 @@ def test_a_draft_of_the_other_kind_is_refused() -> None:
     captioner = tiny_captioner("qwen", Size(), Size(layers=1, seed=1))
     clips = [Clip("noise", random_frames(1, 4))]
     with pytest.raises(ConfigError, match="'head' needs a draft that is a trained head"):
-        bench(captioner, Setup(Grid(("head",), drafts=(HEAD,)), clips, None, ASKED), Silent())
+        bench(captioner, BenchSetup(Grid(("head",), drafts=(HEAD,)), clips, None, ASKED), Silent())
     with pytest.raises(ConfigError, match="'assisted' needs a draft that is a small model"):
-        bench(headed(captioner), Setup(Grid(), clips, None, ASKED), Silent())
+        bench(headed(captioner), BenchSetup(Grid(), clips, None, ASKED), Silent())
 
 
 def test_transformers_cannot_be_assisted_by_a_head() -> None:
@@ -189,7 +189,7 @@ def test_transformers_cannot_be_assisted_by_a_head() -> None:
 # Summing up
 
 
-def sample(how: Configuration, decode_s: float, **more: Any) -> Sample:
+def sample(how: Configuration, decode_s: float, **more: Any) -> TimedCaption:
     """A caption of eleven tokens."""
     given: dict[str, Any] = {"video": "a", "turn": 1, "total_s": decode_s + 0.1, "video_tokens_kept": 20}
     return test_bench.sample(how, decode_s=decode_s, **(given | more))
@@ -275,5 +275,5 @@ def test_names_from_outside_cannot_do_harm() -> None:
 
 def test_conditions_name_all_drafts(tmp_path: Path) -> None:
     captioner = tiny_captioner("qwen", Size(), None)
-    report = Report(conditions(captioner, ASKED, ("a",)), summarise([PLAIN], [sample(PLAIN, 1.0)]), ())
+    report = BenchReport(conditions(captioner, ASKED, ("a",)), summarise([PLAIN], [sample(PLAIN, 1.0)]), ())
     assert json.loads(json.dumps(report.as_json()))["conditions"]["draft"] == "tiny, my-head"

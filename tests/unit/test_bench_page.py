@@ -17,7 +17,7 @@ import pytest
 from specvlm.bench.grid import Grid
 from specvlm.bench.page import PageSheet, page, safe, write_page
 from specvlm.bench.plots import MOST_SERIES, STAGE_COLOURS, plots
-from specvlm.bench.records import STAGES, Configuration, Report, Summary
+from specvlm.bench.records import STAGES, BenchReport, Configuration, Summary
 from specvlm.bench.words import STAGE_NAMES
 from tests.bench_reports import BATCHED, FULL, HOSTILE, hostile, made
 
@@ -310,7 +310,7 @@ def test_all_pruners_share_the_point_without_pruning() -> None:
 
 
 def test_a_report_of_one_video_is_told_in_the_singular() -> None:
-    report: Report = made()
+    report: BenchReport = made()
     its = replace(report.conditions, videos=("a.mp4",), cores=1, threads=1)
     text = page(replace(report, conditions=its))
     assert "eight clips: 1 video<" in text

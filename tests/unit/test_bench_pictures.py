@@ -13,7 +13,7 @@ from PIL import Image
 from specvlm.bench.clips import Clip
 from specvlm.bench.grid import Grid
 from specvlm.bench.pictures import sheets_of
-from specvlm.bench.records import Report
+from specvlm.bench.records import BenchReport
 from specvlm.captioner import Captioner
 from specvlm.config import FrameSettings
 from specvlm.inspection.drawing import SECOND_COLOUR
@@ -29,7 +29,7 @@ def captioner() -> Captioner:
     return made
 
 
-def report(grid: Grid, *videos: str) -> Report:
+def report(grid: Grid, *videos: str) -> BenchReport:
     found = made(grid)
     return replace(found, conditions=replace(found.conditions, videos=videos))
 

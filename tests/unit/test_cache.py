@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from specvlm.batch import CaptionBatch
-from specvlm.cache import KVCache, Part, Slab, SlabShape, rounded
+from specvlm.cache import KVCache, PrefillPart, Slab, SlabShape, rounded
 from tests.tiny import Size, random_frames, tiny_captioner
 
 CPU = torch.device("cpu")
@@ -45,7 +45,7 @@ def see_all(cache: KVCache, slots: torch.Tensor, visible: int) -> None:
 def test_a_packed_prefill_writes_each_sequence_into_its_row() -> None:
     """Rows of two slabs; sequences that begin see what they write, all of it in order."""
     cache = small_cache(10, 100, 20)
-    cache.aim_prefill([Part(2, 0, 3), Part(1, 0, 2), Part(0, 0, 1)], CPU)
+    cache.aim_prefill([PrefillPart(2, 0, 3), PrefillPart(1, 0, 2), PrefillPart(0, 0, 1)], CPU)
     written = states(1, 6, 1)
     for layer in (0, 1):
         (keys,), (values,) = cache.update(written, -written, layer)
@@ -60,9 +60,9 @@ def test_a_packed_prefill_writes_each_sequence_into_its_row() -> None:
 
 def test_a_prefill_that_continues_a_row_sees_what_is_there() -> None:
     cache = small_cache(10, 10)
-    cache.aim_prefill([Part(1, 0, 3)], CPU)
+    cache.aim_prefill([PrefillPart(1, 0, 3)], CPU)
     cache.update(states(1, 3, 1), states(1, 3, 100), 1)
-    cache.aim_prefill([Part(1, 3, 2), Part(0, 0, 1)], CPU)
+    cache.aim_prefill([PrefillPart(1, 3, 2), PrefillPart(0, 0, 1)], CPU)
     more = states(1, 3, 50)
     (keys, other), _ = cache.update(more, more, 1)
     assert torch.equal(keys, torch.cat((states(1, 3, 1), more[:, :, :2]), dim=2))
@@ -71,7 +71,7 @@ def test_a_prefill_that_continues_a_row_sees_what_is_there() -> None:
 
 def test_what_is_copied_out_of_a_row_can_begin_another() -> None:
     cache, other = small_cache(10, 10), small_cache(300)
-    cache.aim_prefill([Part(1, 0, 4)], CPU)
+    cache.aim_prefill([PrefillPart(1, 0, 4)], CPU)
     for layer in (0, 1):
         cache.update(states(1, 4, layer), states(1, 4, 100 + layer), layer)
     kept = cache.copy_out(1, 3)
@@ -127,7 +127,7 @@ def test_zeroing_spares_other_slots_and_ends_at_the_capacity() -> None:
 
 def test_a_row_refuses_more_than_it_holds() -> None:
     with pytest.raises(ValueError, match="a row of 64 slots cannot hold 66 tokens"):
-        small_cache(10).aim_prefill([Part(0, 60, 6)], CPU)
+        small_cache(10).aim_prefill([PrefillPart(0, 60, 6)], CPU)
 
 
 def test_size_is_what_the_sequences_need() -> None:

@@ -20,12 +20,12 @@ from specvlm_cli.results import (
     MOST_KINDS,
     OTHER_KINDS,
     Captioning,
+    CaptionSpread,
     Figures,
     Outcome,
+    PlainSpeedup,
     Quantiles,
     Running,
-    Speedup,
-    Spread,
     Tally,
 )
 from specvlm_cli.settings import config_hash, differences
@@ -50,11 +50,11 @@ def test_acceptance_is_of_all_rounds_and_leaves_out_the_bonus() -> None:
     assert figures.decode is None
 
 
-def speedup(of_totals: float, *of_captions: float, batch_size: float | None = 4.0) -> Speedup:
+def speedup(of_totals: float, *of_captions: float, batch_size: float | None = 4.0) -> PlainSpeedup:
     """Return what is expected of these speedups of single captions."""
     half, low, high = np.quantile(of_captions, [0.5, 0.1, 0.9])
     near = (pytest.approx(float(one)) for one in (half, low, high, of_totals))
-    return Speedup(len(of_captions), *near, mean_batch_size=pytest.approx(batch_size))
+    return PlainSpeedup(len(of_captions), *near, mean_batch_size=pytest.approx(batch_size))
 
 
 def test_speedups_are_of_totals_and_of_single_captions() -> None:
@@ -69,9 +69,9 @@ def test_speedups_are_of_totals_and_of_single_captions() -> None:
 
 
 def test_an_estimate_is_a_range_that_holds_the_ratio_of_totals() -> None:
-    assert Speedup(3, 2.0, 1.2, 3.6, of_totals=2.5).between == (1.2, 3.6)
-    assert Speedup(3, 2.0, 1.2, 3.6, of_totals=3.9).between == (1.2, 3.9)
-    assert Speedup(3, 2.0, 1.2, 3.6, of_totals=1.1).between == (1.1, 3.6)
+    assert PlainSpeedup(3, 2.0, 1.2, 3.6, of_totals=2.5).between == (1.2, 3.6)
+    assert PlainSpeedup(3, 2.0, 1.2, 3.6, of_totals=3.9).between == (1.2, 3.9)
+    assert PlainSpeedup(3, 2.0, 1.2, 3.6, of_totals=1.1).between == (1.1, 3.6)
 
 
 def test_the_mean_batch_size_is_over_the_time_of_the_rounds() -> None:
@@ -121,7 +121,7 @@ def test_estimates_are_held_against_what_was_measured() -> None:
     tally.add(compared(baseline_token_s=1.0))
     tally.add(row(speedup_source="estimated", baseline_token_s=1.0, estimated_token_s=9.0))
     expected = (pytest.approx(one) for one in (1.0, 0.84, 1.16))
-    assert tally.figures().estimate_over_measured == Spread(3, *expected)
+    assert tally.figures().estimate_over_measured == CaptionSpread(3, *expected)
 
 
 def test_stages_are_summed_as_the_rows_say() -> None:
@@ -161,12 +161,12 @@ def test_kinds_of_failures_are_bounded() -> None:
     assert max(map(len, kinds)) <= 100
 
 
-def quantiles(values: list[float]) -> Spread:
+def quantiles(values: list[float]) -> CaptionSpread:
     half, low, high = np.quantile(values, [0.5, 0.1, 0.9])
-    return Spread(len(values), half, low, high)
+    return CaptionSpread(len(values), half, low, high)
 
 
-def spread(values: list[float]) -> Spread:
+def spread(values: list[float]) -> CaptionSpread:
     found = Quantiles()
     for value in values:
         found.add(value)
@@ -235,7 +235,7 @@ def outcome(**changes: Any) -> Outcome:
 
 
 def test_outcome_is_json() -> None:
-    figures = Figures(captions=2, decode=Speedup(3, 2.1, 1.9, 2.3, of_totals=2.0, mean_batch_size=7.5))
+    figures = Figures(captions=2, decode=PlainSpeedup(3, 2.1, 1.9, 2.3, of_totals=2.0, mean_batch_size=7.5))
     plain = json.loads(json.dumps(outcome(figures=figures).as_json()))
     assert (plain["schema"], plain["exit_code"]) == (1, 0)
     assert plain["figures"]["captions"] == 2

@@ -12,7 +12,16 @@ import pytest
 from rich.cells import cell_len
 
 from specvlm_cli.exits import ExitCode
-from specvlm_cli.results import Captioning, Figures, LiveStatus, Outcome, Running, Speedup, Spread, Tally
+from specvlm_cli.results import (
+    Captioning,
+    CaptionSpread,
+    Figures,
+    LiveStatus,
+    Outcome,
+    PlainSpeedup,
+    Running,
+    Tally,
+)
 from specvlm_cli.screen.live import drawn
 from specvlm_cli.screen.log import LogFile
 from specvlm_cli.screen.meter import (
@@ -21,7 +30,7 @@ from specvlm_cli.screen.meter import (
     Ended,
     Last,
     Meter,
-    Pace,
+    PaceMeter,
     Rates,
     Standing,
     line,
@@ -41,8 +50,8 @@ from specvlm_cli.screen.words import (
 )
 from tests.cli.saying import HOSTILE, claim, compared, failure, harm, row
 
-DECODE = Speedup(11, 2.02, 1.84, 2.44, of_totals=2.05, mean_batch_size=7.54)
-END_TO_END = Speedup(11, 1.77, 1.61, 1.96, of_totals=1.78, mean_batch_size=7.54)
+DECODE = PlainSpeedup(11, 2.02, 1.84, 2.44, of_totals=2.05, mean_batch_size=7.54)
+END_TO_END = PlainSpeedup(11, 1.77, 1.61, 1.96, of_totals=1.78, mean_batch_size=7.54)
 STATUS = LiveStatus(reading=2, ready=3, ready_bytes=1_200_000_000, generating=1, workers=4, retrying=1)
 BUSY = Standing(
     todo=345,
@@ -105,16 +114,16 @@ def test_a_share_is_never_rounded_to_nothing_or_to_all() -> None:
 # Pace
 
 
-def ended_every(each_s: float, videos: int) -> tuple[Pace, float]:
+def ended_every(each_s: float, videos: int) -> tuple[PaceMeter, float]:
     """Every fourth video fails."""
-    found = Pace(0.0)
+    found = PaceMeter(0.0)
     for number in range(1, videos + 1):
         found.ended(number * each_s, Ended(number, number - number // 4, 100 * number))
     return found, videos * each_s
 
 
 def test_there_is_no_pace_before_a_video_has_ended() -> None:
-    assert Pace(0.0).rates(100.0) == Pace(0.0).overall() == Rates()
+    assert PaceMeter(0.0).rates(100.0) == PaceMeter(0.0).overall() == Rates()
 
 
 def test_pace_stays_between_two_videos_and_slows_down_when_none_comes() -> None:
@@ -125,13 +134,13 @@ def test_pace_stays_between_two_videos_and_slows_down_when_none_comes() -> None:
 
 
 def test_failures_are_no_videos_per_hour() -> None:
-    found = Pace(0.0)
+    found = PaceMeter(0.0)
     found.ended(10.0, Ended(5, 0, 0))
     assert found.rates(10.0) == Rates(2.0, None, None)
 
 
 def test_pace_forgets_a_slow_beginning() -> None:
-    found = Pace(0.0)
+    found = PaceMeter(0.0)
     found.ended(300.0, Ended(1, 1, 0))
     for number in range(2, 400):
         found.ended(300.0 + number, Ended(number, number, 0))
@@ -350,7 +359,7 @@ def test_the_table_calls_an_estimate_an_estimate() -> None:
 
 
 def test_the_table_gives_measured_and_estimated_and_the_error_between() -> None:
-    off = Spread(8, 1.01, 0.92, 1.125)
+    off = CaptionSpread(8, 1.01, 0.92, 1.125)
     figures = Figures(captions=9, drafts=("small",), decode=END_TO_END, decode_estimated=DECODE)
     table = summary(outcome(figures=replace(figures, estimate_over_measured=off)))
     assert [line.split("|")[2].strip() for line in table.splitlines() if "| decode speedup" in line] == [

@@ -9,7 +9,7 @@ import pytest
 
 from specvlm_cli.inputs import Inputs
 from specvlm_cli.ledger import MOST_CRASHES, Ledger
-from specvlm_cli.wanted import Wanted
+from specvlm_cli.wanted import WantedVideos
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
     """A ledger in which ten videos are to be done."""
     for number in range(10):
         (tmp_path / f"{number}.mp4").write_text("video")
-    with Wanted.gather(Inputs([str(tmp_path)])) as wanted, Ledger.in_memory() as made:
+    with WantedVideos.gather(Inputs([str(tmp_path)])) as wanted, Ledger.in_memory() as made:
         made.want(wanted)
         made.register()
         yield made

@@ -14,7 +14,7 @@ from specvlm.config import FrameSettings
 from specvlm.records import VideoSource
 from specvlm_cli.decoding import endings, messages
 from specvlm_cli.decoding.jobs import Limits, ReadJob
-from specvlm_cli.decoding.messages import Report, Said, report_of
+from specvlm_cli.decoding.messages import ReaderReport, Said, report_of
 from specvlm_cli.decoding.shared import MOST_BYTES, MisreportError
 
 _SOURCE = VideoSource(2.5, 29.97, 640, 480, "pyav 18.1.0", 0.25, ("truncated", "damaged"), 1 << 40, -5)
@@ -32,12 +32,12 @@ def test_a_job_arrives_as_it_was_sent(path: bytes, root: bytes | None) -> None:
 
 def test_a_report_arrives_as_it_was_sent() -> None:
     began = messages.began_line("open", 0) + messages.began_line("pyav", 1 << 33)
-    assert report_of(began) == Report("pyav", 1 << 33)
-    assert report_of(b"") == Report()
+    assert report_of(began) == ReaderReport("pyav", 1 << 33)
+    assert report_of(b"") == ReaderReport()
     said = Said("open", "VideoNotFoundError", "no such file; check the path", transient=False)
-    assert report_of(began + messages.failed_line(said)) == Report("pyav", 1 << 33, failed=said)
+    assert report_of(began + messages.failed_line(said)) == ReaderReport("pyav", 1 << 33, failed=said)
     read = messages.read_line((8, 4, 6, 3), _SOURCE)
-    assert report_of(began + read) == Report("pyav", 1 << 33, shape=(8, 4, 6, 3), source=_SOURCE)
+    assert report_of(began + read) == ReaderReport("pyav", 1 << 33, shape=(8, 4, 6, 3), source=_SOURCE)
 
 
 def test_a_reason_is_one_harmless_line() -> None:
@@ -157,7 +157,7 @@ _LIMITS = Limits(timeout_s=60.0)
 def test_an_end_without_words_has_a_reason(
     began: str | None, status: int, killed: bool, expected: tuple[str, str, bool]
 ) -> None:
-    said = endings.of(Report(began=began), status, killed=killed, limits=_LIMITS)
+    said = endings.of(ReaderReport(began=began), status, killed=killed, limits=_LIMITS)
     assert (said.stage, said.error_type, said.transient) == expected
     assert said.error.isprintable()
     assert "; " in said.error, "the fix follows the reason"

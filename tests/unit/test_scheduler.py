@@ -9,18 +9,18 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from specvlm.scheduler import Entry, Scheduler
+from specvlm.scheduler import QueuedSequence, Scheduler
 
 
-def with_entries(batch_size: int, *entries: Entry, memory_bytes: int | None = None) -> Scheduler:
+def with_entries(batch_size: int, *entries: QueuedSequence, memory_bytes: int | None = None) -> Scheduler:
     scheduler = Scheduler(batch_size, memory_bytes)
     for entry in entries:
         scheduler.add(entry)
     return scheduler
 
 
-def named(names: str, **about: Any) -> list[Entry]:
-    return [Entry(name, **about) for name in names]
+def named(names: str, **about: Any) -> list[QueuedSequence]:
+    return [QueuedSequence(name, **about) for name in names]
 
 
 def turns(scheduler: Scheduler) -> list[str]:
@@ -63,7 +63,7 @@ def test_nothing_waits_nothing_runs() -> None:
 
 @pytest.mark.parametrize("kinds", [*itertools.product("xy", repeat=4)])
 def test_only_one_kind_runs_at_a_time_and_none_is_overtaken(kinds: tuple[str, ...]) -> None:
-    scheduler = with_entries(3, *(Entry(str(at), kind) for at, kind in enumerate(kinds)))
+    scheduler = with_entries(3, *(QueuedSequence(str(at), kind) for at, kind in enumerate(kinds)))
     assert scheduler.kind == kinds[0]
     expected, at = [], 0
     for _, run in itertools.groupby(kinds):
@@ -74,7 +74,7 @@ def test_only_one_kind_runs_at_a_time_and_none_is_overtaken(kinds: tuple[str, ..
 
 
 def test_the_kind_is_that_of_what_runs_and_else_of_what_is_next() -> None:
-    scheduler = with_entries(3, Entry("a", "x"), Entry("b", "y"))
+    scheduler = with_entries(3, QueuedSequence("a", "x"), QueuedSequence("b", "y"))
     scheduler.admit()
     kinds = [scheduler.kind]
     scheduler.remove("a")
@@ -83,7 +83,7 @@ def test_the_kind_is_that_of_what_runs_and_else_of_what_is_next() -> None:
 
 @pytest.mark.parametrize("alone", range(4))
 def test_who_runs_alone_runs_alone(alone: int) -> None:
-    scheduler = with_entries(4, *(Entry(name, alone=at == alone) for at, name in enumerate("abcd")))
+    scheduler = with_entries(4, *(QueuedSequence(name, alone=at == alone) for at, name in enumerate("abcd")))
     parts = ["abcd"[:alone], "abcd"[alone], "abcd"[alone + 1 :]]
     assert turns(scheduler) == [part for part in parts if part]
 
@@ -103,7 +103,11 @@ def test_memory_is_filled_to_the_last_byte_and_no_further() -> None:
 
 
 def test_one_may_always_run_and_a_large_one_is_not_overtaken_by_small_ones() -> None:
-    entries = [Entry("a", size_bytes=60), Entry("b", size_bytes=500), *named("cd", size_bytes=1)]
+    entries = [
+        QueuedSequence("a", size_bytes=60),
+        QueuedSequence("b", size_bytes=500),
+        *named("cd", size_bytes=1),
+    ]
     assert turns(with_entries(9, *entries, memory_bytes=100)) == ["a", "b", "cd"]
     assert turns(with_entries(9, *named("ab", size_bytes=5), memory_bytes=0)) == ["a", "b"]
 
@@ -164,7 +168,7 @@ class AnyOrder(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.scheduler = Scheduler(4, 100)
-        self.entries: dict[int, Entry] = {}  # in the order in which they may run
+        self.entries: dict[int, QueuedSequence] = {}  # in the order in which they may run
         self.alone: set[int] = set()
         self.admitted: set[int] = set()
         self.most = 4
@@ -176,7 +180,7 @@ class AnyOrder(RuleBasedStateMachine):
         alone=st.sampled_from((0, 0, 1)),
     )
     def add(self, kind: str, size: int, alone: int) -> None:
-        entry = Entry(self.number, kind, size, bool(alone))
+        entry = QueuedSequence(self.number, kind, size, bool(alone))
         self.entries[self.number] = entry
         if alone:
             self.alone.add(self.number)

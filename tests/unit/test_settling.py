@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from specvlm.batch import CaptionBatch, Finished
+from specvlm.batch import CaptionBatch, FinishedCaption
 from specvlm.captioner import Captioner
 from specvlm.choosing import Batch, FixedTree
 from specvlm.config import GenerationSettings, SpeculationSettings
@@ -250,7 +250,7 @@ def test_the_last_caption_of_a_batch_is_not_taken_for_one_alone() -> None:
     batch = CaptionBatch(captioner, 2)
     for key, video in enumerate(videos):
         batch.add(key, video, captioner.kind(False, {"max_new_tokens": TOKENS}))
-    found: list[Finished] = []
+    found: list[FinishedCaption] = []
     while len(batch):
         found += batch.step()
         settling.bound = 1e9 if found else 0.0

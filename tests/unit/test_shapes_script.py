@@ -14,9 +14,9 @@ import torch
 
 from specvlm import decode
 from specvlm.bench.grid import Grid
-from specvlm.bench.measure import Asked
-from specvlm.bench.records import Configuration, Report
-from specvlm.bench.suite import Step
+from specvlm.bench.measure import BenchRequest
+from specvlm.bench.records import BenchReport, Configuration
+from specvlm.bench.suite import BenchStep
 from specvlm.config import TREES, SpeculationSettings, TreeName
 from specvlm.errors import ConfigError
 from specvlm.families import family_of
@@ -275,7 +275,7 @@ def test_acceptance_is_assumed_in_a_replayed_round_too_and_nowhere_else() -> Non
 class Nobody:
     """Listens to nothing."""
 
-    def step(self, step: Step) -> None: ...
+    def step(self, step: BenchStep) -> None: ...
 
     def left_out(self, left: Any) -> None: ...
 
@@ -283,10 +283,10 @@ class Nobody:
         raise AssertionError(f"{how.label}: {error}")
 
 
-def benched(family: str, **grid: Any) -> Report:
+def benched(family: str, **grid: Any) -> BenchReport:
     """The report of a tiny pair."""
-    asked = Asked("command", "t", "d", "", 40, 1, "random")
-    report: Report = shapes.bench_pair(tiny_pair(family), Grid(num_frames=(2,), **grid), asked, Nobody())
+    asked = BenchRequest("command", "t", "d", "", 40, 1, "random")
+    report: BenchReport = shapes.bench_pair(tiny_pair(family), Grid(num_frames=(2,), **grid), asked, Nobody())
     return report
 
 

@@ -27,11 +27,11 @@ from specvlm.training.example import read_example
 from specvlm.training.folder import CURVE, LOG, STATE, HeadFolder
 from specvlm.training.learner import Learner
 from specvlm.training.objective import Losses, ObjectiveSettings
-from specvlm.training.order import Order, Place, noise_seed, shuffled
+from specvlm.training.order import Order, SampleTurn, noise_seed, shuffled
 from specvlm.training.progress import Held, Measures, Progress
 from specvlm.training.ranks import Alone
 from specvlm.training.settings import Schedule, TrainingSettings
-from specvlm.training.trainer import Ending, Learn, Parts, Trainer
+from specvlm.training.trainer import Ending, Learn, Trainer, TrainingParts
 from tests.tiny import Size, random_frames, tiny_captioner
 
 SAMPLES, TOKENS = 5, 10
@@ -68,7 +68,7 @@ class Clips:
     pupil: Captioner | None = None
     useless: frozenset[int] = frozenset()
     visited: list[int] = field(default_factory=list)
-    before: Callable[[Place], None] = lambda _: None
+    before: Callable[[SampleTurn], None] = lambda _: None
     is_settled: Callable[[], bool] = lambda: True
 
     def __post_init__(self) -> None:
@@ -78,7 +78,7 @@ class Clips:
     def begin(self, steps: range) -> None:
         self.visited = []
 
-    def visit(self, place: Place | None, learn: Learn) -> Measures | None:
+    def visit(self, place: SampleTurn | None, learn: Learn) -> Measures | None:
         assert place is not None
         self.before(place)
         self.visited.append(place.position)
@@ -145,7 +145,7 @@ def train(
     source = replace(clips, pupil=pupil, **changes)
     (root / STATE).mkdir(parents=True, exist_ok=True)
     learner = Learner(head.train(), settings, Alone())
-    parts = Parts(target, learner, in_use, source, HeadFolder(root, warn), Alone(), Silent())
+    parts = TrainingParts(target, learner, in_use, source, HeadFolder(root, warn), Alone(), Silent())
     order = Order(SAMPLES, settings.accumulate, settings.seed)
     loop = Trainer(
         parts, order, settings, objective or ObjectiveSettings(), schedule, lambda: stop(learner.steps)
@@ -274,7 +274,7 @@ def test_the_result_does_not_depend_on_checkpoints_nor_on_where_a_step_was_cut(
     class Died(BaseException):
         pass
 
-    def die(place: Place) -> None:
+    def die(place: SampleTurn) -> None:
         if place.position not in seen and place.position % 3 == 1:
             seen.add(place.position)
             raise Died
