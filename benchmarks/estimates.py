@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from specvlm_cli.results import estimate_over_measured
+from specvlm_cli.caption.outcome import estimate_over_measured
 
 ENOUGH = 100  # captions
 NAMES = ("target_model", "draft_model", "device", "specvlm_version")

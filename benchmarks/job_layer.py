@@ -26,7 +26,8 @@ import pyarrow.parquet as pq
 import specvlm
 from recipes.demo.clips import render, scene_for, seed_for
 from recipes.demo.examples import frame_times, write_video
-from specvlm_cli import app, runner
+from specvlm_cli import app
+from specvlm_cli.caption import coordinator
 
 _STAGES = ("preprocess_s", "vision_s", "target_prefill_s", "draft_prefill_s", "decode_s")
 
@@ -36,10 +37,10 @@ class _Watch:
 
     def __init__(self) -> None:
         self.workers_s = self.cpu_s = self.waited_s = 0.0
-        self._run = runner.Runner.run
-        runner.Runner.run = lambda *given: self._timed(*given)  # type: ignore[method-assign]
+        self._run = coordinator.Runner.run
+        coordinator.Runner.run = lambda *given: self._timed(*given)  # type: ignore[method-assign]
 
-    def _timed(self, one: runner.Runner, *given: Any) -> None:
+    def _timed(self, one: coordinator.Runner, *given: Any) -> None:
         began, used, workers = time.perf_counter(), _own_cpu_s(), len(one._crew)
         self._run(one, *given)
         self.workers_s = workers * (time.perf_counter() - began)

@@ -52,8 +52,8 @@ from specvlm.config import GenerationSettings, SpeculationSettings
 from specvlm.errors import ConfigError
 from specvlm.published import Shape, patch_grid, steps_of, video_tokens
 from specvlm.stats import free_memory_bytes
-from specvlm_cli import show
-from specvlm_cli.screen.bench import BenchTalk, tell
+from specvlm_cli.console import tables
+from specvlm_cli.console.bench import BenchTalk, tell
 
 _VIDEO = "random video"
 _RESERVE = 1.1  # of the estimate, for the allocator's rounding and for small tensors
@@ -236,7 +236,7 @@ def _print_reads(reads: Sequence[StepBytes]) -> None:
         sizes = (amount(one.weight_bytes), amount(one.kv_bytes), percent(one.kv_share))
         lines.append((one.model, str(one.frames_asked), str(one.batch_size), *sizes))
     print("\nWhat a step reads")
-    print("\n".join(show.aligned(lines, {1, 2, 3, 4, 5})))
+    print("\n".join(tables.aligned(lines, {1, 2, 3, 4, 5})))
 
 
 # --- the command ---

@@ -96,16 +96,17 @@ def ours(folder: Path, preset: str, flags: list[str]) -> Timed:
     """The command, whose models are ready when its runner begins."""
     import pyarrow.parquet as pq
 
-    from specvlm_cli import app, runner
+    from specvlm_cli import app
+    from specvlm_cli.caption import coordinator
 
     began: list[datetime] = []
-    run: Callable[..., None] = runner.Runner.run
+    run: Callable[..., None] = coordinator.Runner.run
 
     def noting(*given: Any) -> None:
         began.append(datetime.now(UTC))
         run(*given)
 
-    runner.Runner.run = noting  # type: ignore[method-assign, assignment]
+    coordinator.Runner.run = noting  # type: ignore[method-assign, assignment]
     with tempfile.TemporaryDirectory(prefix="specvlm-out-") as out:
         code = app.main(["caption", str(folder), "-o", out, "--preset", preset, "-q", *flags])
         if code:

@@ -13,7 +13,6 @@ from typing import Annotated
 import typer
 
 from specvlm.errors import ConfigError, IncompatibleDraftError, PromptError, SettingsError, SpecvlmError
-from specvlm_cli import streams
 from specvlm_cli.commands.audit import AuditFlags, audit
 from specvlm_cli.commands.bench import bench
 from specvlm_cli.commands.bench_flags import BenchFlags
@@ -30,12 +29,13 @@ from specvlm_cli.commands.status import status
 from specvlm_cli.commands.train import train
 from specvlm_cli.commands.train_flags import TrainFlags
 from specvlm_cli.commands.vocab import VocabFlags, vocab
-from specvlm_cli.database import was_interrupted
+from specvlm_cli.console import streams
+from specvlm_cli.console.messages import error_line, error_trace
+from specvlm_cli.console.safe_text import short
 from specvlm_cli.exits import CommandError, ExitCode, as_flag, flag_name
 from specvlm_cli.process import keep_torch_out_of_foreign_folders
+from specvlm_cli.run.database import was_interrupted
 from specvlm_cli.stopping import NotBegunError, until_listening
-from specvlm_cli.talk import error_line, error_trace
-from specvlm_cli.text import short
 
 app = typer.Typer(
     name="specvlm",

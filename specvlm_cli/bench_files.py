@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 from specvlm.bench.page import PageSheet, write_page
 from specvlm.bench.records import STAGES, BenchReport, rows_of
 from specvlm.durable import publish
+from specvlm_cli.console.safe_text import clean, storable
 from specvlm_cli.exits import FatalError, Flag, UsageError
 from specvlm_cli.safe_files import new_file
-from specvlm_cli.text import clean, storable
 
 ROWS, PAGE = "bench.parquet", "bench.html"
 _METADATA = "specvlm.bench"  # the file's own note of what its rows hold for, as JSON

@@ -22,7 +22,7 @@ from specvlm.config import SpeculationSettings
 from specvlm.errors import ModelLoadError
 from specvlm.preset import Preset, presets
 from specvlm.published import shape_of, stamp_tokens, tokens_within
-from specvlm_cli.engine import public_name
+from specvlm_cli.caption.engine import public_name
 
 OnDisk = Literal["yes", "partly", "no"]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from specvlm.errors import Setting, SettingsError
-from specvlm_cli.text import clean
+from specvlm_cli.console.safe_text import clean
 
 FLAG_NAMES = {"backend": "video_backend"}  # of settings whose flags are not called like them
 

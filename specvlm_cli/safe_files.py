@@ -13,8 +13,8 @@ from io import BufferedReader, BufferedWriter
 from pathlib import Path
 from typing import TextIO
 
+from specvlm_cli.console.safe_text import clean
 from specvlm_cli.exits import FatalError
-from specvlm_cli.text import clean
 
 MOST_BYTES = 1 << 24  # of a file that is read whole
 _REMEDY = "specvlm did not make it: move it away, then start again"

@@ -17,9 +17,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from specvlm_cli.console.safe_text import clean
 from specvlm_cli.exits import Flag, UsageError
-from specvlm_cli.status import array_expression
-from specvlm_cli.text import clean
+from specvlm_cli.run.progress import array_expression
 
 MOST_TASKS = (
     1000  # of one array: unless a cluster has another MaxArraySize than 1001, an index is at most 1000

@@ -27,10 +27,10 @@ from specvlm.drafts.kept_tokens import (
     read_kept,
 )
 from specvlm.errors import ConfigError
+from specvlm_cli.console.safe_text import clean, storable
 from specvlm_cli.exits import CommandError, Flag, UsageError
-from specvlm_cli.run_view import RunView, view
+from specvlm_cli.run.view import RunView, view
 from specvlm_cli.safe_files import new_file
-from specvlm_cli.text import clean, storable
 
 # Captions that `--draft-vocab N` is counted in, the latest ones: two million tokens or so, within a second.
 MOST_CAPTIONS = 10_000

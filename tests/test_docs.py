@@ -12,7 +12,7 @@ import typer.main
 import specvlm
 from specvlm_cli import app
 from specvlm_cli.exits import ExitCode
-from specvlm_cli.parts import CAPTION_SCHEMA
+from specvlm_cli.run.parts import CAPTION_SCHEMA
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])

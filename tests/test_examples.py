@@ -13,9 +13,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from specvlm_cli import app, lock
+from specvlm_cli import app
 from specvlm_cli.inputs.item import item_id
-from specvlm_cli.shard import shard_of
+from specvlm_cli.run import lock
+from specvlm_cli.run.shard import shard_of
 from tests.cli.conftest import forked, forked_readers
 
 __all__ = ["forked", "forked_readers"]  # fixtures

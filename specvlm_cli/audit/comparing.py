@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Literal
 
 from specvlm.checkpoint import can_compare
 from specvlm_cli.audit.made_with import MadeWith
-from specvlm_cli.stored_rows import Row
-from specvlm_cli.text import storable
+from specvlm_cli.console.safe_text import storable
+from specvlm_cli.run.stored_rows import Row
 
 if TYPE_CHECKING:
     from specvlm.bench.reference import StockCaption

@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 
 from specvlm.durable import publish
 from specvlm_cli.audit.comparing import RowVerdict
+from specvlm_cli.run.stored_rows import Row
 from specvlm_cli.safe_files import new_file
-from specvlm_cli.stored_rows import Row
 
 _ROWS = 1000  # of one row group
 

@@ -8,12 +8,12 @@ from typing import Any
 from specvlm.checkpoint import can_compare
 from specvlm.config import FrameSettings, GenerationSettings
 from specvlm.demo import local_name
-from specvlm_cli.decoding import Limits
+from specvlm_cli.caption.settings import ModelChoice, Plain, config_hash, differences
+from specvlm_cli.console.safe_text import clean
 from specvlm_cli.exits import FLAG_NAMES, FatalError, UsageError
-from specvlm_cli.run_folder import RunFolder
-from specvlm_cli.run_view import RunView
-from specvlm_cli.settings import ModelChoice, Plain, config_hash, differences
-from specvlm_cli.text import clean
+from specvlm_cli.readers import Limits
+from specvlm_cli.run.layout import RunFolder
+from specvlm_cli.run.view import RunView
 
 _DTYPES = ("float32", "bfloat16", "float16")
 

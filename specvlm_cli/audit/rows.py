@@ -8,12 +8,12 @@ from itertools import groupby, islice
 from typing import Self
 
 from specvlm_cli.audit.sample import RowPlace
+from specvlm_cli.console.safe_text import clean
 from specvlm_cli.exits import FatalError
-from specvlm_cli.ledger import FileStamp
-from specvlm_cli.ledger_view import ItemView, LedgerView
-from specvlm_cli.run_view import RunView
-from specvlm_cli.stored_rows import Row
-from specvlm_cli.text import clean
+from specvlm_cli.run.ledger import FileStamp
+from specvlm_cli.run.ledger_view import ItemView, LedgerView
+from specvlm_cli.run.stored_rows import Row
+from specvlm_cli.run.view import RunView
 
 _AT_ONCE = 500  # rows of a ledger that are read together
 

@@ -15,7 +15,7 @@ from heapq import nsmallest
 from typing import NamedTuple
 
 from specvlm_cli.exits import Flag, UsageError
-from specvlm_cli.ledger import FileStamp
+from specvlm_cli.run.ledger import FileStamp
 
 _ALL = 1 << 64  # places of the order
 

@@ -10,8 +10,8 @@ from typing import Any, get_args
 from specvlm_cli.audit.comparing import Outcome, RowVerdict
 from specvlm_cli.audit.made_with import MadeWith
 from specvlm_cli.audit.sample import RowPlace
-from specvlm_cli.own_database import OwnDatabase
-from specvlm_cli.stored_rows import Row
+from specvlm_cli.run.own_database import OwnDatabase
+from specvlm_cli.run.stored_rows import Row
 
 _TABLE = """
     CREATE TABLE verdict (id TEXT NOT NULL, prompt_index INTEGER NOT NULL, digest TEXT NOT NULL, found TEXT NOT NULL,

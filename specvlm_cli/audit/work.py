@@ -14,20 +14,20 @@ from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
 from specvlm.errors import ConfigError
-from specvlm_cli import engine
 from specvlm_cli.audit.comparing import Outcome, RowInputs, RowVerdict, compare
 from specvlm_cli.audit.made_with import How, MadeWith
 from specvlm_cli.audit.rows import RunRows
 from specvlm_cli.audit.sample import RowPlace
 from specvlm_cli.audit.verdicts import Verdicts, digest_of
-from specvlm_cli.decoding import DecodingPool, ReadFailure, ReadJob
+from specvlm_cli.caption import engine
+from specvlm_cli.console.safe_text import clean, path_bytes
 from specvlm_cli.exits import FatalError
-from specvlm_cli.generating.messages import REDUCED
-from specvlm_cli.ledger import NO_FILE, FileStamp
+from specvlm_cli.readers import DecodingPool, ReadFailure, ReadJob
+from specvlm_cli.run.ledger import NO_FILE, FileStamp
+from specvlm_cli.run.stored_rows import Row
 from specvlm_cli.stopping import NotBegunError, Stop
-from specvlm_cli.stored_rows import Row
-from specvlm_cli.text import clean, path_bytes
-from specvlm_cli.training.reading import ReadLimits, TrainingReader
+from specvlm_cli.training.frames import ReadLimits, TrainingReader
+from specvlm_cli.workers.messages import REDUCED
 
 if TYPE_CHECKING:
     from specvlm.bench.reference import Reference, StockCaption

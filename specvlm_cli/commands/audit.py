@@ -14,11 +14,11 @@ import typer
 from specvlm_cli.commands.caption_flags import FrameFlags, ModelFlags
 from specvlm_cli.commands.choices import check_device, read_limits
 from specvlm_cli.commands.options import picked, same_as
-from specvlm_cli.text import caption_line
+from specvlm_cli.console.safe_text import caption_line
 
 if TYPE_CHECKING:
     from specvlm_cli.audit.differences import Difference
-    from specvlm_cli.audit.job import Audited
+    from specvlm_cli.audit.start import Audited
     from specvlm_cli.audit.work import Tick
 
 _WHICH, _MODELS, _TALKING = "Which captions", "Models and reading", "Messages"
@@ -91,30 +91,30 @@ def audit(flags: AuditFlags) -> int:
     """
     from specvlm_cli.audit.made_with import How
     from specvlm_cli.audit.sample import parse_sample
-    from specvlm_cli.run_view import view
-    from specvlm_cli.shard import parse_shard
+    from specvlm_cli.run.shard import parse_shard
+    from specvlm_cli.run.view import view
 
     check_device(flags.device_map)
     sample, shard = parse_sample(flags.sample), parse_shard(flags.shard)
     limits = read_limits(flags)
     run = view(flags.out)
 
-    from specvlm_cli.audit import job
+    from specvlm_cli.audit import start
 
     how = How(**picked(flags, How) | {"limits": limits, "quiet": flags.quiet or flags.json_output})
-    request = job.AuditRequest(sample, shard, how, flags.again)
+    request = start.AuditRequest(sample, shard, how, flags.again)
     with _progress(flags.quiet) as tick:
-        found = job.audit(run, request, tick)
+        found = start.audit(run, request, tick)
     _show(found, flags)
     return found.exit_code
 
 
 def _show(found: Audited, flags: AuditFlags) -> None:
-    from specvlm_cli import show
-    from specvlm_cli.talk import STDERR
+    from specvlm_cli.console import tables
+    from specvlm_cli.console.messages import STDERR
 
     if flags.json_output:
-        show.as_json(found.as_json())
+        tables.as_json(found.as_json())
     elif not flags.quiet:
         _tables(found)
     if found.left:
@@ -126,9 +126,9 @@ def _show(found: Audited, flags: AuditFlags) -> None:
 
 
 def _tables(found: Audited) -> None:
-    from specvlm_cli import show
+    from specvlm_cli.console import tables
 
-    show.pairs(
+    tables.pairs(
         [
             ("run folder", found.out),
             ("target", found.target),
@@ -136,14 +136,14 @@ def _tables(found: Audited) -> None:
             ("compared", f"{found.compared:,} of {found.chosen:,}"),
         ]
     )
-    show.line("")
+    tables.line("")
     lines = [(outcome, f"{count:,}", _MEANINGS[outcome]) for outcome, count in found.counts.items()]
-    show.table(("outcome", "captions", ""), lines, right={1})
+    tables.table(("outcome", "captions", ""), lines, right={1})
     if found.shown:
-        show.line("")
-        show.table(_DIFFERENCES, [_difference(one) for one in found.shown], right={0, 1})
-        show.line("")
-        show.pairs([("all differences", found.differences_file)])
+        tables.line("")
+        tables.table(_DIFFERENCES, [_difference(one) for one in found.shown], right={0, 1})
+        tables.line("")
+        tables.pairs([("all differences", found.differences_file)])
 
 
 _DIFFERENCES = ("token", "margin", "path", "prompt", "what differs", "run", "stock")
@@ -211,7 +211,7 @@ class _Lines:
         self._last_s = time.monotonic()
 
     def tick(self, done: int, of: int, odd: int) -> None:
-        from specvlm_cli.talk import STDERR
+        from specvlm_cli.console.messages import STDERR
 
         if time.monotonic() - self._last_s >= _LOG_EVERY_S:
             self._last_s = time.monotonic()

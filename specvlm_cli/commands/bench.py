@@ -25,7 +25,7 @@ from specvlm.config import GenerationSettings, PrunerName, TreeName
 from specvlm.drafts.kinds import is_head
 from specvlm.errors import SpecvlmError
 from specvlm.preset import Preset, head_of
-from specvlm_cli import engine
+from specvlm_cli.caption import engine
 from specvlm_cli.commands.bench_flags import MOST_REPEATS, BenchFlags, in_range, one_prompt, values_of
 from specvlm_cli.commands.caption_flags import MOST
 from specvlm_cli.commands.choices import (
@@ -37,10 +37,10 @@ from specvlm_cli.commands.choices import (
     prompt_texts,
     refuse_for_head,
 )
+from specvlm_cli.console.bench import BenchTalk, tell
+from specvlm_cli.console.safe_text import clean, path_text, storable
 from specvlm_cli.exits import ExitCode, FatalError, Flag, UsageError
 from specvlm_cli.inputs import Inputs, Item
-from specvlm_cli.screen.bench import BenchTalk, tell
-from specvlm_cli.text import clean, path_text, storable
 
 if TYPE_CHECKING:
     from specvlm import Captioner

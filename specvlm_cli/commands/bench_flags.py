@@ -19,8 +19,8 @@ from specvlm.bench.records import METHODS
 from specvlm.config import PRUNERS, TREES
 from specvlm_cli.commands.caption_flags import CaptionFlags, DtypeName
 from specvlm_cli.commands.options import flag, output, same_as, variable
+from specvlm_cli.console.safe_text import clean
 from specvlm_cli.exits import Flag, UsageError
-from specvlm_cli.text import clean
 
 _INPUT, _COMPARED, _TALKING = "Input and output", "What is compared", "Messages"
 _GRID = Grid()

@@ -12,7 +12,13 @@ from typing import Any
 import specvlm
 from specvlm.host import usable_cores
 from specvlm.preset import Preset
-from specvlm_cli import engine, job, vocab
+from specvlm_cli import vocab
+from specvlm_cli.caption import engine, start
+from specvlm_cli.caption.gpus import smallest_memory_bytes
+from specvlm_cli.caption.outcome import Outcome
+from specvlm_cli.caption.policy import Policy
+from specvlm_cli.caption.settings import CaptionSettings
+from specvlm_cli.caption.start import CaptionRequest
 from specvlm_cli.checkpoints import largest_that_fits
 from specvlm_cli.commands.caption_flags import MOST, CaptionFlags
 from specvlm_cli.commands.choices import (
@@ -29,20 +35,15 @@ from specvlm_cli.commands.choices import (
     warn_of_unused_times,
 )
 from specvlm_cli.commands.options import PREFIX, picked, variable
+from specvlm_cli.console.messages import Talk, counted
+from specvlm_cli.console.safe_text import clean, short
+from specvlm_cli.console.words import amount
 from specvlm_cli.durations import positive_seconds, seconds
 from specvlm_cli.exits import ExitCode, Flag, UsageError, excluding
-from specvlm_cli.gpus import smallest_memory_bytes
 from specvlm_cli.inputs import InputOptions, Inputs
-from specvlm_cli.job import CaptionRequest
-from specvlm_cli.ledger import Planned
-from specvlm_cli.policy import Policy
-from specvlm_cli.results import Outcome
-from specvlm_cli.screen.words import amount
-from specvlm_cli.settings import CaptionSettings
-from specvlm_cli.shard import Shard, parse_shard
-from specvlm_cli.talk import Talk, counted
-from specvlm_cli.text import clean, short
-from specvlm_cli.wanted import WantedVideos
+from specvlm_cli.run.ledger import Planned
+from specvlm_cli.run.shard import Shard, parse_shard
+from specvlm_cli.run.wanted import WantedVideos
 
 _FEWEST_DECODE_WORKERS, _MOST_DECODE_WORKERS = 4, 8  # where the flag does not say
 
@@ -186,7 +187,7 @@ def _run(request: CaptionRequest, talk: Talk, flags: CaptionFlags) -> int:
         batch_size=flags.batch_size,
         readers=request.policy.decode_workers,
     )
-    outcome = job.run(request, factory, talk)
+    outcome = start.run(request, factory, talk)
     talk.close(outcome, overwriting=request.overwrite)
     if flags.json_output:
         _print_json(outcome)
@@ -198,7 +199,7 @@ def _counted_in_captions(request: CaptionRequest, talk: Talk) -> CaptionSettings
     settings, size = request.settings, request.settings.models.draft_vocab
     if not isinstance(size, int):
         return settings
-    most_used = vocab.most_used(size, job.choose_folder(request).root)
+    most_used = vocab.most_used(size, start.choose_folder(request).root)
     talk.note(f"--draft-vocab {size}: {vocab.origin(most_used)}")
     return replace(settings, models=replace(settings.models, draft_vocab=most_used))
 
@@ -206,7 +207,7 @@ def _counted_in_captions(request: CaptionRequest, talk: Talk) -> CaptionSettings
 def _show_plan(request: CaptionRequest, talk: Talk, flags: CaptionFlags) -> int:
     request.before_loading()
     lines: list[str] = []
-    planned = job.plan(
+    planned = start.plan(
         request, lambda one: lines.append(_planned(one)) if flags.json_output else print(_planned(one))
     )
     if flags.json_output:

@@ -21,14 +21,14 @@ from specvlm.config import (
     SpeculationSettings,
     TreeName,
 )
+from specvlm_cli.caption.start import ChangePolicy
 from specvlm_cli.commands.options import flag, output, read_config
+from specvlm_cli.console.messages import ProgressName
+from specvlm_cli.console.safe_text import short
 from specvlm_cli.exits import Flag, UsageError
-from specvlm_cli.generating.messages import OnOom
 from specvlm_cli.inputs import EXTENSIONS
-from specvlm_cli.job import ChangePolicy
-from specvlm_cli.lock import LockedPolicy
-from specvlm_cli.talk import ProgressName
-from specvlm_cli.text import short
+from specvlm_cli.run.lock import LockedPolicy
+from specvlm_cli.workers.messages import OnOom
 
 DEFAULT_OUT = Path("specvlm-out")
 MOST = (1 << 31) - 1  # of anything that is counted

@@ -13,15 +13,16 @@ from specvlm.config import FrameSettings, GenerationSettings, SpeculationSetting
 from specvlm.drafts.kept_tokens import KeptTokens
 from specvlm.drafts.kinds import is_head
 from specvlm.preset import Preset, find_preset, presets
-from specvlm_cli import engine, vocab
+from specvlm_cli import vocab
+from specvlm_cli.caption import engine
+from specvlm_cli.caption.settings import CaptionSettings, ModelChoice
 from specvlm_cli.commands.caption_flags import CaptionFlags, FrameFlags
 from specvlm_cli.commands.options import picked, variable
-from specvlm_cli.decoding import Limits
+from specvlm_cli.console.safe_text import clean, short
 from specvlm_cli.durations import positive_seconds
 from specvlm_cli.exits import Flag, UsageError, excluding, flag_name
 from specvlm_cli.inputs import MOST_PROMPTS, InputOptions, Inputs
-from specvlm_cli.settings import CaptionSettings, ModelChoice
-from specvlm_cli.text import clean, short
+from specvlm_cli.readers import Limits
 
 if TYPE_CHECKING:
     from specvlm_cli.commands.audit import AuditFlags

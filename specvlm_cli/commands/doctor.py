@@ -42,7 +42,7 @@ def doctor(
 
     Takes about half a minute. What it writes for a test it removes again.
     """
-    from specvlm_cli import show
+    from specvlm_cli.console import tables
     from specvlm_cli.doctor.examination import examination
 
     if find_preset(preset) is None:
@@ -53,13 +53,13 @@ def doctor(
     tell = (lambda finding: None) if as_json else _tell
     found = examination(out, preset, tell, target=target, draft=draft)
     if as_json:
-        show.as_json(found.as_json())
+        tables.as_json(found.as_json())
     return ExitCode.OK if found.ok else ExitCode.FATAL
 
 
 def _tell(finding: TimedVerdict) -> None:
-    from specvlm_cli import show
+    from specvlm_cli.console import tables
 
     fix = f" -> {finding.fix}" if finding.fix else ""
     status = f"{finding.status:<5}"
-    show.hanging(status, f"{finding.name:<14} {finding.detail}{fix}", _INDENT, _STYLES[finding.status])
+    tables.hanging(status, f"{finding.name:<14} {finding.detail}{fix}", _INDENT, _STYLES[finding.status])

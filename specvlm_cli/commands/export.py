@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from specvlm_cli.commands.options import output
+from specvlm_cli.console.safe_text import clean
 from specvlm_cli.exits import ExitCode
 from specvlm_cli.export.request import (
     ROWS_PER_FILE,
@@ -21,10 +22,9 @@ from specvlm_cli.export.request import (
     PathsName,
     format_of,
 )
-from specvlm_cli.text import clean
 
 if TYPE_CHECKING:
-    from specvlm_cli.export.job import Exported
+    from specvlm_cli.export.write import Exported
 
 _HOW = "Format details"
 
@@ -98,9 +98,9 @@ def export(
 
     Each caption appears once. The same ledger gives the same bytes. DEST appears only when it is complete.
     """
-    from specvlm_cli import show
-    from specvlm_cli.export import job
-    from specvlm_cli.run_view import view
+    from specvlm_cli.console import tables
+    from specvlm_cli.export import write
+    from specvlm_cli.run.view import view
 
     run = view(out)
     request = ExportRequest(
@@ -114,17 +114,17 @@ def export(
     )
     request = replace(request, failures=failures or ("without" if request.one_file else "with"))
     with _progress(quiet) as tick:
-        found = job.export(run, request, tick)
+        found = write.export(run, request, tick)
     if as_json:
-        show.as_json(found.as_json())
+        tables.as_json(found.as_json())
     if not quiet:
         _tell(found)
     return ExitCode.OK
 
 
 def _tell(found: Exported) -> None:
-    from specvlm_cli.screen.words import counted
-    from specvlm_cli.talk import STDERR
+    from specvlm_cli.console.messages import STDERR
+    from specvlm_cli.console.words import counted
 
     for note in found.notes:
         print(f"note: {clean(note)}", file=STDERR)

@@ -18,7 +18,8 @@ import typer
 from specvlm.bench.words import counted, frames_note, percent
 from specvlm.drafts.kinds import is_head
 from specvlm.preset import Preset
-from specvlm_cli import engine
+from specvlm_cli.caption import engine
+from specvlm_cli.caption.settings import CaptionSettings
 from specvlm_cli.commands.bench_flags import in_range, one_prompt
 from specvlm_cli.commands.caption_flags import DtypeName, FrameFlags, InputFlags, ModelFlags, PruningFlags
 from specvlm_cli.commands.choices import (
@@ -28,13 +29,12 @@ from specvlm_cli.commands.choices import (
     read_limits,
 )
 from specvlm_cli.commands.options import output, same_as
-from specvlm_cli.decoding import ReadJob
-from specvlm_cli.decoding.single import read_one
+from specvlm_cli.console.messages import STDERR
+from specvlm_cli.console.safe_text import clean, storable
 from specvlm_cli.exits import ExitCode, FatalError, Flag, UsageError
+from specvlm_cli.readers import ReadJob
+from specvlm_cli.readers.single import read_one
 from specvlm_cli.safe_files import new_file
-from specvlm_cli.settings import CaptionSettings
-from specvlm_cli.talk import STDERR
-from specvlm_cli.text import clean, storable
 
 if TYPE_CHECKING:
     from specvlm import Captioner
@@ -238,10 +238,10 @@ def _write(sheet: Path, png: bytes) -> None:
 
 
 def _print(found: Inspection, captioner: Captioner, flags: InspectFlags, asked: _Question) -> None:
-    from specvlm_cli import show
+    from specvlm_cli.console import tables
 
     if not flags.json_output:
-        show.pairs(_lines(found, asked))
+        tables.pairs(_lines(found, asked))
         return
     about = {
         "schema": SCHEMA,
@@ -255,7 +255,7 @@ def _print(found: Inspection, captioner: Captioner, flags: InspectFlags, asked: 
         "prompt": asked.captions.prompts[0],
         "system": asked.captions.system,
     }
-    show.as_json(about | found.figures())
+    tables.as_json(about | found.figures())
 
 
 def _lines(found: Inspection, asked: _Question) -> list[tuple[str, str]]:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_type_hints
 
 import typer
 
+from specvlm_cli.console.safe_text import clean
 from specvlm_cli.exits import FLAG_NAMES, Flag, UsageError
 from specvlm_cli.inputs.values import is_address
-from specvlm_cli.text import clean
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

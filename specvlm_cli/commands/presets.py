@@ -27,23 +27,23 @@ def presets(
     Memory is an estimate: the weights of both models in bf16, and their caches for the longest video that the
     preset reads. Working memory comes on top; leave a fifth more.
     """
-    from specvlm_cli import show
     from specvlm_cli.checkpoints import preset_views
-    from specvlm_cli.screen.words import amount
+    from specvlm_cli.console import tables
+    from specvlm_cli.console.words import amount
 
     found = preset_views()
     if as_json:
         plain = [{**asdict(one), "memory_bytes": one.memory_bytes} for one in found]
-        show.as_json({"schema": SCHEMA, "presets": plain})
+        tables.as_json({"schema": SCHEMA, "presets": plain})
     else:
         for one in found:
             frames = one.frames.removesuffix(" frames")
-            show.line(f"{one.name:<20}{amount(one.memory_bytes):>9}   {_disk(one):<12}   frames: {frames}")
+            tables.line(f"{one.name:<20}{amount(one.memory_bytes):>9}   {_disk(one):<12}   frames: {frames}")
             pair = f"    {one.target} + {one.draft}"
             if len(pair) > _WIDTH:
                 pair = pair.replace(" + ", "\n    + ")
             for text in pair.splitlines():
-                show.line(text, "dim")
+                tables.line(text, "dim")
     return ExitCode.OK
 
 

@@ -22,9 +22,11 @@ from specvlm_cli import durations
 from specvlm_cli.commands.caption import caption, check
 from specvlm_cli.commands.caption_flags import CaptionFlags
 from specvlm_cli.commands.options import command, flag, output
+from specvlm_cli.console.messages import STDERR
+from specvlm_cli.console.safe_text import clean
 from specvlm_cli.exits import ExitCode, Flag, UsageError
-from specvlm_cli.run_folder import RunFolder
-from specvlm_cli.shard import MOST_SHARDS
+from specvlm_cli.run.layout import RunFolder
+from specvlm_cli.run.shard import MOST_SHARDS
 from specvlm_cli.slurm import (
     CPUS_PER_TASK,
     MAX_REQUEUES,
@@ -34,8 +36,6 @@ from specvlm_cli.slurm import (
     script,
     submissions,
 )
-from specvlm_cli.talk import STDERR
-from specvlm_cli.text import clean
 
 _JOB, _NEEDS = "The job", "Resources of each task"
 _ONCE = {"overwrite": "--overwrite", "retry_failed": "--retry-failed"}
@@ -222,8 +222,8 @@ def _shard_count(out: Path, given: int | None) -> int:
 
 
 def _missing(out: Path, shards: int) -> Sequence[int]:
-    from specvlm_cli.run_view import view
-    from specvlm_cli.status import missing_shards
+    from specvlm_cli.run.progress import missing_shards
+    from specvlm_cli.run.view import view
 
     return missing_shards(view(out)) if RunFolder(out).read() is not None else range(shards)
 

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from specvlm_cli.console.safe_text import short
 from specvlm_cli.exits import ExitCode, Flag, UsageError
-from specvlm_cli.text import short
 
 if TYPE_CHECKING:
-    from specvlm_cli.holder import Holder
-    from specvlm_cli.results import Figures
-    from specvlm_cli.run_view import RunView
-    from specvlm_cli.status import RunStatus, ShardStatus
+    from specvlm_cli.caption.outcome import Figures
+    from specvlm_cli.run.holder import Holder
+    from specvlm_cli.run.progress import RunStatus, ShardStatus
+    from specvlm_cli.run.view import RunView
 
 
 def status(
@@ -44,7 +44,7 @@ def status(
 
     Exit code 0, also where videos failed; 1 where --verify finds something wrong; 2 where OUT is no run folder.
     """
-    from specvlm_cli.run_view import view
+    from specvlm_cli.run.view import view
 
     if verify and only_missing:
         raise UsageError(
@@ -59,46 +59,46 @@ def status(
 
 
 def _status(run: RunView, as_json: bool) -> int:
-    from specvlm_cli import show
-    from specvlm_cli.status import status as read
+    from specvlm_cli.console import tables
+    from specvlm_cli.run.progress import status as read
 
     found = read(run)
     if as_json:
-        show.as_json(found.as_json())
+        tables.as_json(found.as_json())
     else:
         _show(found)
     return ExitCode.OK
 
 
 def _only_missing(run: RunView, as_json: bool) -> int:
-    from specvlm_cli import show
-    from specvlm_cli.status import SCHEMA, array_expression, missing_shards
+    from specvlm_cli.console import tables
+    from specvlm_cli.run.progress import SCHEMA, array_expression, missing_shards
 
     missing = missing_shards(run)
     expression = array_expression(missing)
     if as_json:
-        show.as_json({"schema": SCHEMA, "missing_shards": list(missing), "array": expression})
+        tables.as_json({"schema": SCHEMA, "missing_shards": list(missing), "array": expression})
     elif expression:
-        show.line(expression)
+        tables.line(expression)
     return ExitCode.OK
 
 
 def _verify(run: RunView, as_json: bool) -> int:
-    from specvlm_cli import show
-    from specvlm_cli.status import SCHEMA
-    from specvlm_cli.talk import STDERR
-    from specvlm_cli.verify import verify
+    from specvlm_cli.console import tables
+    from specvlm_cli.console.messages import STDERR
+    from specvlm_cli.run.integrity import verify
+    from specvlm_cli.run.progress import SCHEMA
 
     wrong: list[str] = []
     notes: list[str] = []
     for finding in verify(run):
         (wrong if finding.wrong else notes).append(finding.text)
         if not as_json and finding.wrong:
-            show.line(finding.text)
+            tables.line(finding.text)
         elif not as_json:
             print(f"note: {finding.text}", file=STDERR)
     if as_json:
-        show.as_json({"schema": SCHEMA, "ok": not wrong, "problems": wrong, "notes": notes})
+        tables.as_json({"schema": SCHEMA, "ok": not wrong, "problems": wrong, "notes": notes})
     elif not wrong:
         print(f"{short(str(run.root), 200)}: nothing wrong", file=STDERR)
     return ExitCode.FATAL if wrong else ExitCode.OK
@@ -108,22 +108,22 @@ def _verify(run: RunView, as_json: bool) -> int:
 
 
 def _show(found: RunStatus) -> None:
-    from specvlm_cli import show
+    from specvlm_cli.console import tables
 
-    show.pairs(list(_lines(found)))
+    tables.pairs(list(_lines(found)))
     if found.errors:
-        show.line("")
+        tables.line("")
         lines = [
             (f"{kind.count:,}", kind.stage, kind.error_type, short(kind.error, 160)) for kind in found.errors
         ]
-        show.table(("failures", "stage", "kind", "for example"), lines, right={0})
+        tables.table(("failures", "stage", "kind", "for example"), lines, right={0})
     if len(found.shards) > 1:
-        show.line("")
-        show.table(_SHARDS, [_shard(one) for one in found.shards], right=set(range(6)))
+        tables.line("")
+        tables.table(_SHARDS, [_shard(one) for one in found.shards], right=set(range(6)))
 
 
 def _lines(found: RunStatus) -> Iterator[tuple[str, str]]:
-    from specvlm_cli.screen.words import amount, counted, share
+    from specvlm_cli.console.words import amount, counted, share
 
     shards = f" ({len(found.shards)} shards)" if len(found.shards) > 1 else ""
     yield "run folder", f"{found.out}{shards}"
@@ -143,7 +143,7 @@ def _lines(found: RunStatus) -> Iterator[tuple[str, str]]:
 
 
 def _ago(found: RunStatus) -> str:
-    from specvlm_cli.screen.words import duration
+    from specvlm_cli.console.words import duration
 
     if found.last_caption_at is None:
         return ""
@@ -152,7 +152,7 @@ def _ago(found: RunStatus) -> str:
 
 
 def _pace(found: RunStatus) -> str:
-    from specvlm_cli.screen.words import duration, per_hour, per_s
+    from specvlm_cli.console.words import duration, per_hour, per_s
 
     if not found.videos_per_hour:
         return "not known yet"
@@ -167,8 +167,8 @@ def _pace(found: RunStatus) -> str:
 
 
 def _speculation(figures: Figures) -> Iterator[tuple[str, str]]:
-    from specvlm_cli.screen.report import speedups
-    from specvlm_cli.screen.words import counted
+    from specvlm_cli.console.report import speedups
+    from specvlm_cli.console.words import counted
 
     yield from speedups(figures)
     if figures.mean_accepted_tokens is not None:
@@ -198,7 +198,7 @@ _SHARDS = ("shard", "done", "failed", "running", "pending", "left", "at work")
 
 
 def _shard(one: ShardStatus) -> tuple[str, ...]:
-    from specvlm_cli.screen.words import duration
+    from specvlm_cli.console.words import duration
 
     counts = one.counts
     numbers = (counts.done, counts.failed, counts.running, counts.pending)

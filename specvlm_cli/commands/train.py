@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from specvlm.errors import ConfigError
 from specvlm.host import usable_cores
 from specvlm.training.settings import Schedule, TrainingSettings
+from specvlm_cli.caption.settings import CaptionSettings
 from specvlm_cli.commands.caption_flags import MOST
 from specvlm_cli.commands.choices import (
     DEFAULT_PRESET,
@@ -31,16 +32,15 @@ from specvlm_cli.commands.train_flags import TrainFlags
 from specvlm_cli.durations import seconds
 from specvlm_cli.exits import ExitCode, Flag, UsageError
 from specvlm_cli.inputs import Inputs
-from specvlm_cli.settings import CaptionSettings
+from specvlm_cli.run.wanted import WantedVideos
 from specvlm_cli.training.samples import Samples, Split, TrainingVideo, divided, videos_of
 from specvlm_cli.training.talk import Speaker, ending
-from specvlm_cli.wanted import WantedVideos
 
 if TYPE_CHECKING:
     from specvlm.drafts.compressor import CompressorConfig
     from specvlm.training.objective import ObjectiveSettings
     from specvlm.training.ranks import Ranks
-    from specvlm_cli.training.job import TrainingOutcome, TrainingRequest
+    from specvlm_cli.training.start import TrainingOutcome, TrainingRequest
 
 _MODES = ("select", "weighted", "concat")
 _MOST_DECODE_WORKERS = 4  # where the flag does not say
@@ -64,7 +64,7 @@ def train(flags: TrainFlags) -> int:
     max_runtime_s, limits = runtime_limit_s(flags), read_limits(flags)
 
     from specvlm.training.ranks import ranks_of_this_process
-    from specvlm_cli.training import job
+    from specvlm_cli.training import start
 
     head, objective = _head(flags), _objective(flags)
     ranks = ranks_of_this_process()
@@ -80,7 +80,7 @@ def train(flags: TrainFlags) -> int:
             talk.note("nothing to do: no videos there")
             return _shown(_nothing(flags, samples), flags, ranks)
         workers = flags.decode_workers or _decode_workers(ranks.count)
-        request = job.TrainingRequest(
+        request = start.TrainingRequest(
             samples=samples,
             captions=settings,
             split=split,
@@ -91,15 +91,15 @@ def train(flags: TrainFlags) -> int:
             limits=limits,
             max_runtime_s=max_runtime_s,
             unreadable=unreadable,
-            **picked(flags, job.TrainingRequest) | {"decode_workers": workers, "root": root_of(flags.root)},
+            **picked(flags, start.TrainingRequest) | {"decode_workers": workers, "root": root_of(flags.root)},
         )
         return _run(request, ranks, talk, flags)
 
 
 def _run(request: TrainingRequest, ranks: Ranks, talk: Speaker, flags: TrainFlags) -> int:
-    from specvlm_cli.training import job
+    from specvlm_cli.training import start
 
-    outcome = job.run(request, ranks, talk, quiet=flags.quiet or ranks.rank > 0)
+    outcome = start.run(request, ranks, talk, quiet=flags.quiet or ranks.rank > 0)
     if outcome.steps < outcome.total_steps or outcome.last is not None:
         (talk.note if outcome.exit_code == ExitCode.OK else talk.warn)(ending(outcome))
     return _shown(outcome, flags, ranks)
@@ -112,7 +112,7 @@ def _shown(outcome: TrainingOutcome, flags: TrainFlags, ranks: Ranks) -> int:
 
 
 def _nothing(flags: TrainFlags, samples: Samples) -> TrainingOutcome:
-    from specvlm_cli.training.job import TrainingOutcome
+    from specvlm_cli.training.start import TrainingOutcome
 
     code = ExitCode.SOME_FAILED if samples.problems and not flags.exit_zero else ExitCode.OK
     return TrainingOutcome(code, str(flags.out), 0, 0, left_out=len(samples.problems))

@@ -15,8 +15,8 @@ import typer
 from specvlm.training.settings import Schedule, TrainingSettings
 from specvlm_cli.commands.caption_flags import MOST, CaptionFlags, DtypeName, ReadingFlags
 from specvlm_cli.commands.options import flag, output, read_config, same_as
-from specvlm_cli.lock import LockedPolicy
-from specvlm_cli.talk import ProgressName
+from specvlm_cli.console.messages import ProgressName
+from specvlm_cli.run.lock import LockedPolicy
 
 CompressorName = Literal[
     "select",

@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import specvlm
-from specvlm_cli import engine
+from specvlm_cli.caption import engine
+from specvlm_cli.caption.settings import ModelChoice
 from specvlm_cli.commands.caption_flags import MOST, ModelFlags
 from specvlm_cli.commands.choices import model_choice, pair_of
 from specvlm_cli.commands.options import output, same_as
+from specvlm_cli.console.safe_text import clean
 from specvlm_cli.exits import ExitCode, Flag, UsageError, excluding
-from specvlm_cli.settings import ModelChoice
-from specvlm_cli.text import clean
 
 if TYPE_CHECKING:
-    from specvlm_cli.run_view import RunView
+    from specvlm_cli.run.view import RunView
     from specvlm_cli.vocab import VocabularyRequest, WrittenVocabulary
 
 SCHEMA = 1
@@ -122,7 +122,7 @@ def vocab(flags: VocabFlags) -> int:
 
 
 def _wanted(flags: VocabFlags) -> VocabularyRequest:
-    from specvlm_cli.run_view import view
+    from specvlm_cli.run.view import view
     from specvlm_cli.vocab import VocabularyRequest
 
     if flags.out is None and not flags.text:
@@ -149,7 +149,7 @@ def _target(flags: VocabFlags, run: RunView | None) -> ModelChoice:
 
 
 def _show(made: WrittenVocabulary, target: str, flags: VocabFlags) -> None:
-    from specvlm_cli import show
+    from specvlm_cli.console import tables
 
     kept = made.kept
     if flags.json_output:
@@ -166,13 +166,13 @@ def _show(made: WrittenVocabulary, target: str, flags: VocabFlags) -> None:
             "kept": len(kept.counts),
             "coverage": kept.coverage,
         }
-        show.as_json(found)
+        tables.as_json(found)
     elif not flags.quiet:
-        show.pairs(_lines(made, flags))
+        tables.pairs(_lines(made, flags))
 
 
 def _lines(made: WrittenVocabulary, flags: VocabFlags) -> list[tuple[str, str]]:
-    from specvlm_cli.screen.words import counted
+    from specvlm_cli.console.words import counted
 
     kept = made.kept
     of_files = f" and {counted(made.files, 'text file')}" if made.files else ""

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from specvlm_cli.doctor import machine, reading, storage
+from specvlm_cli.doctor import machine, readers, storage
 from specvlm_cli.doctor.checks import Check, TimedVerdict, examine
 from specvlm_cli.doctor.models import CHECKPOINT_S, DEVICES_S, GENERATION_S, Probe
 
@@ -63,8 +63,8 @@ def _checks(out: Path, probe: Probe, target: str | None) -> Iterator[Check]:
     yield Check("writing", partial(storage.writing, out), 30.0)
     yield Check("locks", partial(storage.locking, out), 30.0)
     yield Check("ledger", partial(storage.committing, out), 60.0)
-    yield Check("reader pyav", reading.pyav, 60.0)
-    yield Check("reader decord", reading.decord, 60.0)
+    yield Check("reader pyav", readers.pyav, 60.0)
+    yield Check("reader decord", readers.decord, 60.0)
     yield Check("devices", probe.devices, 2 * DEVICES_S)
     if target is not None:
         yield Check("checkpoint", probe.checkpoint, 2 * CHECKPOINT_S)

@@ -15,8 +15,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from specvlm.host import usable_cores
+from specvlm_cli.console.words import amount
 from specvlm_cli.doctor.checks import CheckVerdict, fail, ok, warn
-from specvlm_cli.screen.words import amount
 
 _GB = 10**9
 _DISTRIBUTION = "specvlm"
@@ -201,7 +201,7 @@ def limits() -> CheckVerdict:
 def job(environment: Mapping[str, str] = os.environ) -> CheckVerdict:
     """Say which scheduler's job we are in, and what --shard auto would make of it."""
     from specvlm_cli.exits import UsageError
-    from specvlm_cli.shard import parse_shard
+    from specvlm_cli.run.shard import parse_shard
 
     names = [name for variable, name in _SCHEDULERS.items() if variable in environment]
     if not names:

@@ -15,9 +15,9 @@ from typing import Any, Self
 
 from specvlm.preset import find_preset
 from specvlm_cli.checkpoints import on_disk
+from specvlm_cli.console.safe_text import clean
+from specvlm_cli.console.words import amount
 from specvlm_cli.doctor.checks import CheckVerdict, fail, ok, warn
-from specvlm_cli.screen.words import amount
-from specvlm_cli.text import clean
 
 _NVIDIA, _AMD = Path("/proc/driver/nvidia/version"), Path("/dev/kfd")
 DEVICES_S, CHECKPOINT_S, GENERATION_S, _FAREWELL_S = 120.0, 1200.0, 600.0, 2.0

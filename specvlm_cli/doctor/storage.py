@@ -17,9 +17,9 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from statistics import median
 
+from specvlm_cli.console.safe_text import clean
+from specvlm_cli.console.words import amount
 from specvlm_cli.doctor.checks import CheckVerdict, fail, ok, warn
-from specvlm_cli.screen.words import amount
-from specvlm_cli.text import clean
 
 _GB = 10**9
 _SYNCS, _COMMITS = 20, 20

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from specvlm_cli.console.safe_text import clean
 from specvlm_cli.export.merge import CaptionPlace
-from specvlm_cli.ledger_view import Row
-from specvlm_cli.text import clean
+from specvlm_cli.run.ledger_view import Row
 
 _MOST = 10  # values of one kind that are named
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))

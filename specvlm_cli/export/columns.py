@@ -11,10 +11,10 @@ from typing import Any
 
 import pyarrow as pa
 
+from specvlm_cli.console.safe_text import clean, storable
 from specvlm_cli.exits import Flag, UsageError
-from specvlm_cli.ledger_view import Row
-from specvlm_cli.parts import caption_schema, failure_schema
-from specvlm_cli.text import clean, storable
+from specvlm_cli.run.ledger_view import Row
+from specvlm_cli.run.parts import caption_schema, failure_schema
 
 MARK = b"specvlm.export"  # in the metadata of every Parquet file of an export
 _FEATURES = b"huggingface"

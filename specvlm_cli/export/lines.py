@@ -14,8 +14,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from specvlm_cli.ledger_view import Row
-from specvlm_cli.text import storable
+from specvlm_cli.console.safe_text import storable
+from specvlm_cli.run.ledger_view import Row
 
 # What else a reader may take for the end of a line, or a terminal for a command.
 _NOT_IN_LINES = re.compile("[\x7f-\x9f\u2028\u2029]")

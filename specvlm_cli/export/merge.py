@@ -17,9 +17,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Self
 
-from specvlm_cli.ledger import FileStamp
-from specvlm_cli.ledger_view import ItemView, LedgerView, Page, Row
-from specvlm_cli.text import path_text
+from specvlm_cli.console.safe_text import path_text
+from specvlm_cli.run.ledger import FileStamp
+from specvlm_cli.run.ledger_view import ItemView, LedgerView, Page, Row
 
 _BATCH = 1000  # captions fetched at once
 _MOST_OPEN = 128  # ledgers

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
+from specvlm_cli.console.safe_text import clean
 from specvlm_cli.exits import FatalError
 from specvlm_cli.export.columns import TableColumns
 from specvlm_cli.export.manifest import ExportManifest, described
-from specvlm_cli.ledger_view import Row
-from specvlm_cli.text import clean
+from specvlm_cli.run.ledger_view import Row
 
 ROW_GROUP = 4000  # rows that are in memory at once
 

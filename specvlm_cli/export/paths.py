@@ -12,10 +12,10 @@ from collections import deque
 from itertools import chain, takewhile
 from typing import Any
 
+from specvlm_cli.console.safe_text import path_bytes, path_text
 from specvlm_cli.export.request import PathsName
 from specvlm_cli.inputs.item import item_id
-from specvlm_cli.ledger_view import Row
-from specvlm_cli.text import path_bytes, path_text
+from specvlm_cli.run.ledger_view import Row
 
 _MODELS = ("target_model", "draft_model")
 _ID_DIGITS = 40  # of an id that is made of a path; others are a manifest's own

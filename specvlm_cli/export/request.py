@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from specvlm_cli.console.safe_text import clean
 from specvlm_cli.exits import Flag, UsageError
-from specvlm_cli.text import clean
 
 FormatName = Literal["parquet", "jsonl", "csv", "txt", "srt", "videofolder"]
 SidecarName = Literal["txt", "srt"]

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
+from specvlm_cli.console.safe_text import storable
 from specvlm_cli.export.manifest import ExportedFile, ExportManifest
 from specvlm_cli.export.merge import CaptionPlace
 from specvlm_cli.export.names import Names
 from specvlm_cli.export.request import SidecarName
-from specvlm_cli.ledger_view import Row
-from specvlm_cli.text import storable
+from specvlm_cli.run.ledger_view import Row
 
 _LONGEST_MS = 360_000_000 - 1  # where the end is not known: 99:59:59,999
 _NOT_IN_CUES = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")

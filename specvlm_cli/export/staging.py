@@ -20,9 +20,9 @@ from pathlib import Path
 
 from specvlm.durable import sync
 from specvlm.files import remove
+from specvlm_cli.console.safe_text import clean
 from specvlm_cli.exits import BusyError, UsageError
 from specvlm_cli.safe_files import UnsafeFileError, require_folder
-from specvlm_cli.text import clean
 
 _MOST_SYNCED = 200  # files that are synced one by one; more are left to one sync of everything
 _EXCHANGE = 2  # RENAME_EXCHANGE

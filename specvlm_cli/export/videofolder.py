@@ -15,15 +15,15 @@ from datetime import datetime
 from itertools import chain, groupby
 from pathlib import Path
 
+from specvlm_cli.console.safe_text import clean, path_text
 from specvlm_cli.exits import UsageError
 from specvlm_cli.export.lines import write_jsonl
 from specvlm_cli.export.manifest import ExportedFile, ExportManifest, described
 from specvlm_cli.export.merge import CaptionPlace
 from specvlm_cli.export.names import Names
 from specvlm_cli.export.request import LinkName
-from specvlm_cli.ledger_view import Row
+from specvlm_cli.run.ledger_view import Row
 from specvlm_cli.safe_files import UnsafeFileError, new_file, open_regular
-from specvlm_cli.text import clean, path_text
 
 METADATA = "metadata.jsonl"
 VIDEOS = "videos"

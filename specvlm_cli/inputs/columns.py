@@ -6,9 +6,9 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from specvlm_cli.console.safe_text import clean, short, storable
 from specvlm_cli.exits import Flag, UsageError
 from specvlm_cli.inputs.options import InputOptions
-from specvlm_cli.text import clean, short, storable
 
 MOST_COLUMNS = 10_000
 
@@ -161,7 +161,10 @@ def row_names(options: InputOptions) -> dict[str, str]:
     """
     if not options.keep_columns:
         return {}
-    from specvlm_cli.parts import CAPTION_SCHEMA, free_name  # brings pyarrow, which nothing else here needs
+    from specvlm_cli.run.parts import (  # brings pyarrow, which nothing else here needs
+        CAPTION_SCHEMA,
+        free_name,
+    )
 
     for name in options.keep_columns:
         if not name or storable(name) != name:

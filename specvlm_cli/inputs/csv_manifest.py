@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from io import StringIO
 from typing import BinaryIO
 
+from specvlm_cli.console.safe_text import clean
 from specvlm_cli.exits import UsageError
 from specvlm_cli.inputs.columns import MOST_COLUMNS, find_columns, refuse_missing, unused_times
 from specvlm_cli.inputs.lines import LongLineError, pieces
 from specvlm_cli.inputs.options import InputOptions
 from specvlm_cli.inputs.rows import NONE, Cells, ManifestRows
 from specvlm_cli.inputs.values import MOST_CELL_BYTES, MOST_ROW_BYTES, Fault
-from specvlm_cli.text import clean
 
 _BATCH_ROWS = 4096
 _BATCH_BYTES = 4 << 20

@@ -9,10 +9,10 @@ import glob
 import os
 from collections.abc import Callable, Iterable, Iterator
 
+from specvlm_cli.console.safe_text import clean
 from specvlm_cli.exits import UsageError
 from specvlm_cli.inputs.item import Item, item_id
 from specvlm_cli.inputs.options import InputReport
-from specvlm_cli.text import clean
 
 
 def suffixes_of(extensions: Iterable[str]) -> tuple[bytes, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from specvlm_cli.shard import Shard
+from specvlm_cli.run.shard import Shard
 
 EXTENSIONS = (
     "mp4",

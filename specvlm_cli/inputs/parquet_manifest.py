@@ -13,13 +13,13 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from specvlm_cli.console.safe_text import short
 from specvlm_cli.exits import UsageError
 from specvlm_cli.inputs.columns import MOST_COLUMNS, find_columns, refuse_missing, unused_times
 from specvlm_cli.inputs.options import InputOptions
 from specvlm_cli.inputs.pages import Leaf, PagesError, batch_rows, check_footer
 from specvlm_cli.inputs.rows import NONE, Cells, ManifestRows
 from specvlm_cli.inputs.values import CellError, Fault, json_text, plain_number
-from specvlm_cli.text import short
 
 _BUFFER_BYTES = 1 << 20
 _GROUP_ROWS = 1 << 17  # row groups are taken together until they have as many

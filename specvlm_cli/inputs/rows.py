@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import repeat
 from typing import TypeVar
 
+from specvlm_cli.console.safe_text import clean, short, storable
 from specvlm_cli.inputs.item import Item, item_id
 from specvlm_cli.inputs.values import (
     MOST_CELL_BYTES,
@@ -22,7 +23,6 @@ from specvlm_cli.inputs.values import (
     prompts_of,
     segment,
 )
-from specvlm_cli.text import clean, short, storable
 
 T = TypeVar("T")
 

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import BinaryIO, Protocol
 
+from specvlm_cli.console.safe_text import clean
 from specvlm_cli.exits import Flag, UsageError
 from specvlm_cli.inputs.columns import asked_columns, row_names
 from specvlm_cli.inputs.csv_manifest import CsvManifest
@@ -26,7 +27,6 @@ from specvlm_cli.inputs.options import InputOptions, InputReport
 from specvlm_cli.inputs.path_list import PathList, PathStream
 from specvlm_cli.inputs.rows import ItemMaker, ManifestRows, Root, refused_address
 from specvlm_cli.inputs.values import is_address
-from specvlm_cli.text import clean
 
 STDIN = "-"
 

@@ -8,7 +8,7 @@ import re
 from decimal import Decimal
 from typing import Any
 
-from specvlm_cli.text import short, storable
+from specvlm_cli.console.safe_text import short, storable
 
 MOST_CELL_BYTES = 1 << 20
 MOST_ROW_BYTES = 4 << 20  # of text formats

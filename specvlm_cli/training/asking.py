@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from specvlm.captioner import Captioner
-from specvlm_cli.decoding import ReadFailure, ReadJob
-from specvlm_cli.settings import CaptionSettings, Plain
+from specvlm_cli.caption.settings import CaptionSettings, Plain
+from specvlm_cli.readers import ReadFailure, ReadJob
 from specvlm_cli.training.captions import LeftOut
 from specvlm_cli.training.samples import TrainingVideo
 

@@ -17,10 +17,10 @@ from typing import NamedTuple
 import numpy as np
 
 from specvlm.records import Frames
-from specvlm_cli.failure import Failure
-from specvlm_cli.own_database import OwnDatabase
-from specvlm_cli.settings import Plain
-from specvlm_cli.text import clean
+from specvlm_cli.caption.failure import Failure
+from specvlm_cli.caption.settings import Plain
+from specvlm_cli.console.safe_text import clean
+from specvlm_cli.run.own_database import OwnDatabase
 
 NAME = "captions.db"
 LEFT_OUT_NAME = "left-out.db"

@@ -14,10 +14,10 @@ from specvlm.batch import CaptionBatch, FinishedCaption, Kind
 from specvlm.config import SpeculationSettings
 from specvlm.training.progress import Held
 from specvlm.training.ranks import Ranks
-from specvlm_cli.decoding import ReadFailure, ReadJob
+from specvlm_cli.readers import ReadFailure, ReadJob
 from specvlm_cli.training.asking import Asking, Captioners, SampleListener
 from specvlm_cli.training.captions import Blame, LeftOut
-from specvlm_cli.training.reading import TrainingReader
+from specvlm_cli.training.frames import TrainingReader
 from specvlm_cli.training.register import Register, Suspect, UselessError
 from specvlm_cli.training.samples import TrainingSample, TrainingVideo
 from specvlm_cli.training.writing import drop_decoder

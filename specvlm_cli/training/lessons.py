@@ -25,11 +25,11 @@ from specvlm.training.order import Order, SampleTurn
 from specvlm.training.progress import Measures
 from specvlm.training.ranks import Ranks
 from specvlm.training.trainer import Learn
-from specvlm_cli.decoding import ReadFailure, ReadJob
-from specvlm_cli.failure import Failure
+from specvlm_cli.caption.failure import Failure
+from specvlm_cli.readers import ReadFailure, ReadJob
 from specvlm_cli.training.asking import Asking, Captioners, SampleListener
 from specvlm_cli.training.captions import Captions, LeftOut, caption_key
-from specvlm_cli.training.reading import TrainingReader
+from specvlm_cli.training.frames import TrainingReader
 from specvlm_cli.training.register import Register, Suspect, UselessError
 from specvlm_cli.training.samples import TrainingSample
 from specvlm_cli.training.writing import Lesson, Writer, held_bytes

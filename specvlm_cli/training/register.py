@@ -17,10 +17,10 @@ import torch
 
 from specvlm.errors import ConfigError, ModelError, PreprocessError, PromptError, TrainingError
 from specvlm.training.ranks import Ranks
-from specvlm_cli.decoding import ReadFailure
+from specvlm_cli.caption.failure import BAD_INPUT, Failure, failure_of
+from specvlm_cli.console.safe_text import clean
 from specvlm_cli.exits import FatalError
-from specvlm_cli.failure import BAD_INPUT, Failure, failure_of
-from specvlm_cli.text import clean
+from specvlm_cli.readers import ReadFailure
 from specvlm_cli.training.captions import ALL_PROMPTS, Blame, LeftOut, LeftOuts
 from specvlm_cli.training.samples import TrainingSample, TrainingVideo
 

@@ -15,7 +15,7 @@ from os import fsdecode
 from typing import NamedTuple
 
 from specvlm_cli.exits import UsageError
-from specvlm_cli.wanted import WantedVideos
+from specvlm_cli.run.wanted import WantedVideos
 
 
 @dataclass(frozen=True, slots=True)

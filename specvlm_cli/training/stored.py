@@ -15,10 +15,10 @@ from specvlm.errors import ModelLoadError
 from specvlm.training.checkpoint import Checkpoints
 from specvlm.training.folder import STATE
 from specvlm.training.progress import Progress
+from specvlm_cli.caption.settings import Plain, differences
+from specvlm_cli.console.safe_text import clean
 from specvlm_cli.exits import FatalError, Flag, UsageError
 from specvlm_cli.safe_files import read_whole
-from specvlm_cli.settings import Plain, differences
-from specvlm_cli.text import clean
 
 _FILE = "train.json"
 _RUN_FILE = "run.json"  # of a run of `caption`

@@ -12,11 +12,12 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from specvlm_cli import app, engine, runner
+from specvlm_cli import app
+from specvlm_cli.caption import coordinator, engine
+from specvlm_cli.caption.settings import CaptionSettings
 from specvlm_cli.commands import caption
-from specvlm_cli.decoding import DecodingPool, keeper
-from specvlm_cli.generating import worker
-from specvlm_cli.settings import CaptionSettings
+from specvlm_cli.readers import DecodingPool, read_client
+from specvlm_cli.workers import worker
 from tests.cli import drive, forks
 from tests.cli.fake import FakeFactory, Log, with_demo
 from tests.cli.fake_reader import READER
@@ -73,7 +74,7 @@ def forked_readers(monkeypatch: pytest.MonkeyPatch) -> None:
     """
     if forks.can_fork():
         forks.server()
-        drive.fork_children(monkeypatch.setattr, keeper, by=forks.Forked)
+        drive.fork_children(monkeypatch.setattr, read_client, by=forks.Forked)
 
 
 @pytest.fixture
@@ -101,7 +102,7 @@ def specvlm(
         request.getfixturevalue("forked_fakes")
     command = Specvlm(capfd, tmp_path_factory.mktemp("fake") / "journal")
     monkeypatch.setattr(engine, "Factory", command.factory)
-    monkeypatch.setattr(runner, "DecodingPool", partial(DecodingPool, reader=READER))
+    monkeypatch.setattr(coordinator, "DecodingPool", partial(DecodingPool, reader=READER))
     monkeypatch.setattr(caption, "_decode_workers", lambda: 1)  # so that videos come in their order
     monkeypatch.setattr(caption, "_cpu_workers", lambda *_: 1)
     monkeypatch.setattr(caption, "_with_preset", with_demo)

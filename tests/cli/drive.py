@@ -30,16 +30,13 @@ from typing import Any, Literal
 
 import typer.main
 
-import specvlm_cli.decoding.nursery
-import specvlm_cli.generating.child
-import specvlm_cli.parts
-import specvlm_cli.resharding  # noqa: F401  all imported before forking, so that a start costs milliseconds
-from specvlm_cli import app, engine, ledger, runner
+from specvlm_cli import app
+from specvlm_cli.caption import coordinator, engine
+from specvlm_cli.caption.policy import Policy
 from specvlm_cli.commands import caption
-from specvlm_cli.decoding import DecodingPool, keeper
-from specvlm_cli.export import job as export_job  # noqa: F401
-from specvlm_cli.generating import worker
-from specvlm_cli.policy import Policy
+from specvlm_cli.readers import DecodingPool, read_client
+from specvlm_cli.run import ledger
+from specvlm_cli.workers import worker
 from tests.cli import family, fork_server, forks
 from tests.cli.fake import FakeFactory, with_demo
 from tests.cli.fake_reader import READER
@@ -48,54 +45,54 @@ from tests.cli.forks import Forked, Order
 # A third of what a short start takes of the processor is making the commands of the functions, the same each time.
 typer.main.get_command = functools.cache(typer.main.get_command)
 
-Victim = Literal["parent", "group", "worker", "nursery", "reader"]
+Victim = Literal["parent", "group", "worker", "server", "reader"]
 
 POINTS = {
-    "lock": "specvlm_cli.lock:take",
-    "share": "specvlm_cli.lock:share",
-    "sign_off": "specvlm_cli.lock:Lock.sign_off",
-    "register": "specvlm_cli.ledger:Ledger.register",
-    "recover": "specvlm_cli.ledger:Ledger.recover",
-    "pending": "specvlm_cli.ledger:Ledger.pending",
-    "claim": "specvlm_cli.ledger:Ledger.claim",
-    "finish": "specvlm_cli.ledger:Ledger.finish",
-    "fail": "specvlm_cli.ledger:Ledger.fail",
-    "store": "specvlm_cli.ledger:Ledger._store",
+    "lock": "specvlm_cli.run.lock:take",
+    "share": "specvlm_cli.run.lock:share",
+    "sign_off": "specvlm_cli.run.lock:Lock.sign_off",
+    "register": "specvlm_cli.run.ledger:Ledger.register",
+    "recover": "specvlm_cli.run.ledger:Ledger.recover",
+    "pending": "specvlm_cli.run.ledger:Ledger.pending",
+    "claim": "specvlm_cli.run.ledger:Ledger.claim",
+    "finish": "specvlm_cli.run.ledger:Ledger.finish",
+    "fail": "specvlm_cli.run.ledger:Ledger.fail",
+    "store": "specvlm_cli.run.ledger:Ledger._store",
     "commit": "sqlite_utils:Database.commit",
-    "reopen": "specvlm_cli.ledger:Ledger.reopen",
-    "take_out": "specvlm_cli.ledger:Ledger._take_out",
-    "outdate": "specvlm_cli.ledger:Ledger._outdate",
-    "adopt": "specvlm_cli.ledger:Ledger.adopt",
-    "adopt_failures": "specvlm_cli.ledger:Ledger.adopt_failures",
-    "number": "specvlm_cli.ledger:Ledger.take_part_number",
-    "add_part": "specvlm_cli.ledger:Ledger.add_part",
-    "insert_part": "specvlm_cli.ledger:Ledger._insert_part",
-    "renew_part": "specvlm_cli.ledger:Ledger.renew_part",
-    "mark_failures": "specvlm_cli.ledger:Ledger.mark_failures",
-    "repair": "specvlm_cli.parts:Parts.repair",
+    "reopen": "specvlm_cli.run.ledger:Ledger.reopen",
+    "take_out": "specvlm_cli.run.ledger:Ledger._take_out",
+    "outdate": "specvlm_cli.run.ledger:Ledger._outdate",
+    "adopt": "specvlm_cli.run.ledger:Ledger.adopt",
+    "adopt_failures": "specvlm_cli.run.ledger:Ledger.adopt_failures",
+    "number": "specvlm_cli.run.ledger:Ledger.take_part_number",
+    "add_part": "specvlm_cli.run.ledger:Ledger.add_part",
+    "insert_part": "specvlm_cli.run.ledger:Ledger._insert_part",
+    "renew_part": "specvlm_cli.run.ledger:Ledger.renew_part",
+    "mark_failures": "specvlm_cli.run.ledger:Ledger.mark_failures",
+    "repair": "specvlm_cli.run.parts:PartFiles.repair",
     "write": "pyarrow.parquet:write_table",
-    "check": "specvlm_cli.parts:_check",
-    "describe": "specvlm_cli.parts:_described",
+    "check": "specvlm_cli.run.parts:_check",
+    "describe": "specvlm_cli.run.parts:_described",
     "fsync": "os:fsync",
     "rename": "os:replace",
     "sync": "specvlm.durable:sync",
-    "run_file": "specvlm_cli.run_folder:RunFolder.write",
-    "start_worker": "specvlm_cli.generating.worker:Worker.__init__",
-    "prepare": "specvlm_cli.generating.worker:Worker.prepare",
-    "give": "specvlm_cli.generating.worker:Worker.give",
-    "hear": "specvlm_cli.generating.worker:Worker.hear",
-    "submit": "specvlm_cli.decoding:DecodingPool.submit",
-    "collect": "specvlm_cli.decoding:DecodingPool.collect",
-    "divide": "specvlm_cli.resharding:_divide",
-    "deal_out": "specvlm_cli.resharding:_deal_out",
+    "run_file": "specvlm_cli.run.layout:RunFolder.write",
+    "start_worker": "specvlm_cli.workers.worker:Worker.__init__",
+    "prepare": "specvlm_cli.workers.worker:Worker.prepare",
+    "give": "specvlm_cli.workers.worker:Worker.give",
+    "hear": "specvlm_cli.workers.worker:Worker.hear",
+    "submit": "specvlm_cli.readers:DecodingPool.submit",
+    "collect": "specvlm_cli.readers:DecodingPool.collect",
+    "divide": "specvlm_cli.run.resharding:_divide",
+    "deal_out": "specvlm_cli.run.resharding:_deal_out",
     "complete": "pathlib:Path.rename",
-    "take_over": "specvlm_cli.resharding:_take_over",
+    "take_over": "specvlm_cli.run.resharding:_take_over",
     "unlink": "pathlib:Path.unlink",
-    "write_parts": "specvlm_cli.resharding:_write_parts",
+    "write_parts": "specvlm_cli.run.resharding:_write_parts",
     "rmtree": "shutil:rmtree",
     "export_table": "pyarrow.parquet:ParquetWriter.write_table",
     "export_rename": "os:rename",
-    "export_write": "specvlm_cli.export.job:_Export.write",
+    "export_write": "specvlm_cli.export.write:_Export.write",
     "export_sync": "specvlm_cli.export.staging:_sync_all",
     "export_publish": "specvlm_cli.export.staging:_publish",
 }
@@ -216,9 +213,9 @@ def prepare() -> None:
     _put(engine, "Factory", lambda settings, *, batch_size, **_: replace(factory, batch_size=batch_size))
     _put(caption, "_with_preset", with_demo)
     _put(caption, "Policy", functools.partial(Policy, part_rows=rows))
-    _put(runner, "DecodingPool", functools.partial(DecodingPool, reader=READER))
+    _put(coordinator, "DecodingPool", functools.partial(DecodingPool, reader=READER))
     if "DRIVE_FORK" in os.environ:
-        fork_children(_put, worker, keeper)
+        fork_children(_put, worker, read_client)
 
 
 def fork_children(

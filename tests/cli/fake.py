@@ -15,8 +15,8 @@ from typing import Any
 
 from specvlm.errors import GenerationError, NonFiniteLogitsError, PreprocessError, PromptError
 from specvlm.records import Caption, CaptionStats, Frames
+from specvlm_cli.caption.engine import FinishedSequence, Models
 from specvlm_cli.commands.caption_flags import CaptionFlags
-from specvlm_cli.engine import FinishedSequence, Models
 from tests.cli.fake_reader import text_of
 
 ROUNDS = 4

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-Role = Literal["worker", "nursery", "reader"]
+Role = Literal["worker", "server", "reader"]
 
-_WORDS = {"worker": b"generating.child", "nursery": b"decoding import nursery"}
+_WORDS = {"worker": b"workers.child", "server": b"readers import read_server"}
 
 
 def children(parent: int) -> list[int]:
@@ -29,8 +29,8 @@ def members(coordinator: int, role: Role) -> list[int]:
     """Return the processes of one kind that work for a coordinator."""
     if role != "reader":
         return [child for child in children(coordinator) if _is(child, role)]
-    nurseries = [child for child in children(coordinator) if _is(child, "nursery")]
-    return [child for nursery in nurseries for child in children(nursery)]
+    servers = [child for child in children(coordinator) if _is(child, "server")]
+    return [child for server in servers for child in children(server)]
 
 
 def name_me(role: Role) -> None:

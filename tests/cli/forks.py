@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[2]
 _CLONE = {"x86_64": 56, "aarch64": 220}.get(platform.machine())  # the number of the system call
 _CLONE_PARENT = 0x8000
 _USED = (
-    *("specvlm_cli.decoding.nursery", "specvlm_cli.generating.child"),
+    *("specvlm_cli.readers.read_server", "specvlm_cli.workers.child"),
     *("tests.cli.fake", "tests.cli.fake_reader", "tests.cli.train_reader"),
 )
 _MOST_BYTES = 1 << 20
@@ -154,7 +154,7 @@ def be_child(order: Order, descriptors: list[int]) -> None:
         os.chdir(order.folder)
         os.environ.clear()
         os.environ.update(order.environment)
-        family.name_me("nursery" if "nursery" in order.statement else "worker")
+        family.name_me("server" if "read_server" in order.statement else "worker")
         exec(order.statement, {})
         code = 0
     except BaseException:

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from specvlm_cli.ledger import Ledger
-from specvlm_cli.parts import CAPTION_SCHEMA, PartFiles
-from specvlm_cli.text import path_text, storable
+from specvlm_cli.console.safe_text import path_text, storable
+from specvlm_cli.run.ledger import Ledger
+from specvlm_cli.run.parts import CAPTION_SCHEMA, PartFiles
 
 SETTINGS = {"target": "fake/target", "prompt": "Describe it.", "fps": 2.0}
 

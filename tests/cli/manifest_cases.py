@@ -18,10 +18,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from hypothesis import strategies as st
 
+from specvlm_cli.console.safe_text import clean
 from specvlm_cli.exits import UsageError
 from specvlm_cli.inputs import InputOptions, Inputs, Item
 from specvlm_cli.inputs.columns import IDS, PATHS, PROMPTS, TIMES
-from specvlm_cli.text import clean
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from specvlm.config import FrameSettings
 from specvlm.errors import VideoDecodeError, VideoUnavailableError
 from specvlm.records import Frames, VideoSource
 from specvlm.video.reading import Hooks
-from specvlm_cli.decoding import shared
+from specvlm_cli.readers import shared
 
 READER = "tests.cli.readers:read"
 SOCKET = 3  # of a child, towards the coordinator

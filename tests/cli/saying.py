@@ -7,7 +7,7 @@ import unicodedata
 from typing import Any
 
 from specvlm_cli.inputs.item import Item
-from specvlm_cli.ledger import Claim, Failure
+from specvlm_cli.run.ledger import Claim, Failure
 
 # One of each way to act on a terminal, to reorder or hide text, to break lines, or to be taken for markup.
 HOSTILE = (

@@ -27,19 +27,21 @@ from specvlm.captioner import Captioner
 from specvlm.config import FrameSettings, GenerationSettings, SpeculationSettings
 from specvlm.demo import demo_folder
 from specvlm.records import Frames
-from specvlm_cli import app, engine, lock
+from specvlm_cli import app
 from specvlm_cli.audit import differences, work
 from specvlm_cli.audit.comparing import RowInputs, RowVerdict, compare
 from specvlm_cli.audit.made_with import How, MadeWith
 from specvlm_cli.audit.sample import RowPlace, parse_sample
+from specvlm_cli.caption import engine
+from specvlm_cli.caption.settings import CaptionSettings, ModelChoice, config_hash
 from specvlm_cli.commands.audit import around
-from specvlm_cli.decoding import DecodingPool, keeper
 from specvlm_cli.exits import UsageError
-from specvlm_cli.generating import worker
-from specvlm_cli.ledger import NO_FILE, Ledger
-from specvlm_cli.parts import PartFiles
-from specvlm_cli.settings import CaptionSettings, ModelChoice, config_hash
-from specvlm_cli.shard import shard_of
+from specvlm_cli.readers import DecodingPool, read_client
+from specvlm_cli.run import lock
+from specvlm_cli.run.ledger import NO_FILE, Ledger
+from specvlm_cli.run.parts import PartFiles
+from specvlm_cli.run.shard import shard_of
+from specvlm_cli.workers import worker
 from tests.cli import drive
 from tests.cli.conftest import Specvlm
 from tests.cli.fake_reader import READER
@@ -559,7 +561,7 @@ def test_after_a_kill_nothing_is_lost_and_nothing_is_made_twice(
         child = os.fork()
     if child == 0:
         with suppress(BaseException):
-            drive.fork_children(setattr, keeper)
+            drive.fork_children(setattr, read_client)
             app.main(["audit", str(faked), "--sample", "all", "-q"])
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL

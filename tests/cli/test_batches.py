@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from sqlite_utils import Database
 
-from specvlm_cli import read_ahead
-from specvlm_cli.generating import worker
-from specvlm_cli.ledger import Ledger
+from specvlm_cli.caption import queue
+from specvlm_cli.run.ledger import Ledger
+from specvlm_cli.workers import worker
 from tests.cli import invariants
 from tests.cli.conftest import Specvlm, rows
 
@@ -25,7 +25,7 @@ BATCH = ("--batch-size", 8, *READERS)
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(read_ahead, "_FIRST_BACKOFF_S", 0.01)
+    monkeypatch.setattr(queue, "_FIRST_BACKOFF_S", 0.01)
     monkeypatch.setattr(worker, "HARD_LIMIT_S", 0.3)
 
 

@@ -26,7 +26,7 @@ from specvlm.bench.summing import summarise
 from specvlm.preset import find_preset
 from specvlm_cli import app, bench_files
 from specvlm_cli.commands.bench_flags import BenchFlags
-from specvlm_cli.screen.bench import BenchTalk, tell
+from specvlm_cli.console.bench import BenchTalk, tell
 from tests.bench_reports import BATCHED, CONDITIONS, made
 from tests.cli.terminal import Terminal
 

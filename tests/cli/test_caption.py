@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from specvlm.errors import ModelLoadError
-from specvlm_cli.ledger import Ledger
-from specvlm_cli.parts import CAPTION_SCHEMA, FAILURE_SCHEMA
-from specvlm_cli.run_folder import RunFolder
+from specvlm_cli.run.layout import RunFolder
+from specvlm_cli.run.ledger import Ledger
+from specvlm_cli.run.parts import CAPTION_SCHEMA, FAILURE_SCHEMA
 from tests.cli import invariants
 from tests.cli.conftest import Specvlm, rows, snapshot
 
@@ -596,7 +596,7 @@ def test_a_second_run_is_told_who_holds_the_folder(specvlm: Specvlm, videos: Pat
 def test_a_ledger_that_another_program_holds_is_busy(
     specvlm: Specvlm, videos: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("specvlm_cli.ledger.BUSY_TIMEOUT_S", 0.1)
+    monkeypatch.setattr("specvlm_cli.run.ledger.BUSY_TIMEOUT_S", 0.1)
     specvlm("caption", videos, "-o", out, "--limit", 1)
     browser = sqlite3.connect(out / ".specvlm" / "state-00000.db")
     browser.execute("BEGIN IMMEDIATE")

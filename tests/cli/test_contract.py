@@ -13,12 +13,12 @@ from specvlm.config import FrameSettings, GenerationSettings, SpeculationSetting
 from specvlm.preset import find_preset
 from specvlm.records import Caption
 from specvlm_cli import app
-from specvlm_cli.baseline import compare
+from specvlm_cli.caption.baseline import compare
 from specvlm_cli.checkpoints import preset_views
 from specvlm_cli.commands import caption
-from specvlm_cli.generating.messages import VideoCaptions
-from specvlm_cli.parts import CAPTION_SCHEMA
-from specvlm_cli.rows import Provenance, caption_row
+from specvlm_cli.run.parts import CAPTION_SCHEMA
+from specvlm_cli.run.rows import Provenance, caption_row
+from specvlm_cli.workers.messages import VideoCaptions
 from tests.cli.conftest import Specvlm, rows
 from tests.cli.fake import stats
 from tests.cli.saying import claim

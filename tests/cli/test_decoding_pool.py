@@ -20,9 +20,9 @@ import pytest
 from specvlm.config import FrameSettings
 from specvlm.records import Frames
 from specvlm.video import decord_reader, read_video
-from specvlm_cli.decoding import DecodingPool, Limits, ReadFailure, ReadJob, ReadVideo, SharedFrames, pool
 from specvlm_cli.exits import FatalError
 from specvlm_cli.process import python_command
+from specvlm_cli.readers import DecodingPool, Limits, ReadFailure, ReadJob, ReadVideo, SharedFrames, pool
 from tests import video_files
 from tests.cli import readers
 
@@ -105,8 +105,8 @@ def wait_until(condition: Any, within_s: float, what: str) -> None:
         time.sleep(0.01)
 
 
-def nursery_of(reading: DecodingPool) -> int:
-    process = reading._keeper._process
+def read_server_of(reading: DecodingPool) -> int:
+    process = reading._client._process
     assert process is not None
     return process.pid
 
@@ -124,7 +124,7 @@ def patient() -> Iterator[DecodingPool]:
 
 
 def test_nothing_outlives_its_limit(short: DecodingPool) -> None:
-    assert_good(outcome(short, job("good")))  # the nursery is up
+    assert_good(outcome(short, job("good")))  # the read server is up
     began_s = time.monotonic()
     acts = ["hang", "hang and ignore signals", "spin", "stop"]
     found = outcomes(short, [job(act, key) for key, act in enumerate(acts)], 4)
@@ -187,7 +187,7 @@ def test_what_a_child_says_is_not_believed(lie: str, patient: DecodingPool) -> N
 @needs_proc
 def test_processes_that_a_child_started_end_with_it(patient: DecodingPool) -> None:
     assert_good(outcome(patient, job("leave processes")))
-    wait_until(lambda: not children(nursery_of(patient)), 20.0, "they live on")
+    wait_until(lambda: not children(read_server_of(patient)), 20.0, "they live on")
 
 
 def test_what_decoders_print_is_not_seen(patient: DecodingPool, capfd: pytest.CaptureFixture[str]) -> None:
@@ -207,21 +207,23 @@ def test_children_get_nothing_that_is_not_theirs(tmp_path: Path, monkeypatch: py
             environment = json.loads(failure(reading, job("environment")).error)
             descriptors = json.loads(failure(reading, job("descriptors")).error)
             assert json.loads(failure(reading, job("modules")).error) == []
-            mine = os.readlink(f"/proc/{nursery_of(reading)}/fd/0")
-            nursery = {os.readlink(entry) for entry in Path(f"/proc/{nursery_of(reading)}/fd").iterdir()}
+            mine = os.readlink(f"/proc/{read_server_of(reading)}/fd/0")
+            read_server = {
+                os.readlink(entry) for entry in Path(f"/proc/{read_server_of(reading)}/fd").iterdir()
+            }
     assert not [name for name in environment if "TOKEN" in name or name.startswith("DECORD")]
     assert set(environment) <= {*pool_environment(), "LC_CTYPE"}
     assert [name.partition(":")[0] for name in descriptors if "/proc/" not in name] == ["/dev/null"] * 3 + [
         "socket"
     ]
     assert mine == "/dev/null"
-    assert str(tmp_path / "lock") not in nursery
+    assert str(tmp_path / "lock") not in read_server
 
 
 def pool_environment() -> set[str]:
-    from specvlm_cli.decoding import keeper
+    from specvlm_cli.readers import read_client
 
-    return {*keeper._KEPT, *keeper._SET}
+    return {*read_client._KEPT, *read_client._SET}
 
 
 @needs_proc
@@ -231,16 +233,16 @@ def test_nothing_is_left_after_many_reads(patient: DecodingPool) -> None:
     for found in outcomes(patient, [job("good", key) for key in range(200)], 4).values():
         assert_good(found)
     assert os.listdir("/proc/self/fd") == before
-    wait_until(lambda: not children(nursery_of(patient)), 20.0, "a child is left")
-    inside = Path(f"/proc/{nursery_of(patient)}/fd")
+    wait_until(lambda: not children(read_server_of(patient)), 20.0, "a child is left")
+    inside = Path(f"/proc/{read_server_of(patient)}/fd")
     assert len(list(inside.iterdir())) <= 8
 
 
 @needs_proc
 def test_signals_that_stop_a_run_stop_no_read(patient: DecodingPool) -> None:
     patient.submit(job("slow"))
-    wait_until(lambda: patient.collect() or children(nursery_of(patient)), 20.0, "no child")
-    for process in (nursery_of(patient), *children(nursery_of(patient))):
+    wait_until(lambda: patient.collect() or children(read_server_of(patient)), 20.0, "no child")
+    for process in (read_server_of(patient), *children(read_server_of(patient))):
         assert os.getsid(process) != os.getsid(0), "Ctrl-C reaches it"
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
             os.kill(process, number)
@@ -250,10 +252,10 @@ def test_signals_that_stop_a_run_stop_no_read(patient: DecodingPool) -> None:
 
 
 @needs_proc
-def test_a_lost_nursery_is_replaced_and_its_videos_are_read() -> None:
+def test_a_lost_read_server_is_replaced_and_its_videos_are_read() -> None:
     with DecodingPool(2, PATIENT, reader=readers.READER) as reading:
         assert_good(outcome(reading, job("good")))
-        lost = nursery_of(reading)
+        lost = read_server_of(reading)
         for key in range(2):
             reading.submit(job("slow", key))
         wait_until(lambda: len(children(lost)) == 2, 20.0, "no children")
@@ -261,7 +263,7 @@ def test_a_lost_nursery_is_replaced_and_its_videos_are_read() -> None:
         os.kill(lost, signal.SIGKILL)
         for found in collect_all(reading, 2):
             assert_good(found)
-        assert nursery_of(reading) != lost
+        assert read_server_of(reading) != lost
         wait_until(lambda: all(map(is_gone, [lost, *orphans])), 20.0, "they live on")
 
 
@@ -273,27 +275,29 @@ def collect_all(reading: DecodingPool, count: int) -> list[ReadVideo | ReadFailu
 
 
 @needs_proc
-def test_a_video_whose_nursery_is_lost_twice_fails_and_may_be_tried_again() -> None:
+def test_a_video_whose_read_server_is_lost_twice_fails_and_may_be_tried_again() -> None:
     with DecodingPool(1, PATIENT, reader=readers.READER) as reading:
         assert_good(outcome(reading, job("good")))
         reading.submit(job("hang"))
-        assert kill_nursery(reading) == []
-        found = kill_nursery(reading)
+        assert kill_read_server(reading) == []
+        found = kill_read_server(reading)
         assert isinstance(found[0], ReadFailure)
         assert (found[0].error_type, found[0].transient) == ("DecoderCrashed", True)
         assert_good(outcome(reading, job("good")))
 
 
-def kill_nursery(reading: DecodingPool) -> list[ReadVideo | ReadFailure]:
+def kill_read_server(reading: DecodingPool) -> list[ReadVideo | ReadFailure]:
     """Once a child reads; return what comes of it while the pool takes note."""
-    lost, found = nursery_of(reading), list[ReadVideo | ReadFailure]()
+    lost, found = read_server_of(reading), list[ReadVideo | ReadFailure]()
     wait_until(lambda: found.extend(reading.collect()) or children(lost), 20.0, "no child")
     os.kill(lost, signal.SIGKILL)
-    wait_until(lambda: found.extend(reading.collect()) or nursery_of(reading) != lost, 20.0, "not replaced")
+    wait_until(
+        lambda: found.extend(reading.collect()) or read_server_of(reading) != lost, 20.0, "not replaced"
+    )
     return found
 
 
-def test_a_nursery_that_cannot_start_ends_the_run_with_one_line() -> None:
+def test_a_read_server_that_cannot_start_ends_the_run_with_one_line() -> None:
     with (
         pytest.raises(
             FatalError, match="cannot be started: ModuleNotFoundError: No module named 'no_such'"
@@ -308,12 +312,12 @@ def test_a_process_that_does_not_die_is_given_up(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(pool, "_GIVE_UP_S", 0.3)
     with DecodingPool(1, SHORT, reader=readers.READER) as reading:
         with monkeypatch.context() as patch:
-            patch.setattr(reading._keeper, "kill", lambda _: None)  # as of one that hangs in the kernel
+            patch.setattr(reading._client, "kill", lambda _: None)  # as of one that hangs in the kernel
             found = failure(reading, job("hang and ignore signals"))
         assert (found.stage, found.error_type, found.transient) == ("open", "DecodeTimeout", True)
         assert "hangs in the system" in found.error
         assert_good(outcome(reading, job("good")))
-        left = [nursery_of(reading), *children(nursery_of(reading))]
+        left = [read_server_of(reading), *children(read_server_of(reading))]
         assert len(left) == 2, "it is still there"
     wait_until(lambda: all(map(is_gone, left)), 20.0, "it lives on")
 
@@ -327,18 +331,18 @@ def test_cancelling_kills_and_the_pool_goes_on() -> None:
             reading.submit(job("good", 2))
         reading.cancel()
         assert (len(reading), reading.next_deadline_s(), reading.collect()) == (0, None, [])
-        assert not children(nursery_of(reading))
+        assert not children(read_server_of(reading))
         assert_good(outcome(reading, job("good")))
-        nursery = nursery_of(reading)
+        read_server = read_server_of(reading)
         reading.submit(job("hang"))
-    assert is_gone(nursery)
+    assert is_gone(read_server)
     assert reading.descriptors() == []
 
 
 _PARENT = """
 import sys
-from specvlm_cli.decoding import DecodingPool, Limits
-from tests.cli.test_decoding_pool import below, job, nursery_of, readers, wait_until
+from specvlm_cli.readers import DecodingPool, Limits
+from tests.cli.test_decoding_pool import below, job, read_server_of, readers, wait_until
 import os, signal
 reading = DecodingPool(2, Limits(timeout_s=600), reader=readers.READER)
 for key in range(2):
@@ -439,7 +443,7 @@ def test_a_name_that_is_no_text_and_a_root(tmp_path: Path) -> None:
 
 _RECEIVER = """
 import pickle, sys
-from specvlm_cli.decoding import open_frames
+from specvlm_cli.readers import open_frames
 frames = open_frames({descriptor}, pickle.loads({shared!r}))
 frames.pixels[0, 0, 0, 0] ^= 255  # stays in that process
 assert "torch" not in sys.modules

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from specvlm_cli.caption.outcome import LiveStatus, Outcome, Tally
+from specvlm_cli.console.live import LiveDisplay, reflows
+from specvlm_cli.console.messages import Talk, error_line, error_trace
+from specvlm_cli.console.meter import Meter
 from specvlm_cli.exits import ExitCode
-from specvlm_cli.results import LiveStatus, Outcome, Tally
-from specvlm_cli.screen.live import LiveDisplay, reflows
-from specvlm_cli.screen.meter import Meter
-from specvlm_cli.talk import Talk, error_line, error_trace
 from tests.cli.saying import HOSTILE, claim, compared, failure, harm, row
 from tests.cli.terminal import OURS, Terminal
 

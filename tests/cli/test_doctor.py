@@ -19,7 +19,7 @@ import pytest
 
 from specvlm.demo import demo_folder
 from specvlm.errors import SpecvlmError
-from specvlm_cli.doctor import checks, machine, models, probe, reading, storage
+from specvlm_cli.doctor import checks, machine, models, probe, readers, storage
 from specvlm_cli.doctor.checks import Check, CheckVerdict
 from tests.cli.conftest import Specvlm, snapshot
 
@@ -241,7 +241,7 @@ def test_what_is_said_of_a_file_system(
 # Reading
 
 
-@pytest.mark.parametrize("look", [reading.pyav, reading.decord])
+@pytest.mark.parametrize("look", [readers.pyav, readers.decord])
 def test_both_readers_give_the_frames_that_were_asked_for(look: Any) -> None:
     found = look()
     assert found.status == "ok", found
@@ -249,23 +249,23 @@ def test_both_readers_give_the_frames_that_were_asked_for(look: Any) -> None:
 
 
 def test_wrong_frames_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "_STEP", 11)
-    original = reading.write_clip
+    monkeypatch.setattr(readers, "_STEP", 11)
+    original = readers.write_clip
 
     def other(path: Path) -> None:
-        monkeypatch.setattr(reading, "_STEP", 9)
+        monkeypatch.setattr(readers, "_STEP", 9)
         original(path)
-        monkeypatch.setattr(reading, "_STEP", 11)
+        monkeypatch.setattr(readers, "_STEP", 11)
 
-    monkeypatch.setattr(reading, "write_clip", other)
-    found = reading.pyav()
+    monkeypatch.setattr(readers, "write_clip", other)
+    found = readers.pyav()
     assert found.status == "fail"
     assert "not those that were asked for" in found.detail
 
 
 def test_a_reader_that_gives_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "write_clip", lambda path: path.write_bytes(b"no video"))
-    found = reading.pyav()
+    monkeypatch.setattr(readers, "write_clip", lambda path: path.write_bytes(b"no video"))
+    found = readers.pyav()
     assert (found.status, "NotAVideoError" in found.detail) == ("fail", True)
 
 

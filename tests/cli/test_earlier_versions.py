@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from specvlm_cli.parts import CAPTION_SCHEMA, FAILURE_SCHEMA, caption_schema
+from specvlm_cli.run.parts import CAPTION_SCHEMA, FAILURE_SCHEMA, caption_schema
 from tests.cli import invariants
 from tests.cli.conftest import Specvlm, rows, snapshot
 from tests.cli.made import Video, make_run
@@ -144,7 +144,7 @@ def test_a_crash_while_it_is_brought_up_to_date_is_mended(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("specvlm_cli.parts.publish", full)
+        patch.setattr("specvlm_cli.run.parts.publish", full)
         assert specvlm("caption", videos, "-o", old).code == 1
     assert schemas(old)[0].names == OLD_SCHEMA.names
     assert specvlm("caption", videos, "-o", old, "--retry-failed").code == 0

@@ -27,9 +27,9 @@ from specvlm_cli.export import lines, parquet, sidecars, staging
 from specvlm_cli.export.merge import Index
 from specvlm_cli.export.names import Names
 from specvlm_cli.inputs.item import item_id
-from specvlm_cli.ledger_view import LedgerView
-from specvlm_cli.parts import CAPTION_SCHEMA, FAILURE_SCHEMA, caption_schema
-from specvlm_cli.run_view import view
+from specvlm_cli.run.ledger_view import LedgerView
+from specvlm_cli.run.parts import CAPTION_SCHEMA, FAILURE_SCHEMA, caption_schema
+from specvlm_cli.run.view import view
 from tests.cli.conftest import Specvlm, snapshot
 from tests.cli.made import Video, fill, make_run, videos
 
@@ -613,8 +613,8 @@ HOSTILE_PATHS = [
     min_size=1, max_size=12, unique=True,
 ))  # fmt: skip
 def test_no_path_leads_outside(tmp_path_factory: pytest.TempPathFactory, paths: list[bytes]) -> None:
-    from specvlm_cli.export.job import export
     from specvlm_cli.export.request import ExportRequest
+    from specvlm_cli.export.write import export
 
     folder = tmp_path_factory.mktemp("hostile")
     run = make_run(folder / "out", [[Video(str(n), path) for n, path in enumerate(paths)]], part_rows=0)

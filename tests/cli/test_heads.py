@@ -15,8 +15,8 @@ from specvlm import preset
 from specvlm.bench.grid import Grid, GridDraft
 from specvlm.bench.records import Stages, TimedCaption
 from specvlm_cli import bench_files, checkpoints
+from specvlm_cli.console.bench import tell
 from specvlm_cli.doctor.models import _missing
-from specvlm_cli.screen.bench import tell
 from tests.bench_reports import made
 from tests.cli.conftest import Specvlm, rows
 

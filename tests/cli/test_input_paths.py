@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from specvlm_cli.inputs import InputOptions, Inputs
-from specvlm_cli.parts import CAPTION_SCHEMA, FAILURE_SCHEMA
+from specvlm_cli.run.parts import CAPTION_SCHEMA, FAILURE_SCHEMA
 from tests.cli.conftest import Specvlm, rows
 
 

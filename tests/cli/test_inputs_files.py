@@ -12,11 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from specvlm_cli.console.safe_text import clean
 from specvlm_cli.exits import UsageError
 from specvlm_cli.inputs import InputOptions, Inputs, Item, item_id
 from specvlm_cli.inputs.options import MOST_NAMED
-from specvlm_cli.shard import Shard
-from specvlm_cli.text import clean
+from specvlm_cli.run.shard import Shard
 
 
 def found(*inputs: object, **options: Any) -> list[Item]:

@@ -48,7 +48,7 @@ CASES = [
     Named("resume", "add_part", "before", 1),
     Named("first", "finish", "before", 1, "group"),
     Named("first", "give", "after", 1, "worker"),
-    Named("first", "submit", "after", 1, "nursery"),
+    Named("first", "submit", "after", 1, "server"),
     Named("first", "submit", "after", 1, "reader"),
 ]  # fmt: skip
 

@@ -12,7 +12,7 @@ import pytest
 
 from specvlm.preset import presets
 from specvlm_cli import checkpoints
-from specvlm_cli.engine import public_name
+from specvlm_cli.caption.engine import public_name
 from tests.cli.conftest import Specvlm
 
 MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"

@@ -16,19 +16,20 @@ import pyarrow.parquet as pq
 import pytest
 
 from specvlm.errors import ConfigError, ModelLoadError
-from specvlm_cli import job, read_ahead, resharding
+from specvlm_cli.caption import queue, start
+from specvlm_cli.caption.policy import Policy
 from specvlm_cli.commands import caption
-from specvlm_cli.generating import worker
-from specvlm_cli.policy import Policy
-from specvlm_cli.resharding import reshard
-from specvlm_cli.run_folder import RunFolder
+from specvlm_cli.run import resharding
+from specvlm_cli.run.layout import RunFolder
+from specvlm_cli.run.resharding import reshard
+from specvlm_cli.workers import worker
 from tests.cli import invariants
 from tests.cli.conftest import Specvlm, rows, snapshot
 
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(read_ahead, "_FIRST_BACKOFF_S", 0.01)
+    monkeypatch.setattr(queue, "_FIRST_BACKOFF_S", 0.01)
     monkeypatch.setattr(worker, "HARD_LIMIT_S", 0.3)
 
 
@@ -330,14 +331,14 @@ def test_a_start_that_waited_sees_what_changed_meanwhile(
     """While it waited, the run was divided anew: its own number of shards is no longer that of the run."""
     folder = many(tmp_path / "many", 8)
     specvlm("caption", folder, "-o", out, "--shard", "0/2", "--limit", 1)
-    before = job._agree
+    before = start._agree
 
-    def divided_behind_our_back(request: job.CaptionRequest, one: RunFolder) -> None:
+    def divided_behind_our_back(request: start.CaptionRequest, one: RunFolder) -> None:
         before(request, one)
-        monkeypatch.setattr(job, "_agree", before)
+        monkeypatch.setattr(start, "_agree", before)
         reshard(out, 3)
 
-    monkeypatch.setattr(job, "_agree", divided_behind_our_back)
+    monkeypatch.setattr(start, "_agree", divided_behind_our_back)
     result = specvlm("caption", folder, "-o", out, "--shard", "0/2")
     assert result.code == 2
     assert "was begun with 3 shards, this start has 2" in result.err

@@ -19,13 +19,13 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from specvlm_cli import lock, status, verify
-from specvlm_cli.holder import Holder, holder_of
-from specvlm_cli.ledger import Ledger
-from specvlm_cli.ledger_view import LedgerProblemError, LedgerView
-from specvlm_cli.migrations import APPLICATION_ID, STEPS
-from specvlm_cli.results import Captioning
-from specvlm_cli.run_view import view
+from specvlm_cli.caption.outcome import Captioning
+from specvlm_cli.run import integrity, lock, progress
+from specvlm_cli.run.holder import Holder, holder_of
+from specvlm_cli.run.ledger import Ledger
+from specvlm_cli.run.ledger_view import LedgerProblemError, LedgerView
+from specvlm_cli.run.migrations import APPLICATION_ID, STEPS
+from specvlm_cli.run.view import view
 from tests.cli.conftest import Specvlm, snapshot
 from tests.cli.made import Video, fill, make_run, videos
 
@@ -155,7 +155,7 @@ HELD = Holder("here", 1, at(3600), True)
     ],
 )
 def test_pace(ago: list[float], holder: Holder | None, per_s: float | None) -> None:
-    found = status.pace([at(one) for one in ago], holder, NOW)
+    found = progress.pace([at(one) for one in ago], holder, NOW)
     assert found.per_s == (None if per_s is None else pytest.approx(per_s))
     assert found.last_at == (at(ago[0]) if ago else None)
 
@@ -171,11 +171,11 @@ def test_time_left_is_that_of_the_slowest_shard(out: Path) -> None:
     for number in range(2):
         name = {"host": "elsewhere", "pid": 1, "since": at(3600)}
         ledger(out, number).with_suffix(".lock").write_text(json.dumps(name))
-    found = status.status(view(out), NOW)
+    found = progress.status(view(out), NOW)
     assert found.per_s == pytest.approx(1.1)
     assert found.eta_s == pytest.approx(1000.0)
     ledger(out, 1).with_suffix(".lock").write_text("")  # nobody works on shard 1, so it never ends
-    assert status.status(view(out), NOW).eta_s is None
+    assert progress.status(view(out), NOW).eta_s is None
 
 
 def test_tokens_are_those_of_the_videos_of_the_pace(out: Path) -> None:
@@ -185,7 +185,7 @@ def test_tokens_are_those_of_the_videos_of_the_pace(out: Path) -> None:
             yield Video(f"{tokens} {number}", b"/v/a.mp4", created_at=at(one), row=row)
 
     make_run(out, [rows([5000, 30, 20, 10, 0], 60), rows([40, 20, 0], 5)])
-    found = status.status(view(out), NOW)
+    found = progress.status(view(out), NOW)
     assert [one.tokens_per_s for one in found.shards] == [
         pytest.approx(3 * 60 / 30),
         pytest.approx(2 * 5 / 40),
@@ -196,12 +196,12 @@ def test_tokens_are_those_of_the_videos_of_the_pace(out: Path) -> None:
 
 def test_the_share_of_waiting_is_over_all_workers_of_all_shards(out: Path) -> None:
     make_run(out, [videos(1), videos(1, first=1), videos(1, first=2)])
-    assert status.status(view(out)).waited_share is None
+    assert progress.status(view(out)).waited_share is None
     for shard, noted in enumerate([(100.0, 2, 10.0), (50.0, 4, 30.0)]):
         with Ledger.open(ledger(out, shard)) as open_ledger:
             open_ledger.note_captioning(1.0, 1, 1.0)
             open_ledger.note_captioning(*noted)
-    found = status.status(view(out))
+    found = progress.status(view(out))
     assert found.waited_share == pytest.approx(40.0 / 400.0)
     assert [one.captioning for one in found.shards] == [
         Captioning(100.0, 2, 10.0),
@@ -219,7 +219,7 @@ def test_holder_is_known_by_name_and_by_the_kernels_list(tmp_path: Path) -> None
     program = f"""
 import sys
 from pathlib import Path
-from specvlm_cli.lock import take
+from specvlm_cli.run.lock import take
 with take(Path({str(path)!r}), "run") as held:
     print("named", flush=True); sys.stdin.readline()
     held.sign_off(); print("nameless", flush=True); sys.stdin.readline()
@@ -257,7 +257,7 @@ def test_looking_takes_no_lock(out: Path) -> None:
     make_run(out, [videos(1)])
     path = ledger(out).with_suffix(".lock")
     with lock.take(path, "run"):
-        found = status.status(view(out))
+        found = progress.status(view(out))
         assert found.shards[0].running
     with lock.take(path, "run") as held:
         assert not held.after_crash
@@ -286,7 +286,7 @@ def test_a_shard_that_no_start_has_given_its_videos_is_missing(specvlm: Specvlm,
     [((), ""), ((4,), "4"), ((0, 1, 2), "0-2"), ((5, 0, 3, 4), "0,3-5"), ((0, 2, 4), "0,2,4")],
 )
 def test_array_expression(shards: tuple[int, ...], expression: str) -> None:
-    assert status.array_expression(shards) == expression
+    assert progress.array_expression(shards) == expression
 
 
 # Ledgers in any state
@@ -316,7 +316,7 @@ def test_reading_while_a_run_writes_disturbs_neither(out: Path) -> None:
     writer.start()
     try:
         for _ in range(3):
-            assert status.status(view(out)).counts.done == 2500
+            assert progress.status(view(out)).counts.done == 2500
         with LedgerView.open(ledger(out)) as open_ledger:
             assert sum(len(page.items) for page in open_ledger.pages()) == 2500
     finally:
@@ -382,7 +382,7 @@ def test_ledgers_of_earlier_versions_are_read_as_they_are(out: Path, steps: int)
     database.execute(f"PRAGMA user_version = {steps}")
     database.close()
     fill(ledger(out), videos(3))
-    found = status.status(view(out))
+    found = progress.status(view(out))
     assert (found.counts.done, found.captions, found.shards[0].problem) == (3, 3, None)
     with LedgerView.open(ledger(out)) as open_ledger:
         assert [len(page.items) for page in open_ledger.pages()] == [3]
@@ -398,14 +398,14 @@ def test_a_ledger_of_another_kind_is_told_in_words(out: Path, sql: str, words: s
     change(out, sql)
     with pytest.raises(LedgerProblemError, match=words):
         LedgerView.open(ledger(out))
-    assert words in str(status.status(view(out)).shards[0].problem)
+    assert words in str(progress.status(view(out)).shards[0].problem)
 
 
 # Verifying
 
 
 def findings(out: Path) -> list[str]:
-    return [finding.text for finding in verify.verify(view(out)) if finding.wrong]
+    return [finding.text for finding in integrity.verify(view(out)) if finding.wrong]
 
 
 def first_part(out: Path) -> Path:

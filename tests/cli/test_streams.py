@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from specvlm_cli.streams import Stderr
+from specvlm_cli.console.streams import Stderr
 from tests.cli import invariants
 
 ROOT = Path(__file__).parents[2]

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from specvlm_cli.caption.outcome import Figures, LiveStatus, Outcome
+from specvlm_cli.console.messages import Talk
 from specvlm_cli.exits import ExitCode
-from specvlm_cli.results import Figures, LiveStatus, Outcome
-from specvlm_cli.talk import Talk
 from tests.cli.conftest import Specvlm, rows
 from tests.cli.saying import HOSTILE as HOSTILE_TEXTS
 from tests.cli.saying import claim, failure, harm, row
@@ -146,7 +146,7 @@ def said(talk: Talk, capsys: pytest.CaptureFixture[str], words: str) -> str:
 def test_log_progress_is_plain_lines(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("specvlm_cli.talk.LOG_EVERY_S", 0.01)
+    monkeypatch.setattr("specvlm_cli.console.messages.LOG_EVERY_S", 0.01)
     with Talk(progress="log") as talk, talk.working(5):
         talk.failed(claim(), failure(), "")
         talk.captioned(claim(), [row(prompt_index=0), row(prompt_index=1)])
@@ -162,7 +162,7 @@ def test_log_progress_is_plain_lines(
 def test_a_log_file_gets_progress_and_the_end_whatever_is_shown(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("specvlm_cli.talk.LOG_EVERY_S", 0.01)
+    monkeypatch.setattr("specvlm_cli.console.messages.LOG_EVERY_S", 0.01)
     log = tmp_path / "log"
     with Talk(quiet=True, log_file=log) as talk:
         with talk.working(3):

@@ -26,11 +26,11 @@ from specvlm.training import folder, memory
 from specvlm.training.objective import ObjectiveSettings
 from specvlm.training.ranks import Alone
 from specvlm_cli import app
+from specvlm_cli.caption.failure import Failure
 from specvlm_cli.commands.train_flags import CompressorName
-from specvlm_cli.decoding import DecodingPool
 from specvlm_cli.exits import FatalError
-from specvlm_cli.failure import Failure
-from specvlm_cli.training import job, lessons, source
+from specvlm_cli.readers import DecodingPool
+from specvlm_cli.training import lessons, source, start
 from specvlm_cli.training.captions import LEFT_OUT_NAME, NAME, Blame, Captions, LeftOut, LeftOuts
 from specvlm_cli.training.register import Register
 from specvlm_cli.training.samples import Split, TrainingVideo
@@ -81,7 +81,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train(
     models: Path, forked_readers: None, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> Train:
-    monkeypatch.setattr(job, "DecodingPool", partial(DecodingPool, reader=PLACE))
+    monkeypatch.setattr(start, "DecodingPool", partial(DecodingPool, reader=PLACE))
     monkeypatch.setattr(folder, "curve", lambda _: b"")  # it takes longer than all else
     return Train(models / "target", capfd)
 
@@ -666,7 +666,7 @@ def test_too_little_memory_is_told_before_the_first_step(
     )
     assert not list(out.glob(".specvlm/checkpoint-*"))
     monkeypatch.undo()
-    monkeypatch.setattr(job, "DecodingPool", partial(DecodingPool, reader=PLACE))
+    monkeypatch.setattr(start, "DecodingPool", partial(DecodingPool, reader=PLACE))
     assert train(videos, "-o", out).code == 0
 
 

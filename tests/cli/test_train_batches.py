@@ -17,10 +17,10 @@ from specvlm.drafts.head import HeadDraft
 from specvlm.errors import GenerationError
 from specvlm.records import Frames
 from specvlm.training import folder
-from specvlm_cli.decoding import DecodingPool
-from specvlm_cli.training import job, lessons
+from specvlm_cli.readers import DecodingPool
+from specvlm_cli.training import lessons, start
 from specvlm_cli.training.captions import ALL_PROMPTS, LEFT_OUT_NAME
-from specvlm_cli.training.reading import TrainingReader
+from specvlm_cli.training.frames import TrainingReader
 from specvlm_cli.training.source import VideoSamples
 from specvlm_cli.training.writing import Lesson, Writer
 from tests.cli.conftest import Result
@@ -46,7 +46,7 @@ def train(
     target: Path, forked_readers: None, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> Train:
     """All videos are read before the first step, and one more is admitted with each round."""
-    monkeypatch.setattr(job, "DecodingPool", partial(DecodingPool, reader=PLACE))
+    monkeypatch.setattr(start, "DecodingPool", partial(DecodingPool, reader=PLACE))
     monkeypatch.setattr(folder, "curve", lambda _: b"")
     first, room = TrainingReader.first, Writer.room
     monkeypatch.setattr(TrainingReader, "first", lambda self, _: first(self, COUNT))
@@ -241,7 +241,7 @@ def test_a_sample_that_is_left_out_meanwhile_is_dropped(
 ) -> None:
     visit, forget = lessons.Lessons.visit, Writer.forget
     dropped, waiting = list[bool](), list[int]()
-    places = [place for step in range(3) for place in job.Order(COUNT, 2, 0).places(step)]
+    places = [place for step in range(3) for place in start.Order(COUNT, 2, 0).places(step)]
 
     def visiting(self: lessons.Lessons, *arguments: Any) -> Any:
         measures = visit(self, *arguments)
@@ -297,7 +297,7 @@ def test_a_video_that_is_read_is_taken_before_its_turn(tmp_path: Path) -> None:
     from tests.cli.test_training_reading import check, jobs
 
     with DecodingPool(2, reader=PLACE) as pool:
-        reader = TrainingReader(pool, job.Bounds(2), check)
+        reader = TrainingReader(pool, start.Bounds(2), check)
         reader.begin(jobs(tmp_path, 5, bad=1))
         while len(reader.ready()) < 4:
             pass

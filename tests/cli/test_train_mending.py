@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from specvlm.drafts.head_model import read_config
 from specvlm.training.checkpoint import Checkpoints
 from specvlm_cli import app
-from specvlm_cli.lock import take
-from specvlm_cli.training import job
+from specvlm_cli.run.lock import take
+from specvlm_cli.training import start
 from tests.cli.conftest import snapshot
 from tests.cli.test_train import Train, log_of, models, out, train, videos
 
@@ -168,15 +168,15 @@ def test_a_start_that_waited_asks_again_whether_it_is_finished(
 ) -> None:
     """The other start ends the training while this one waits; nothing is loaded then."""
     assert train(videos, "-o", out, max_steps=1).code == 0
-    when_free = job.when_free
+    when_free = start.when_free
 
     def waited(*given: Any) -> object:
-        monkeypatch.setattr(job, "when_free", when_free)
+        monkeypatch.setattr(start, "when_free", when_free)
         assert train(videos, "-o", out).json["steps"] == 2
-        monkeypatch.setattr(job.engine, "load_captioner", None)
+        monkeypatch.setattr(start.engine, "load_captioner", None)
         return when_free(*given)
 
-    monkeypatch.setattr(job, "when_free", waited)
+    monkeypatch.setattr(start, "when_free", waited)
     said = train(videos, "-o", out, if_locked="wait")
     assert (said.code, said.json["steps"]) == (0, 2)
     assert "nothing to do: 2 steps are done" in said.err

@@ -10,9 +10,9 @@ import pytest
 
 from specvlm.config import FrameSettings
 from specvlm.records import Frames
-from specvlm_cli.decoding import DecodingPool, ReadFailure, ReadJob
-from specvlm_cli.training import reading
-from specvlm_cli.training.reading import ReadLimits, TrainingReader
+from specvlm_cli.readers import DecodingPool, ReadFailure, ReadJob
+from specvlm_cli.training import frames
+from specvlm_cli.training.frames import ReadLimits, TrainingReader
 from tests.cli.train_reader import PLACE
 
 
@@ -65,7 +65,7 @@ def test_a_video_that_is_to_be_tried_again_is_forgotten_when_it_is_passed(
 def test_few_wait_at_a_time_those_that_are_being_read_included(
     pool: DecodingPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reading, "_MOST_READ", 3)
+    monkeypatch.setattr(frames, "_MOST_READ", 3)
     reader = TrainingReader(pool, ReadLimits(4), check)
     reader.begin(jobs(tmp_path, 8))
     for key in range(8):

@@ -12,7 +12,8 @@ import pytest
 from specvlm.bench.clips import example_clips
 from specvlm.config import ModelSettings
 from specvlm.drafts.kept_tokens import KeptTokens, MostUsed, read_kept
-from specvlm_cli import app, engine, vocab
+from specvlm_cli import app, vocab
+from specvlm_cli.caption import engine
 from tests.cli.conftest import Specvlm, rows, snapshot
 
 DEMO = ("--preset", "demo")

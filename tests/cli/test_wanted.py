@@ -13,7 +13,7 @@ import pytest
 
 from specvlm_cli.exits import UsageError
 from specvlm_cli.inputs.item import Item
-from specvlm_cli.wanted import MOST_PROMPTS, WantedVideos
+from specvlm_cli.run.wanted import MOST_PROMPTS, WantedVideos
 
 
 def stored(wanted: WantedVideos) -> list[tuple[Any, ...]]:

@@ -17,12 +17,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from specvlm_cli import lock, parts
+from specvlm_cli.console.messages import Talk
+from specvlm_cli.console.safe_text import escaped
 from specvlm_cli.inputs.item import item_id
-from specvlm_cli.ledger import Ledger
+from specvlm_cli.run import lock, parts
+from specvlm_cli.run.ledger import Ledger
 from specvlm_cli.stopping import NotBegunError
-from specvlm_cli.talk import Talk
-from specvlm_cli.text import escaped
 from tests.cli.conftest import Result, Specvlm, rows
 from tests.cli.made import Video, fill, make_run
 
@@ -373,7 +373,7 @@ def test_a_fifo_in_the_temp_folder(
     (temporary / "specvlm-wanted-z").symlink_to(ground.outside)
     (ground.outside / "alive").touch()
     monkeypatch.setattr("tempfile.tempdir", str(temporary))
-    monkeypatch.setattr("specvlm_cli.wanted._YOUNG_S", -1.0)
+    monkeypatch.setattr("specvlm_cli.run.wanted._YOUNG_S", -1.0)
     assert specvlm("caption", ground.videos, "-o", ground.out, *REUSE).code == 0
     assert (ground.outside / "alive").exists()
 
@@ -433,7 +433,7 @@ def test_what_libraries_print_is_escaped(
     shown = escaped(f"\x1b[31m{hostile}\x1b[A")
     assert shown == "loading \\x1b]0;title\\x07\\x9b2J\\u202e50%\rloading 60%\n"
     written: list[str] = []
-    monkeypatch.setattr("specvlm_cli.talk.STDERR.write", written.append)
+    monkeypatch.setattr("specvlm_cli.console.messages.STDERR.write", written.append)
     talk = Talk()
     monkeypatch.setattr(talk._console, "_force_terminal", True)
     talk._overhear(hostile)
@@ -442,7 +442,7 @@ def test_what_libraries_print_is_escaped(
     def prints(*_: object) -> None:
         print(hostile, file=sys.stderr)
 
-    monkeypatch.setattr("specvlm_cli.run_view.view", prints)
+    monkeypatch.setattr("specvlm_cli.run.view.view", prints)
     found = specvlm("status", ground.out)
     assert "\x1b]" not in found.err
     assert "\\x1b]0;title" in found.err
@@ -474,7 +474,7 @@ def test_a_part_that_would_unpack_to_too_much(
 def test_a_ledger_that_somebody_holds(
     specvlm: Specvlm, ground: Ground, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("specvlm_cli.ledger.BUSY_TIMEOUT_S", 0.1)
+    monkeypatch.setattr("specvlm_cli.run.ledger.BUSY_TIMEOUT_S", 0.1)
     with closing(sqlite3.connect(ground.ledger, isolation_level=None)) as database:
         database.execute("BEGIN EXCLUSIVE")
         found = start(specvlm, ground)

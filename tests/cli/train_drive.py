@@ -51,7 +51,7 @@ def _warm_up(target: str) -> None:
 
     import specvlm
     import specvlm_cli.app
-    import specvlm_cli.training.job  # noqa: F401
+    import specvlm_cli.training.start  # noqa: F401
     from specvlm.training import folder
     from tests.tiny import random_frames
 

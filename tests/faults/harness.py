@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from specvlm_cli import app
-from specvlm_cli.parts import CAPTION_SCHEMA
+from specvlm_cli.run.parts import CAPTION_SCHEMA
 from tests.cli import family
 from tests.cli.drive import Fault, Kill, Start
 from tests.cli.fork_server import LONGEST_START_S, ForkServer

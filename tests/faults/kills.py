@@ -65,7 +65,7 @@ SCENES: dict[Scene, list[str]] = {
 }
 OF_CHILDREN: dict[Victim, list[str]] = {
     "worker": "start_worker claim prepare give finish write".split(),
-    "nursery": "submit collect give finish".split(),
+    "server": "submit collect give finish".split(),
     "reader": "submit collect".split(),
 }
 OF_GROUP = "claim finish give commit rename submit".split()

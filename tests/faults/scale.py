@@ -22,11 +22,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from specvlm_cli import app
-from specvlm_cli.engine import Models
-from specvlm_cli.ledger import Claim
-from specvlm_cli.parts import CAPTION_SCHEMA
-from specvlm_cli.rows import Provenance
-from specvlm_cli.runner import Runner
+from specvlm_cli.caption.coordinator import Runner
+from specvlm_cli.caption.engine import Models
+from specvlm_cli.run.ledger import Claim
+from specvlm_cli.run.parts import CAPTION_SCHEMA
+from specvlm_cli.run.rows import Provenance
 from specvlm_cli.stopping import Stop
 from tests.cli.conftest import snapshot
 
@@ -34,12 +34,13 @@ READY_S, READY_MB, FINISHED_S = 20.0, 500, 2.0
 _WATCHED = """
 import resource, sys, time
 began = time.time()
-from specvlm_cli import app, runner
+from specvlm_cli import app
+from specvlm_cli.caption import coordinator
 def ready(self, stop):
     peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     print(time.time() - began, peak_mb)
     stop.ask("measured")
-runner.Runner.load = ready
+coordinator.Runner.load = ready
 sys.exit(app.main(sys.argv[1:]))
 """
 

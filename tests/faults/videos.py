@@ -27,7 +27,7 @@ import numpy as np
 
 from specvlm.config import BACKENDS, BackendName, FrameSettings
 from specvlm.records import Frames
-from specvlm_cli.decoding import DecodingPool, Limits, ReadFailure, ReadJob, ReadVideo
+from specvlm_cli.readers import DecodingPool, Limits, ReadFailure, ReadJob, ReadVideo
 from tests import video_files
 from tests.faults import mutants, odd_files
 
@@ -290,7 +290,7 @@ def _children() -> list[str]:
     except OSError:
         return []
     lines = [Path(f"/proc/{number}/cmdline").read_text() for number in ours]
-    return [line for line in lines if "specvlm_cli.decoding" in line]
+    return [line for line in lines if "specvlm_cli.readers" in line]
 
 
 def run(

@@ -23,9 +23,9 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from specvlm_cli.holder import holder_of
 from specvlm_cli.inputs.item import item_id
-from specvlm_cli.shard import shard_of
+from specvlm_cli.run.holder import holder_of
+from specvlm_cli.run.shard import shard_of
 from tests.slurm import cluster
 from tests.slurm.cluster import Cluster, Task
 

@@ -114,7 +114,7 @@ def test_missing_shards_of_several_windows(
     specvlm: Specvlm, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begin(out, 3000)
-    monkeypatch.setattr("specvlm_cli.status.missing_shards", lambda _: (7, 999, 1000, 1002, 2500))
+    monkeypatch.setattr("specvlm_cli.run.progress.missing_shards", lambda _: (7, 999, 1000, 1002, 2500))
     said = specvlm("slurm", out, "--only-missing", *CAPTION).err.splitlines()[1:]
     assert said == [
         "sbatch --array=7,999 specvlm.sbatch 0",

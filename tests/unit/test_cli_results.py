@@ -14,9 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from specvlm.records import Caption
-from specvlm_cli import baseline
-from specvlm_cli.exits import ExitCode
-from specvlm_cli.results import (
+from specvlm_cli.caption import baseline
+from specvlm_cli.caption.outcome import (
     MOST_KINDS,
     OTHER_KINDS,
     Captioning,
@@ -28,7 +27,8 @@ from specvlm_cli.results import (
     Running,
     Tally,
 )
-from specvlm_cli.settings import config_hash, differences
+from specvlm_cli.caption.settings import config_hash, differences
+from specvlm_cli.exits import ExitCode
 from tests.cli.fake import stats
 from tests.cli.saying import compared, failure, row
 

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 from rich.cells import cell_len
 
-from specvlm_cli.exits import ExitCode
-from specvlm_cli.results import (
+from specvlm_cli.caption.outcome import (
     Captioning,
     CaptionSpread,
     Figures,
@@ -22,9 +21,9 @@ from specvlm_cli.results import (
     Running,
     Tally,
 )
-from specvlm_cli.screen.live import drawn
-from specvlm_cli.screen.log import LogFile
-from specvlm_cli.screen.meter import (
+from specvlm_cli.console.live import drawn
+from specvlm_cli.console.log import LogFile
+from specvlm_cli.console.meter import (
     FEWEST,
     WINDOW_S,
     Ended,
@@ -36,8 +35,8 @@ from specvlm_cli.screen.meter import (
     line,
     name_of,
 )
-from specvlm_cli.screen.report import ending, summary
-from specvlm_cli.screen.words import (
+from specvlm_cli.console.report import ending, summary
+from specvlm_cli.console.words import (
     amount,
     between,
     counted,
@@ -48,6 +47,7 @@ from specvlm_cli.screen.words import (
     rate,
     share,
 )
+from specvlm_cli.exits import ExitCode
 from tests.cli.saying import HOSTILE, claim, compared, failure, harm, row
 
 DECODE = PlainSpeedup(11, 2.02, 1.84, 2.44, of_totals=2.05, mean_batch_size=7.54)

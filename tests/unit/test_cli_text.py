@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
-from specvlm_cli.text import (
+from specvlm_cli.console.safe_text import (
     MOST_CHARACTERS,
     MOST_MARKS,
     caption_line,

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from specvlm.demo import demo_folder
-from specvlm_cli import engine, gpus
-from specvlm_cli.engine import cpu_workers
+from specvlm_cli.caption import engine, gpus
+from specvlm_cli.caption.engine import cpu_workers
 
 DEMO = [str(demo_folder("qwen-target")), str(demo_folder("qwen-draft"))]
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from specvlm_cli.inputs import Inputs
-from specvlm_cli.ledger import MOST_CRASHES, Ledger
-from specvlm_cli.wanted import WantedVideos
+from specvlm_cli.run.ledger import MOST_CRASHES, Ledger
+from specvlm_cli.run.wanted import WantedVideos
 
 
 @pytest.fixture

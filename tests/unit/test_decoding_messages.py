@@ -12,10 +12,10 @@ import pytest
 
 from specvlm.config import FrameSettings
 from specvlm.records import VideoSource
-from specvlm_cli.decoding import endings, messages
-from specvlm_cli.decoding.jobs import Limits, ReadJob
-from specvlm_cli.decoding.messages import ReaderReport, Said, report_of
-from specvlm_cli.decoding.shared import MOST_BYTES, MisreportError
+from specvlm_cli.readers import endings, messages
+from specvlm_cli.readers.jobs import Limits, ReadJob
+from specvlm_cli.readers.messages import ReaderReport, Said, report_of
+from specvlm_cli.readers.shared import MOST_BYTES, MisreportError
 
 _SOURCE = VideoSource(2.5, 29.97, 640, 480, "pyav 18.1.0", 0.25, ("truncated", "damaged"), 1 << 40, -5)
 

@@ -8,13 +8,12 @@ from typing import Any
 import pytest
 
 from specvlm.config import FrameSettings, GenerationSettings, SpeculationSettings
-from specvlm_cli import read_ahead
-from specvlm_cli.decoding import ReadFailure
+from specvlm_cli.caption.policy import Policy
+from specvlm_cli.caption.queue import _MOST_READ, Queue
+from specvlm_cli.caption.settings import CaptionSettings, ModelChoice
 from specvlm_cli.inputs.item import Item
-from specvlm_cli.ledger import Claim
-from specvlm_cli.policy import Policy
-from specvlm_cli.read_ahead import Queue
-from specvlm_cli.settings import CaptionSettings, ModelChoice
+from specvlm_cli.readers import ReadFailure
+from specvlm_cli.run.ledger import Claim
 
 SETTINGS = CaptionSettings(
     ModelChoice("tiny"), ("why?",), None, FrameSettings(), GenerationSettings(), SpeculationSettings()
@@ -129,7 +128,7 @@ def test_small_videos_take_no_more_descriptors_than_a_batch_needs(batch_size: in
     queue, pool = queue_of(500, 1, decode_workers=4)
     queue.batch_size = batch_size
     read_all_that_may_be_read(queue, pool)
-    assert max(read_ahead._MOST_READ, batch_size) <= queue.ready()[0] <= max(32, batch_size) + 4
+    assert max(_MOST_READ, batch_size) <= queue.ready()[0] <= max(32, batch_size) + 4
 
 
 def test_no_more_than_the_limit_is_begun() -> None:
@@ -172,7 +171,7 @@ def test_what_waits_behind_others_is_withdrawn_and_read_again() -> None:
 
 def test_a_try_comes_again_after_a_while_but_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr("specvlm_cli.read_ahead.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("specvlm_cli.caption.queue.time.monotonic", lambda: now[0])
     queue, pool = queue_of(1, 1, retries=2)
     read_all_that_may_be_read(queue, pool)
     claim = queue.lend("worker").claim

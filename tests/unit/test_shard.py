@@ -6,7 +6,7 @@ import pytest
 
 from specvlm_cli.exits import UsageError
 from specvlm_cli.inputs.item import item_id
-from specvlm_cli.shard import MOST_SHARDS, Shard, parse_shard, shard_of
+from specvlm_cli.run.shard import MOST_SHARDS, Shard, parse_shard, shard_of
 
 
 def array(task: int, count: int, **more: object) -> dict[str, str]:

@@ -14,8 +14,8 @@ from specvlm.drafts.kept_tokens import Choosing, MostUsed, unseen_share
 from specvlm.drafts.small_model import SmallModelDraft
 from specvlm.errors import ConfigError
 from specvlm.trimming import Trimming, guess_from
-from specvlm_cli.engine import SpecvlmEngine
-from specvlm_cli.settings import CaptionSettings, ModelChoice
+from specvlm_cli.caption.engine import SpecvlmEngine
+from specvlm_cli.caption.settings import CaptionSettings, ModelChoice
 from tests.tiny import Size, processor_for, random_frames, tiny_captioner
 
 TARGET = Size(layers=2, seed=1, vocabulary=320)

@@ -1,0 +1,1 @@
+"""`specvlm caption`: from the settings of a start to the last row."""
