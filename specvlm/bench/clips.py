@@ -4,11 +4,23 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import specvlm
 from specvlm.config import FrameSettings
 from specvlm.records import Frames
+
+EXAMPLES: Final = (
+    "one-drifts-left.mp4",
+    "one-grows.mp4",
+    "two-meet.mp4",
+    "one-vanishes-vp9.webm",
+    "two-still-and-rising-vp9.webm",
+    "two-grows-and-shrinks.mp4",
+    "one-sinks-rotated.mp4",
+    "one-slides-right-variable-rate.mp4",
+)
+"""The example clips in the order in which a bench takes them."""
 
 
 class Clip(NamedTuple):
@@ -35,9 +47,9 @@ class Clip(NamedTuple):
 
 
 def example_clips() -> tuple[Clip, ...]:
-    """The eight example clips as files: with an installed package in its data, in a checkout in examples/videos."""
+    """The eight example clips as files: data of an installed package, examples/videos in a checkout."""
     package = Path(specvlm.__file__).parent
     folder = package / "demo" / "videos"
     if not folder.is_dir():
         folder = package.parent / "examples" / "videos"
-    return tuple(Clip(path.name, str(path)) for path in sorted(folder.glob("*.[mw]*[4m]")))
+    return tuple(Clip(name, str(folder / name)) for name in EXAMPLES)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import specvlm
+from recipes.demo.examples import EXAMPLES
 from specvlm.bench.clips import Clip, example_clips
 from specvlm.bench.grid import Grid
 from specvlm.bench.measure import BenchRequest, Measurer, MethodError
@@ -644,7 +645,7 @@ def test_example_clips_are_the_files_of_the_checkout_or_of_the_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here = example_clips()
-    assert len(here) == 8
+    assert [clip.name for clip in here] == [example.name for example in EXAMPLES]
     assert {str(Path(str(clip.video)).parent) for clip in here} == {str(VIDEOS)}
     installed = tmp_path / "specvlm"
     (installed / "demo").mkdir(parents=True)
