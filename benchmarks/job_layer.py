@@ -37,10 +37,10 @@ class _Watch:
 
     def __init__(self) -> None:
         self.workers_s = self.cpu_s = self.waited_s = 0.0
-        self._run = coordinator.Runner.run
-        coordinator.Runner.run = lambda *given: self._timed(*given)  # type: ignore[method-assign]
+        self._run = coordinator.Coordinator.run
+        coordinator.Coordinator.run = lambda *given: self._timed(*given)  # type: ignore[method-assign]
 
-    def _timed(self, one: coordinator.Runner, *given: Any) -> None:
+    def _timed(self, one: coordinator.Coordinator, *given: Any) -> None:
         began, used, workers = time.perf_counter(), _own_cpu_s(), len(one._crew)
         self._run(one, *given)
         self.workers_s = workers * (time.perf_counter() - began)

@@ -100,13 +100,13 @@ def ours(folder: Path, preset: str, flags: list[str]) -> Timed:
     from specvlm_cli.caption import coordinator
 
     began: list[datetime] = []
-    run: Callable[..., None] = coordinator.Runner.run
+    run: Callable[..., None] = coordinator.Coordinator.run
 
     def noting(*given: Any) -> None:
         began.append(datetime.now(UTC))
         run(*given)
 
-    coordinator.Runner.run = noting  # type: ignore[method-assign, assignment]
+    coordinator.Coordinator.run = noting  # type: ignore[method-assign, assignment]
     with tempfile.TemporaryDirectory(prefix="specvlm-out-") as out:
         code = app.main(["caption", str(folder), "-o", out, "--preset", preset, "-q", *flags])
         if code:

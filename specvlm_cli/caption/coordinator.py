@@ -22,6 +22,7 @@ from multiprocessing.connection import wait
 from typing import Protocol
 
 from specvlm.records import CaptionStats
+from specvlm_cli.caption.assigning import Admission, Assigner
 from specvlm_cli.caption.engine import EngineFactory, Models
 from specvlm_cli.caption.failing import SameFailure
 from specvlm_cli.caption.failure import BAD_INPUT, Failure
@@ -30,7 +31,6 @@ from specvlm_cli.caption.policy import Policy
 from specvlm_cli.caption.queue import Queue
 from specvlm_cli.exits import FatalError, Flag, UsageError
 from specvlm_cli.readers import DecodingPool, ReadFailure
-from specvlm_cli.run.assigning import Admission, Assigner
 from specvlm_cli.run.ledger import NO_FILE, Claim, FileStamp, Ledger, Row
 from specvlm_cli.run.parts import PartFiles
 from specvlm_cli.run.rows import BEYOND_CONTEXT, Provenance, caption_row
@@ -70,7 +70,7 @@ class Reporter(Protocol):
     def warn(self, message: str) -> None: ...
 
 
-class Runner:
+class Coordinator:
     """Works through the wanted videos of a ledger.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""What a run came to, as frozen figures; how they are shown is for `talk.py`. Knows no terminal and no clock.
+"""What a run came to, as frozen figures; how they are shown is for `console`. Knows no terminal and no clock.
 
 Everything here takes the same memory after ten rows and after ten million.
 """

@@ -19,7 +19,7 @@ from typing import Literal, Protocol
 
 from specvlm.checkpoint import can_compare, fingerprint
 from specvlm.errors import SpecvlmError
-from specvlm_cli.caption.coordinator import Reporter, Runner
+from specvlm_cli.caption.coordinator import Coordinator, Reporter
 from specvlm_cli.caption.engine import EngineFactory, Models
 from specvlm_cli.caption.outcome import Outcome
 from specvlm_cli.caption.policy import Policy
@@ -314,14 +314,16 @@ class _Start:
         request = self.request
         todo = self.ledger.count_to_do(request.overwrite, request.retry_failed, request.policy.limit)
         policy = request.policy.for_videos(todo)
-        runner = Runner(self.ledger, self.folder.parts, factory, policy, self.display, refused=self.refused)
+        runner = Coordinator(
+            self.ledger, self.folder.parts, factory, policy, self.display, refused=self.refused
+        )
         if todo and self.stop.reason is None and not runner.too_many_failed():
             self._caption(runner, todo)
         else:
             runner.close_parts()
         return self._ended(runner, todo)
 
-    def _ended(self, runner: Runner, todo: int) -> Outcome:
+    def _ended(self, runner: Coordinator, todo: int) -> Outcome:
         outcome = _outcome(self.request, self.folder, self.ledger)
         return replace(
             outcome,
@@ -333,7 +335,7 @@ class _Start:
             failures_file=str(self.folder.root / self.folder.parts.failures_name) if outcome.failed else None,
         )
 
-    def _exit_code(self, runner: Runner, outcome: Outcome, todo: int) -> ExitCode:
+    def _exit_code(self, runner: Coordinator, outcome: Outcome, todo: int) -> ExitCode:
         if self.stop.reason is not None and outcome.pending:
             return ExitCode.STOPPED
         if runner.too_many_failed():
@@ -341,7 +343,7 @@ class _Start:
         failed = outcome.failed if todo else self.refused
         return ExitCode.SOME_FAILED if failed and not self.request.exit_zero else outcome.exit_code
 
-    def _caption(self, runner: Runner, todo: int) -> None:
+    def _caption(self, runner: Coordinator, todo: int) -> None:
         self.request.before_loading()
         self.display.note(f"loading {clean(self.request.settings.models.name)}")
         try:

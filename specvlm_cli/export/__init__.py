@@ -8,5 +8,5 @@ staging.py    written next to the destination, renamed at the end
 manifest.py   what an export wrote, and how an earlier export is recognised
 parquet.py lines.py sidecars.py videofolder.py   the formats
 card.py       the dataset card
-job.py        one export, from request to result
+write.py      one export, from request to result
 """

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from specvlm_cli import app
-from specvlm_cli.caption.coordinator import Runner
+from specvlm_cli.caption.coordinator import Coordinator
 from specvlm_cli.caption.engine import Models
 from specvlm_cli.run.ledger import Claim
 from specvlm_cli.run.parts import CAPTION_SCHEMA
@@ -40,7 +40,7 @@ def ready(self, stop):
     peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     print(time.time() - began, peak_mb)
     stop.ask("measured")
-coordinator.Runner.load = ready
+coordinator.Coordinator.load = ready
 sys.exit(app.main(sys.argv[1:]))
 """
 
@@ -78,21 +78,21 @@ def measure_ready(manifest: Path, out: Path) -> tuple[float, int]:
 def finish(manifest: Path, out: Path) -> None:
     """Run the command with workers that caption everything in no time, with made-up captions."""
 
-    def load(self: Runner, stop: Stop) -> Models:
+    def load(self: Coordinator, stop: Stop) -> Models:
         return Models("made up", None, None, "none")
 
-    def run(self: Runner, stop: Stop, provenance: Provenance) -> None:
+    def run(self: Coordinator, stop: Stop, provenance: Provenance) -> None:
         with self._ledger.writing():
             for claim in self._ledger.pending(-1, 1 << 30):
                 self._ledger.finish(claim, [made_up_row(claim, provenance.config_hash)])
         self.close_parts()
 
-    before = Runner.load, Runner.run
-    Runner.load, Runner.run = load, run  # type: ignore[method-assign]
+    before = Coordinator.load, Coordinator.run
+    Coordinator.load, Coordinator.run = load, run  # type: ignore[method-assign]
     try:
         assert app.main(["caption", str(manifest), "-o", str(out), "-q", "--preset", "demo"]) == 0
     finally:
-        Runner.load, Runner.run = before  # type: ignore[method-assign]
+        Coordinator.load, Coordinator.run = before  # type: ignore[method-assign]
 
 
 def made_up_row(claim: Claim, config_hash: str) -> dict[str, Any]:

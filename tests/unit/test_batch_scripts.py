@@ -64,7 +64,7 @@ def test_batches_compares_every_method_and_a_useless_draft(
 def test_the_command_and_the_loop_caption_the_same_files(
     scripts: Any, forked: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(coordinator.Runner, "run", coordinator.Runner.run)  # put back afterwards
+    monkeypatch.setattr(coordinator.Coordinator, "run", coordinator.Coordinator.run)  # put back afterwards
     for name in ("two-meet.mp4", "one-grows.mp4"):
         shutil.copyfile(ROOT / "examples" / "videos" / name, tmp_path / name)
     stock = scripts.throughput.stock(tmp_path, "demo", 2)
