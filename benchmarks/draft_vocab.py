@@ -25,7 +25,6 @@ from acceptance import PROMPT, conditions, drawn
 from modelled import Pair, RandomCaptioner, build, find_shape
 
 import specvlm
-from specvlm.bench.words import counted
 from specvlm.captioner import Captioner, PreparedVideo
 from specvlm.drafts.base import Draft
 from specvlm.drafts.compressor import CompressorConfig
@@ -36,6 +35,7 @@ from specvlm.drafts.small_model import SmallModelDraft
 from specvlm.preset import find_preset
 from specvlm.published import Shape
 from specvlm.sampling import id_list
+from specvlm.words import counted
 
 TREES = ("chain", "static", "dynamic")
 FRAMES = 2

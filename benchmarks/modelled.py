@@ -36,7 +36,6 @@ from transformers import (
 from specvlm import decode
 from specvlm.attention import ATTENTION, register_attention
 from specvlm.batch import Kind
-from specvlm.bench.words import counted
 from specvlm.captioner import Captioner, ModelInfo, PreparedVideo
 from specvlm.config import FrameSettings, SpeculationSettings
 from specvlm.decode import CaptionSequence, Decoder, DecodeSettings
@@ -71,6 +70,7 @@ from specvlm.records import Frames
 from specvlm.stats import StageClock, device_words
 from specvlm.tree import STATIC_PATHS, Guesses
 from specvlm.verify import Accepted, accept
+from specvlm.words import counted
 
 FRAME_SIZE = (360, 640)  # height, width
 # Tokens around the video, as the families' chat templates give for "Describe the video in detail.".

@@ -47,11 +47,12 @@ from specvlm.bench.grid import HEAD, WITH_DRAFT, Grid
 from specvlm.bench.measure import BenchRequest
 from specvlm.bench.records import METHODS, BenchReport
 from specvlm.bench.suite import BenchListener, BenchSetup, StoppedError, bench
-from specvlm.bench.words import amount, percent, stopped_words
+from specvlm.bench.words import stopped_words
 from specvlm.config import GenerationSettings, SpeculationSettings
 from specvlm.errors import ConfigError
 from specvlm.published import Shape, patch_grid, steps_of, video_tokens
 from specvlm.stats import free_memory_bytes
+from specvlm.words import amount, percent
 from specvlm_cli.console import tables
 from specvlm_cli.console.bench import BenchTalk, tell
 

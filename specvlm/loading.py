@@ -22,7 +22,6 @@ from specvlm import checkpoint
 from specvlm.attention import ATTENTION, register_attention
 from specvlm.captioner import Captioner, ModelInfo
 from specvlm.config import FrameSettings, ModelSettings, of_type, one_of
-from specvlm.demo import local_name
 from specvlm.drafts.base import Draft
 from specvlm.drafts.head import HeadDraft
 from specvlm.drafts.head_model import HeadModel, read_config
@@ -32,6 +31,7 @@ from specvlm.drafts.small_model import SmallModelDraft
 from specvlm.errors import ConfigError, IncompatibleDraftError, ModelLoadError, PromptError, SpecvlmError
 from specvlm.families import family_of
 from specvlm.model import VideoLM
+from specvlm.packaged import local_name
 from specvlm.preset import DEFAULT_PROMPT, find_preset, presets
 from specvlm.sampling import id_list
 from specvlm.stats import device_words

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from specvlm.config import FrameSettings
-from specvlm.demo import demo_folder
 from specvlm.drafts.kinds import is_head
+from specvlm.packaged import demo_folder
 
 DEFAULT_PROMPT = "Describe the video in detail."
 

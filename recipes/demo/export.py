@@ -11,13 +11,13 @@ import shutil
 from pathlib import Path
 from typing import Any, Final, get_args
 
-import specvlm.demo
+import specvlm
 from recipes.demo.captions import FACT_KINDS
 from recipes.demo.models import CHECKPOINTS, Role
 from recipes.demo.tokenizer import Family
-from specvlm.demo import DemoName
+from specvlm.packaged import DemoName
 
-WEIGHTS: Final = Path(specvlm.demo.__file__).parent / "weights"
+WEIGHTS: Final = Path(specvlm.__file__).parent / "demo" / "weights"
 _ARCHITECTURES: Final = {
     "qwen": "Qwen2_5_VLForConditionalGeneration (M-RoPE, window attention in the vision tower)",
     "llava": "LlavaOnevisionForConditionalGeneration (SigLIP tower, pooled frames, newline token)",

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final, get_args
 
 from recipes.demo.export import WEIGHTS
-from specvlm.demo import HeadName
+from specvlm.packaged import HeadName
 
 _FILES: Final = ("model.safetensors", "config.json")
 _CARD: Final = """---

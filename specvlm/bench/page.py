@@ -16,10 +16,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from specvlm.bench.records import BASELINES, BenchReport, Speedup, Summary
 from specvlm.bench.words import (
     Column,
-    amount,
     baseline_of,
     clips_words,
-    counted,
     depths,
     frames_notes,
     frames_of,
@@ -30,7 +28,6 @@ from specvlm.bench.words import (
     name_of,
     number,
     peak_words,
-    percent,
     rate,
     rate_columns,
     reference,
@@ -39,6 +36,7 @@ from specvlm.bench.words import (
     spread_columns,
     stopped_words,
 )
+from specvlm.words import amount, counted, percent
 
 if TYPE_CHECKING:
     from specvlm.bench.plots import Plot

@@ -6,8 +6,8 @@ import json
 import os
 from pathlib import Path
 
-from specvlm.demo import local_name
 from specvlm.files import open_plain, read_text
+from specvlm.packaged import local_name
 
 HEAD_TYPE = "specvlm_head"
 _MOST_HEADER = 1 << 20  # bytes; a head has some twenty tensors

@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from specvlm.bench.words import counted, percent
 from specvlm.inspection.drawing import (
     DARK,
     FIRST_COLOUR,
@@ -28,6 +27,7 @@ from specvlm.inspection.drawing import (
     write,
 )
 from specvlm.inspection.looking import FIRST, SECOND, FrameStep, Inspection
+from specvlm.words import counted, percent
 
 MOST_PICTURES = 12
 _MARGIN, _GAP = 28, 18

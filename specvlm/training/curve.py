@@ -14,8 +14,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from specvlm.bench.plots import COLOURS
-
 _STYLE: Any = {
     "font.size": 11,
     "axes.spines.top": False,
@@ -29,9 +27,9 @@ _STYLE: Any = {
     "axes.titlelocation": "left",
 }
 _PANELS = (
-    ("mean_accepted_tokens", "Accepted tokens a round, held-out videos"),
-    ("right", "Share of tokens guessed right, training"),
-    ("loss", "Loss, training"),
+    ("mean_accepted_tokens", "Accepted tokens per round, held-out videos", "#2b83c6"),
+    ("right", "Share of tokens guessed right, training", "#e0762b"),
+    ("loss", "Loss, training", "#2a9d72"),
 )
 
 
@@ -43,10 +41,8 @@ def curve(log: Sequence[dict[str, Any]]) -> bytes:
     """
     with rc_context(_STYLE):
         figure = Figure(figsize=(8.0, 8.4), layout="constrained", dpi=110)
-        for number, (axes, (name, title)) in enumerate(
-            zip(figure.subplots(3, 1, sharex=True), _PANELS, strict=True)
-        ):
-            _panel(axes, log, name, COLOURS[number])
+        for axes, (name, title, colour) in zip(figure.subplots(3, 1, sharex=True), _PANELS, strict=True):
+            _panel(axes, log, name, colour)
             axes.set_title(title)
         axes.set_xlabel("step")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -7,7 +7,7 @@ from typing import Any
 
 from specvlm.checkpoint import can_compare
 from specvlm.config import FrameSettings, GenerationSettings
-from specvlm.demo import local_name
+from specvlm.packaged import local_name
 from specvlm_cli.caption.settings import ModelChoice, Plain, config_hash, differences
 from specvlm_cli.console.safe_text import clean
 from specvlm_cli.exits import FLAG_NAMES, FatalError, UsageError

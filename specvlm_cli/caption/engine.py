@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from specvlm.config import ModelSettings
-from specvlm.demo import OWNER, demo_folder
 from specvlm.drafts.kept_tokens import MostUsed
 from specvlm.errors import PromptError
 from specvlm.host import usable_cores
+from specvlm.packaged import OWNER, demo_folder
 from specvlm.records import Caption, Frames
 from specvlm_cli.caption.gpus import may_have_gpu
 from specvlm_cli.caption.settings import CaptionSettings, Plain

@@ -20,11 +20,12 @@ from specvlm.bench.clips import Clip, example_clips
 from specvlm.bench.grid import HEAD, WITH_DRAFT, Grid, GridDraft
 from specvlm.bench.page import PageSheet
 from specvlm.bench.records import METHODS, BenchReport, Left, MethodName
-from specvlm.bench.words import counted, stopped_words
+from specvlm.bench.words import stopped_words
 from specvlm.config import GenerationSettings, PrunerName, TreeName
 from specvlm.drafts.kinds import is_head
 from specvlm.errors import SpecvlmError
 from specvlm.preset import Preset, head_of
+from specvlm.words import counted
 from specvlm_cli.caption import engine
 from specvlm_cli.commands.bench_flags import MOST_REPEATS, BenchFlags, in_range, one_prompt, values_of
 from specvlm_cli.commands.caption_flags import MOST

@@ -12,6 +12,7 @@ from typing import Any
 import specvlm
 from specvlm.host import usable_cores
 from specvlm.preset import Preset
+from specvlm.words import amount
 from specvlm_cli import vocab
 from specvlm_cli.caption import engine, start
 from specvlm_cli.caption.gpus import smallest_memory_bytes
@@ -37,7 +38,6 @@ from specvlm_cli.commands.choices import (
 from specvlm_cli.commands.options import PREFIX, picked, variable
 from specvlm_cli.console.messages import Talk, counted
 from specvlm_cli.console.safe_text import clean, short
-from specvlm_cli.console.words import amount
 from specvlm_cli.durations import positive_seconds, seconds
 from specvlm_cli.exits import ExitCode, Flag, UsageError, excluding
 from specvlm_cli.inputs import InputOptions, Inputs

@@ -123,8 +123,8 @@ def export(
 
 
 def _tell(found: Exported) -> None:
+    from specvlm.words import counted
     from specvlm_cli.console.messages import STDERR
-    from specvlm_cli.console.words import counted
 
     for note in found.notes:
         print(f"note: {clean(note)}", file=STDERR)

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from specvlm.bench.words import counted, frames_note, percent
+from specvlm.bench.words import frames_note
 from specvlm.drafts.kinds import is_head
 from specvlm.preset import Preset
+from specvlm.words import counted, percent
 from specvlm_cli.caption import engine
 from specvlm_cli.caption.settings import CaptionSettings
 from specvlm_cli.commands.bench_flags import in_range, one_prompt

@@ -27,9 +27,9 @@ def presets(
     Memory is an estimate: the weights of both models in bf16, and their caches for the longest video that the
     preset reads. Working memory comes on top; leave a fifth more.
     """
+    from specvlm.words import amount
     from specvlm_cli.checkpoints import preset_views
     from specvlm_cli.console import tables
-    from specvlm_cli.console.words import amount
 
     found = preset_views()
     if as_json:

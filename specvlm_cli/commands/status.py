@@ -123,7 +123,8 @@ def _show(found: RunStatus) -> None:
 
 
 def _lines(found: RunStatus) -> Iterator[tuple[str, str]]:
-    from specvlm_cli.console.words import amount, counted, share
+    from specvlm.words import amount, counted
+    from specvlm_cli.console.words import share
 
     shards = f" ({len(found.shards)} shards)" if len(found.shards) > 1 else ""
     yield "run folder", f"{found.out}{shards}"
@@ -167,8 +168,8 @@ def _pace(found: RunStatus) -> str:
 
 
 def _speculation(figures: Figures) -> Iterator[tuple[str, str]]:
+    from specvlm.words import counted
     from specvlm_cli.console.report import speedups
-    from specvlm_cli.console.words import counted
 
     yield from speedups(figures)
     if figures.mean_accepted_tokens is not None:

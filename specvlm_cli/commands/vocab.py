@@ -172,7 +172,7 @@ def _show(made: WrittenVocabulary, target: str, flags: VocabFlags) -> None:
 
 
 def _lines(made: WrittenVocabulary, flags: VocabFlags) -> list[tuple[str, str]]:
-    from specvlm_cli.console.words import counted
+    from specvlm.words import counted
 
     kept = made.kept
     of_files = f" and {counted(made.files, 'text file')}" if made.files else ""

@@ -26,9 +26,7 @@ from specvlm.bench.records import (
 from specvlm.bench.words import (
     STAGE_NAMES,
     Column,
-    amount,
     clips_words,
-    counted,
     depths,
     frames_notes,
     frames_of,
@@ -38,7 +36,6 @@ from specvlm.bench.words import (
     ms,
     number,
     peak_words,
-    percent,
     rate_columns,
     reference,
     settled,
@@ -46,6 +43,7 @@ from specvlm.bench.words import (
     spread_columns,
     stopped_words,
 )
+from specvlm.words import amount, counted, percent
 from specvlm_cli.console import tables
 from specvlm_cli.console.safe_text import MOST_CHARACTERS, cells, clean, short
 from specvlm_cli.console.streams import escaping

@@ -20,9 +20,10 @@ from rich.live import Live
 from rich.segment import ControlType
 from rich.text import Text
 
+from specvlm.words import counted
 from specvlm_cli.console.meter import Meter, Standing, progress, speed, state
 from specvlm_cli.console.safe_text import caption_line, cells, clean, cut
-from specvlm_cli.console.words import counted, duration
+from specvlm_cli.console.words import duration
 
 REFRESH_S = 0.25
 KINDS_SHOWN = 3

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from rich.text import Text
 
+from specvlm.words import counted
 from specvlm_cli.caption.outcome import LiveStatus, Outcome
 from specvlm_cli.console.live import REFRESH_S, LiveDisplay, every
 from specvlm_cli.console.meter import Meter, line, name_of
@@ -22,7 +23,6 @@ from specvlm_cli.console.report import ending, summary
 from specvlm_cli.console.safe_text import MOST_CHARACTERS, caption_line, escaped, short
 from specvlm_cli.console.streams import escaping
 from specvlm_cli.console.voice import LOG_EVERY_S, STDERR, ProgressName, Voice
-from specvlm_cli.console.words import counted
 from specvlm_cli.exits import ExitCode
 from specvlm_cli.run.ledger import Claim, Failure, Row
 

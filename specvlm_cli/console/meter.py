@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from os import fsdecode
 from typing import NamedTuple
 
+from specvlm.words import amount
 from specvlm_cli.caption.outcome import LiveStatus, PlainSpeedup, Running, Tally
-from specvlm_cli.console.words import amount, between, duration, over_plain, per_hour, per_s
+from specvlm_cli.console.words import between, duration, over_plain, per_hour, per_s
 from specvlm_cli.run.ledger import Claim, Failure, Row
 
 WINDOW_S = 120.0

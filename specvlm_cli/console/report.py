@@ -9,9 +9,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 
 import specvlm
+from specvlm.words import counted
 from specvlm_cli.caption.outcome import STAGES, Figures, Outcome, PlainSpeedup
 from specvlm_cli.console.safe_text import cells, clean
-from specvlm_cli.console.words import between, counted, duration, over_plain, rate, share
+from specvlm_cli.console.words import between, duration, over_plain, rate, share
 
 KINDS_SHOWN = 5
 Line = tuple[str, str]  # what, and how much

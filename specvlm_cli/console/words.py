@@ -2,13 +2,6 @@
 
 from __future__ import annotations
 
-from specvlm.bench.words import amount as amount
-
-
-def counted(number: int, noun: str) -> str:
-    """Return a number with its noun."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
 
 def duration(seconds: float) -> str:
     """Return a time span as people write it."""

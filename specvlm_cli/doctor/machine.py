@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from specvlm.host import usable_cores
-from specvlm_cli.console.words import amount
+from specvlm.words import amount
 from specvlm_cli.doctor.checks import CheckVerdict, fail, ok, warn
 
 _GB = 10**9

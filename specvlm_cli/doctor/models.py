@@ -14,9 +14,9 @@ from types import TracebackType
 from typing import Any, Self
 
 from specvlm.preset import find_preset
+from specvlm.words import amount
 from specvlm_cli.checkpoints import on_disk
 from specvlm_cli.console.safe_text import clean
-from specvlm_cli.console.words import amount
 from specvlm_cli.doctor.checks import CheckVerdict, fail, ok, warn
 
 _NVIDIA, _AMD = Path("/proc/driver/nvidia/version"), Path("/dev/kfd")

@@ -17,8 +17,8 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from statistics import median
 
+from specvlm.words import amount
 from specvlm_cli.console.safe_text import clean
-from specvlm_cli.console.words import amount
 from specvlm_cli.doctor.checks import CheckVerdict, fail, ok, warn
 
 _GB = 10**9

@@ -13,8 +13,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from specvlm.words import counted
 from specvlm_cli.console.safe_text import clean, path_bytes, path_text
-from specvlm_cli.console.words import counted
 from specvlm_cli.exits import FatalError, Flag, UsageError
 from specvlm_cli.export import parquet
 from specvlm_cli.export.card import Config, Facts, card

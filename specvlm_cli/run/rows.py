@@ -10,7 +10,7 @@ import json
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
-from specvlm.demo import local_name
+from specvlm.packaged import local_name
 from specvlm.records import Caption, CaptionStats, VideoSource
 from specvlm_cli.caption.baseline import Comparison
 from specvlm_cli.console.safe_text import path_text, storable

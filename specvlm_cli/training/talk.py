@@ -17,11 +17,12 @@ from rich.text import Text
 
 from specvlm.training.progress import Measures
 from specvlm.training.progress import Progress as Standing
+from specvlm.words import counted
 from specvlm_cli.console.live import every
 from specvlm_cli.console.safe_text import caption_line, short
 from specvlm_cli.console.streams import escaping
 from specvlm_cli.console.voice import LOG_EVERY_S, ProgressName, Voice
-from specvlm_cli.console.words import counted, duration, rate
+from specvlm_cli.console.words import duration, rate
 from specvlm_cli.training.captions import LeftOut
 
 _LATELY = 64  # samples whose mean loss is shown

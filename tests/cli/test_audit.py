@@ -25,7 +25,7 @@ import pytest
 from specvlm.bench.reference import Reference, StockCaption
 from specvlm.captioner import Captioner
 from specvlm.config import FrameSettings, GenerationSettings, SpeculationSettings
-from specvlm.demo import demo_folder
+from specvlm.packaged import demo_folder
 from specvlm.records import Frames
 from specvlm_cli import app
 from specvlm_cli.audit import differences, work

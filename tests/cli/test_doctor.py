@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from specvlm.demo import demo_folder
 from specvlm.errors import SpecvlmError
+from specvlm.packaged import demo_folder
 from specvlm_cli.doctor import checks, machine, models, probe, readers, storage
 from specvlm_cli.doctor.checks import Check, CheckVerdict
 from tests.cli.conftest import Specvlm, snapshot

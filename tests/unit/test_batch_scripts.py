@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from specvlm.demo import demo_folder
+from specvlm.packaged import demo_folder
 from specvlm_cli.caption import coordinator
 from tests.cli.conftest import forked, forked_readers
 

@@ -32,9 +32,10 @@ from specvlm.bench.suite import (
     whole_turns,
 )
 from specvlm.bench.summing import acceptance_per_depth, limit, predicted_speedup, summarise
-from specvlm.bench.words import depths, frames_note, frames_notes, frames_of, percent, stopped_words
+from specvlm.bench.words import depths, frames_note, frames_notes, frames_of, stopped_words
 from specvlm.captioner import Captioner, PreparedVideo
 from specvlm.errors import ConfigError, NotAVideoError
+from specvlm.words import percent
 from tests.bench_reports import CONDITIONS
 from tests.tiny import FamilyName, Size, random_frames, stock_ids, tiny_captioner
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from rich.cells import cell_len
 
+from specvlm.words import amount, counted
 from specvlm_cli.caption.outcome import (
     Captioning,
     CaptionSpread,
@@ -36,17 +37,7 @@ from specvlm_cli.console.meter import (
     name_of,
 )
 from specvlm_cli.console.report import ending, summary
-from specvlm_cli.console.words import (
-    amount,
-    between,
-    counted,
-    duration,
-    over_plain,
-    per_hour,
-    per_s,
-    rate,
-    share,
-)
+from specvlm_cli.console.words import between, duration, over_plain, per_hour, per_s, rate, share
 from specvlm_cli.exits import ExitCode
 from tests.cli.saying import HOSTILE, claim, compared, failure, harm, row
 

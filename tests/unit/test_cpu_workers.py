@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from specvlm.demo import demo_folder
+from specvlm.packaged import demo_folder
 from specvlm_cli.caption import engine, gpus
 from specvlm_cli.caption.engine import cpu_workers
 

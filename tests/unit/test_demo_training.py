@@ -41,7 +41,7 @@ from recipes.demo.train import (
     video_spots,
     video_tokens,
 )
-from specvlm.demo import demo_folder
+from specvlm.packaged import demo_folder
 
 FAMILIES: tuple[Family, ...] = get_args(Family)
 MAKERS = {"qwen": qwen_processor, "llava": llava_processor, "qwen3": qwen3_processor}

@@ -16,7 +16,7 @@ from recipes.demo.examples import EXAMPLES
 from recipes.demo.models import CHECKPOINTS, Role
 from recipes.demo.tokenizer import Family
 from recipes.demo.train import load_model
-from specvlm.demo import DemoName, demo_folder
+from specvlm.packaged import DemoName, demo_folder
 
 VIDEOS = Path(__file__).parents[2] / "examples" / "videos"
 NAMES: tuple[DemoName, ...] = get_args(DemoName)

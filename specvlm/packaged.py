@@ -16,18 +16,18 @@ HeadName = Literal["qwen-head", "llava-head", "qwen3-head"]
 """Heads that `specvlm train` makes for the demo targets; only folders that are there are presets."""
 
 OWNER = "specvlm-demo"
-"""Stands before the names of these checkpoints where hub ids have their owner."""
+"""Owner in the names of these checkpoints, as hub ids have one."""
 
 __all__ = ["OWNER", "DemoName", "HeadName", "demo_folder", "local_name"]
 
 
 def demo_folder(name: DemoName | HeadName) -> Path:
     """Folder of one demo checkpoint, in the Hugging Face layout that `from_pretrained` reads, or of a head."""
-    return Path(str(files(__name__))) / "weights" / name
+    return Path(str(files("specvlm"))) / "demo" / "weights" / name
 
 
 def local_name(name: str) -> str:
     """The folder of a name like "specvlm-demo/qwen-target"; any other name as it is."""
     owner, _, rest = name.partition("/")
-    folder = Path(str(files(__name__))) / "weights" / rest
+    folder = Path(str(files("specvlm"))) / "demo" / "weights" / rest
     return str(folder) if owner == OWNER and rest and "/" not in rest and folder.is_dir() else name
