@@ -49,7 +49,7 @@ class Settling:
     ) -> None:
         """Write a caption in steps of one row, then run its tokens in passes over several, and compare the logits.
 
-        Logits that are not finite tell nothing: it stays unmeasured then.
+        Only tokens before the first logits that are not finite count; without any it stays unmeasured.
 
         Args:
             target: The model.
@@ -64,8 +64,12 @@ class Settling:
         tokens, alone = [token], list[torch.Tensor]()
         for index in range(steps):
             logits = target.logits(target.step(tokens[-1], position + index, cache, length + index))
+            if not bool(logits.isfinite().all()):
+                break
             alone.append(logits[0, 0])
             tokens.append(int(logits.argmax()))
+        if not alone:
+            return
         expected = torch.stack(alone)  # [steps, C]
         changes = [_change(expected, _together(target, cache, length, position, tokens, n)) for n in ROWS]
         bound = max(SAFETY * max(changes), _step_of(expected.amax(), target.dtype))

@@ -306,7 +306,7 @@ COLOURS_OF_TEXT = """(() => {
     const numbers = text => text.match(/[0-9.]+/g).slice(0, 3).map(Number);
     const of = (where, what) => numbers(getComputedStyle(document.querySelector(where))[what]);
     return [of('body', 'backgroundColor'), of('body', 'color'), of('dt', 'color'), of('.plot svg text', 'fill'),
-            of('td.failed', 'color')];
+            of('td.not-run', 'color')];
 })()"""
 
 

@@ -175,7 +175,7 @@ def test_many_frames_in_few_pictures(run: Run, tmp_path: Path) -> None:
     flags = ("long.mp4", "--preset", "demo-llava", "--num-frames", 60)
     code, out, _ = run(*flags, "--pictures", 4)
     assert code == 0
-    assert "--json tells all" in out
+    assert "--json has all" in out
     few = len(pixels(tmp_path / "long-inspect.png"))
     assert run(*flags, "--pictures", 60, "-o", "all.png")[0] == 0
     assert len(pixels(tmp_path / "all.png")) > 3 * few

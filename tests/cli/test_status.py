@@ -425,13 +425,13 @@ def rewrite(out: Path) -> None:
     texts = ["another caption", *table.column("caption").to_pylist()[1:]]
     at = table.schema.get_field_index("caption")
     pq.write_table(table.set_column(at, table.schema.field(at), [texts]), part)
-    digest = hashlib.sha256(part.read_bytes()).hexdigest()
-    change(out, f"UPDATE part SET sha256 = '{digest}' WHERE name = 'captions/{part.name}'")
+    digest, size = hashlib.sha256(part.read_bytes()).hexdigest(), part.stat().st_size
+    change(out, f"UPDATE part SET sha256 = '{digest}', bytes = {size} WHERE name = 'captions/{part.name}'")
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "part gone": (lambda out: first_part(out).unlink(), "is gone"),
-    "part cut short": (lambda out: first_part(out).write_bytes(first_part(out).read_bytes()[:-9]), "sha256"),
+    "part cut short": (lambda out: first_part(out).write_bytes(first_part(out).read_bytes()[:-9]), "(size)"),
     "part flipped": (lambda out: flip(first_part(out), 0.3), "sha256"),
     "part says something else": (rewrite, "something else than the ledger in 1 rows"),
     "part outdated": (lambda out: change(out, "UPDATE part SET outdated = 1"), "have changed since"),

@@ -297,7 +297,7 @@ def test_a_video_that_is_read_is_taken_before_its_turn(tmp_path: Path) -> None:
     from tests.cli.test_training_reading import check, jobs
 
     with DecodingPool(2, reader=PLACE) as pool:
-        reader = TrainingReader(pool, start.Bounds(2), check)
+        reader = TrainingReader(pool, start.ReadLimits(2), check)
         reader.begin(jobs(tmp_path, 5, bad=1))
         while len(reader.ready()) < 4:
             pass

@@ -137,8 +137,10 @@ def test_no_more_is_measured_than_a_sliding_window_holds() -> None:
     assert captioner.settling.bound is not None
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_logits_that_are_not_finite_measure_nothing(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("value", "number"), [(math.nan, 1), (math.inf, 1), (math.nan, 20)])
+def test_only_what_comes_before_logits_that_are_not_finite_is_measured(
+    value: float, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     captioner = captioner_of()
     video = captioner.prepare(random_frames(1), "Describe.")
     options: dict[str, Any] = {"tree": "chain", "max_new_tokens": 9}
@@ -149,13 +151,14 @@ def test_logits_that_are_not_finite_measure_nothing(value: float, monkeypatch: p
     def step(self: VideoLM, token: int, *more: Any) -> torch.Tensor:
         hidden = real(self, token, *more)
         steps.append(token)
-        return torch.full_like(hidden, value) if len(steps) == 20 else hidden
+        return torch.full_like(hidden, value) if len(steps) == number else hidden
 
     monkeypatch.setattr(VideoLM, "step", step)
     assert captioner.caption(video, **options).token_ids == plain.token_ids
     assert captioner.settling is not None
-    assert captioner.settling.bound is None
+    assert (captioner.settling.bound is None) == (number == 1)
     assert captioner.caption(video, **options).token_ids == plain.token_ids
+    assert captioner.settling.bound is not None
     assert 0.0 < captioner.settling.bound < 1e-3
 
 
