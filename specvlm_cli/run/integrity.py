@@ -183,9 +183,9 @@ class _Shard:
             return [RunProblem(f"{name}: {text}", wrong=not self._live)]
         try:
             if path.lstat().st_size != part.size_bytes:  # before a file is read that may have any size
-                return [RunProblem(f"{name}: is not what was written (size); the next start rewrites it")]
+                return [RunProblem(f"{name}: size differs from the ledger's; the next start rewrites it")]
             if _sha256(path) != part.sha256:
-                return [RunProblem(f"{name}: is not what was written (sha256); the next start rewrites it")]
+                return [RunProblem(f"{name}: sha256 differs from the ledger's; the next start rewrites it")]
             return self._content(ledger, part, path)
         except FileNotFoundError:
             return [RunProblem(f"{name}: is gone; the next start rewrites it")]

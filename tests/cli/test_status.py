@@ -431,7 +431,10 @@ def rewrite(out: Path) -> None:
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "part gone": (lambda out: first_part(out).unlink(), "is gone"),
-    "part cut short": (lambda out: first_part(out).write_bytes(first_part(out).read_bytes()[:-9]), "(size)"),
+    "part cut short": (
+        lambda out: first_part(out).write_bytes(first_part(out).read_bytes()[:-9]),
+        "size diff",
+    ),
     "part flipped": (lambda out: flip(first_part(out), 0.3), "sha256"),
     "part says something else": (rewrite, "something else than the ledger in 1 rows"),
     "part outdated": (lambda out: change(out, "UPDATE part SET outdated = 1"), "have changed since"),

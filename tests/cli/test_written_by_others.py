@@ -556,7 +556,7 @@ def test_failures_that_a_ledger_cannot_be_made_of(specvlm: Specvlm, ground: Grou
 
 def test_a_part_of_any_size_is_not_hashed(specvlm: Specvlm, ground: Ground) -> None:
     os.truncate(ground.part, 1 << 42)
-    assert "is not what was written (size)" in specvlm("status", ground.out, "--verify").out
+    assert "size differs from the ledger's" in specvlm("status", ground.out, "--verify").out
 
 
 def test_a_fifo_where_shards_are_divided(specvlm: Specvlm, ground: Ground) -> None:
