@@ -12,16 +12,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from specvlm_cli.run.migrations import STEPS
 from specvlm_cli.run.parts import CAPTION_SCHEMA, FAILURE_SCHEMA, caption_schema
 from tests.cli import invariants
 from tests.cli.conftest import Specvlm, rows, snapshot
 from tests.cli.made import Video, make_run
 
-FOURTH = ("compressor", "compression_ratio")  # columns that came with the fourth step of the ledger
-FIFTH = ("estimated_token_s", "mean_batch_size")
-SEVENTH = ("input_path",)
-EIGHTH = ("settled_tokens", "smallest_margin")
-NEW = (*FOURTH, *FIFTH, *SEVENTH, *EIGHTH)
+ADDED: dict[
+    int, dict[str, pa.DataType]
+] = {  # step of the ledger's schema -> columns of captions that came with it
+    4: {"compressor": pa.string(), "compression_ratio": pa.float64()},
+    5: {"estimated_token_s": pa.float64(), "mean_batch_size": pa.float64()},
+    7: {"input_path": pa.string()},
+    8: {"settled_tokens": pa.int64(), "smallest_margin": pa.float64()},
+}
+ADDED_TO_ITEM = {6: "partly", 7: "input_path"}  # step -> column of the ledger's table
+NEW = {name: kind for columns in ADDED.values() for name, kind in columns.items()}
+COLUMNS_OF_THIRD_STEP = 52
 OLD_SCHEMA = pa.schema(
     [field for field in CAPTION_SCHEMA if field.name not in NEW], metadata=CAPTION_SCHEMA.metadata
 )
@@ -29,7 +36,7 @@ OLD_SCHEMA = pa.schema(
 
 def age(out: Path, steps: int = 3) -> None:
     """Turn a run folder into what a version of so many steps would have left: no newer columns, in no file."""
-    new = {3: NEW, 4: (*FIFTH, *SEVENTH, *EIGHTH), 5: (*SEVENTH, *EIGHTH), 7: EIGHTH}[steps]
+    new = [name for step, columns in ADDED.items() if step > steps for name in columns]
     for path in sorted(out.glob("[cf]*/part-*.parquet")):
         table = pq.read_table(path)
         pq.write_table(
@@ -40,7 +47,7 @@ def age(out: Path, steps: int = 3) -> None:
             database.executemany(
                 "UPDATE caption SET row = json_remove(row, ?)", [(f"$.{name}",) for name in new]
             )
-            for column in ("partly", "input_path") if steps < 6 else ():
+            for column in (name for step, name in ADDED_TO_ITEM.items() if step > steps):
                 database.execute(f"ALTER TABLE item DROP COLUMN {column}")
             for (name,) in database.execute("SELECT name FROM part").fetchall():
                 content = (out / name).read_bytes()
@@ -68,6 +75,18 @@ def schemas(out: Path) -> list[pa.Schema]:
     return [pq.read_schema(path) for path in sorted((out / "captions").glob("part-*"))]
 
 
+def test_every_new_column_came_with_a_step_of_the_ledger() -> None:
+    assert len(OLD_SCHEMA) == COLUMNS_OF_THIRD_STEP, (
+        "columns of captions changed: add a step to specvlm_cli/run/migrations.py that marks all parts outdated, and "
+        "list the new columns in ADDED above under its number"
+    )
+    for step, columns in ADDED.items():
+        marks = any(one.startswith("UPDATE part SET outdated = 1") for one in STEPS[step - 1])
+        assert marks, (
+            f"step {step} of specvlm_cli/run/migrations.py must mark all parts outdated: {list(columns)}"
+        )
+
+
 def test_looking_at_it_changes_nothing(specvlm: Specvlm, old: Path, videos: Path) -> None:
     before = snapshot(old)
     found = specvlm("status", old, "--json").json
@@ -86,14 +105,13 @@ def test_export_has_the_new_columns_without_a_value(
     assert specvlm("export", old, dest, "--format", kind, "--columns", f"id,{','.join(NEW)}").code == 0
     if kind == "parquet":
         table = pq.read_table(dest / "data")
-        settled = [pa.int64(), pa.float64()]
-        assert table.schema.types == [pa.string(), pa.string(), *[pa.float64()] * 3, pa.string(), *settled]
-        assert [row[name] for row in table.to_pylist() for name in NEW] == [None] * 14
+        assert table.schema.types == [pa.string(), *NEW.values()]
+        assert [row[name] for row in table.to_pylist() for name in NEW] == [None] * 2 * len(NEW)
     elif kind == "jsonl":
         lines = [json.loads(line) for line in dest.read_text().splitlines()]
-        assert [row[name] for row in lines for name in NEW] == [None] * 14
+        assert [row[name] for row in lines for name in NEW] == [None] * 2 * len(NEW)
     else:
-        assert [line.split(",")[1:] for line in dest.read_text().splitlines()[1:]] == [[""] * 7] * 2
+        assert [line.split(",")[1:] for line in dest.read_text().splitlines()[1:]] == [[""] * len(NEW)] * 2
 
 
 def test_it_goes_on_and_all_its_parts_have_one_schema(specvlm: Specvlm, old: Path, videos: Path) -> None:
@@ -109,7 +127,7 @@ def test_it_goes_on_and_all_its_parts_have_one_schema(specvlm: Specvlm, old: Pat
     assert verified(specvlm, old)
 
 
-@pytest.mark.parametrize("steps", [3, 4, 5, 7])
+@pytest.mark.parametrize("steps", [step - 1 for step in ADDED])
 def test_a_finished_one_is_brought_up_to_date_once(
     specvlm: Specvlm, videos: Path, out: Path, steps: int
 ) -> None:
