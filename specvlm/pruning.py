@@ -26,8 +26,12 @@ class Kept(NamedTuple):
     second: torch.Tensor  # int64 [kept in stage II]
 
 
-# scores float32 [V], budget, settings -> the kept tokens
-Pruner = Callable[[torch.Tensor, int, SpeculationSettings], Kept]
+class Pruner(NamedTuple):
+    """How a pruner chooses, and what `specvlm inspect` calls its stages; None: it has no such stage."""
+
+    choose: Callable[[torch.Tensor, int, SpeculationSettings], Kept]  # scores float32 [V], budget, settings
+    first: str | None
+    second: str | None
 
 
 def budget_for(video_tokens: int, prune_ratio: float) -> int:
@@ -88,20 +92,20 @@ def _none(scores: torch.Tensor, budget: int, settings: SpeculationSettings) -> K
     return _without_attention(torch.arange(scores.numel(), device=scores.device))
 
 
-PRUNER_TABLE: dict[PrunerName, Pruner] = {
-    "specvlm": _two_stages,
-    "uniform": _uniform,
-    "attention": _attention,
-    "random": _random,
-    "window": _window,
-    "none": _none,
+PRUNER_TABLE: dict[PrunerName, Pruner] = {  # one for each name in config.py
+    "specvlm": Pruner(_two_stages, "stage I, most attention", "stage II, evenly over the rest"),
+    "uniform": Pruner(_uniform, None, "evenly over the video"),
+    "attention": Pruner(_attention, "most attention", None),
+    "random": Pruner(_random, None, "at random"),
+    "window": Pruner(_window, None, "the end of the video"),
+    "none": Pruner(_none, None, "all of them"),
 }
 
 
 def kept_by_stage(scores: torch.Tensor, settings: SpeculationSettings) -> Kept:
     """Scores [V] -> the kept tokens by stage, `budget_for(V, prune_ratio)` together (all with the pruner `none`)."""
     budget = budget_for(scores.numel(), settings.prune_ratio)
-    return PRUNER_TABLE[settings.pruner](scores, budget, settings)
+    return PRUNER_TABLE[settings.pruner].choose(scores, budget, settings)
 
 
 def prune(scores: torch.Tensor, settings: SpeculationSettings) -> torch.Tensor:

@@ -15,13 +15,13 @@ import torch
 from numpy.typing import NDArray
 
 from specvlm.cache import KVCache
-from specvlm.config import GenerationSettings, PrunerName, SpeculationSettings
+from specvlm.config import GenerationSettings, SpeculationSettings
 from specvlm.drafts.base import DraftRow
 from specvlm.drafts.head import HeadDraft
 from specvlm.errors import ConfigError, NonFiniteLogitsError
 from specvlm.families.base import ModelInputs, VideoGrid
 from specvlm.prefill import PrefillRow, Prompt, TargetPrefill, ToSee, embed, prefill_target
-from specvlm.pruning import kept_by_stage
+from specvlm.pruning import PRUNER_TABLE, kept_by_stage
 from specvlm.records import Frames
 from specvlm.sampling import TokenRule, logits_rules
 
@@ -29,17 +29,6 @@ if TYPE_CHECKING:
     from specvlm.captioner import Captioner
 
 DROPPED, FIRST, SECOND = 0, 1, 2  # values of `Inspection.stage`
-
-# What the stages are called with each pruner.
-_STAGE_NAMES: dict[PrunerName, dict[int, str]] = {
-    "specvlm": {FIRST: "stage I, most attention", SECOND: "stage II, evenly over the rest"},
-    "attention": {FIRST: "most attention"},
-    "uniform": {SECOND: "evenly over the video"},
-    "random": {SECOND: "at random"},
-    "window": {SECOND: "the end of the video"},
-    "none": {SECOND: "all of them"},
-}
-
 
 # What the operators of a head's compressor do that keep video tokens as they are.
 _OF_HEADS = {
@@ -173,12 +162,14 @@ class Inspection:
     @property
     def stages(self) -> tuple[StageFigures, ...]:
         """The stages that this pruner has; none where a compressor makes new tokens."""
-        names = _STAGE_NAMES[self.settings.pruner]
+        pruner = PRUNER_TABLE[self.settings.pruner]
+        names = {FIRST: pruner.first, SECOND: pruner.second}
         if self.compression is not None:
             names = {SECOND: _OF_HEADS[self.compression.operator]} if self.compression.prunes else {}
         return tuple(
             StageFigures(stage, name, self.kept(stage), self.attention_kept(stage))
             for stage, name in names.items()
+            if name is not None
         )
 
     @property

@@ -8,7 +8,13 @@ import pytest
 import torch
 
 from specvlm.config import PRUNERS, SpeculationSettings
-from specvlm.pruning import budget_for, kept_by_stage, prune
+from specvlm.pruning import PRUNER_TABLE, budget_for, kept_by_stage, prune
+
+
+def test_every_name_has_its_pruner() -> None:
+    assert tuple(PRUNER_TABLE) == PRUNERS, (
+        "PRUNER_TABLE in specvlm/pruning.py needs one entry for each PrunerName in specvlm/config.py, in its order"
+    )
 
 
 @pytest.mark.parametrize("pruner", PRUNERS)
