@@ -15,12 +15,12 @@ def seconds(name: str, text: str) -> float:
     """Return a span in seconds; `name`: of the flag.
 
     Raises:
-        UsageError: It is no span of time.
+        UsageError: The text is not a span of time.
     """
     if re.fullmatch(r"[0-9]+(?:\.[0-9]+)?", text):
         return float(text)
     if not _SPAN.fullmatch(text):
-        raise UsageError(Flag(name, text), "is no span of time", fix="give seconds, or e.g. 60s, 10m, 3h50m")
+        raise UsageError(Flag(name, text), "is not a time", fix="give seconds, or e.g. 60s, 10m, 3h50m")
     return sum(float(number) * _SECONDS[unit] for number, unit in _PIECE.findall(text))
 
 
@@ -28,7 +28,7 @@ def positive_seconds(name: str, text: str) -> float:
     """Return a span in seconds that is longer than none.
 
     Raises:
-        UsageError: It is zero, or no span of time.
+        UsageError: The text is zero, or not a span of time.
     """
     value = seconds(name, text)
     if value <= 0:

@@ -204,7 +204,7 @@ def check_place(path: Path) -> None:
             read_kept(path)
         except ConfigError as error:
             raise UsageError(
-                f"{shown}: a file is there that is no vocabulary; give another name, or remove it"
+                f"{shown} exists and is not a vocabulary file; choose another name or delete it"
             ) from error
 
 

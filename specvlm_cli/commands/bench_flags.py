@@ -62,7 +62,7 @@ def values_of(name: str, text: str, kind: Callable[[str], Value], example: str) 
     """Return the values that a list names, each once.
 
     Raises:
-        UsageError: It names none, or one that is not of this kind.
+        UsageError: The list is empty, or a value is not of this kind.
     """
     found: dict[Value, None] = {}
     for part in filter(None, (one.strip() for one in text.split(","))):
@@ -76,7 +76,7 @@ def values_of(name: str, text: str, kind: Callable[[str], Value], example: str) 
                 Flag(name, text), f": {clean(part)!r} {what}", fix=f"give e.g. {example}"
             ) from error
     if not found:
-        raise UsageError(Flag(name, repr(text)), "names none", fix=f"give e.g. {example}")
+        raise UsageError(Flag(name, repr(text)), "is an empty list", fix=f"give e.g. {example}")
     return tuple(found)
 
 

@@ -262,7 +262,9 @@ def _devices(flags: CaptionFlags) -> tuple[tuple[str | None, ...], bool]:
         numbers = dict.fromkeys(int(number) for number in flags.gpus.split(",") if number)
         return tuple(f"cuda:{number}" for number in numbers), False
     raise UsageError(
-        Flag("gpus", flags.gpus), "names none", fix="give all, how many (2), or which (0,2; a single one: 1,)"
+        Flag("gpus", flags.gpus),
+        "is not a list of GPUs",
+        fix="give all, a number (2), or a list (0,2; a single one: 1,)",
     )
 
 
@@ -290,6 +292,6 @@ def _most_failures(flags: CaptionFlags) -> int | float | None:
         return int(text)
     raise UsageError(
         Flag("max_failures", short(text, 60)),
-        "is no limit",
-        fix="give a number of videos, e.g. 10, or a share, e.g. 5%",
+        "is not a count or a percentage",
+        fix="give a number of videos, e.g. 10, or a percentage, e.g. 5%",
     )

@@ -387,7 +387,7 @@ class BatchFlags:
         flag(
             _BATCH,
             "--batch-size",
-            "Videos to caption together on each GPU; auto: as many as fit and pay.",
+            "Videos to caption together on each GPU; auto: as many as fit, at most 32 (CPU) or 64 (GPU).",
             metavar="auto|N",
             parser=batch_size,
             show_default="auto",

@@ -252,7 +252,7 @@ def refuse_empty(inputs: Inputs, advice: str) -> None:
 def _extensions(text: str) -> list[str]:
     names = [name for name in re.split(r"[\s,]+", text) if name.strip(".")]
     if not names:
-        raise UsageError(Flag("extensions", repr(text)), "names none", fix="give e.g. mp4,webm")
+        raise UsageError(Flag("extensions", repr(text)), "lists no extension", fix="give e.g. mp4,webm")
     return names
 
 

@@ -56,7 +56,7 @@ EXAMPLES = {
     ),
     "status": ("specvlm status out/", "specvlm status out/ --verify"),
     "train": ("specvlm train ./videos --target Qwen/Qwen3-VL-32B-Instruct -o head/",),
-    "vocab": ("specvlm vocab out/ -o words.json",),
+    "vocab": ("specvlm vocab out/ -o vocab.json",),
 }
 _WIDEST, _NARROWEST, _FLAGS = 100, 40, 26  # columns of a page, and of its flags
 _UNGROUPED = "Options"

@@ -132,7 +132,7 @@ def slurm(flags: SlurmFlags) -> int:
     job = _job(flags)
     text = script(job)
     if not job.tasks:
-        print(f"nothing is missing in {clean(str(job.out))}, so there is no script", file=STDERR)
+        print(f"all shards of {clean(str(job.out))} are finished; no script to print", file=STDERR)
         return ExitCode.OK
     _make_logs(job.logs)
     _tell_windows(job)

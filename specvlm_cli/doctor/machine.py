@@ -62,7 +62,8 @@ def packages() -> CheckVerdict:
         one for one in ("torch", "transformers", "pyarrow", "av") if one in {need.name for need in needed}
     ]
     return ok(
-        ", ".join(f"{name} {metadata.version(name)}" for name in shown) + f", {len(needed)} in their bounds"
+        ", ".join(f"{name} {metadata.version(name)}" for name in shown)
+        + f"; versions of all {len(needed)} fit"
     )
 
 
@@ -205,7 +206,7 @@ def job(environment: Mapping[str, str] = os.environ) -> CheckVerdict:
 
     names = [name for variable, name in _SCHEDULERS.items() if variable in environment]
     if not names:
-        return ok("no job scheduler noticed")
+        return ok("no job scheduler")
     detail = ", ".join(names)
     if identity := environment.get("SLURM_JOB_ID"):
         detail += f", job {identity}"

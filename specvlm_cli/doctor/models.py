@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from specvlm.preset import find_preset
-from specvlm.words import amount
+from specvlm.words import amount, counted
 from specvlm_cli.checkpoints import on_disk
 from specvlm_cli.console.safe_text import clean
 from specvlm_cli.doctor.checks import CheckVerdict, fail, ok, warn
@@ -187,8 +187,8 @@ def _none(built: str, found: dict[str, Any]) -> CheckVerdict:
     if _AMD.exists() and not found["rocm"]:
         text = f"{built} is not built for ROCm, but this machine has an AMD GPU driver"
         return fail(text, "install torch for ROCm, see pytorch.org")
-    text = f"{built}; no GPU, {found['threads']} threads{said}"
-    return warn(text, "the processor suits the demo pairs alone; real models need a GPU")
+    text = f"{built}; no GPU, {counted(found['threads'], 'thread')}{said}"
+    return warn(text, "a CPU is enough for the demo pairs only; real models need a GPU")
 
 
 def _driver() -> str:

@@ -59,7 +59,7 @@ def _read(backend: BackendName, name: str, fix: str) -> CheckVerdict:
     ]
     if any(wrong):
         return fail(f"{name}: {sum(wrong)} of {len(wrong)} frames are not those that were asked for", fix)
-    return ok(f"{name} read {len(wrong)} frames in a process of its own, {took_s:.1f} s with its start")
+    return ok(f"{name} read {len(wrong)} frames in a child process, in {took_s:.1f} s with its start")
 
 
 def write_clip(path: Path) -> None:

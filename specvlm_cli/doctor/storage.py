@@ -73,12 +73,12 @@ def hub() -> CheckVerdict:
     """Say whether the hub may be asked, and as whom. The token itself is never shown."""
     from huggingface_hub import constants, get_token
 
-    token = "with a token" if get_token() else "without a token, which public models do not need"
+    token = "with a token" if get_token() else "no token (public models need none)"
     if constants.HF_HUB_OFFLINE:
         return warn(
             f"offline mode, {token}", "unset HF_HUB_OFFLINE to download a model that is not on disk yet"
         )
-    return ok(f"may be asked, {token}")
+    return ok(f"online mode, {token}")
 
 
 # The run folder

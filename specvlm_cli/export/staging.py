@@ -77,7 +77,9 @@ def _check(destination: Path, refusal: Refusal | None) -> None:
         return
     name = clean(str(destination))
     if refusal is None:
-        raise UsageError(f"{name}: is there already; give another DEST, or --overwrite to replace an export")
+        raise UsageError(
+            f"{name}: already exists; choose another DEST, or replace an export with --overwrite"
+        )
     if reason := refusal(destination):
         raise UsageError(
             f"{name}: --overwrite replaces an earlier export alone, but {clean(reason)}; give another DEST"

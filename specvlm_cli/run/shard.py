@@ -39,7 +39,7 @@ def parse_shard(text: str, environment: Mapping[str, str] = os.environ) -> Shard
     """Return what `--shard` names.
 
     Raises:
-        UsageError: It names none, or `auto` finds none in the environment.
+        UsageError: The text is not I/N or auto, or `auto` finds no shard in the environment.
     """
     if text == "auto":
         return _from_environment(environment)

@@ -89,8 +89,8 @@ def view(root: Path) -> RunView:
     parts = {shard_of_part(path.name) for path in listed(root / "captions")}
     shards = ledgers | {shard for shard in parts if shard is not None}
     if "run.json" not in names and not shards:
-        what = "not a run folder" if root.is_dir() else "there is no such folder"
-        raise UsageError(f"{clean(str(root))}: {what}; give the folder that specvlm caption -o was given")
+        what = "not a run folder" if root.is_dir() else "no such folder"
+        raise UsageError(f"{clean(str(root))}: {what}; give the output folder of specvlm caption")
     known, problem = _settings(root)
     by_files = max(shards, default=0) + 1
     if dividing := is_unfinished(root):

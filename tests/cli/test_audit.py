@@ -689,8 +689,8 @@ def test_wrong_use_is_one_line_and_exit_2(specvlm: Specvlm, tmp_path: Path, fake
         tmp_path / "empty", [[replace(fake_videos(tmp_path / "films", [1])[0], state="pending")]]
     )
     for arguments, words in (
-        ((tmp_path / "films",), "not a run folder; give the folder that specvlm caption -o was given"),
-        ((tmp_path / "nowhere",), "there is no such folder"),
+        ((tmp_path / "films",), "not a run folder; give the output folder of specvlm caption"),
+        ((tmp_path / "nowhere",), "nowhere: no such folder"),
         ((empty,), "no caption is finished yet; run specvlm caption first"),
         ((faked, "--sample", "half"), "--sample 'half' is no sample"),
         ((faked, "--shard", "3/2"), "--shard 3/2: shards count from 0 to 1"),

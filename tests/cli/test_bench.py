@@ -298,7 +298,7 @@ def test_frames_that_differ_from_those_asked_for_are_told_once(run: Run) -> None
     ("arguments", "words"),
     [
         (["--methods", "stock,fast"], "--methods 'fast' is unknown; choose from stock, assisted, plain, sd"),
-        (["--methods", ","], "--methods ',' names none; give e.g. stock,"),
+        (["--methods", ","], "--methods ',' is an empty list; give e.g. stock,"),
         (["--prune-ratio", "0.5,x"], "--prune-ratio 0.5,x: 'x' is no number; give e.g. 0,0.5,0.9"),
         (["--prune-ratio", "0.5,1.5"], "--prune-ratio 1.5 is out of range"),
         (["--pruner", "best"], "--pruner 'best' is unknown"),

@@ -62,7 +62,7 @@ def test_packages_in_their_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     version = metadata.version("numpy")
     declare(monkeypatch, f"numpy>={version}", "nowhere>1; python_version < '3'", "pytest>1; extra == 'dev'")
     assert machine.packages().status == "ok"
-    assert "1 in their bounds" in machine.packages().detail
+    assert "versions of all 1 fit" in machine.packages().detail
 
 
 def test_packages_out_of_their_bounds_and_missing_ones(monkeypatch: pytest.MonkeyPatch) -> None:

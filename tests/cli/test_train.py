@@ -160,7 +160,7 @@ def test_every_mode_and_operator_is_a_compressor() -> None:
         (["--smooth-l1", "0", "--cross-entropy", "0"], "leave nothing to learn"),
         (["--held-out", "1"], "--held-out 1 is out of range"),
         (["--held-out", "nowhere"], "nowhere"),
-        (["--checkpoint-every", "often"], "--checkpoint-every often is no span of time"),
+        (["--checkpoint-every", "often"], "--checkpoint-every often is not a time"),
         (["--head-device", "moon"], "--head-device 'moon' is unknown; give cuda"),
         (["--device-map", "moon"], "--device-map 'moon' is unknown; give cuda"),
         (

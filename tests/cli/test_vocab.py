@@ -104,7 +104,7 @@ def test_how_much_is_kept(specvlm: Specvlm, tmp_path: Path) -> None:
         (("--text", "binary", "-o", "new.json", *DEMO), "--text binary: it is not UTF-8 text"),
         (("--text", "empty.txt", "-o", "new.json", *DEMO), "empty.txt: no captions there"),
         (("folder", "-o", "new.json"), "folder: not a run folder"),
-        (("--text", "text.txt", "-o", "text.txt", *DEMO), "a file is there that is no vocabulary"),
+        (("--text", "text.txt", "-o", "text.txt", *DEMO), "text.txt exists and is not a vocabulary file"),
         (("--text", "text.txt", "-o", "folder", *DEMO), "a folder is there"),
         (("--text", "text.txt", "-o", "gone/new.json", *DEMO), "there is no folder gone"),
         (("--text", "text.txt", "-o", "new.json", *DEMO, "--size", 601), "the tokenizer has 600 tokens"),
