@@ -55,6 +55,18 @@ def test_every_flag_is_documented_with_its_meaning() -> None:
     assert documented == commands()["caption"] - {"inputs", "-h"}
 
 
+def test_every_choice_of_a_flag_is_documented() -> None:
+    group: Any = typer.main.get_command(app.app)
+    command = group.commands["caption"]
+    context = typer.Context(command)
+    lines = (ROOT / "docs" / "caption.md").read_text().splitlines()
+    for flag in command.params:
+        row = next((line for line in lines if line.startswith("| `-") and f"`{flag.opts[0]}`" in line), "")
+        choices = flag.display_type(context).strip("<>").split("|") if not flag.metavar else []
+        missing = [one for one in choices if len(choices) > 1 and f"`{one}`" not in row]
+        assert not missing, f"docs/caption.md: the row of {flag.opts[0]} lacks {', '.join(missing)}"
+
+
 def test_every_exit_code_is_documented() -> None:
     table = (ROOT / "docs" / "caption.md").read_text()
     assert {int(code) for code in re.findall(r"^\| (\d+) \|", table, re.MULTILINE)} == {
