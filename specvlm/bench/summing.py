@@ -393,21 +393,23 @@ def _limit_of_rounds(summary: Summary) -> str:
     deepest = min(len(summary.acceptance_per_depth), nodes - 1.0)
     ideals = [
         _Ideal(
-            f"drafting costs {draft:.1f} plain steps a round", "for nothing", whole / max(whole - draft, 1e-9)
+            f"drafting costs {draft:.1f} plain steps a round",
+            "if it were free",
+            whole / max(whole - draft, 1e-9),
         ),
         _Ideal(
             f"verifying {nodes:.0f} nodes costs {verify:.1f} plain steps",
-            "for one step",
+            "at the cost of one",
             whole / (whole - max(verify - 1.0, 0.0)),
         ),
         _Ideal(
             f"all but drafting and verifying costs {other:.1f} plain steps a round",
-            "without it",
+            "without that",
             whole / max(whole - other, 1e-9),
         ),
         _Ideal(
             f"{accepted:.1f} of {deepest:.0f} guesses in a row are accepted",
-            "with all of them",
+            "if all were",
             (deepest + 1.0) / (accepted + 1.0),
         ),
     ]

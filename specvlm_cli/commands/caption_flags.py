@@ -341,7 +341,7 @@ class FrameFlags:
         flag(
             _READING,
             "--decode-timeout",
-            "Time limit for reading one video with one reader.",
+            "Time limit for reading one video; grows with its size.",
             metavar="TIME",
         ),
     ] = "60s"

@@ -381,7 +381,7 @@ def test_the_tables_off_a_terminal(
     assert "assisted: not run: its tokenizer \\x1b[31mdiffers" in lines, "harmless on a terminal"
     assert lines[lines.index("Limits") + 1] == "stock: decoding, token by token, takes 67 % of the time"
     assert lines[-1].startswith(
-        "specvlm uniform 0.9 static: verifying 26 nodes costs 1.9 plain steps; for one step, "
+        "specvlm uniform 0.9 static: verifying 26 nodes costs 1.9 plain steps; at the cost of one, "
     )
     rounds = lines[lines.index("Rounds") + 3]
     assert rounds.split()[:5] == "specvlm uniform 0.9 static 26.0".split()

@@ -265,7 +265,7 @@ def test_where_auto_guessed_nothing_that_is_said() -> None:
         ),
         (
             {"draft_s": 0.2, "verify_s": 0.2},
-            "drafting costs 1.0 plain steps a round; for nothing, decoding would be 2.0 x",
+            "drafting costs 1.0 plain steps a round; if it were free, decoding would be 2.0 x",
         ),
         ({"draft_s": 0.02, "verify_s": 0.6}, "verifying 6 nodes costs 3.0 plain steps"),
         ({"draft_s": 0.02, "verify_s": 0.2, "host_s": 0.5}, "all but drafting and verifying costs 2.5"),

@@ -209,7 +209,7 @@ def test_reading_what_was_accepted_is_drafting_of_a_head_and_committing_of_a_sma
     head, small = summed(OF_HEAD, **times), summed(Configuration("sd", tree="auto"), **times)
     assert (head.draft_round_s, small.draft_round_s) == (pytest.approx(0.31), pytest.approx(0.01))
     assert head.predicted_decode_speedup == pytest.approx(5.0 * 0.1 / (0.31 + 0.1))
-    assert head.limit.startswith("drafting costs 3.1 plain steps a round; for nothing, ")
+    assert head.limit.startswith("drafting costs 3.1 plain steps a round; if it were free, ")
     assert small.limit.startswith("all but drafting and verifying costs 3.1 plain steps a round")
     alone = [replace(one, plain_token_s=None, speedups=()) for one in (head, small)]
     assert [limit(one) for one in alone] == [
