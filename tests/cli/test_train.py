@@ -634,7 +634,7 @@ def test_captions_survive_whatever_happens_to_the_process(tmp_path: Path) -> Non
         assert database.execute("PRAGMA journal_mode").fetchone() == ("delete",)
 
 
-@pytest.mark.parametrize("how", ["damaged", "other"])
+@pytest.mark.parametrize("how", ["damaged", pytest.param("other", marks=pytest.mark.slow)])
 def test_a_damaged_store_is_one_line(how: str, train: Train, videos: Path, out: Path) -> None:
     assert train(videos, "-o", out).code == 0
     path = out / ".specvlm" / NAME

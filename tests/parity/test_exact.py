@@ -106,13 +106,12 @@ def case_of(seed: int, family: FamilyName, dtype: torch.dtype) -> Case:
 def test_everything_writes_what_stock_writes(family: FamilyName, dtype: torch.dtype) -> None:
     """Of a mixture of experts, near-ties of the router are not settled (docs/lossless.md): most captions are equal."""
     differ = of = 0
-    for seed in (1, 2):
-        for name, captions in case_of(seed, family, dtype).ways(exact=True):
-            wrong = sum(caption.token_ids != stock for caption, stock in captions)
-            assert not wrong or (family == "qwen3-moe" and name != "plain"), name
-            differ, of = differ + wrong, of + len(captions)
-            if name == "plain":
-                assert all(caption.stats.settled_tokens == 0 for caption, _ in captions)
+    for name, captions in case_of(1, family, dtype).ways(exact=True):
+        wrong = sum(caption.token_ids != stock for caption, stock in captions)
+        assert not wrong or (family == "qwen3-moe" and name != "plain"), name
+        differ, of = differ + wrong, of + len(captions)
+        if name == "plain":
+            assert all(caption.stats.settled_tokens == 0 for caption, _ in captions)
     assert differ <= 0.15 * of
 
 

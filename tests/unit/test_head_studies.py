@@ -78,6 +78,7 @@ def weights(trainees: list[Any]) -> list[torch.Tensor]:
     return [weight for one in trainees for weight in one.learner.head.state_dict().values()]
 
 
+@pytest.mark.slow
 def test_heads_of_a_study_gone_on_with_are_those_of_one_run_through(
     scripts: Any, scaling: Any, tmp_path: Path
 ) -> None:
@@ -138,6 +139,7 @@ def test_figures_of_runs_are_what_their_words_say(scripts: Any) -> None:
     assert study.decode_speedup(runs, "head") == 2.0  # the median of 4 / 2, 3 / 1 and 1 / 1
 
 
+@pytest.mark.slow
 def test_heads_are_compared_on_the_same_clips_and_tokens(scripts: Any, scaling: Any) -> None:
     script, study = scripts.head_compressors, scripts.head_study
     world, target = scaling.world, scaling.world.captioner.target
