@@ -89,3 +89,11 @@ def test_targets_caption_the_rotated_and_the_uneven_example(family: Family) -> N
         with torch.inference_mode():
             made = model.generate(**inputs, max_new_tokens=150)[0, inputs["input_ids"].shape[1] :]  # type: ignore[operator]
         assert processor.tokenizer.decode(made, skip_special_tokens=True) == true_captions()[file]
+
+
+def test_the_weights_are_data_of_a_package() -> None:
+    """Scripts find them next to `specvlm.demo`, from a checkout and from a wheel."""
+    import specvlm.demo
+
+    assert specvlm.demo.__file__ is not None
+    assert demo_folder("qwen-target") == Path(specvlm.demo.__file__).parent / "weights" / "qwen-target"
