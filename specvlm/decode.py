@@ -257,12 +257,8 @@ class _Verified(NamedTuple):
     accepted: Accepted  # cut off before what is not settled
     finite: torch.Tensor  # bool [B]
     used: torch.Tensor  # int64 [B], accepted guesses that are settled
-    gained: (
-        torch.Tensor
-    )  # int64 [B], tokens that the caption gains: these guesses, the bonus token if it is settled
-    margins: (
-        torch.Tensor
-    )  # float32 [B, D + 1], of the accepted guesses and the bonus token; infinite: not measured
+    gained: torch.Tensor  # int64 [B], tokens of the caption: these guesses, and a settled bonus token
+    margins: torch.Tensor  # float32 [B, D + 1], of accepted guesses and bonus token; infinite: not measured
 
 
 def _settled(
@@ -504,9 +500,8 @@ class Decoder:
         self._finished: list[CaptionSequence] = []
         self._plain_next = False  # because guesses spoiled the last round
         self._worth = Worth()
-        self._decided = self._replayed = (
-            0  # tokens of the last step that plain steps decided, and those steps
-        )
+        # Of the last step: tokens that plain steps decided, and those steps.
+        self._decided = self._replayed = 0
 
     # --- what runs ---
 

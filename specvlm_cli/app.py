@@ -60,11 +60,8 @@ _COMMANDS: tuple[Callable[..., int], ...] = (
 for _run in _COMMANDS:
     app.command(name=_run.__name__, cls=HelpCommand)(_run)
 
-_RESUMED = (
-    "caption",
-    "audit",
-    "train",
-)  # commands that stop in order on a signal, and resume when started again
+# Commands that stop in order on a signal, and resume when started again.
+_RESUMED = ("caption", "audit", "train")
 
 
 def _print_version(wanted: bool) -> None:

@@ -18,7 +18,6 @@ from specvlm.bench.words import (
     Column,
     baseline_of,
     clips_words,
-    depths,
     frames_notes,
     frames_of,
     has_several_frames,
@@ -31,6 +30,7 @@ from specvlm.bench.words import (
     rate,
     rate_columns,
     reference,
+    rounds_columns,
     settled,
     speedup_cell,
     spread_columns,
@@ -229,14 +229,8 @@ def _figures(report: BenchReport, name: str, title: str, columns: Sequence[Colum
 
 def _rounds(report: BenchReport) -> str:
     columns = [
-        Column("nodes", lambda one: "" if one.mean_nodes is None else f"{one.mean_nodes:.1f}"),
-        Column("T_plain, ms", lambda one: ms(one.plain_token_s)),
-        Column("T_draft, ms", lambda one: ms(one.draft_round_s)),
-        Column("T_verify, ms", lambda one: ms(one.verify_round_s)),
-        Column("host share", lambda one: percent(one.host_share)),
-        Column("speedup predicted", lambda one: number(one.predicted_decode_speedup)),
-        Column("measured / predicted", lambda one: number(one.measured_over_predicted)),
-        Column("accepted at depth 1, 2, ...", depths, is_listed=True),
+        one._replace(name=one.name.replace("/\n", " / ").replace("\nms", ", ms").replace("\n", " "))
+        for one in rounds_columns()
     ]
     shown = [one for one in report.summaries if one.num_drafts]
     return _table(report, shown, columns)

@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 from specvlm.bench.records import BASELINES, BenchReport, MethodName, Spread, Summary
-from specvlm.words import amount, counted
+from specvlm.words import amount, counted, percent
 
 STAGE_NAMES = {
     "read_s": "read",
@@ -177,6 +177,20 @@ def speedup_cell(base: MethodName, kind: str) -> Callable[[Summary], str]:
 def missing_words(one: Summary, error: str) -> str:
     """Why there are no figures. `transformers` refuses assisted generation for many pairs, which is no failure."""
     return f"{'not run' if one.configuration.method == 'assisted' else 'failed'}: {error}"
+
+
+def rounds_columns() -> list[Column]:
+    """What a round is made of: the terms of the speedup formula, and what they predict."""
+    return [
+        Column("nodes", lambda one: "" if one.mean_nodes is None else f"{one.mean_nodes:.1f}"),
+        Column("T_plain\nms", lambda one: ms(one.plain_token_s)),
+        Column("T_draft\nms", lambda one: ms(one.draft_round_s)),
+        Column("T_verify\nms", lambda one: ms(one.verify_round_s)),
+        Column("host\nshare", lambda one: percent(one.host_share)),
+        Column("speedup\npredicted", lambda one: number(one.predicted_decode_speedup)),
+        Column("measured/\npredicted", lambda one: number(one.measured_over_predicted)),
+        Column("accepted at depth\n1, 2, ...", depths, is_listed=True),
+    ]
 
 
 def spread_columns() -> list[Column]:

@@ -27,7 +27,6 @@ from specvlm.bench.words import (
     STAGE_NAMES,
     Column,
     clips_words,
-    depths,
     frames_notes,
     frames_of,
     has_several_frames,
@@ -38,6 +37,7 @@ from specvlm.bench.words import (
     peak_words,
     rate_columns,
     reference,
+    rounds_columns,
     settled,
     speedup_cell,
     spread_columns,
@@ -134,7 +134,7 @@ def tell(report: BenchReport) -> None:
     _table("Speed", report, _speed(report))
     _table("Speed over turns, p10 to p90", report, spread_columns())
     _table("Where the time goes, in ms a video", report, _stages())
-    _table("Rounds", report, _rounds(), [one for one in report.summaries if one.num_drafts])
+    _table("Rounds", report, rounds_columns(), [one for one in report.summaries if one.num_drafts])
     _limits(report)
 
 
@@ -255,19 +255,6 @@ def _stage(name: str) -> Callable[[Summary], str]:
         return f"{1e3 * seconds / summary.videos:.1f}" if seconds else ""
 
     return cell
-
-
-def _rounds() -> list[Column]:
-    return [
-        Column("nodes", lambda one: "" if one.mean_nodes is None else f"{one.mean_nodes:.1f}"),
-        Column("T_plain\nms", lambda one: ms(one.plain_token_s)),
-        Column("T_draft\nms", lambda one: ms(one.draft_round_s)),
-        Column("T_verify\nms", lambda one: ms(one.verify_round_s)),
-        Column("host\nshare", lambda one: percent(one.host_share)),
-        Column("speedup\npredicted", lambda one: number(one.predicted_decode_speedup)),
-        Column("measured/\npredicted", lambda one: number(one.measured_over_predicted)),
-        Column("accepted at depth\n1, 2, ...", depths, is_listed=True),
-    ]
 
 
 def _limits(report: BenchReport) -> None:
